@@ -1,0 +1,64 @@
+"""Quantized inference of latent diffusion models: int8 and int4 kernels, chosen by SQNR.
+
+    import ldmq_kernels as ldmq
+
+    plan = ldmq.plan(pipe, prompts, target_sqnr_db=38)
+    ldmq.quantize(pipe, plan)
+    pipe.save_pretrained("quantized")
+
+Importing the package registers its quantizer with diffusers whenever diffusers is imported, so
+that plain `from_pretrained` loads what `save_pretrained` wrote. It imports nothing heavy itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ldmq_kernels.integrations import hooks
+
+if TYPE_CHECKING:
+    from ldmq_kernels.conversion import quantize
+    from ldmq_kernels.kernels.dispatch import dispatch_report, use_backend
+    from ldmq_kernels.nn import QuantConv2d, QuantLinear
+    from ldmq_kernels.numerics.sqnr import sqnr_db
+    from ldmq_kernels.planning.plan import Plan, PlanError
+    from ldmq_kernels.planning.planner import plan
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Plan": "planning.plan",
+    "PlanError": "planning.plan",
+    "QuantConv2d": "nn",
+    "QuantLinear": "nn",
+    "dispatch_report": "kernels.dispatch",
+    "plan": "planning.planner",
+    "quantize": "conversion",
+    "sqnr_db": "numerics.sqnr",
+    "use_backend": "kernels.dispatch",
+}
+__all__ = [
+    "Plan",
+    "PlanError",
+    "QuantConv2d",
+    "QuantLinear",
+    "dispatch_report",
+    "plan",
+    "quantize",
+    "sqnr_db",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"ldmq_kernels.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'ldmq_kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])
+
+
+hooks.install()

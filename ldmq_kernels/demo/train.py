@@ -1,0 +1,290 @@
+"""Train the demo model from nothing: `python -m ldmq_kernels.demo.train STAGE --work DIR`.
+
+Stages, in order: `evaluator`, `text`, `vae`, `unet`, `export`. Every batch is a function of the
+seed and the step number, and a stage goes on from its last checkpoint, so a run that was stopped
+ends where an uninterrupted one does. The cost of the shipped weights is in README.md beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ldmq_kernels.demo import models, scenes
+from ldmq_kernels.demo.evaluator import CLASSES, AttributeHeads, Evaluator, attribute_accuracy, attribute_loss, targets
+
+SEED = 20240
+LATENT_SCENES = 65_536
+CHECKPOINT_EVERY = 200
+DROPPED_CAPTIONS = 0.1
+OBJECT_WEIGHT = 4.0
+EMA_DECAY = 0.999
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+Work = Annotated[Path, typer.Option(help="folder for checkpoints and caches")]
+
+
+def _generator(step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(SEED * 1_000_003 + step)
+
+
+def _batch(count: int, step: int) -> tuple[list[str], list[scenes.Scene]]:
+    pairs = [
+        pair
+        for objects in (1, 2)
+        for pair in scenes.captions(count // 2, objects, held_out=False, seed=SEED * 7 + 2 * step + objects)
+    ]
+    return [caption for caption, _ in pairs], [scene for _, scene in pairs]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _save_whole(state: object, path: Path) -> None:
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    work: Path,
+    after_step: Callable[[], None] = lambda: None,
+    extra: nn.Module | None = None,
+) -> None:
+    """AdamW with warm-up and cosine decay, resumed from `work/<name>.pt` where that exists.
+
+    Args:
+        loss_of: step number -> scalar loss of that step's batch, under bfloat16 autocast.
+        extra: a module without gradients that is kept beside the model (its moving average).
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = work / f"{name}.pt"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    first = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=_device())
+        first = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if extra is not None:
+            extra.load_state_dict(state["extra"])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task(name, total=steps, completed=first)
+        for step in range(first, steps):
+            warm = min(1.0, (step + 1) / 200)
+            rate = learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(_device().type, torch.bfloat16):
+                loss = loss_of(step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            after_step()
+            progress.update(bar, advance=1, description=f"{name} {loss.item():.4f}")
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+                kept = {"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                _save_whole(kept | ({"extra": extra.state_dict()} if extra is not None else {}), checkpoint)
+
+
+@app.command()
+def evaluator(work: Work, steps: int = 2500) -> None:
+    """Train the attribute classifier on rendered pictures, some of them noisy or blurred."""
+    torch.manual_seed(SEED)
+    model = Evaluator().to(_device())
+
+    def loss_of(step: int) -> Tensor:
+        _, drawn = _batch(64, step)
+        random = _generator(step)
+        pictures = scenes.render(drawn, random)
+        blurred = nn.functional.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
+        mix = torch.rand(len(drawn), 1, 1, 1, generator=random)
+        noise = torch.randn(pictures.shape, generator=random) * 0.1 * torch.rand(mix.shape, generator=random)
+        pictures = torch.lerp(pictures, blurred, mix) + noise
+        wanted = {name: index.to(_device()) for name, index in targets(drawn).items()}
+        return attribute_loss(model(pictures.to(_device())), wanted)
+
+    fit("evaluator", model, loss_of, steps=steps, learning_rate=2e-3, work=work)
+    pairs = [pair for objects in (1, 2) for pair in scenes.captions(1000, objects, held_out=True, seed=1)]
+    drawn = [scene for _, scene in pairs]
+    with torch.no_grad():
+        logits = model(scenes.render(drawn, _generator(0)).to(_device()))
+    accuracy = attribute_accuracy({name: value.cpu() for name, value in logits.items()}, drawn)
+    print(f"evaluator: {accuracy:.2%} of the attributes of held-out rendered pictures")
+
+
+def _tokenizer(work: Path) -> CLIPTokenizer:
+    return models.build_tokenizer(work / "tokenizer")
+
+
+def _tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    tokens = tokenizer(texts, padding="max_length", max_length=models.TOKENS, truncation=True, return_tensors="pt")
+    return tokens.input_ids.to(_device())
+
+
+@app.command()
+def text(work: Work, steps: int = 2500) -> None:
+    """Train the text encoder to tell a caption's attributes, in place of CLIP's contrast with pictures."""
+    torch.manual_seed(SEED + 1)
+    tokenizer = _tokenizer(work)
+    encoder = models.build_text_encoder(tokenizer)
+    model = nn.ModuleDict({"encoder": encoder, "heads": AttributeHeads(models.TEXT_WIDTH)}).to(_device())
+
+    def loss_of(step: int) -> Tensor:
+        texts, drawn = _batch(128, step)
+        wanted = {name: index.to(_device()) for name, index in targets(drawn).items()}
+        return attribute_loss(model["heads"](encoder(_tokens(tokenizer, texts)).pooler_output), wanted)
+
+    fit("text", model, loss_of, steps=steps, learning_rate=1e-3, work=work)
+    pairs = [pair for objects in (1, 2) for pair in scenes.captions(1000, objects, held_out=True, seed=1)]
+    with torch.no_grad():
+        logits = model["heads"](encoder(_tokens(tokenizer, [caption for caption, _ in pairs])).pooler_output)
+    accuracy = attribute_accuracy({k: v.cpu() for k, v in logits.items()}, [scene for _, scene in pairs])
+    print(f"text encoder: {accuracy:.2%} of the attributes of held-out captions")
+
+
+def _trained_text_encoder(work: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    tokenizer = _tokenizer(work)
+    encoder = models.build_text_encoder(tokenizer)
+    state = torch.load(work / "text.pt", map_location="cpu")["model"]
+    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
+    return tokenizer, encoder.to(_device()).eval()
+
+
+@app.command()
+def vae(work: Work, steps: int = 2600) -> None:
+    """Train the autoencoder: absolute and squared error of pixels, objects weighing more, and a little KL."""
+    torch.manual_seed(SEED + 2)
+    model = models.build_vae().to(_device())
+    model.set_attn_processor(AttnProcessor())
+
+    def loss_of(step: int) -> Tensor:
+        _, drawn = _batch(32, step)
+        random = _generator(step)
+        pictures = scenes.render(drawn, random).to(_device())
+        posterior = model.encode(pictures).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=random).to(_device())
+        restored = model.decode(posterior.mean + posterior.std * noise).sample.float()
+        drawn_on = (pictures != pictures[:, :, :1, :1]).any(1, keepdim=True)
+        weight = 1 + OBJECT_WEIGHT * drawn_on
+        difference = restored - pictures
+        return (weight * (difference.abs() + difference.square())).mean() + 1e-6 * posterior.kl().float().mean()
+
+    fit("vae", model, loss_of, steps=steps, learning_rate=2e-3, work=work)
+
+
+def _trained_vae(work: Path) -> AutoencoderKL:
+    model = models.build_vae()
+    model.load_state_dict(torch.load(work / "vae.pt", map_location="cpu")["model"])
+    return model.to(_device()).eval()
+
+
+def _latents(work: Path) -> dict[str, Tensor]:
+    """Latents and text states of the training scenes, encoded once; scaled to unit deviation."""
+    path = work / "latents.pt"
+    if path.exists():
+        return torch.load(path)
+    tokenizer, encoder = _trained_text_encoder(work)
+    autoencoder = _trained_vae(work)
+    latents, states = [], []
+    with torch.no_grad(), torch.autocast(_device().type, torch.bfloat16):
+        for step in range(LATENT_SCENES // 256):
+            texts, drawn = _batch(256, 1_000_000 + step)
+            pictures = scenes.render(drawn, _generator(1_000_000 + step)).to(_device())
+            latents.append(autoencoder.encode(pictures).latent_dist.mean.float().cpu())
+            states.append(encoder(_tokens(tokenizer, texts)).last_hidden_state.to(torch.bfloat16).cpu())
+        empty = encoder(_tokens(tokenizer, [""])).last_hidden_state.to(torch.bfloat16).cpu()
+    joined = torch.cat(latents)
+    scale = 1 / joined.std()
+    kept = {"latents": joined * scale, "scale": scale, "states": torch.cat(states), "empty": empty}
+    _save_whole(kept, path)
+    return kept
+
+
+@app.command()
+def unet(work: Work, steps: int = 11000, batch: int = 64, learning_rate: float = 6e-4) -> None:
+    """Train the UNet on velocity, with a tenth of the captions dropped for classifier-free guidance."""
+    data = _latents(work)
+    torch.manual_seed(SEED + 3)
+    model = models.build_unet().to(_device())
+    average = copy.deepcopy(model).requires_grad_(False)
+    model.set_attn_processor(AttnProcessor())  # the fused attention's backward is twice the rest on a CPU
+    signal = models.build_scheduler().alphas_cumprod
+
+    def loss_of(step: int) -> Tensor:
+        random = _generator(step)
+        index = torch.randint(len(data["latents"]), (batch,), generator=random)
+        steps_of_noise = torch.randint(len(signal), (batch,), generator=random)
+        latents = data["latents"][index]
+        noise = torch.randn(latents.shape, generator=random)
+        dropped = torch.rand(batch, 1, 1, generator=random) < DROPPED_CAPTIONS
+        states = torch.where(dropped, data["empty"], data["states"][index]).to(_device())
+        keep = signal[steps_of_noise].view(-1, 1, 1, 1)
+        noisy = keep.sqrt() * latents + (1 - keep).sqrt() * noise
+        velocity = (keep.sqrt() * noise - (1 - keep).sqrt() * latents).to(_device())
+        predicted = model(noisy.to(_device()), steps_of_noise.to(_device()), states).sample
+        return (predicted.float() - velocity).square().mean()
+
+    @torch.no_grad()
+    def after_step() -> None:
+        for old, new in zip(average.parameters(), model.parameters(), strict=True):
+            old.lerp_(new, 1 - EMA_DECAY)
+
+    fit(
+        "unet", model, loss_of, steps=steps, learning_rate=learning_rate, work=work, after_step=after_step, extra=average
+    )
+
+
+@app.command()
+def export(work: Work, out: Path) -> None:
+    """Write the trained parts as a StableDiffusionPipeline directory in float16, and the evaluator beside it."""
+    tokenizer, encoder = _trained_text_encoder(work)
+    autoencoder = _trained_vae(work)
+    autoencoder.register_to_config(scaling_factor=float(_latents(work)["scale"]))
+    network = models.build_unet()
+    network.load_state_dict(torch.load(work / "unet.pt", map_location="cpu")["extra"])
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=network,
+        scheduler=models.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    pipeline.to(torch.float16).save_pretrained(part)
+    state = torch.load(work / "evaluator.pt", map_location="cpu")["model"]
+    (part / "evaluator").mkdir()
+    halves = {k: v.half().contiguous() for k, v in state.items()}
+    save_file(halves, part / "evaluator" / "model.safetensors", {"attributes": ",".join(CLASSES)})
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+
+
+if __name__ == "__main__":
+    app()

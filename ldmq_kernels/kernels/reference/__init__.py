@@ -1,0 +1,35 @@
+"""Plain torch: the definition of every op, right on any device and fast on none."""
+
+from __future__ import annotations
+
+import torch
+
+from ldmq_kernels.kernels.reference.conv2d_w4a8 import conv2d_w4a8
+from ldmq_kernels.kernels.reference.conv2d_w8a8 import conv2d_w8a8
+from ldmq_kernels.kernels.reference.conv2d_w8a16 import conv2d_w8a16
+from ldmq_kernels.kernels.reference.linear_w4a8 import linear_w4a8
+from ldmq_kernels.kernels.reference.linear_w4a16 import linear_w4a16
+from ldmq_kernels.kernels.reference.linear_w8a8 import linear_w8a8
+from ldmq_kernels.kernels.reference.linear_w8a16 import linear_w8a16
+from ldmq_kernels.kernels.reference.quantize_per_sample import quantize_per_sample
+from ldmq_kernels.kernels.reference.quantize_per_token import quantize_per_token
+from ldmq_kernels.kernels.reference.quantize_static import quantize_static
+
+__all__ = [
+    "conv2d_w4a8",
+    "conv2d_w8a8",
+    "conv2d_w8a16",
+    "linear_w4a8",
+    "linear_w4a16",
+    "linear_w8a8",
+    "linear_w8a16",
+    "quantize_per_sample",
+    "quantize_per_token",
+    "quantize_static",
+    "serves",
+]
+
+
+def serves(device: torch.device) -> bool:  # noqa: ARG001
+    """Any device."""
+    return True

@@ -1,0 +1,53 @@
+"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_vector + residual, in exact integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu.packing import unpack_conv2d
+
+
+def conv2d_w8a8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    sample_vector: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: tuple[int, int],  # noqa: ARG001
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Convolution on int8 activations and int8 weights, zero padding.
+
+    Args:
+        x_q: (N, C, H, W) int8.
+        x_scale: (1,) or (N,) float32.
+        weight: (K, R, S, C / groups) int8, or the CPU backend's packed form.
+        weight_scale: (K,) float32.
+        bias: (K,) floating.
+        sample_vector: (N, K) floating, added to every position (the time embedding).
+        residual: (N, K, P, Q) floating, added last.
+        kernel_size: (R, S), which a packed weight no longer shows.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        (N, K, P, Q) of `out_dtype`, channels_last.
+    """
+    integers = unpack_conv2d(weight) if weight.is_mkldnn else weight
+    accumulator = torch.nn.functional.conv2d(
+        x_q.double(), integers.permute(0, 3, 1, 2).double(), None, stride, padding, dilation, groups
+    ).float()
+    out = accumulator * x_scale.view(-1, 1, 1, 1) * weight_scale.view(1, -1, 1, 1)
+    if bias is not None:
+        out = out + bias.float().view(1, -1, 1, 1)
+    if sample_vector is not None:
+        out = out + sample_vector.float()[:, :, None, None]
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(out_dtype).contiguous(memory_format=torch.channels_last)

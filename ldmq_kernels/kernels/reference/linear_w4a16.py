@@ -1,0 +1,27 @@
+"""out = x @ (weight * group_scale)^T + bias, in float32, rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.numerics.affine import expand_groups
+from ldmq_kernels.numerics.packing import unpack_int4
+
+
+def linear_w4a16(x: Tensor, weight: Tensor, group_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Linear layer on int4 weights with a scale for each group, and floating activations.
+
+    Args:
+        x: (..., K) floating.
+        weight: (N, ceil(K / 2)) uint8 holding int4.
+        group_scale: (N, groups) float32.
+        bias: (N,) floating.
+
+    Returns:
+        (..., N) of x's dtype.
+    """
+    channels = x.shape[-1]
+    restored = unpack_int4(weight, channels) * expand_groups(group_scale, channels)
+    out = torch.nn.functional.linear(x.float(), restored)
+    return (out if bias is None else out + bias.float()).to(x.dtype)

@@ -1,0 +1,40 @@
+"""The int8 linear over int4 weights times their group multipliers, which is an exact int8 weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.reference.linear_w8a8 import linear_w8a8
+from ldmq_kernels.numerics.affine import fold_multiplier
+from ldmq_kernels.numerics.packing import unpack_int4
+
+
+def linear_w4a8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    multiplier: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Linear layer on int8 activations and two-level int4 weights.
+
+    Args:
+        x_q: (..., K) int8.
+        x_scale: (1,) or (...) float32.
+        weight: (N, ceil(K / 2)) uint8 holding int4, or the CPU backend's packed form of the folded weight.
+        multiplier: (N, groups) uint8 in 1..18.
+        weight_scale: (N,) float32.
+        bias: (N,) floating.
+        residual: (..., N) floating, added last.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        (..., N) of `out_dtype`.
+    """
+    if not weight.is_mkldnn:
+        weight = fold_multiplier(unpack_int4(weight, x_q.shape[-1]), multiplier)
+    return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, out_dtype)

@@ -1,0 +1,42 @@
+"""out = (x_q @ weight^T) * x_scale * weight_scale + bias + residual, the product in exact integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu.packing import unpack_linear
+
+
+def linear_w8a8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Linear layer on int8 activations and int8 weights.
+
+    Args:
+        x_q: (..., K) int8.
+        x_scale: (1,) or (...) float32.
+        weight: (N, K) int8, or the CPU backend's packed form.
+        weight_scale: (N,) float32.
+        bias: (N,) floating.
+        residual: (..., N) floating, added last.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        (..., N) of `out_dtype`.
+    """
+    integers = unpack_linear(weight) if weight.is_mkldnn else weight
+    # float64 holds sums of int8 products exactly, and every device multiplies it
+    accumulator = torch.nn.functional.linear(x_q.double(), integers.double()).float()
+    out = accumulator * (x_scale if x_scale.numel() == 1 else x_scale.unsqueeze(-1)) * weight_scale
+    if bias is not None:
+        out = out + bias.float()
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(out_dtype)

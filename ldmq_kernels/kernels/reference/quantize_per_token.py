@@ -1,0 +1,32 @@
+"""scale = max(absmax(y), floor) / 127 for each token; q = clamp(rint(y * (1 / scale)), -127, 127)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.reference.quantize_static import round_to_int8
+
+ABSMAX_FLOOR = 1e-12  # of a token that is all zero, so that its scale is positive
+
+
+def dynamic_scale(absmax: Tensor) -> Tensor:
+    """The scale for values up to `absmax`, float32."""
+    return absmax.clamp_min(ABSMAX_FLOOR) / 127
+
+
+def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Quantize each row with the scale of its own largest value.
+
+    Args:
+        x: (..., K) floating.
+        smoothing: (K,) float32 reciprocal smoothing vector, multiplied in first.
+
+    Returns:
+        (..., K) int8 and the scales (...) float32.
+    """
+    y = x.contiguous().float()
+    if smoothing is not None:
+        y = y * smoothing
+    scale = dynamic_scale(y.abs().amax(-1)) if y.numel() else torch.empty(y.shape[:-1], device=y.device)
+    return round_to_int8(y * (1 / scale).unsqueeze(-1)), scale

@@ -1,0 +1,7 @@
+"""Drop-in layers that compute in int8 and int4."""
+
+from ldmq_kernels.nn.quant_conv2d import QuantConv2d
+from ldmq_kernels.nn.quant_linear import QuantLinear
+from ldmq_kernels.nn.quantized import QuantizedLayer
+
+__all__ = ["QuantConv2d", "QuantLinear", "QuantizedLayer"]

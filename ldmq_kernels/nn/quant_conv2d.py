@@ -1,0 +1,126 @@
+"""A 2-D convolution that computes in the scheme that a plan gives it."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from ldmq_kernels import ops
+from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear, unpack_conv2d, unpack_linear
+from ldmq_kernels.nn.quantized import QuantizedLayer
+from ldmq_kernels.numerics.affine import divide_multiplier, fold_multiplier
+from ldmq_kernels.numerics.packing import pack_int4, unpack_int4
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
+    """Drop-in for nn.Conv2d. Constructed directly it is an ordinary float layer; see `from_float`.
+
+    Shape: (N, C, H, W) or (C, H, W) -> the same rank with K channels, in the input's dtype,
+    channels_last in memory. A 1x1 convolution without stride and padding is computed as a linear,
+    with a scale for each token where activations are dynamic; others take one for each sample.
+    """
+
+    kind = "conv2d"
+
+    @staticmethod
+    def to_channels_last(weight: Tensor) -> Tensor:
+        """(K, C, R, S) to (K, R, S, C)."""
+        return weight.permute(0, 2, 3, 1).contiguous()
+
+    @classmethod
+    def structure_of(cls, module: Any) -> Self:
+        """A float QuantConv2d on the meta device, shaped as `module`."""
+        return cls(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            bias=module.bias is not None,
+            padding_mode=module.padding_mode,
+            device="meta",
+            dtype=module.weight.dtype if module.weight.is_floating_point() else None,
+        )
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether this is a linear over pixels."""
+        unpadded = self.padding in ((0, 0), "valid") or self.padding == "same"
+        return self.kernel_size == (1, 1) and self.stride == (1, 1) and unpadded and self.groups == 1
+
+    @property
+    def symmetric_padding(self) -> tuple[int, int] | None:
+        """Zero padding (height, width) that the op applies itself, or None where the input is padded first."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        if self.padding_mode != "zeros" or left != right or top != bottom:
+            return None
+        return top, left
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        channels = self.in_channels // self.groups
+        if self.multiplier is not None:
+            weight = fold_multiplier(unpack_int4(weight, channels), self.multiplier)
+        if self.is_pointwise:
+            return pack_linear(weight.flatten(1))
+        return pack_conv2d(weight, self.stride, self.symmetric_padding or (0, 0), self.dilation, self.groups)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        if self.is_pointwise:
+            weight = unpack_linear(packed)[:, None, None, :]
+        else:
+            weight = unpack_conv2d(packed)
+        return weight if self.multiplier is None else pack_int4(divide_multiplier(weight, self.multiplier))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize the input as the scheme says, convolve in integers, scale back."""
+        if not self.scheme.quantizes:
+            return nn.Conv2d.forward(self, x)
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        padding = self.symmetric_padding
+        if padding is None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
+        geometry = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        if self.scheme.format.activation_bits == 16:
+            return ops.conv2d_w8a16(x, self.weight, self.weight_scale, self.bias, *geometry)
+        if self.is_pointwise:
+            return self._pointwise(x)
+        if self.scheme.is_static:
+            x_q, x_scale = ops.quantize_static(x, self.input_reciprocal, 1), self.input_scale
+        else:
+            x_q, x_scale = ops.quantize_per_sample(x, self.smoothing)
+        if self.multiplier is None:
+            return ops.conv2d_w8a8(
+                x_q, x_scale, self.kernel_weight, self.weight_scale, self.bias, None, None, *geometry, x.dtype
+            )
+        return ops.conv2d_w4a8(
+            x_q,
+            x_scale,
+            self.kernel_weight,
+            self.multiplier,
+            self.weight_scale,
+            self.bias,
+            None,
+            None,
+            *geometry,
+            x.dtype,
+        )
+
+    def _pointwise(self, x: Tensor) -> Tensor:
+        if self.scheme.is_static:
+            x_q, x_scale = ops.quantize_static(x, self.input_reciprocal, 1).permute(0, 2, 3, 1), self.input_scale
+        else:
+            x_q, x_scale = ops.quantize_per_token(x.permute(0, 2, 3, 1), self.smoothing)
+        weight = self.kernel_weight
+        if self.packed_weight is None:
+            weight = weight.flatten(1)
+        if self.multiplier is None:
+            out = ops.linear_w8a8(x_q, x_scale, weight, self.weight_scale, self.bias, None, x.dtype)
+        else:
+            multiplier = self.multiplier.flatten(1)
+            out = ops.linear_w4a8(x_q, x_scale, weight, multiplier, self.weight_scale, self.bias, None, x.dtype)
+        return out.permute(0, 3, 1, 2)

@@ -1,0 +1,78 @@
+"""The precisions that a layer can have, and the ways of scaling its activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Format:
+    """Bits of weights and activations; 16 bits mean the model's own dtype."""
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    layers: tuple[str, ...] = ("linear", "conv2d")
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("w8a8", 8, 8),
+        Format("w4a8", 4, 8),
+        Format("w8a16", 8, 16),
+        Format("w4a16", 4, 16, layers=("linear",)),
+        Format("fp16", 16, 16),
+    )
+}
+ACTIVATIONS = ("static", "dynamic")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A format, and for 8-bit activations whether their scale is calibrated or measured in each call.
+
+    Its text form is "w8a8-static", "w4a8-dynamic", "w8a16", "fp16" and so on.
+    """
+
+    format: Format
+    activations: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.format.name}-{self.activations}" if self.activations else self.format.name
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a calibrated activation scale is needed."""
+        return self.activations == "static"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is quantized at all."""
+        return self.format.weight_bits < 16
+
+
+SCHEMES = {
+    str(scheme): scheme
+    for f in FORMATS.values()
+    for scheme in ([Scheme(f, a) for a in ACTIVATIONS] if f.activation_bits == 8 else [Scheme(f)])
+}
+FLOAT = SCHEMES["fp16"]
+
+
+def parse_schemes(names: list[str] | tuple[str, ...]) -> list[Scheme]:
+    """Schemes by name; "w8a8" stands for its static and its dynamic form.
+
+    Raises:
+        ValueError: a name is neither a format nor a scheme.
+    """
+    found: dict[str, Scheme] = {}
+    for name in names:
+        matching = [s for s in SCHEMES.values() if name in (str(s), s.format.name)]
+        if not matching:
+            known = ", ".join([*FORMATS, *(n for n in SCHEMES if n not in FORMATS)])
+            raise ValueError(f"unknown format {name!r}: choose among {known}")
+        found |= {str(s): s for s in matching}
+    return list(found.values())

@@ -1,0 +1,35 @@
+"""SmoothQuant's per-channel migration of activation outliers into the weight, in the consumer alone.
+
+The layer computes (x / s) @ (w * s): its weight carries s, its quantization multiplies by 1 / s.
+Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST_RATIO = 1e4  # a dead channel must not be scaled into the overflow of another one
+
+
+def smoothing_vector(input_absmax: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """s = absmax(x)^alpha / absmax(w)^(1 - alpha) for each input channel, as powers of two.
+
+    Powers of two make weight * s and x / s exact, so smoothing itself adds no rounding.
+
+    Args:
+        input_absmax: (C,) largest absolute value of each input channel.
+        weight: (out, ..., C) floating.
+        alpha: 0 leaves activations as they are, 1 moves all of their range into the weight.
+
+    Returns:
+        (C,) float32, positive, with geometric mean near 1.
+    """
+    weight_absmax = weight.float().abs().flatten(0, -2).amax(0)
+    alive = (input_absmax > 0) & (weight_absmax > 0)
+    x = torch.where(alive, input_absmax.float(), torch.ones_like(weight_absmax))
+    w = torch.where(alive, weight_absmax, torch.ones_like(weight_absmax))
+    logarithm = torch.log2(x) * alpha - torch.log2(w) * (1 - alpha)
+    logarithm = torch.where(alive, logarithm - logarithm[alive].mean() if bool(alive.any()) else logarithm, 0.0)
+    bound = torch.log2(torch.tensor(LARGEST_RATIO))
+    return torch.exp2(torch.round(logarithm.clamp(-bound, bound)))

@@ -1,0 +1,118 @@
+"""The ops of the package, `torch.ops.ldmq.*`: one node each for torch.compile, graphs and export.
+
+Each op is defined here with its schema and its fake kernel. What computes it is chosen when the
+op runs, by `ldmq_kernels.kernels.dispatch`, among the backends' functions of the same name.
+
+Shapes: `x_q` of a linear is (..., K) and of a convolution (N, C, H, W), channels_last in memory.
+Weights are (N, K) and (K, R, S, C / groups); int4 ones hold two values to a byte along the last
+axis (`numerics.packing`). A weight may also be a backend's packed tensor; that is why
+convolutions are told their `kernel_size`. Scales are float32. `x_scale` has one element (static)
+or one for each token, (...), or sample, (N,). `weight_scale` is (out,). `multiplier` (uint8) and
+`group_scale` (float32) are (N, groups) for a linear and (K, R, S, groups) for a convolution.
+
+Epilogue, in float32, rounded once to `out_dtype`:
+
+    out = accumulator * x_scale * weight_scale + bias + sample_vector[:, :, None, None] + residual
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels import dispatch
+
+_LIBRARY = torch.library.Library("ldmq", "DEF")
+
+_CONV = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups"
+SCHEMAS = {
+    "quantize_static": "(Tensor x, Tensor reciprocal, int channel_dim) -> Tensor",
+    "quantize_per_token": "(Tensor x, Tensor? smoothing) -> (Tensor, Tensor)",
+    "quantize_per_sample": "(Tensor x, Tensor? smoothing) -> (Tensor, Tensor)",
+    "linear_w8a8": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
+    "Tensor? residual, ScalarType out_dtype) -> Tensor",
+    "linear_w4a8": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor multiplier, Tensor weight_scale, "
+    "Tensor? bias, Tensor? residual, ScalarType out_dtype) -> Tensor",
+    "linear_w8a16": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    "linear_w4a16": "(Tensor x, Tensor weight, Tensor group_scale, Tensor? bias) -> Tensor",
+    "conv2d_w8a8": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
+    f"Tensor? sample_vector, Tensor? residual, {_CONV}, ScalarType out_dtype) -> Tensor",
+    "conv2d_w4a8": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor multiplier, Tensor weight_scale, "
+    f"Tensor? bias, Tensor? sample_vector, Tensor? residual, {_CONV}, ScalarType out_dtype) -> Tensor",
+    "conv2d_w8a16": f"(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, {_CONV}) -> Tensor",
+}
+
+
+def _channels_last(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
+    if x.dim() == 4 and channel_dim == 1:
+        return _channels_last(x, tuple(x.shape), torch.int8)
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def _fake_quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _fake_quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _channels_last(x, tuple(x.shape), torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def _fake_linear(x: Tensor, out_features: int, out_dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
+
+
+def conv2d_output_size(
+    size: tuple[int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """Height and width of a convolution's output."""
+    height, width = (
+        (length + 2 * pad - step * (kernel - 1) - 1) // move + 1
+        for length, kernel, move, pad, step in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    )
+    return height, width
+
+
+def _fake_conv2d(x: Tensor, channels: int, geometry: tuple, out_dtype: torch.dtype) -> Tensor:
+    kernel_size, stride, padding, dilation, _ = geometry
+    size = conv2d_output_size((x.shape[2], x.shape[3]), kernel_size, stride, padding, dilation)
+    return _channels_last(x, (x.shape[0], channels, *size), out_dtype)
+
+
+_FAKES = {
+    "quantize_static": _fake_quantize_static,
+    "quantize_per_token": _fake_quantize_per_token,
+    "quantize_per_sample": _fake_quantize_per_sample,
+    "linear_w8a8": lambda x, _xs, _w, scale, _b, _r, dtype: _fake_linear(x, scale.shape[0], dtype),
+    "linear_w4a8": lambda x, _xs, _w, _m, scale, _b, _r, dtype: _fake_linear(x, scale.shape[0], dtype),
+    "linear_w8a16": lambda x, _w, scale, _b: _fake_linear(x, scale.shape[0], x.dtype),
+    "linear_w4a16": lambda x, _w, scale, _b: _fake_linear(x, scale.shape[0], x.dtype),
+    "conv2d_w8a8": lambda x, _xs, _w, scale, _b, _v, _r, *rest: _fake_conv2d(x, scale.shape[0], rest[:-1], rest[-1]),
+    "conv2d_w4a8": lambda x, _xs, _w, _m, scale, _b, _v, _r, *rest: _fake_conv2d(
+        x, scale.shape[0], rest[:-1], rest[-1]
+    ),
+    "conv2d_w8a16": lambda x, _w, scale, _b, *geometry: _fake_conv2d(x, scale.shape[0], geometry, x.dtype),
+}
+
+for _name, _schema in SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _LIBRARY.impl(_name, dispatch.server(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ldmq::{_name}", _FAKES[_name], lib=_LIBRARY)
+
+quantize_static = torch.ops.ldmq.quantize_static
+quantize_per_token = torch.ops.ldmq.quantize_per_token
+quantize_per_sample = torch.ops.ldmq.quantize_per_sample
+linear_w8a8 = torch.ops.ldmq.linear_w8a8
+linear_w4a8 = torch.ops.ldmq.linear_w4a8
+linear_w8a16 = torch.ops.ldmq.linear_w8a16
+linear_w4a16 = torch.ops.ldmq.linear_w4a16
+conv2d_w8a8 = torch.ops.ldmq.conv2d_w8a8
+conv2d_w4a8 = torch.ops.ldmq.conv2d_w4a8
+conv2d_w8a16 = torch.ops.ldmq.conv2d_w8a16

@@ -1,0 +1,1 @@
+"""From measured noise and costs to a precision for each layer."""

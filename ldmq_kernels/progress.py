@@ -1,0 +1,24 @@
+"""Progress bars with a time estimate on long work; silent where nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+
+def track(items: Iterable[Item], what: str, total: int, *, show: bool) -> Iterator[Item]:
+    """Iterate with a progress bar named `what` on standard error."""
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+        yield from progress.track(items, total=total, description=what)
