@@ -224,7 +224,7 @@ def _latents(work: Path) -> dict[str, Tensor]:
 
 
 @app.command()
-def unet(work: Work, steps: int = 11000, batch: int = 64, learning_rate: float = 6e-4) -> None:
+def unet(work: Work, steps: int = 6000, batch: int = 64, learning_rate: float = 6e-4) -> None:
     """Train the UNet on velocity, with a tenth of the captions dropped for classifier-free guidance."""
     data = _latents(work)
     torch.manual_seed(SEED + 3)
@@ -253,7 +253,14 @@ def unet(work: Work, steps: int = 11000, batch: int = 64, learning_rate: float =
             old.lerp_(new, 1 - EMA_DECAY)
 
     fit(
-        "unet", model, loss_of, steps=steps, learning_rate=learning_rate, work=work, after_step=after_step, extra=average
+        "unet",
+        model,
+        loss_of,
+        steps=steps,
+        learning_rate=learning_rate,
+        work=work,
+        after_step=after_step,
+        extra=average,
     )
 
 

@@ -1,0 +1,97 @@
+"""Calibration sees what the float pipeline feeds each layer, and changes nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldmq_kernels.calibration import SamplingSettings, calibrate
+from ldmq_kernels.calibration.ranges import channel_absmax, range_drift, static_scale
+from ldmq_kernels.calibration.trajectory import replay
+from ldmq_kernels.conversion import convert
+from ldmq_kernels.planning.plan import quantizable_layers, uniform_plan
+from python_tests.tiny import PROMPTS
+
+SETTINGS = SamplingSettings(num_inference_steps=3, guidance_scale=4.0, seed=5)
+
+
+@pytest.fixture(scope="module")
+def calibration(shared_pipe):
+    return calibrate(shared_pipe, PROMPTS, SETTINGS)
+
+
+def test_every_layer_has_ranges_for_every_step_and_channel(shared_pipe, calibration):
+    layers = quantizable_layers(shared_pipe.unet)
+    assert set(calibration.absmax) == set(layers)
+    for name, layer in layers.items():
+        assert calibration.absmax[name].shape == (3, layer.weight.shape[1])
+        assert (calibration.absmax[name].amax(1) > 0).all()
+
+
+def test_the_first_layer_saw_the_latents_of_each_step(calibration):
+    for call in calibration.trajectory.calls:
+        expected = call.args[0].abs().amax((0, 2, 3))
+        assert torch.allclose(calibration.absmax["conv_in"][call.step], expected)
+
+
+def test_single_step_calibration_uses_the_noisiest_step_alone(shared_pipe, calibration):
+    all_steps = calibrate(shared_pipe, PROMPTS, SETTINGS, mode="all-steps")
+    for name, by_step in calibration.absmax.items():
+        assert torch.equal(calibration.input_absmax(name), by_step[0])
+        assert torch.equal(all_steps.input_absmax(name), by_step.amax(0))
+
+
+def test_replaying_the_trajectory_gives_the_recorded_outputs(shared_pipe, calibration):
+    for call, output in replay(shared_pipe.unet, calibration.trajectory):
+        assert torch.equal(output, call.output)
+
+
+def test_guidance_halves_are_both_recorded(calibration):
+    assert [call.output.shape[0] for call in calibration.trajectory.calls] == [2 * len(PROMPTS)] * 3
+
+
+def test_hooks_are_gone_afterwards(shared_pipe, calibration):
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in shared_pipe.unet.modules())
+
+
+def test_operations_count_multiply_accumulates(shared_pipe, calibration):
+    conv_in = shared_pipe.unet.conv_in
+    positions = 2 * len(PROMPTS) * 8 * 8
+    assert calibration.operations["conv_in"] == positions * conv_in.weight.numel()
+
+
+def test_a_layer_that_sees_nan_is_named(pipe):
+    with torch.no_grad():
+        pipe.unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"mid_block\.resnets\.0\..*NaN"):
+        calibrate(pipe, PROMPTS, SETTINGS)
+    assert not any(m._forward_hooks for m in pipe.unet.modules())
+
+
+def test_a_quantized_model_is_refused(pipe):
+    convert(pipe.unet, uniform_plan(pipe.unet, "w8a16"))
+    with pytest.raises(ValueError, match="quantized already"):
+        calibrate(pipe, PROMPTS, SETTINGS)
+
+
+def test_no_prompts_and_an_unknown_mode_are_refused(shared_pipe):
+    with pytest.raises(ValueError, match="at least one prompt"):
+        calibrate(shared_pipe, [], SETTINGS)
+    with pytest.raises(ValueError, match="first-step"):
+        calibrate(shared_pipe, PROMPTS, SETTINGS, mode="last-step")
+
+
+def test_channels_are_found_in_linears_and_convolutions():
+    pictures = torch.zeros(2, 3, 4, 4)
+    pictures[1, 2, 3, 3] = -7
+    assert channel_absmax(nn.Conv2d(3, 1, 1), pictures).tolist() == [0, 0, 7]
+    tokens = torch.zeros(2, 5, 3)
+    tokens[1, 4, 1] = -2
+    assert channel_absmax(nn.Linear(3, 1), tokens).tolist() == [0, 2, 0]
+
+
+def test_scale_and_drift_are_ratios_of_largest_values():
+    by_step = torch.tensor([[1.0, 2.0], [3.0, 1.0]])
+    assert range_drift(by_step) == pytest.approx(1.5)
+    assert static_scale(torch.tensor([1.0, 254.0]), None) == pytest.approx(2.0)
+    assert static_scale(torch.tensor([1.0, 254.0]), torch.tensor([1.0, 0.5])) == pytest.approx(1.0)
+    assert static_scale(torch.zeros(2), None) is None

@@ -1,0 +1,17 @@
+"""Fixtures that several rooms share."""
+
+import pytest
+
+from python_tests.tiny import tiny_pipeline
+
+
+@pytest.fixture(scope="session")
+def shared_pipe(tmp_path_factory):
+    """One tiny float pipeline for tests that leave it as it is."""
+    return tiny_pipeline(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """A tiny float pipeline of the test's own."""
+    return tiny_pipeline(tmp_path / "tokenizer")
