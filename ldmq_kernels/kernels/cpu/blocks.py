@@ -1,0 +1,60 @@
+"""Elementwise work on rows, a block at a time, so that float32 intermediates stay in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_PER_THREAD = 1 << 17  # float32 elements; half a megabyte, a quarter of a server core's L2
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices that cover `rows` rows of `columns` elements."""
+    step = max(1, BLOCK_PER_THREAD * torch.get_num_threads() // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def quantize_rows(x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
+    """out = clamp(rint(fp32(x) * factors[0] * factors[1] ...), -127, 127), multiplied in this order.
+
+    Args:
+        x: (M, C) floating, contiguous.
+        factors: float32 (1,) or (C,) each.
+        out: (M, C) int8, contiguous.
+    """
+    for block in row_blocks(*x.shape):
+        y = x[block].float() * factors[0] if x.dtype == torch.float32 else x[block].float().mul_(factors[0])
+        for factor in factors[1:]:
+            y.mul_(factor)
+        out[block].copy_(y.round_().clamp_(-127, 127))
+
+
+def finish_rows(
+    accumulator: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor
+) -> None:
+    """out = accumulator * scale + shift + residual in float32, rounded once. Overwrites the accumulator.
+
+    Args:
+        accumulator: (M, N) float32.
+        scale: (M, 1) or (1,) float32.
+        shift: (N,) float32.
+        residual: (M, N) floating.
+        out: (M, N) of the output's dtype.
+    """
+    per_row = scale is not None and scale.dim() == 2
+    for block in row_blocks(*accumulator.shape):
+        y = accumulator[block]
+        if scale is not None:
+            y.mul_(scale[block] if per_row else scale)
+        if shift is not None:
+            y.add_(shift)
+        if residual is not None:
+            y.add_(residual[block])
+        out[block].copy_(y)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(N, C, H, W), channels_last in memory, as (N * H * W, C) of the same memory."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

@@ -1,0 +1,52 @@
+"""The int8 convolution over int4 weights times their group multipliers, which is an exact int8 weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu.conv2d_w8a8 import conv2d_w8a8
+from ldmq_kernels.numerics.affine import fold_multiplier
+from ldmq_kernels.numerics.packing import unpack_int4
+
+
+def conv2d_w4a8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    multiplier: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    sample_vector: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Convolution on int8 activations and two-level int4 weights; the rest as `conv2d_w8a8`, but for
+
+    Args:
+        weight: the folded weight packed by `packing.pack_conv2d`, or (K, R, S, ceil(C / groups / 2)) uint8
+            holding int4.
+        multiplier: (K, R, S, weight groups) uint8 in 1..18.
+    """
+    if not weight.is_mkldnn:
+        weight = fold_multiplier(unpack_int4(weight, x_q.shape[1] // groups), multiplier)
+    return conv2d_w8a8(
+        x_q,
+        x_scale,
+        weight,
+        weight_scale,
+        bias,
+        sample_vector,
+        residual,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        out_dtype,
+    )

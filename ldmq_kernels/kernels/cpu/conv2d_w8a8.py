@@ -1,0 +1,92 @@
+"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_vector + residual, in oneDNN's int8."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu import onednn
+from ldmq_kernels.kernels.cpu.blocks import as_rows, finish_rows
+from ldmq_kernels.kernels.cpu.linear_w8a8 import WRITTEN_BY_ONEDNN
+from ldmq_kernels.kernels.cpu.packing import lay_out_conv2d, pack_conv2d
+
+
+def _shifts(bias: Tensor | None, sample_vector: Tensor | None, samples: int) -> list[Tensor | None]:
+    """What is added to every position of each sample: (K,) float32, or None."""
+    shared = None if bias is None else bias.float()
+    if sample_vector is None:
+        return [shared] * samples
+    own = sample_vector.float()
+    return list(own if shared is None else own + shared)
+
+
+def conv2d_w8a8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    sample_vector: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Convolution on int8 activations and int8 weights, zero padding.
+
+    Args:
+        x_q: (N, C, H, W) int8.
+        x_scale: (1,) or (N,) float32.
+        weight: packed by `packing.pack_conv2d`, or (K, R, S, C / groups) int8, which is packed anew in each call.
+        weight_scale: (K,) float32.
+        bias: (K,) floating.
+        sample_vector: (N, K) floating, added to every position (the time embedding).
+        residual: (N, K, P, Q) floating, added last.
+        kernel_size: (R, S), which a packed weight no longer shows.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        (N, K, P, Q) of `out_dtype`, channels_last.
+    """
+    samples = x_q.shape[0]
+    if not samples:
+        return _empty(x_q, weight_scale, kernel_size, stride, padding, dilation, out_dtype)
+    x_q = x_q.contiguous(memory_format=torch.channels_last)
+    geometry = (stride, padding, dilation, groups)
+    packed = weight if weight.is_mkldnn else pack_conv2d(weight, *geometry)
+    lay_out_conv2d(packed, *geometry, x_q.shape)
+    shifts = _shifts(bias, sample_vector, samples)
+    is_static, is_shared = x_scale.numel() == 1, sample_vector is None or samples == 1
+    if is_static and is_shared and residual is None and out_dtype in WRITTEN_BY_ONEDNN:
+        return onednn.conv2d(x_q, float(x_scale), packed, weight_scale, shifts[0], *geometry, out_dtype)
+    accumulator = onednn.conv2d(x_q, 1.0, packed, weight_scale, None, *geometry, torch.float32)
+    out = torch.empty_like(accumulator, dtype=out_dtype)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    scales = x_scale.reshape(-1).expand(samples)
+    for sample in range(samples):
+        one = slice(sample, sample + 1)
+        added = None if residual is None else as_rows(residual[one])
+        finish_rows(as_rows(accumulator[one]), scales[one], shifts[sample], added, as_rows(out[one]))
+    return out
+
+
+def _empty(
+    x_q: Tensor,
+    weight_scale: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The output for a batch of no samples, which oneDNN does not take."""
+    size = [
+        (length + 2 * pad - step * (kernel - 1) - 1) // move + 1
+        for length, kernel, move, pad, step in zip(x_q.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    ]
+    shape = (0, weight_scale.shape[0], *size)
+    return torch.empty(shape, dtype=out_dtype, memory_format=torch.channels_last)

@@ -1,0 +1,31 @@
+"""The int8 linear over int4 weights times their group multipliers, which is an exact int8 weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu.linear_w8a8 import linear_w8a8
+from ldmq_kernels.numerics.affine import fold_multiplier
+from ldmq_kernels.numerics.packing import unpack_int4
+
+
+def linear_w4a8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    multiplier: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Linear layer on int8 activations and two-level int4 weights; the rest as `linear_w8a8`, but for
+
+    Args:
+        weight: the folded weight packed by `packing.pack_linear`, or (N, ceil(K / 2)) uint8 holding int4.
+        multiplier: (N, groups) uint8 in 1..18.
+    """
+    if not weight.is_mkldnn:
+        weight = fold_multiplier(unpack_int4(weight, x_q.shape[-1]), multiplier)
+    return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, out_dtype)

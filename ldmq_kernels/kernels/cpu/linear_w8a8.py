@@ -1,0 +1,51 @@
+"""out = (x_q @ weight^T) * x_scale * weight_scale + bias + residual, the product in oneDNN's int8."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu import onednn
+from ldmq_kernels.kernels.cpu.blocks import finish_rows
+from ldmq_kernels.kernels.cpu.packing import pack_linear
+
+WRITTEN_BY_ONEDNN = (torch.float32, torch.bfloat16)  # float16 overflows there
+
+
+def linear_w8a8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Linear layer on int8 activations and int8 weights.
+
+    Args:
+        x_q: (..., K) int8.
+        x_scale: (1,) or (...) float32.
+        weight: packed by `packing.pack_linear`, or (N, K) int8, which is packed anew in each call.
+        weight_scale: (N,) float32.
+        bias: (N,) floating.
+        residual: (..., N) floating, added last.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        (..., N) of `out_dtype`.
+    """
+    shape = (*x_q.shape[:-1], weight_scale.shape[0])
+    rows = x_q.reshape(-1, x_q.shape[-1]).contiguous()
+    if not rows.shape[0]:
+        return x_q.new_empty(shape, dtype=out_dtype)
+    packed = weight if weight.is_mkldnn else pack_linear(weight)
+    shift = None if bias is None else bias.float()
+    is_static = x_scale.numel() == 1
+    if is_static and residual is None and out_dtype in WRITTEN_BY_ONEDNN:
+        return onednn.linear(rows, float(x_scale), packed, weight_scale, shift, out_dtype).view(shape)
+    accumulator = onednn.linear(rows, 1.0, packed, weight_scale, None, torch.float32)
+    out = torch.empty(accumulator.shape, dtype=out_dtype)
+    row_scale = x_scale.reshape(1) if is_static else x_scale.reshape(-1, 1)
+    finish_rows(accumulator, row_scale, shift, None if residual is None else residual.reshape(out.shape), out)
+    return out.view(shape)

@@ -1,0 +1,74 @@
+"""oneDNN's layouts of int8 weights, exact both ways.
+
+A linear is blocked at once. Which blocks suit a convolution depends on the size of its input (the
+wrong ones are reordered in every call, for longer than the convolution takes on an 8x8 map), so its
+packed tensor starts in plain order and `lay_out_conv2d` blocks it at its first call, in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu import onednn
+
+_LAYING_OUT = threading.Lock()
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """(N, K) int8 to an opaque tensor for `linear_w8a8` and, of the folded weight, `linear_w4a8`."""
+    return onednn.prepack_linear(weight.contiguous())
+
+
+def unpack_linear(packed: Tensor) -> Tensor:
+    """The (N, K) int8 that `pack_linear` packed."""
+    return packed.to_dense().t().contiguous()
+
+
+def pack_conv2d(
+    weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> Tensor:
+    """(K, R, S, C / groups) int8 to an opaque tensor for `conv2d_w8a8` and `conv2d_w4a8` of this geometry."""
+    return weight.permute(0, 3, 1, 2).contiguous().to_mkldnn()
+
+
+def unpack_conv2d(packed: Tensor) -> Tensor:
+    """The (K, R, S, C / groups) int8 that `pack_conv2d` packed, whatever its layout is by now."""
+    return packed.to_dense().permute(0, 2, 3, 1).contiguous()
+
+
+@functools.cache
+def _trim() -> Callable[[int], int]:
+    """glibc's malloc_trim where there is one: the holes that old layouts leave go back to the system."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return lambda _: 0
+
+
+def lay_out_conv2d(
+    packed: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    input_shape: torch.Size,
+) -> None:
+    """Block a packed convolution weight, in place, for inputs of `input_shape`, if no call has done so before.
+
+    Later shapes keep the first one's blocks: they cost at most a reorder in each call.
+    """
+    if getattr(packed, "_ldmq_is_laid_out", False):
+        return
+    with _LAYING_OUT:  # no other thread computes with a weight that is not laid out
+        if getattr(packed, "_ldmq_is_laid_out", False):
+            return
+        with torch.inference_mode(packed.is_inference()):
+            packed.data = onednn.prepack_conv2d(packed.to_dense(), stride, padding, dilation, groups, input_shape)
+        _trim()(0)
+        packed._ldmq_is_laid_out = True  # type: ignore[attr-defined]

@@ -1,0 +1,40 @@
+"""scale = max(absmax(y), floor) / 127 for each token; q = clamp(rint(y * (1 / scale)), -127, 127)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu.blocks import row_blocks
+from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
+
+
+def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Quantize each row with the scale of its own largest value.
+
+    Args:
+        x: (..., K) floating.
+        smoothing: (K,) float32 reciprocal smoothing vector, multiplied in first.
+
+    Returns:
+        (..., K) int8 and the scales (...) float32.
+    """
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=torch.int8)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32)
+    if not x.numel():
+        return out, scale
+    rows, out_rows, scales = x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), scale.view(-1)
+    buffer = None
+    for block in row_blocks(*rows.shape):
+        chunk = rows[block]
+        if buffer is None:
+            buffer = torch.empty(chunk.shape, dtype=torch.float32)
+        y = buffer[: chunk.shape[0]].copy_(chunk)
+        if smoothing is not None:
+            y.mul_(smoothing)
+        absmax = torch.maximum(y.amax(-1), y.amin(-1).neg_())
+        scales[block] = dynamic_scale(absmax)
+        # no clamp: absmax times the reciprocal of its own scale rounds to 127
+        out_rows[block].copy_(y.mul_((1 / scales[block]).unsqueeze(-1)).round_())
+    return out, scale

@@ -1,0 +1,84 @@
+"""Packed weights give back their integers, and keep doing so when a call lays them out anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldmq_kernels.kernels import cpu
+from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear, unpack_conv2d, unpack_linear
+
+pytestmark = pytest.mark.skipif(
+    not cpu.serves(torch.device("cpu")), reason="oneDNN's int8 is not exact on this processor"
+)
+
+# (out channels, in channels, kernel size, stride, padding, dilation, groups)
+CONVOLUTIONS = [
+    (320, 4, 3, 1, 1, 1, 1),
+    (4, 320, 3, 1, 1, 1, 1),
+    (64, 64, 3, 2, 1, 1, 1),
+    (32, 64, 3, 1, 2, 2, 1),
+    (32, 64, 3, 1, 1, 1, 4),
+    (64, 64, 3, 1, 1, 1, 64),
+    (20, 20, 1, 1, 0, 1, 5),
+]
+
+
+def _integers(*shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [(320, 320), (20, 4), (4, 20), (1, 1), (2560, 960)])
+def test_a_packed_linear_weight_unpacks_exactly(shape):
+    weight = _integers(*shape)
+    assert torch.equal(unpack_linear(pack_linear(weight)), weight)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_packed_convolution_weight_unpacks_exactly_before_and_after_its_first_call(case, inference):
+    out_channels, channels, kernel, stride, padding, dilation, groups = case
+    geometry = ((stride, stride), (padding, padding), (dilation, dilation), groups)
+    weight = _integers(out_channels, kernel, kernel, channels // groups)
+    with torch.inference_mode(inference):
+        packed = pack_conv2d(weight, *geometry)
+        assert torch.equal(unpack_conv2d(packed), weight)
+    x_q = _integers(1, channels, 8, 8)
+    scale = torch.ones(out_channels)
+    rest = (scale, None, None, None, (kernel, kernel), *geometry, torch.float32)
+    out = cpu.conv2d_w8a8(x_q, torch.ones(1), packed, *rest)
+    assert torch.equal(unpack_conv2d(packed), weight)
+    exact = torch.nn.functional.conv2d(x_q.double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
+    assert torch.equal(out.double(), exact)
+    assert torch.equal(cpu.conv2d_w8a8(x_q, torch.ones(1), packed, *rest), out)
+
+
+def test_a_laid_out_convolution_serves_inputs_of_other_sizes():
+    geometry = ((1, 1), (1, 1), (1, 1), 1)
+    weight = _integers(64, 3, 3, 64)
+    packed = pack_conv2d(weight, *geometry)
+    for batch, size in ((1, 8), (2, 32), (1, 5)):
+        x_q = _integers(batch, 64, size, size)
+        arguments = (torch.ones(64), None, None, None, (3, 3), *geometry, torch.float32)
+        out = cpu.conv2d_w8a8(x_q, torch.ones(1), packed, *arguments)
+        exact = torch.nn.functional.conv2d(x_q.double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
+        assert torch.equal(out.double(), exact)
+
+
+def test_a_packed_convolution_is_laid_out_once_even_from_many_threads(monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ldmq_kernels.kernels.cpu import onednn
+
+    calls = []
+    prepack = onednn.prepack_conv2d
+    monkeypatch.setattr(onednn, "prepack_conv2d", lambda *a: (calls.append(1), prepack(*a))[1])
+    geometry = ((1, 1), (1, 1), (1, 1), 1)
+    packed = pack_conv2d(_integers(64, 3, 3, 64), *geometry)
+    x_q = _integers(1, 64, 8, 8)
+    arguments = (torch.ones(64), None, None, None, (3, 3), *geometry, torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(cpu.conv2d_w8a8, x_q, torch.ones(1), packed, *arguments) for _ in range(8)]
+        outputs = [run.result() for run in runs]
+    assert len(calls) == 1
+    assert all(torch.equal(out, outputs[0]) for out in outputs)

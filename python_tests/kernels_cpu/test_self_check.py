@@ -1,0 +1,55 @@
+"""oneDNN is used only where its int8 products are exact."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels import cpu
+from ldmq_kernels.kernels.cpu import onednn, self_check
+
+
+@pytest.fixture
+def forgetful():
+    """The self-check runs anew, and its verdict does not outlive the test."""
+    self_check.is_exact.cache_clear()
+    yield
+    self_check.is_exact.cache_clear()
+
+
+def _saturating_linear(x_q: Tensor, _x_scale: float, packed: Tensor, *_: object) -> Tensor:
+    """Pairs of products added in 16 bits, as VPMADDUBSW does, then the zero point's correction."""
+    unsigned, weight = onednn.to_uint8(x_q).int(), packed.to_dense().int()
+    products = unsigned[:, :, None] * weight[None]
+    pairs = products.unflatten(1, (-1, 2)).sum(2).clamp(-32768, 32767)
+    return (pairs.sum(1) - onednn.ZERO_POINT * weight.sum(0)).float()
+
+
+def test_a_saturating_product_is_refused(monkeypatch, forgetful):
+    monkeypatch.setattr(onednn, "linear", _saturating_linear)
+    assert not self_check.is_exact()
+    assert not cpu.serves(torch.device("cpu"))
+
+
+def test_a_torch_without_the_ops_is_refused(monkeypatch, forgetful):
+    monkeypatch.setattr(onednn, "OPS", (*onednn.OPS, "qlinear_of_another_torch"))
+    assert not self_check.is_exact()
+
+
+def test_no_other_device_is_served():
+    assert not cpu.serves(torch.device("cuda"))
+
+
+@pytest.mark.skipif(not cpu.serves(torch.device("cpu")), reason="oneDNN's int8 is not exact on this processor")
+@pytest.mark.parametrize("instructions", ["AVX512_CORE", "AVX2"])
+def test_a_processor_without_vnni_is_refused_and_one_with_it_is_not(instructions):
+    """oneDNN itself can be told to leave VNNI alone, and then really saturates."""
+    script = "import torch; from ldmq_kernels.kernels import cpu; print(cpu.serves(torch.device('cpu')))"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
