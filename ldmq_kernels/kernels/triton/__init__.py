@@ -1,0 +1,54 @@
+"""Triton kernels for NVIDIA GPUs of compute capability 8.0 and newer; on a CPU, in Triton's interpreter.
+
+Neither this package nor `serves` imports triton: the ops do, when one is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+OPS = (
+    "conv2d_w4a8",
+    "conv2d_w8a8",
+    "conv2d_w8a16",
+    "linear_w4a8",
+    "linear_w4a16",
+    "linear_w8a8",
+    "linear_w8a16",
+    "quantize_per_sample",
+    "quantize_per_token",
+    "quantize_static",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    op = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+    globals()[name] = op  # importing bound the name to the module
+    return op
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _is_new_enough(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def serves(device: torch.device) -> bool:
+    """Whether these kernels run on `device`; on a CPU only where TRITON_INTERPRET=1 is set."""
+    if not _is_installed():
+        return False
+    if device.type == "cuda":
+        return _is_new_enough(device)
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,148 @@
+"""Geometry of the implicit-GEMM convolutions, on the host and on the device.
+
+The output is a matrix of N * P * Q pixels (rows) by K channels (columns), which is NHWC memory. A row's
+receptive field is read in place, tap by tap; what lies in the padding is masked to zero: no im2col.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldmq_kernels.kernels.dispatch import Unsupported
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Sizes of one convolution. x is (N, C, H, W) and the output (N, K, P, Q)."""
+
+    samples: int
+    channels: int
+    size: tuple[int, int]
+    out_channels: int
+    out_size: tuple[int, int]
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> Convolution:
+        """The convolution that these arguments of an op ask for.
+
+        Raises:
+            Unsupported: the groups do not divide the channels.
+        """
+        samples, channels, height, width = x.shape
+        if channels % groups or out_channels % groups:
+            raise Unsupported(f"{groups} groups do not divide {channels} -> {out_channels} channels")
+        out_height, out_width = (
+            (length + 2 * pad - step * (kernel - 1) - 1) // move + 1
+            for length, kernel, move, pad, step in zip(
+                (height, width), kernel_size, stride, padding, dilation, strict=True
+            )
+        )
+        return cls(
+            samples,
+            channels,
+            (height, width),
+            out_channels,
+            (out_height, out_width),
+            (kernel_size[0], kernel_size[1]),
+            (stride[0], stride[1]),
+            (padding[0], padding[1]),
+            (dilation[0], dilation[1]),
+            groups,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Output pixels of all samples."""
+        return self.samples * self.out_size[0] * self.out_size[1]
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """(N, K, P, Q)."""
+        return (self.samples, self.out_channels, *self.out_size)
+
+    @property
+    def group_channels(self) -> int:
+        """Input channels of one group."""
+        return self.channels // self.groups
+
+    @property
+    def group_out_channels(self) -> int:
+        """Output channels of one group."""
+        return self.out_channels // self.groups
+
+    def output(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for the output, channels_last."""
+        return torch.empty(self.out_shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+    def arguments(self) -> tuple[int, ...]:
+        """What the kernels take, from `rows` to `dilation_w`."""
+        return (
+            self.rows,
+            *self.size,
+            *self.out_size,
+            self.channels,
+            self.out_channels,
+            self.group_channels,
+            self.group_out_channels,
+            *self.stride,
+            *self.padding,
+            *self.dilation,
+        )
+
+
+@triton.jit
+def receptive_field(
+    row: tl.tensor,
+    out_height: tl.tensor,
+    out_width: tl.tensor,
+    stride_h: tl.tensor,
+    stride_w: tl.tensor,
+    padding_h: tl.tensor,
+    padding_w: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Sample, and the input position (h, w) under the first tap, of each output pixel."""
+    area = out_height * out_width
+    position = row % area
+    h = (position // out_width) * stride_h - padding_h
+    w = (position % out_width) * stride_w - padding_w
+    return row // area, h, w
+
+
+@triton.jit
+def load_tap(
+    x_ptr: tl.tensor,
+    sample: tl.tensor,  # (BLOCK_M,)
+    h: tl.tensor,  # (BLOCK_M,) input row under this tap, which may lie outside
+    w: tl.tensor,  # (BLOCK_M,)
+    row_mask: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
+    channel: tl.tensor,  # (BLOCK_K,)
+    channel_mask: tl.tensor,
+) -> tl.tensor:
+    """The (BLOCK_M, BLOCK_K) input values under one tap, zero in the padding."""
+    inside = row_mask & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+    pixel = (sample.to(tl.int64) * height + h) * width + w
+    return tl.load(
+        x_ptr + pixel[:, None] * channels + channel[None, :], mask=inside[:, None] & channel_mask[None, :], other=0
+    )

@@ -1,0 +1,19 @@
+"""What is here needs a CUDA device that the Triton backend serves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldmq_kernels.kernels import triton as triton_backend
+
+
+@pytest.fixture(autouse=True)
+def device() -> torch.device:
+    """The current GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not triton_backend.serves(device):
+        pytest.skip(f"the Triton backend does not serve {torch.cuda.get_device_name(device)}")
+    return device

@@ -1,0 +1,41 @@
+"""Every op is tested on every backend that this machine can run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from python_tests.kernels.operands import Backend
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """One backend and its device: Triton takes the GPU where there is one, and its interpreter elsewhere."""
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if not importlib.import_module(f"ldmq_kernels.kernels.{request.param}").serves(device):
+        pytest.skip(f"backend {request.param} does not serve {device} on this machine")
+    return Backend(request.param, device)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill every torch.empty with NaN or the largest integer, so that what a kernel leaves out is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same operands in every run."""
+    torch.manual_seed(0)

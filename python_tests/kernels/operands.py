@@ -1,0 +1,158 @@
+"""Operands of the ops, their exact results in int64 and float64, and how near a backend must come."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from ldmq_kernels import ops  # noqa: F401  (defines torch.ops.ldmq)
+from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.numerics.formats import GROUP_SIZE
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FEW_EXAMPLES = settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend by name, and the device it is tested on."""
+
+    name: str
+    device: torch.device
+
+    def call(self, op: str, *arguments: Any) -> Any:
+        """Run an op here; its result must have the metadata that its fake kernel promises."""
+        arguments = tree_map_only(Tensor, lambda t: t.to(self.device) if t.layout == torch.strided else t, arguments)
+        function = getattr(torch.ops.ldmq, op)
+        with dispatch.use_backend(self.name):
+            result = function(*arguments)
+        if not any(isinstance(a, Tensor) and a.layout != torch.strided for a in arguments):
+            with FakeTensorMode() as mode:
+                promised = function(*tree_map_only(Tensor, mode.from_tensor, arguments))
+            assert tree_map_only(Tensor, metadata, result) == tree_map_only(Tensor, metadata, promised)
+        return tree_map_only(Tensor, Tensor.cpu, result)
+
+
+def metadata(tensor: Tensor) -> tuple:
+    """Shape, dtype, device, and the strides that mean anything."""
+    strides = [s for s, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1 and tensor.numel()]
+    return tuple(tensor.shape), tensor.dtype, tensor.device.type, strides
+
+
+def random_int8(*shape: int) -> Tensor:
+    """Uniform over [-127, 127]."""
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def random_int4(*shape: int) -> Tensor:
+    """Uniform over [-7, 7], one to an int8."""
+    return torch.randint(-7, 8, shape, dtype=torch.int8)
+
+
+def random_multiplier(*shape: int) -> Tensor:
+    """Uniform over 1..18 for weights of this shape: a multiplier for each group along the last axis."""
+    return torch.randint(1, 19, (*shape[:-1], -(-shape[-1] // GROUP_SIZE)), dtype=torch.uint8)
+
+
+def random_scale(*shape: int) -> Tensor:
+    """Positive float32 around 1e-2."""
+    return torch.rand(shape) * 1e-2 + 1e-3
+
+
+def folded(integers: Tensor, multiplier: Tensor) -> Tensor:
+    """int4 times the multiplier of its group, int64, by indexing."""
+    group = torch.arange(integers.shape[-1]) // GROUP_SIZE
+    return integers.long() * multiplier.long()[..., group]
+
+
+def scrambled(x: Tensor) -> Tensor:
+    """The same values with the axes of its memory in reverse order."""
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order)
+
+
+def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight^T in int64, or in float64 for floating operands."""
+    wide = torch.float64 if x.is_floating_point() else torch.int64
+    return x.to(wide) @ weight.to(wide).T
+
+
+def exact_conv2d(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
+    """Convolution tap by tap in int64, or in float64 for floating x. Weight is (K, R, S, C / groups)."""
+    (r_count, s_count), stride, padding, dilation, groups = geometry
+    wide = torch.float64 if x.is_floating_point() else torch.int64
+    pad = (padding[1], padding[1], padding[0], padding[0])
+    x, weight = torch.nn.functional.pad(x.to(wide), pad), weight.to(wide)
+    spans = [s * (k - 1) for s, k in zip(dilation, (r_count, s_count), strict=True)]
+    size = [(x.shape[2 + i] - spans[i] - 1) // stride[i] + 1 for i in range(2)]
+    x = x.unflatten(1, (groups, -1))
+    weight = weight.unflatten(0, (groups, -1))
+    out = x.new_zeros(x.shape[0], groups, weight.shape[1], *size)
+    for r, s in itertools.product(range(r_count), range(s_count)):
+        h, w = r * dilation[0], s * dilation[1]
+        tap = x[
+            ..., h : h + stride[0] * (size[0] - 1) + 1 : stride[0], w : w + stride[1] * (size[1] - 1) + 1 : stride[1]
+        ]
+        out += torch.einsum("ngchw,gkc->ngkhw", tap, weight[:, :, r, s])
+    return out.flatten(1, 2)
+
+
+def exact_epilogue(
+    accumulator: Tensor, *factors: Tensor, terms: tuple[Tensor | None, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """The accumulator times all factors plus all terms in float64, and the sum of their absolute values."""
+    out = accumulator.double()
+    for factor in factors:
+        out = out * factor.double()
+    magnitude = out.abs()
+    for term in terms:
+        if term is not None:
+            out, magnitude = out + term.double(), magnitude + term.double().abs()
+    return out, magnitude
+
+
+def assert_rounded_once(actual: Tensor, exact: Tensor, magnitude: Tensor, steps: float = 4) -> None:
+    """Within half a unit in the last place, plus `steps` float32 roundings of the magnitude."""
+    info = torch.finfo(actual.dtype)
+    half_unit = 0.0 if actual.dtype == torch.float32 else exact.abs() * info.eps / 2 + info.smallest_normal * info.eps
+    error = (actual.double() - exact).abs()
+    allowed = half_unit * (1 + 1e-6) + steps * 2.0**-24 * magnitude
+    worst = (error - allowed).argmax() if error.numel() else 0
+    assert (error <= allowed).all(), f"{actual.flatten()[worst]} for {exact.flatten()[worst]}"
+
+
+def assert_weight_only(backend: Backend, actual: Tensor, exact: Tensor, magnitude: Tensor, in_torch: Tensor) -> None:
+    """Rounded once after a float32 sum in any order; on the CPU, which rounds restored weights, as good as torch."""
+    if backend.name != "cpu":
+        assert_rounded_once(actual, exact, magnitude, steps=16)
+    elif exact.numel():
+        error, error_in_torch = ((out.double() - exact).abs().max() for out in (actual, in_torch))
+        assert error <= 2 * error_in_torch + 2.0**-22 * magnitude.max()
+
+
+def rounded_int8(y: np.ndarray) -> np.ndarray:
+    """clamp(rint(y), -127, 127), half to even."""
+    assert y.dtype == np.float32
+    return np.clip(np.rint(y), -127, 127).astype(np.int8)
+
+
+def dynamically_quantized(y: np.ndarray, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """int8 values and float32 scales over these axes, by numpy's IEEE float32 arithmetic."""
+    absmax = np.abs(y).max(axes, keepdims=True)
+    scale = np.maximum(absmax, np.float32(1e-12)) / np.float32(127)
+    q = rounded_int8(y * (np.float32(1) / scale))
+    return torch.from_numpy(q), torch.from_numpy(scale.squeeze(axes))

@@ -1,0 +1,104 @@
+"""linear_w8a8: exact integers, one rounding, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldmq_kernels.kernels.cpu.packing import pack_linear
+from python_tests.kernels.operands import (
+    DTYPES,
+    FEW_EXAMPLES,
+    Backend,
+    assert_rounded_once,
+    exact_epilogue,
+    exact_linear,
+    random_int8,
+    random_scale,
+    scrambled,
+)
+
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"),
+    [(1, 4, 20), (17, 320, 63), (63, 20, 320), (130, 960, 18), (4097, 20, 17), (3, 2560, 4)],
+)
+def test_accumulator_is_exact(backend: Backend, rows: int, depth: int, columns: int) -> None:
+    x, weight = random_int8(rows, depth), random_int8(columns, depth)
+    exact = exact_linear(x, weight)
+    assert exact.abs().max() < 2**24
+    for operand in (x, scrambled(x)):
+        out = backend.call("linear_w8a8", operand, ONE, weight, torch.ones(columns), None, None, torch.float32)
+        assert torch.equal(out.long(), exact)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_sum_of_extremes_saturates(backend: Backend, sign: int) -> None:
+    """Adjacent products of 127 * 127 overflow int16, which is what CPUs without VNNI add in."""
+    x, weight = torch.full((2, 960), 127, dtype=torch.int8), torch.full((20, 960), sign * 127, dtype=torch.int8)
+    out = backend.call("linear_w8a8", x, ONE, weight, torch.ones(20), None, None, torch.float32)
+    assert (out == sign * 960 * 127 * 127).all()
+
+
+def test_sums_above_2_to_24_round_to_nearest(backend: Backend) -> None:
+    x, weight = torch.full((1, 2560), 127, dtype=torch.int8), torch.full((4, 2560), 127, dtype=torch.int8)
+    weight[torch.arange(4), torch.arange(4)] = torch.tensor([126, 125, 124, 123], dtype=torch.int8)
+    out = backend.call("linear_w8a8", x, ONE, weight, torch.ones(4), None, None, torch.float32)
+    assert torch.equal(out, exact_linear(x, weight).float())
+
+
+def test_unit_vectors_read_the_weight(backend: Backend) -> None:
+    weight = random_int8(63, 130)
+    identity = torch.eye(130, dtype=torch.int8)
+    out = backend.call("linear_w8a8", identity, ONE, weight, torch.ones(63), None, None, torch.float32)
+    assert torch.equal(out, weight.T.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_epilogue_rounds_once(
+    backend: Backend, dtype: torch.dtype, per_token: bool, with_bias: bool, with_residual: bool
+) -> None:
+    x, weight = random_int8(2, 17, 320), random_int8(70, 320)
+    x_scale = random_scale(2, 17) if per_token else random_scale(1)
+    weight_scale = random_scale(70)
+    bias = torch.randn(70).to(dtype) if with_bias else None
+    residual = scrambled(torch.randn(2, 17, 70).to(dtype)) if with_residual else None
+    out = backend.call("linear_w8a8", x, x_scale, weight, weight_scale, bias, residual, dtype)
+    factors = x_scale.unsqueeze(-1), weight_scale
+    assert_rounded_once(out, *exact_epilogue(exact_linear(x, weight), *factors, terms=(bias, residual)))
+
+
+def test_a_packed_weight_gives_the_same_or_is_refused(backend: Backend) -> None:
+    x, weight, scale = random_int8(5, 20), random_int8(7, 20), random_scale(7)
+    arguments = x, random_scale(1), weight, scale, None, None, torch.float32
+    packed = *arguments[:2], pack_linear(weight), *arguments[3:]
+    if backend.name == "triton":
+        with pytest.raises(RuntimeError, match="packed"):
+            backend.call("linear_w8a8", *packed)
+    else:
+        assert torch.equal(backend.call("linear_w8a8", *packed), backend.call("linear_w8a8", *arguments))
+
+
+@FEW_EXAMPLES
+@given(batch=st.lists(st.integers(0, 5), max_size=3), depth=st.integers(1, 150), columns=st.integers(1, 150))
+def test_any_shape(backend: Backend, batch: list[int], depth: int, columns: int) -> None:
+    x, weight = random_int8(*batch, depth), random_int8(columns, depth)
+    x_scale, weight_scale, bias = random_scale(*batch), random_scale(columns), torch.randn(columns)
+    out = backend.call("linear_w8a8", x, x_scale, weight, weight_scale, bias, None, torch.float32)
+    factors = x_scale.unsqueeze(-1), weight_scale
+    assert_rounded_once(out, *exact_epilogue(exact_linear(x, weight), *factors, terms=(bias,)))
+
+
+def test_scales_and_bias_may_have_any_strides(backend: Backend) -> None:
+    x, weight, scale = random_int8(5, 20), random_int8(7, 20), random_scale(7, 3)
+    for column in (scale[:, 1], scale[:1, 0].expand(7)):
+        strided = backend.call("linear_w8a8", x, ONE, weight, column, column, None, torch.float32)
+        dense = column.contiguous()
+        assert torch.equal(strided, backend.call("linear_w8a8", x, ONE, weight, dense, dense, None, torch.float32))
