@@ -1,0 +1,37 @@
+# Each target does all of its own set-up, once, in .venv. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml setup.py constraints.txt constraints-triton.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready-demo
+	$(BIN)/ldmq demo --out demo_output
+
+test: $(VENV)/ready-test
+	$(BIN)/python -m pytest python_tests
+
+lint: $(VENV)/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A set-up that was interrupted has no stamp, and starts from an empty environment.
+$(VENV)/ready-demo: $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(INSTALL) --editable .
+	touch $@
+
+# The stamp of the first stage is away meanwhile, so that an interruption in this one starts over too.
+$(VENV)/ready-test: $(VENV)/ready-demo
+	rm $(VENV)/ready-demo
+	$(INSTALL) --editable '.[test]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) --constraint constraints-triton.txt triton
+	touch $(VENV)/ready-demo $@
+
+clean:
+	rm -rf $(VENV) build dist demo_output

@@ -1,0 +1,306 @@
+// float -> int8, bit for bit as the reference backend.
+//
+//   static:  q = clamp(rint(fp32(x) * r[c]), -127, 127)
+//   dynamic: y = fp32(x) * m[c];  scale = max(absmax(y), floor) / 127;  q = clamp(rint(y * (1 / scale)), -127, 127)
+//
+// x and q are rows of channels, contiguous: tokens, or the pixels of NHWC pictures. A thread keeps a
+// fixed run of V channels and walks down the rows, so the per-channel factors stay in registers.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "ldmq_cuda.h"
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int64_t kMaxRowBlocks = 1024;  // blocks of one sample: enough to fill a GPU, few atomics
+constexpr int64_t kMaxSampleBlocks = 32768;
+constexpr int64_t kMaxTokenBlocks = 1 << 20;
+constexpr float kAbsmaxFloor = 1e-12f;  // ABSMAX_FLOOR of the reference backend
+constexpr float kInt8Max = 127.0f;
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T value[V];
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ __forceinline__ int8_t round_to_int8(float y) {
+  const int rounded = __float2int_rn(y);
+  return static_cast<int8_t>(min(max(rounded, -127), 127));
+}
+
+// Bits of |y|: ordered as the values are, with NaN above infinity, so an integer maximum keeps a NaN.
+__device__ __forceinline__ uint32_t magnitude(float y) { return __float_as_uint(y) & 0x7fffffffu; }
+
+__device__ __forceinline__ float dynamic_scale(uint32_t absmax) {
+  return __fdiv_rn(__uint_as_float(max(absmax, __float_as_uint(kAbsmaxFloor))), kInt8Max);
+}
+
+template <int V>
+__device__ __forceinline__ void load_factors(float (&factor)[V], const float* source, int64_t column, int64_t step) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) factor[i] = source ? source[(column + i) * step] : 1.0f;
+}
+
+template <typename T, int V>
+__device__ __forceinline__ uint32_t pack_magnitude(const T* x, const float (&factor)[V]) {
+  const auto in = *reinterpret_cast<const Pack<T, V>*>(x);
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < V; ++i) largest = max(largest, magnitude(__fmul_rn(to_float(in.value[i]), factor[i])));
+  return largest;
+}
+
+// Two products, not one by factor * inverse: the definition rounds in between.
+template <typename T, int V>
+__device__ __forceinline__ void quantize_pack(const T* x, int8_t* q, const float (&factor)[V], float inverse) {
+  const auto in = *reinterpret_cast<const Pack<T, V>*>(x);
+  Pack<int8_t, V> out;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    out.value[i] = round_to_int8(__fmul_rn(__fmul_rn(to_float(in.value[i]), factor[i]), inverse));
+  }
+  *reinterpret_cast<Pack<int8_t, V>*>(q) = out;
+}
+
+// Where a thread stands: its first channel, its first row, and how far it steps.
+template <int V>
+struct Walk {
+  int64_t column, row, row_step;
+  bool active;
+
+  __device__ __forceinline__ Walk(int columns_per_block, int64_t channels) {
+    const int rows_per_block = kThreads / columns_per_block;
+    const int in_block = static_cast<int>(threadIdx.x) / columns_per_block;
+    column = (static_cast<int64_t>(blockIdx.y) * columns_per_block + threadIdx.x % columns_per_block) * V;
+    row = static_cast<int64_t>(blockIdx.x) * rows_per_block + in_block;
+    row_step = static_cast<int64_t>(gridDim.x) * rows_per_block;
+    active = in_block < rows_per_block && column < channels;
+  }
+};
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads)
+    static_kernel(const T* x, const float* reciprocal, int64_t reciprocal_step, int8_t* q, int64_t rows,
+                  int64_t channels, int columns_per_block) {
+  const Walk<V> walk(columns_per_block, channels);
+  if (!walk.active) return;
+  float factor[V];
+  load_factors(factor, reciprocal, walk.column, reciprocal_step);
+  for (int64_t row = walk.row; row < rows; row += walk.row_step) {
+    const int64_t at = row * channels + walk.column;
+    quantize_pack<T, V>(x + at, q + at, factor, 1.0f);
+  }
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads)
+    per_token_kernel(const T* x, const float* smoothing, int8_t* q, float* scale, int64_t rows, int64_t channels,
+                     int threads_per_row) {
+  __shared__ uint32_t warp_largest[kThreads / kWarp];
+  const int rows_per_block = kThreads / threads_per_row;
+  const int lane = static_cast<int>(threadIdx.x) % threads_per_row;
+  const int warps_per_row = threads_per_row / kWarp;
+  const int first_warp = static_cast<int>(threadIdx.x) / threads_per_row * warps_per_row;
+  float factor[V];
+  for (int64_t block_row = static_cast<int64_t>(blockIdx.x) * rows_per_block; block_row < rows;
+       block_row += static_cast<int64_t>(gridDim.x) * rows_per_block) {
+    const int64_t row = block_row + threadIdx.x / threads_per_row;
+    const int64_t end = row < rows ? channels : 0;
+    uint32_t largest = 0;
+    for (int64_t column = static_cast<int64_t>(lane) * V; column < end; column += threads_per_row * V) {
+      load_factors(factor, smoothing, column, 1);
+      largest = max(largest, pack_magnitude<T, V>(x + row * channels + column, factor));
+    }
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (warps_per_row > 1) {
+      if (threadIdx.x % kWarp == 0) warp_largest[threadIdx.x / kWarp] = largest;
+      __syncthreads();
+      for (int warp = 0; warp < warps_per_row; ++warp) largest = max(largest, warp_largest[first_warp + warp]);
+      __syncthreads();
+    }
+    const float row_scale = dynamic_scale(largest);
+    const float inverse = __fdiv_rn(1.0f, row_scale);
+    if (lane == 0 && row < rows) scale[row] = row_scale;
+    for (int64_t column = static_cast<int64_t>(lane) * V; column < end; column += threads_per_row * V) {
+      load_factors(factor, smoothing, column, 1);
+      const int64_t at = row * channels + column;
+      quantize_pack<T, V>(x + at, q + at, factor, inverse);
+    }
+  }
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads)
+    sample_absmax_kernel(const T* x, const float* smoothing, uint32_t* absmax, int64_t samples, int64_t pixels,
+                         int64_t channels, int columns_per_block) {
+  __shared__ uint32_t warp_largest[kThreads / kWarp];
+  const Walk<V> walk(columns_per_block, channels);
+  float factor[V];
+  if (walk.active) load_factors(factor, smoothing, walk.column, 1);
+  for (int64_t sample = blockIdx.z; sample < samples; sample += gridDim.z) {
+    const T* picture = x + sample * pixels * channels + walk.column;
+    uint32_t largest = 0;
+    for (int64_t row = walk.active ? walk.row : pixels; row < pixels; row += walk.row_step) {
+      largest = max(largest, pack_magnitude<T, V>(picture + row * channels, factor));
+    }
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (threadIdx.x % kWarp == 0) warp_largest[threadIdx.x / kWarp] = largest;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int warp = 1; warp < kThreads / kWarp; ++warp) largest = max(largest, warp_largest[warp]);
+      atomicMax(absmax + sample, largest);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads)
+    per_sample_kernel(const T* x, const float* smoothing, const uint32_t* absmax, int8_t* q, float* scale,
+                      int64_t samples, int64_t pixels, int64_t channels, int columns_per_block) {
+  const Walk<V> walk(columns_per_block, channels);
+  if (!walk.active) return;
+  float factor[V];
+  load_factors(factor, smoothing, walk.column, 1);
+  for (int64_t sample = blockIdx.z; sample < samples; sample += gridDim.z) {
+    const float sample_scale = dynamic_scale(absmax[sample]);
+    const float inverse = __fdiv_rn(1.0f, sample_scale);
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale[sample] = sample_scale;
+    for (int64_t row = walk.row; row < pixels; row += walk.row_step) {
+      const int64_t at = (sample * pixels + row) * channels + walk.column;
+      quantize_pack<T, V>(x + at, q + at, factor, inverse);
+    }
+  }
+}
+
+// Makes `device` current and gives the caller's device back at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : error(cudaGetDevice(&previous_)) {
+    if (error == cudaSuccess && device != previous_) {
+      error = cudaSetDevice(device);
+      changed_ = error == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  cudaError_t error;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, void* stream, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// Calls `body` with a pointer of the element type and the widest vector that channels and addresses allow.
+template <typename T, typename Body>
+cudaError_t with_width(const void* x, const int8_t* q, int64_t channels, Body body) {
+  constexpr int kWide = 16 / sizeof(T);
+  const auto* typed = static_cast<const T*>(x);
+  if (channels % kWide == 0 && is_aligned(x, 16) && is_aligned(q, kWide)) {
+    return body(typed, std::integral_constant<int, kWide>());
+  }
+  return body(typed, std::integral_constant<int, 1>());
+}
+
+template <typename Body>
+int dispatch(const void* x, ldmq_dtype dtype, const int8_t* q, int64_t channels, int device, Body body) {
+  const DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return guard.error;
+  switch (dtype) {
+    case LDMQ_FLOAT32:
+      return with_width<float>(x, q, channels, body);
+    case LDMQ_FLOAT16:
+      return with_width<__half>(x, q, channels, body);
+    case LDMQ_BFLOAT16:
+      return with_width<__nv_bfloat16>(x, q, channels, body);
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Blocks over rows (x), runs of channels (y) and samples (z), for kernels that use Walk.
+dim3 walk_grid(int64_t rows, int64_t columns, int columns_per_block, int64_t samples) {
+  const int64_t row_blocks = std::min(ceil_div(rows, kThreads / columns_per_block), kMaxRowBlocks);
+  return dim3(static_cast<unsigned>(row_blocks), static_cast<unsigned>(ceil_div(columns, columns_per_block)),
+              static_cast<unsigned>(std::min(samples, kMaxSampleBlocks)));
+}
+
+int row_threads(int64_t columns) { return columns <= 64 ? 32 : columns <= 128 ? 64 : columns <= 512 ? 128 : 256; }
+
+}  // namespace
+
+extern "C" int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* reciprocal,
+                                    int64_t reciprocal_count, int8_t* q, int64_t rows, int64_t channels, int device,
+                                    void* stream) {
+  if (rows == 0 || channels == 0) return cudaSuccess;
+  return dispatch(x, dtype, q, channels, device, [&](auto* typed, auto width) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    constexpr int V = decltype(width)::value;
+    const int64_t columns = channels / V;
+    const int per_block = static_cast<int>(std::min<int64_t>(columns, kThreads));
+    return launch(static_kernel<T, V>, walk_grid(rows, columns, per_block, 1), stream, typed, reciprocal,
+                  reciprocal_count == 1 ? 0 : 1, q, rows, channels, per_block);
+  });
+}
+
+extern "C" int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* smoothing, int8_t* q,
+                                       float* scale, int64_t rows, int64_t channels, int device, void* stream) {
+  if (rows == 0 || channels == 0) return cudaSuccess;
+  return dispatch(x, dtype, q, channels, device, [&](auto* typed, auto width) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    constexpr int V = decltype(width)::value;
+    const int threads_per_row = row_threads(channels / V);
+    const int64_t blocks = std::min(ceil_div(rows, kThreads / threads_per_row), kMaxTokenBlocks);
+    return launch(per_token_kernel<T, V>, dim3(static_cast<unsigned>(blocks)), stream, typed, smoothing, q, scale,
+                  rows, channels, threads_per_row);
+  });
+}
+
+extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* smoothing, int8_t* q,
+                                        float* scale, uint32_t* absmax, int64_t samples, int64_t pixels,
+                                        int64_t channels, int device, void* stream) {
+  if (samples == 0 || pixels == 0 || channels == 0) return cudaSuccess;
+  return dispatch(x, dtype, q, channels, device, [&](auto* typed, auto width) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    constexpr int V = decltype(width)::value;
+    const int64_t columns = channels / V;
+    const int per_block = static_cast<int>(std::min<int64_t>(columns, kThreads));
+    const dim3 grid = walk_grid(pixels, columns, per_block, samples);
+    cudaError_t error = cudaMemsetAsync(absmax, 0, samples * sizeof(uint32_t), static_cast<cudaStream_t>(stream));
+    if (error != cudaSuccess) return error;
+    error = launch(sample_absmax_kernel<T, V>, grid, stream, typed, smoothing, absmax, samples, pixels, channels,
+                   per_block);
+    if (error != cudaSuccess) return error;
+    return launch(per_sample_kernel<T, V>, grid, stream, typed, smoothing, absmax, q, scale, samples, pixels,
+                  channels, per_block);
+  });
+}
+
+extern "C" const char* ldmq_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+extern "C" const char* ldmq_architectures() { return LDMQ_ARCHITECTURES; }

@@ -1,0 +1,86 @@
+"""The compiled extension, and what its functions take: addresses, sizes, a device and its stream."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.dispatch import Unsupported
+
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@functools.cache
+def load() -> ModuleType | None:
+    """The extension, or None where the package was built without it; one that does not load warns."""
+    try:
+        return importlib.import_module("ldmq_kernels.kernels.cuda._binding")
+    except ModuleNotFoundError:
+        return None
+    except ImportError as error:
+        warnings.warn(f"the CUDA extension does not load, build the package again: {error}", stacklevel=2)
+        return None
+
+
+def binding() -> ModuleType:
+    """The extension.
+
+    Raises:
+        Unsupported: the package was built without it.
+    """
+    module = load()
+    if module is None:
+        raise Unsupported("the package was built without its CUDA extension: install it with LDMQ_CUDA_ARCHS set")
+    return module
+
+
+@functools.cache
+def lowest_capability() -> tuple[int, int] | None:
+    """The oldest compute capability that the extension runs on; newer ones have machine code or PTX."""
+    module = load()
+    if module is None:
+        return None
+    return divmod(min(int(name.rstrip("a")) for name in module.architectures().split(";")), 10)
+
+
+def target(x: Tensor) -> dict[str, Any]:
+    """The arguments that say where to run: the device of `x` and its current stream.
+
+    Raises:
+        Unsupported: `x` is not on a CUDA device.
+    """
+    if x.device.type != "cuda":
+        raise Unsupported(f"x is on {x.device}, must be on a CUDA device")
+    return {"device": x.device.index, "stream": torch.cuda.current_stream(x.device).cuda_stream}
+
+
+def source(x: Tensor, memory_format: torch.memory_format) -> dict[str, Any]:
+    """The arguments that say what to read.
+
+    Raises:
+        Unsupported: the dtype or the memory format is not one that the kernels read.
+    """
+    if x.dtype not in _DTYPES:
+        raise Unsupported(f"x is {x.dtype}, must be float32, float16 or bfloat16")
+    if not x.is_contiguous(memory_format=memory_format):
+        raise Unsupported(f"x has strides {x.stride()}, must be {str(memory_format).removeprefix('torch.')}")
+    return {"x": x.data_ptr(), "dtype": _DTYPES[x.dtype]}
+
+
+def check_factors(factors: Tensor, name: str, x: Tensor, channels: int) -> None:
+    """Accept one float32 factor for each channel, or one for all where it is a reciprocal.
+
+    Raises:
+        Unsupported: another dtype, device, layout or count.
+    """
+    counts = (1, channels) if name == "reciprocal" else (channels,)
+    if factors.dtype != torch.float32 or factors.device != x.device or not factors.is_contiguous():
+        raise Unsupported(f"{name} is {factors.dtype} on {factors.device}, must be contiguous float32 on {x.device}")
+    if factors.numel() not in counts:
+        raise Unsupported(f"{name} has {factors.numel()} elements, must have {' or '.join(map(str, counts))}")

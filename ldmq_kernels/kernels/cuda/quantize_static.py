@@ -1,0 +1,42 @@
+"""q = clamp(rint(fp32(x) * r[c]), -127, 127), in csrc/quantize.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cuda import extension
+from ldmq_kernels.kernels.dispatch import Unsupported
+
+
+def quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
+    """Quantize with a calibrated scale.
+
+    Args:
+        x: float32, float16 or bfloat16; (N, C, H, W) channels_last with `channel_dim` 1, or (..., C) contiguous.
+        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
+        channel_dim: the axis of x that `reciprocal` runs along, 1 or -1.
+
+    Returns:
+        int8 of x's shape and strides.
+
+    Raises:
+        Unsupported: another dtype, layout or device.
+    """
+    pictures = x.dim() == 4 and channel_dim == 1
+    if x.dim() == 0 or not (pictures or channel_dim % x.dim() == x.dim() - 1):
+        raise Unsupported(f"channel_dim is {channel_dim} of {x.dim()} axes, must be the last, or 1 of (N, C, H, W)")
+    memory_format = torch.channels_last if pictures else torch.contiguous_format
+    arguments = extension.source(x, memory_format) | extension.target(x)
+    channels = x.shape[channel_dim]
+    extension.check_factors(reciprocal, "reciprocal", x, channels)
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=memory_format)
+    extension.binding().quantize_static(
+        **arguments,
+        reciprocal=reciprocal.data_ptr(),
+        reciprocal_count=reciprocal.numel(),
+        q=q.data_ptr(),
+        rows=x.numel() // max(channels, 1),
+        channels=channels,
+    )
+    return q

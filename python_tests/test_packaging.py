@@ -1,0 +1,234 @@
+"""What an install brings, what it leaves out, what `import ldmq_kernels` costs, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ldmq_kernels"
+LEFT_OUT = (".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "demo_output")
+
+FLOORS = [
+    {"files", "numerics", "progress"},
+    {"kernels"},
+    {"ops"},
+    {"nn"},
+    {"calibration", "sensitivity", "planning", "conversion"},
+    {"integrations", "report", "serving"},
+    {"__init__"},
+    {"demo"},
+    {"cli"},
+]
+ROOMS = set().union(*FLOORS)
+METHOD = FLOORS[4]
+ASK_NO_TORCH = "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'csrc'); import build_backend; "
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """No GPU in sight and nothing asked for, but for the changes."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("LDMQ_CUDA_ARCHS", "CUDA_HOME")}
+    return kept | {"CUDA_VISIBLE_DEVICES": ""} | changes
+
+
+def in_source(source: Path, code: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", ASK_NO_TORCH + code]
+    return subprocess.run(command, cwd=source, env=environment(**changes), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def compiler_trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an nvcc that leaves a trace when it is called."""
+    folder = tmp_path_factory.mktemp("trap")
+    nvcc = folder / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\ntouch {folder / 'called'}\nexit 1\n")
+    nvcc.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, made from a copy of the checkout."""
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*LEFT_OUT))
+    made = in_source(folder / "source", f"build_backend.build_sdist({str(folder)!r})")
+    assert made.returncode == 0, made.stderr
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, compiler_trap: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, made from the source distribution with no torch and an nvcc on PATH."""
+    folder = tmp_path_factory.mktemp("wheel")
+    search = f"{compiler_trap}{os.pathsep}{os.environ['PATH']}"
+    made = in_source(source, f"build_backend.build_wheel({str(folder)!r})", PATH=search)
+    assert made.returncode == 0, made.stderr
+    assert "CUDA kernels left out (no GPU visible, LDMQ_CUDA_ARCHS not set)" in made.stderr
+    return next(folder.glob("*.whl"))
+
+
+def packed(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_the_wheel_holds_every_module_and_data_file_of_the_package(wheel: Path) -> None:
+    data = [path for pattern in ("*.schema.json", "*.html") for path in PACKAGE.rglob(pattern)]
+    weights = [path for path in (PACKAGE / "demo/weights").rglob("*") if path.is_file() and path.suffix != ".part"]
+    assert any(path.suffix == ".safetensors" for path in weights)
+    assert any(path.name == "plan.schema.json" for path in data)
+    wanted = [*PACKAGE.rglob("*.py"), PACKAGE / "py.typed", *data, *weights]
+    assert {str(path.relative_to(ROOT)) for path in wanted} <= packed(wheel)
+
+
+def test_the_wheel_holds_nothing_but_the_package(wheel: Path) -> None:
+    names = packed(wheel)
+    assert {name.split("/")[0] for name in names} == {"ldmq_kernels", "ldmq_kernels-0.1.0.dist-info"}
+    assert not [name for name in names if name.endswith((".cu", ".cpp", ".h", ".so"))]
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_an_nvcc_on_the_path_is_no_reason_to_compile(wheel: Path, compiler_trap: Path) -> None:
+    assert wheel.name.endswith("py3-none-any.whl")
+    assert not (compiler_trap / "called").exists()
+
+
+def test_the_source_distribution_holds_the_kernels_and_the_tests(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir() if path.is_file()}
+    tests = {str(path.relative_to(ROOT)) for path in (ROOT / "python_tests").rglob("*.py")}
+    assert kernels | tests | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "constraints.txt"} <= names
+
+
+def test_the_wheel_leaves_versions_open_and_never_asks_for_triton(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read("ldmq_kernels-0.1.0.dist-info/METADATA").decode()
+        entry_points = archive.read("ldmq_kernels-0.1.0.dist-info/entry_points.txt").decode()
+    needs = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
+    assert "Requires-Dist: torch>=2.10" in needs
+    assert not [line for line in needs if "==" in line.split(";")[0] or "<" in line or "triton" in line]
+    for group in ("vllm.general_plugins", "sglang.multimodal_gen.plugins"):
+        assert f"[{group}]\nldmq = ldmq_kernels.integrations.diffusers:register" in entry_points
+
+
+REQUIRES = "print(build_backend.get_requires_for_build_wheel())"
+
+
+def test_pybind11_is_a_build_requirement_only_where_cuda_is_asked_for(source: Path, compiler_trap: Path) -> None:
+    search = f"{compiler_trap}{os.pathsep}{os.environ['PATH']}"
+    assert "pybind11" not in in_source(source, REQUIRES, PATH=search).stdout
+    assert "pybind11" in in_source(source, REQUIRES, PATH=search, LDMQ_CUDA_ARCHS="80;90a").stdout
+
+
+@pytest.mark.parametrize("asked", ["hopper", "75", "sm_90"])
+def test_architectures_that_are_none_are_refused(source: Path, asked: str) -> None:
+    refused = in_source(source, REQUIRES, LDMQ_CUDA_ARCHS=asked)
+    assert refused.returncode != 0
+    assert "is not an architecture of 80 or newer" in refused.stderr
+
+
+def test_cuda_that_is_asked_for_without_nvcc_is_an_error(source: Path) -> None:
+    hide = "build_backend.find_nvcc = lambda: None; build_backend.cuda_architectures()"
+    refused = in_source(source, hide, LDMQ_CUDA_ARCHS="90")
+    assert "LDMQ_CUDA_ARCHS is set and nvcc was not found" in refused.stderr
+
+
+def test_a_gpu_without_nvcc_gets_the_package_without_the_kernels(source: Path) -> None:
+    pretend = "build_backend.visible_architectures = lambda: ['90']; build_backend.find_nvcc = lambda: None; "
+    told = in_source(source, pretend + "assert build_backend.cuda_setup() == {}")
+    assert told.returncode == 0, told.stderr
+    assert "CUDA kernels left out (no nvcc for the visible GPU)" in told.stderr
+
+
+IMPORT = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import ldmq_kernels
+seconds = time.perf_counter() - start
+added = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(json.dumps({"seconds": seconds, "added": sorted(added), "gpu": torch.cuda.is_initialized()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[dict[str, Any]]:
+    """What five fresh processes say of the import."""
+    runs = [subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, check=True) for _ in range(5)]
+    return [json.loads(run.stdout) for run in runs]
+
+
+def test_the_import_adds_less_than_three_tenths_of_a_second_to_torch(imports: list[dict[str, Any]]) -> None:
+    assert min(run["seconds"] for run in imports) < 0.3
+
+
+def test_the_import_touches_no_gpu_and_nothing_heavy(imports: list[dict[str, Any]]) -> None:
+    heavy = {"diffusers", "transformers", "matplotlib", "triton", "scipy", "accelerate"}
+    for run in imports:
+        assert not heavy & set(run["added"])
+        assert not run["gpu"]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and room of each import of the package's own modules, wherever in the file it stands."""
+    parent = (PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = parent[: len(parent) - node.level + 1] if node.level else ()
+            names = [".".join([*base, *([node.module] if node.module else []), alias.name]) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            room = rest.partition(".")[0]
+            if package == PACKAGE.name:
+                yield node.lineno, room if room in ROOMS else "__init__"
+
+
+def may_import(room: str, other: str) -> bool:
+    floors = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    return room == other or floors[other] < floors[room] or (room in METHOD and other in METHOD)
+
+
+def test_every_room_of_the_package_has_a_floor() -> None:
+    assert {room_of(path) for path in PACKAGE.rglob("*.py")} <= ROOMS
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_file_imports_only_from_floors_below_its_own(room: str) -> None:
+    own = sorted(path for path in PACKAGE.rglob("*.py") if room_of(path) == room)
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {other}"
+        for path in own
+        for line, other in imported_rooms(path)
+        if not may_import(room, other)
+    ]
+    assert not wrong, wrong
