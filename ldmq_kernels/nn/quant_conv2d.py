@@ -68,10 +68,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return pack_conv2d(weight, self.stride, self.symmetric_padding or (0, 0), self.dilation, self.groups)
 
     def _unpack(self, packed: Tensor) -> Tensor:
-        if self.is_pointwise:
-            weight = unpack_linear(packed)[:, None, None, :]
-        else:
-            weight = unpack_conv2d(packed)
+        weight = unpack_linear(packed)[:, None, None, :] if self.is_pointwise else unpack_conv2d(packed)
         return weight if self.multiplier is None else pack_int4(divide_multiplier(weight, self.multiplier))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -75,14 +75,15 @@ class QuantizedLayer(nn.Module):
                 is not finite, or a scale is not finite and positive.
         """
         layer = cls.empty(module, scheme, smoothed=smoothing is not None)
-        layer.bias = module.bias  # type: ignore[assignment]
+        layer.bias = module.bias
         layer.train(module.training)
         if not scheme.quantizes:
             layer.weight = module.weight  # type: ignore[assignment]
             return layer
         if scheme.is_static and input_scale is None:
             raise ValueError(f"{scheme} needs a calibrated input scale: calibrate first, or choose a dynamic scheme")
-        weight: Tensor = cls.to_channels_last(module.weight.detach())  # type: ignore[arg-type]
+        float_weight: Any = module.weight
+        weight = cls.to_channels_last(float_weight.detach())
         if smoothing is not None:
             weight = weight.float() / smoothing
         device = weight.device
@@ -107,7 +108,7 @@ class QuantizedLayer(nn.Module):
         if smoothed and getattr(layer, "groups", 1) != 1:
             raise ValueError("a grouped convolution cannot be smoothed: its channels are not those of its weight")
         layer.scheme = scheme
-        shape = cls.to_channels_last(layer.weight).shape  # type: ignore[arg-type]
+        shape = cls.to_channels_last(layer.weight).shape
         out_channels, channels = shape[0], shape[-1]
         groups = (*shape[:-1], affine.group_count(channels))
         four_bit = scheme.format.weight_bits == 4
@@ -174,7 +175,7 @@ class QuantizedLayer(nn.Module):
         if self.input_scale is not None:
             inverse = 1 / self.input_scale
             self.input_reciprocal = inverse if self.smoothing is None else self.smoothing * inverse
-        if self.scheme.format.activation_bits == 8 and self.weight.device.type == "cpu" and cpu.serves(self.weight.device):
+        if self.scheme.format.activation_bits == 8 and cpu.serves(self.weight.device):
             self.packed_weight = self._pack(self.weight)
             self._buffers["weight"] = None
 

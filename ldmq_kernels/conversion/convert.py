@@ -1,0 +1,111 @@
+"""Replaces the layers of a float model by quantized ones: all of the plan, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
+from ldmq_kernels.planning.plan import LayerPlan, Plan, quantizable_layers
+
+_listeners: list[Callable[[nn.Module, Plan], None]] = []
+
+
+class ConversionError(ValueError):
+    """A model that cannot be quantized as the plan says; it was left as it was."""
+
+
+def on_conversion(listener: Callable[[nn.Module, Plan], None]) -> None:
+    """Call `listener(model, plan)` after each conversion: how an integration learns what to save."""
+    if listener not in _listeners:
+        _listeners.append(listener)
+
+
+def convert(model: nn.Module, plan: Plan) -> None:
+    """Replace every layer that the plan quantizes, in place; the others stay as they are.
+
+    All quantized layers are built before the first one is put in, so an error leaves the model untouched.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        ConversionError: the model is quantized already, or one of its layers cannot be quantized.
+    """
+    check_not_quantized(model)
+    layers = quantizable_layers(model)
+    built: dict[nn.Module, nn.Module] = {}
+    for name, choice in plan.layers(model).items():
+        if choice.scheme.quantizes:
+            built[layers[name]] = quantize_layer(name, layers[name], choice)
+    replace_modules(model, built)
+    for listener in _listeners:
+        listener(model, plan)
+
+
+def check_not_quantized(model: nn.Module) -> None:
+    """Refuse a model that this package or another one has quantized.
+
+    Raises:
+        ConversionError: it is quantized.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.scheme.quantizes:
+            raise ConversionError(
+                f"this {type(model).__name__} is quantized already ({name} is {module.scheme}): "
+                "load the float model to quantize it in another way"
+            )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        method = quantizer.quantization_config.quant_method
+        raise ConversionError(
+            f"this {type(model).__name__} is quantized already, with {getattr(method, 'value', method)}: "
+            "load the float model instead"
+        )
+
+
+def quantized_class(layer: nn.Module) -> type[QuantLinear] | type[QuantConv2d]:
+    """The class that replaces a float layer."""
+    return QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
+
+
+def quantize_layer(name: str, layer: nn.Linear | nn.Conv2d, choice: LayerPlan) -> QuantLinear | QuantConv2d:
+    """The quantized layer that takes the place of `layer`; see `QuantizedLayer.from_float`.
+
+    Raises:
+        ConversionError: the layer computes something of its own, has hooks that would be lost, holds no
+            weight yet, or its weight is not finite.
+    """
+    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    keep = "give it fp16 in the plan's exceptions to leave it as it is"
+    if type(layer).forward is not kind.forward and not isinstance(layer, QuantizedLayer):
+        raise ConversionError(
+            f"{name}: a {type(layer).__qualname__} has a forward of its own, not {kind.__name__}'s: {keep}"
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        raise ConversionError(
+            f"{name}: its forward is hooked, and a quantized layer would lose that: quantize before "
+            "offloading or adding hooks"
+        )
+    if layer.weight.is_meta:
+        raise ConversionError(f"{name}: its weight is not in memory (meta device): quantize before offloading")
+    if not layer.weight.is_floating_point():
+        raise ConversionError(f"{name}: its weight is {layer.weight.dtype}, a floating dtype is needed: {keep}")
+    scale = choice.input_scale
+    try:
+        return quantized_class(layer).from_float(
+            layer,
+            choice.scheme,
+            input_scale=None if scale is None else layer.weight.new_full((1,), scale, dtype=torch.float32),
+            smoothing=None if choice.smoothing is None else choice.smoothing.to(layer.weight.device),
+        )
+    except ValueError as error:
+        raise ConversionError(f"{name}: {error}") from None
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the replacement wherever in the model its key is held, also more than once."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                setattr(parent, name, replacements[child])

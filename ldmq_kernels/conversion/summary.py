@@ -1,0 +1,148 @@
+"""How many layers a plan quantizes, in what, and the bytes that it saves in the checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ldmq_kernels.nn import QuantizedLayer
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
+from ldmq_kernels.planning.cost import FLOAT_BYTES, weight_bytes
+from ldmq_kernels.planning.plan import Plan, kind_of, quantizable_layers
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class SchemeShare:
+    """The layers of one scheme: how many, and the bytes of their weights and scales."""
+
+    convolutions: int
+    linears: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is quantized. "Before" is the same model in fp16: two bytes a weight, all parameters.
+
+    `schemes` has an entry by name for each scheme that occurs; what no layer of them holds
+    (norms, biases) is in `other_bytes`, before as after.
+    """
+
+    schemes: dict[str, SchemeShare]
+    other_bytes: int
+
+    def _layers(self, kind: str, quantized: bool) -> int:
+        return sum(getattr(share, kind) for name, share in self.schemes.items() if name != str(FLOAT) or not quantized)
+
+    @property
+    def convolutions(self) -> int:
+        """All 2-D convolutions."""
+        return self._layers("convolutions", quantized=False)
+
+    @property
+    def linears(self) -> int:
+        """All linears."""
+        return self._layers("linears", quantized=False)
+
+    @property
+    def quantized_convolutions(self) -> int:
+        """2-D convolutions with integer weights."""
+        return self._layers("convolutions", quantized=True)
+
+    @property
+    def quantized_linears(self) -> int:
+        """Linears with integer weights."""
+        return self._layers("linears", quantized=True)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the model's weights in fp16."""
+        return self.other_bytes + sum(share.bytes_before for share in self.schemes.values())
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the quantized model's weights and scales."""
+        return self.other_bytes + sum(share.bytes_after for share in self.schemes.values())
+
+    def __str__(self) -> str:
+        return (
+            f"{self.quantized_convolutions} of {self.convolutions} convolutions and {self.quantized_linears} of "
+            f"{self.linears} linears quantized; {_megabytes(self.bytes_before)} in fp16, "
+            f"{_megabytes(self.bytes_after)} now ({_ratio(self.bytes_before, self.bytes_after)})"
+        )
+
+    def table(self) -> Table:
+        """A table for a terminal, one row for each scheme."""
+        from rich.table import Table
+
+        table = Table(title="what is quantized")
+        table.add_column("scheme")
+        for column in ("convolutions", "linears", "in fp16", "quantized", "ratio"):
+            table.add_column(column, justify="right")
+
+        def row(name: str, convolutions: str, linears: str, before: int, after: int) -> None:
+            ratio = _ratio(before, after)
+            table.add_row(name, convolutions, linears, _megabytes(before), _megabytes(after), ratio)
+
+        for name, share in self.schemes.items():
+            row(name, str(share.convolutions), str(share.linears), share.bytes_before, share.bytes_after)
+        row("biases, norms, other", "", "", self.other_bytes, self.other_bytes)
+        table.add_section()
+        row(
+            "all",
+            f"{self.quantized_convolutions} of {self.convolutions}",
+            f"{self.quantized_linears} of {self.linears}",
+            self.bytes_before,
+            self.bytes_after,
+        )
+        return table
+
+
+def summarize(model: nn.Module, plan: Plan | None = None) -> Summary:
+    """Count what is quantized: in the model as it is, or as the plan would make it.
+
+    Args:
+        model: float with a plan, quantized or float without.
+        plan: what the model would become.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    layers = quantizable_layers(model)
+    if plan is not None:
+        schemes = {name: choice.scheme for name, choice in plan.layers(model).items()}
+        smoothed = set(plan.smoothing)
+    else:
+        schemes = {name: m.scheme if isinstance(m, QuantizedLayer) else FLOAT for name, m in layers.items()}
+        smoothed = {name for name, m in layers.items() if getattr(m, "smoothing", None) is not None}
+    counts: Counter[tuple[Scheme, str]] = Counter()
+    before: Counter[Scheme] = Counter()
+    after: Counter[Scheme] = Counter()
+    for name, layer in layers.items():
+        scheme = schemes[name]
+        counts[scheme, kind_of(layer)] += 1
+        before[scheme] += weight_bytes(layer, FLOAT)
+        after[scheme] += weight_bytes(layer, scheme, smoothed=name in smoothed)
+    shares = {
+        str(s): SchemeShare(counts[s, "conv2d"], counts[s, "linear"], before[s], after[s])
+        for s in SCHEMES.values()
+        if s in before
+    }
+    weights = {id(layer._parameters.get("weight")) for layer in layers.values()}
+    other = sum(p.numel() for p in model.parameters() if id(p) not in weights)
+    return Summary(shares, FLOAT_BYTES * other)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def _ratio(before: int, after: int) -> str:
+    return f"{after / before:.3f}x" if before else ""

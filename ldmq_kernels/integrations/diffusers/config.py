@@ -1,0 +1,83 @@
+"""The `quantization_config` of a diffusers model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from ldmq_kernels.conversion.pipeline import as_plan
+from ldmq_kernels.numerics.formats import SCHEMES
+from ldmq_kernels.planning.plan import Plan, PlanError, uniform_plan
+
+
+class LdmqMethod(str, Enum):  # noqa: UP042  diffusers looks its members up as plain strings, and prints `.value`
+    """How diffusers names this package."""
+
+    LDMQ = "ldmq"
+
+
+class LdmqConfig(QuantizationConfigMixin):
+    """How to quantize a model while it is loaded, or how it was quantized when it was saved.
+
+        UNet2DConditionModel.from_pretrained(folder, quantization_config=LdmqConfig("w8a8-dynamic"))
+
+    Args:
+        scheme: one scheme for all layers that have it; it needs no calibration, so it cannot be static.
+        plan: a plan, the path of its file, or its JSON object; instead of `scheme`.
+
+    Raises:
+        PlanError: neither or both are given, the scheme is unknown or static, or the plan is damaged.
+    """
+
+    def __init__(
+        self,
+        scheme: str | None = None,
+        plan: Plan | str | Path | Mapping[str, Any] | None = None,
+        quant_method: str = LdmqMethod.LDMQ,
+    ) -> None:
+        self.quant_method = LdmqMethod(quant_method)
+        if (scheme is None) == (plan is None):
+            raise PlanError("LdmqConfig takes either a scheme, such as 'w8a8-dynamic', or a plan")
+        if scheme is not None:
+            _check_scheme(scheme)
+        self.scheme = scheme
+        self.plan = None if plan is None else as_plan(plan, "the plan in quantization_config")
+
+    def plan_for(self, model: nn.Module) -> Plan:
+        """The plan itself, or the one that the scheme makes for this model."""
+        if self.plan is not None:
+            return self.plan
+        assert self.scheme is not None
+        return uniform_plan(model, self.scheme)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds; smoothing vectors are among the checkpoint's tensors."""
+        method = self.quant_method.value
+        if self.plan is None:
+            return {"quant_method": method, "scheme": self.scheme}
+        return {"quant_method": method, "plan": self.plan.to_dict(with_smoothing=False)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: there are no defaults to leave out."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        if self.plan is None:
+            return f"LdmqConfig(scheme={self.scheme!r})"
+        return f"LdmqConfig(plan for {self.plan.model['class']}, {self.plan.model['layers']} layers)"
+
+
+def _check_scheme(scheme: str) -> None:
+    accepted = ", ".join(name for name, s in SCHEMES.items() if not s.is_static)
+    if scheme in SCHEMES and SCHEMES[scheme].is_static:
+        raise PlanError(
+            f"{scheme} needs activation scales, which only a calibration gives: make a plan with `ldmq plan` and "
+            f"pass LdmqConfig(plan=...), or take one of {accepted}"
+        )
+    if scheme not in SCHEMES:
+        raise PlanError(f"unknown scheme {scheme!r}: choose one of {accepted}")

@@ -1,0 +1,163 @@
+"""What diffusers' loader calls while it fills a model.
+
+A checkpoint of a quantized model: quantized layers are put into the empty model first, and take
+their tensors as they are in the file. A float checkpoint: each layer is quantized when its weight
+arrives, so the float model is never in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from ldmq_kernels.conversion.convert import quantize_layer, quantized_class, replace_modules
+from ldmq_kernels.integrations.diffusers.config import LdmqConfig
+from ldmq_kernels.nn import QuantizedLayer
+from ldmq_kernels.nn.quantized import BUFFERS
+from ldmq_kernels.planning.plan import LayerPlan, quantizable_layers
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not hold what its config.json says."""
+
+
+class LdmqQuantizer(DiffusersQuantizer):
+    """diffusers' side of `LdmqConfig`."""
+
+    quantization_config: LdmqConfig
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = False
+    is_compileable = True
+    supports_parallel_loading = False  # a layer is replaced when its weight comes, its bias may come in another shard
+
+    def __init__(self, quantization_config: LdmqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._awaited: dict[str, LayerPlan] = {}
+
+    # -- before the weights --------------------------------------------------------------------------
+
+    def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:
+        """Refuse to leave layers on disk.
+
+        Raises:
+            ValueError: the device map says "disk" somewhere.
+        """
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            where = ", ".join(name for name, device in device_map.items() if device == "disk")
+            raise ValueError(
+                f"device_map puts {where} on disk, quantized layers stay in memory: use cpu there, or max_memory"
+            )
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """One byte a weight: the loader counts them in 16 bit."""
+        return 2
+
+    def _process_model_before_weight_loading(self, model: ModelMixin, **_kwargs: Any) -> None:
+        plan = self.quantization_config.plan_for(model)
+        self.quantization_config = LdmqConfig(plan=plan)
+        layers = quantizable_layers(model)
+        if not self.pre_quantized:
+            self._awaited = {name: choice for name, choice in plan.layers(model).items() if choice.scheme.quantizes}
+            return
+        # config.json names the smoothed layers; their vectors come with the tensors
+        named = dataclasses.replace(plan, smoothing={})
+        replacements: dict[nn.Module, nn.Module] = {
+            layers[name]: quantized_class(layers[name]).empty(
+                layers[name], choice.scheme, smoothed=name in plan.smoothing
+            )
+            for name, choice in named.layers(model).items()
+            if choice.scheme.quantizes
+        }
+        replace_modules(model, replacements)
+
+    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
+        """Refuse a checkpoint that would leave a tensor unfilled.
+
+        Raises:
+            CheckpointError: a tensor is not in the checkpoint.
+        """
+        expected = model.state_dict()
+        missing = sorted(name for name in missing_keys if expected[name].is_meta)
+        if missing:
+            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"the checkpoint has no {missing[0]}{more}: it is damaged or belongs to another model, save it again"
+            )
+        return missing_keys
+
+    # -- each tensor ---------------------------------------------------------------------------------
+
+    def check_if_quantized_param(
+        self, model: ModelMixin, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_kwargs: Any
+    ) -> bool:
+        """Whether this package fills the tensor, and not the loader."""
+        name, _, leaf = param_name.rpartition(".")
+        if not self.pre_quantized:
+            return name in self._awaited and leaf == "weight"
+        layer = model.get_submodule(name)
+        return isinstance(layer, QuantizedLayer) and layer.scheme.quantizes and leaf in BUFFERS
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        """Refuse a tensor of another shape.
+
+        Raises:
+            CheckpointError: always, since the loader asks only where the shapes differ.
+        """
+        raise CheckpointError(
+            f"{param_name} has shape {tuple(loaded_param.shape)} in the checkpoint, {tuple(current_param.shape)} is "
+            "needed: the checkpoint and its config.json do not belong together"
+        )
+
+    def create_quantized_param(
+        self,
+        model: ModelMixin,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str,
+        state_dict: dict[str, Any],
+        *_args: Any,
+        **_kwargs: Any,
+    ) -> None:
+        """Take a stored tensor bit for bit, or quantize a float weight.
+
+        Raises:
+            CheckpointError: a stored tensor has another dtype, or values that no quantized layer has.
+            ConversionError: a float weight cannot be quantized.
+        """
+        name, _, leaf = param_name.rpartition(".")
+        layer = model.get_submodule(name)
+        if not self.pre_quantized:
+            assert isinstance(layer, nn.Linear | nn.Conv2d)
+            layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
+            model.set_submodule(name, quantize_layer(name, layer, self._awaited.pop(name)))
+            return
+        assert isinstance(layer, QuantizedLayer)
+        stored: Tensor = state_dict[param_name]  # param_value is rounded to the model's dtype
+        try:
+            layer.check_stored(leaf, stored)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+        layer.register_buffer(leaf, stored.to(target_device))
+
+    # -- after the weights ---------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: ModelMixin, **_kwargs: Any) -> None:
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLayer):
+                layer.finish()
+        self.attach(model)
+
+    def attach(self, model: ModelMixin) -> None:
+        """Make `save_pretrained` write the plan and the quantized tensors."""
+        model.hf_quantizer = self
+        model.quantization_method = self.quantization_config.quant_method
+        model.is_quantized = False  # True makes diffusers refuse .to(dtype), which quantized layers take
+        model.register_to_config(quantization_config=self.quantization_config)

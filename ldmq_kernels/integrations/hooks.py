@@ -1,0 +1,19 @@
+"""Registers with other libraries when they are imported, and imports none of them itself."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import wrapt
+
+
+def install() -> None:
+    """Register with diffusers as soon as its table of quantizers exists, now or later."""
+    # a hook on `diffusers` itself would fire before its lazy submodules can be imported
+    wrapt.register_post_import_hook(_register_with_diffusers, "diffusers.quantizers.auto")
+
+
+def _register_with_diffusers(_module: ModuleType) -> None:
+    from ldmq_kernels.integrations.diffusers import register
+
+    register()

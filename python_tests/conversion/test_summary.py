@@ -1,0 +1,63 @@
+"""The summary's counts and bytes are those of the checkpoint that is written."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from ldmq_kernels.conversion import convert, summarize
+from ldmq_kernels.planning.plan import PlanError, uniform_plan
+from python_tests.tiny import mixed_plan, tiny_unet
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def test_the_plan_predicts_the_bytes_of_the_fp16_checkpoint_before_and_after():
+    unet = tiny_unet().to(torch.float16)
+    plan = mixed_plan(unet)
+    predicted = summarize(unet, plan)
+    assert predicted.bytes_before == checkpoint_bytes(unet)
+    convert(unet, plan)
+    assert predicted.bytes_after == checkpoint_bytes(unet)
+    assert summarize(unet) == predicted
+
+
+def test_a_float_model_has_nothing_quantized_and_the_same_bytes():
+    summary = summarize(tiny_unet())
+    assert (summary.quantized_convolutions, summary.quantized_linears) == (0, 0)
+    assert summary.bytes_after == summary.bytes_before
+
+
+def test_layers_are_counted_by_kind_and_scheme():
+    unet = tiny_unet()
+    summary = summarize(unet, uniform_plan(unet, "w4a16"))
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in unet.modules())
+    linears = sum(isinstance(m, nn.Linear) for m in unet.modules())
+    assert (summary.convolutions, summary.linears) == (convolutions, linears)
+    assert (summary.quantized_convolutions, summary.quantized_linears) == (0, linears)
+    assert (summary.schemes["w4a16"].linears, summary.schemes["fp16"].convolutions) == (linears, convolutions)
+    text = f"0 of {convolutions} convolutions and {linears} of {linears} linears quantized"
+    assert text in str(summary)
+
+
+def test_the_table_says_what_the_summary_says():
+    unet = tiny_unet()
+    summary = summarize(unet, mixed_plan(unet))
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(summary.table())
+    text = console.export_text()
+    for name in summary.schemes:
+        assert name in text
+    assert f"{summary.quantized_linears} of {summary.linears}" in text
+    assert f"{summary.bytes_after / summary.bytes_before:.3f}x" in text
+
+
+def test_a_plan_for_another_model_is_refused():
+    with pytest.raises(PlanError, match="make a plan for this model"):
+        summarize(tiny_unet(), uniform_plan(tiny_unet(block_out_channels=(32, 32)), "w8a16"))

@@ -1,0 +1,60 @@
+"""What the tests of both layers share: float layers, their quantized forms, and the op's definition of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ldmq_kernels.nn import QuantConv2d, QuantLinear
+from ldmq_kernels.numerics.affine import expand_groups, fold_multiplier
+from ldmq_kernels.numerics.formats import SCHEMES
+from ldmq_kernels.numerics.packing import unpack_int4
+
+LINEAR_SCHEMES = [name for name, s in SCHEMES.items() if s.quantizes]
+INT8_SCHEMES = [name for name in LINEAR_SCHEMES if SCHEMES[name].format.activation_bits == 8]
+SMOOTHED_OR_NOT = [
+    (name, smooth) for name in LINEAR_SCHEMES for smooth in (False, True) if name in INT8_SCHEMES or not smooth
+]
+SQNR_FLOOR_DB = {"w8a8": 35.0, "w8a16": 40.0, "w4a8": 15.0, "w4a16": 18.0}
+CONV_SCHEMES = [name for name in LINEAR_SCHEMES if "conv2d" in SCHEMES[name].format.layers]
+
+
+def quantized(
+    layer: nn.Linear | nn.Conv2d, scheme: str, *, smooth: bool = False, scale: float = 0.02
+) -> QuantLinear | QuantConv2d:
+    """The layer quantized, by default with an input scale that standard normal inputs overrun now and then."""
+    kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
+    channels = layer.weight.shape[1]
+    smoothing = torch.exp2(torch.arange(channels) % 3 - 1.0) if smooth else None
+    input_scale = torch.tensor([scale]) if SCHEMES[scheme].is_static else None
+    return kind.from_float(layer.eval(), SCHEMES[scheme], input_scale=input_scale, smoothing=smoothing)
+
+
+def dequantized_weight(layer: QuantLinear | QuantConv2d) -> Tensor:
+    """The float64 weight, channels last, that the stored integers and scales stand for, smoothing still in it."""
+    stored = layer.state_dict()
+    weight, four_bit = stored["weight"], layer.scheme.format.weight_bits == 4
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels // layer.groups
+    if four_bit:
+        weight = unpack_int4(weight, channels)
+    if "group_scale" in stored:
+        return weight.double() * expand_groups(stored["group_scale"], channels)
+    if "multiplier" in stored:
+        weight = fold_multiplier(weight, stored["multiplier"])
+    return weight.double() * stored["weight_scale"].view(-1, *[1] * (weight.dim() - 1))
+
+
+def dequantized_input(
+    layer: QuantLinear | QuantConv2d, x: Tensor, channel_dim: int, amax_dims: tuple[int, ...]
+) -> Tensor:
+    """The float64 input that the layer computes with: rounded to its grid, or as it is for 16-bit activations."""
+    if layer.scheme.format.activation_bits == 16:
+        return x.double()
+    shape = [1] * x.dim()
+    shape[channel_dim] = -1
+    smoothed = x.float() if layer.smoothing is None else x.float() * layer.smoothing.view(shape)
+    if layer.scheme.is_static:
+        reciprocal = layer.input_reciprocal if layer.smoothing is None else layer.input_reciprocal.view(shape)
+        return torch.round(x.float() * reciprocal).clamp(-127, 127).double() * layer.input_scale.double()
+    scale = smoothed.abs().amax(amax_dims, keepdim=True) / 127
+    return torch.round(smoothed * (1 / scale)).clamp(-127, 127).double() * scale.double()
