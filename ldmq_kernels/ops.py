@@ -17,6 +17,9 @@ Epilogue, in float32, rounded once to `out_dtype`:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -86,7 +89,7 @@ def _fake_conv2d(x: Tensor, channels: int, geometry: tuple, out_dtype: torch.dty
     return _channels_last(x, (x.shape[0], channels, *size), out_dtype)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "quantize_static": _fake_quantize_static,
     "quantize_per_token": _fake_quantize_per_token,
     "quantize_per_sample": _fake_quantize_per_sample,

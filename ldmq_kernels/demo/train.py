@@ -2,7 +2,7 @@
 
 Stages, in order: `evaluator`, `text`, `vae`, `unet`, `export`. Every batch is a function of the
 seed and the step number, and a stage goes on from its last checkpoint, so a run that was stopped
-ends where an uninterrupted one does. The cost of the shipped weights is in README.md beside them.
+ends where an uninterrupted one does. What the shipped weights cost is in README.md beside this file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated
 
 import torch
 import typer
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
@@ -224,7 +224,7 @@ def _latents(work: Path) -> dict[str, Tensor]:
 
 
 @app.command()
-def unet(work: Work, steps: int = 6000, batch: int = 64, learning_rate: float = 6e-4) -> None:
+def unet(work: Work, steps: int = 4400, batch: int = 64, learning_rate: float = 6e-4) -> None:
     """Train the UNet on velocity, with a tenth of the captions dropped for classifier-free guidance."""
     data = _latents(work)
     torch.manual_seed(SEED + 3)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _override: ContextVar[str | None] = ContextVar("ldmq_backend", default=None)
 _calls: Counter[tuple[str, str, str]] = Counter()
@@ -39,7 +39,7 @@ def _check(name: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every op from one backend inside this block: "reference", "cpu" or "triton".
+    """Serve every op from one backend inside this block: "reference", "cpu", "triton" or "cuda".
 
     Raises:
         ValueError: there is no such backend.
@@ -74,7 +74,10 @@ def server(op: str) -> Callable[..., Any]:
             try:
                 if not backend.serves(device):
                     raise Unsupported(f"not available on {device}")
-                result = getattr(backend, op)(*arguments)
+                function = getattr(backend, op, None)
+                if function is None:
+                    raise Unsupported("has no such op")
+                result = function(*arguments)
             except Unsupported as refusal:
                 reasons.append(f"{name}: {refusal}")
                 _refusals[op, name, str(refusal)] += 1

@@ -129,7 +129,9 @@ class Plan:
                 )
             channels = layer_shape(found[name])[1]
             if choice.smoothing is not None and choice.smoothing.shape != (channels,):
-                raise PlanError(f"{name}: smoothing has {choice.smoothing.numel()} values, the layer {channels} channels")
+                raise PlanError(
+                    f"{name}: smoothing has {choice.smoothing.numel()} values, the layer {channels} channels"
+                )
         return chosen
 
     # -- file ----------------------------------------------------------------------------------------
@@ -163,7 +165,9 @@ class Plan:
             raise PlanError(f"{source} is not an ldmq plan: it has no 'ldmq_plan' entry")
         version = data["ldmq_plan"]
         if isinstance(version, int) and version > VERSION:
-            raise PlanError(f"{source} has plan version {version}, this package reads up to {VERSION}: upgrade ldmq_kernels")
+            raise PlanError(
+                f"{source} has plan version {version}, this package reads up to {VERSION}: upgrade ldmq_kernels"
+            )
         schema = json.loads(resources.files("ldmq_kernels.planning").joinpath("plan.schema.json").read_text())
         errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(data), key=lambda e: e.json_path)
         if errors:

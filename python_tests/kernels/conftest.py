@@ -15,6 +15,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 
+def _check_interpreter() -> None:
+    import triton.language as tl
+
+    if type(tl.cdiv).__name__ != "InterpretedFunction":
+        pytest.fail("triton was imported before TRITON_INTERPRET was set: set TRITON_INTERPRET=1 in the environment")
+
+
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> Backend:
     """One backend and its device: Triton takes the GPU where there is one, and its interpreter elsewhere."""
@@ -22,6 +29,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     device = torch.device("cuda" if on_gpu else "cpu")
     if not importlib.import_module(f"ldmq_kernels.kernels.{request.param}").serves(device):
         pytest.skip(f"backend {request.param} does not serve {device} on this machine")
+    if request.param == "triton" and not on_gpu:
+        _check_interpreter()
     return Backend(request.param, device)
 
 

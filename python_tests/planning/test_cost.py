@@ -10,7 +10,9 @@ from ldmq_kernels.planning.cost import weight_bytes
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if s.quantizes], ids=str)
-@pytest.mark.parametrize("layer", [nn.Linear(130, 20, bias=False), nn.Conv2d(70, 12, 3, bias=False)], ids=["linear", "conv2d"])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(130, 20, bias=False), nn.Conv2d(70, 12, 3, bias=False)], ids=["linear", "conv2d"]
+)
 @pytest.mark.parametrize("smoothed", [False, True])
 def test_bytes_match_the_state_dict(layer, scheme, smoothed):
     kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d

@@ -30,6 +30,6 @@ __all__ = [
 ]
 
 
-def serves(device: torch.device) -> bool:  # noqa: ARG001
+def serves(device: torch.device) -> bool:
     """Any device."""
     return True

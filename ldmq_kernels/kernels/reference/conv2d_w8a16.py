@@ -11,7 +11,7 @@ def conv2d_w8a16(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    kernel_size: tuple[int, int],  # noqa: ARG001
+    kernel_size: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],

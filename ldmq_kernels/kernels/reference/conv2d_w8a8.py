@@ -16,7 +16,7 @@ def conv2d_w8a8(
     bias: Tensor | None,
     sample_vector: Tensor | None,
     residual: Tensor | None,
-    kernel_size: tuple[int, int],  # noqa: ARG001
+    kernel_size: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],

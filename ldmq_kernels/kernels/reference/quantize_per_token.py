@@ -12,7 +12,7 @@ ABSMAX_FLOOR = 1e-12  # of a token that is all zero, so that its scale is positi
 
 def dynamic_scale(absmax: Tensor) -> Tensor:
     """The scale for values up to `absmax`, float32."""
-    return absmax.clamp_min(ABSMAX_FLOOR) / 127
+    return absmax.clamp_min(ABSMAX_FLOOR) / absmax.new_tensor(127)  # a GPU multiplies by 1 / 127 for a plain 127
 
 
 def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,188 @@
+"""`ldmq`: the command line. Commands import what they need when they run, so that help is quick."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldmq_kernels.cli.options import (
+    Calibration,
+    DryRun,
+    Dtype,
+    Formats,
+    Guidance,
+    Model,
+    OptionalPlan,
+    OptionalPrompts,
+    OptionalTarget,
+    Prompts,
+    Seed,
+    Steps,
+    TargetBytes,
+    needed,
+    sampling,
+)
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+VERBOSE = "--verbose"
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize latent diffusion models to int8 and int4, each layer in the precision that keeps the pictures.",
+    epilog=f"{VERBOSE}, anywhere, shows the traceback of an error.",
+)
+
+
+def error_line(error: BaseException) -> str:
+    """One line for people: what was found and what to do."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if (isinstance(error, OSError) and error.errno in DISK_FULL) or "No space left on device" in text:
+        return f"the disk is full, nothing was written: free some space, or choose another place ({text})"
+    if isinstance(error, OSError | ValueError | TypeError):
+        return text
+    return f"{type(error).__name__}: {text} ({VERBOSE} shows where)"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = VERBOSE in given
+    try:
+        app([argument for argument in given if argument != VERBOSE])
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"ldmq: {error_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the page, the plan, the figures and the model.")] = Path(
+        "demo_output"
+    ),
+    captions: Annotated[int, typer.Option(help="Held-out captions that are drawn and scored.", min=4)] = 100,
+) -> None:
+    """Quantize the small model that ships with the package, and show that it draws the same pictures."""
+    from ldmq_kernels.cli.quiet import quiet_libraries
+
+    quiet_libraries()
+    from ldmq_kernels.demo.run import run_demo
+
+    run_demo(out, captions)
+
+
+@app.command()
+def plan(
+    model: Model,
+    prompts: Prompts,
+    out: Annotated[Path | None, typer.Option(help="The plan file to write.")] = None,
+    target_sqnr: OptionalTarget = None,
+    target_bytes: TargetBytes = None,
+    formats: Formats = None,
+    calibration: Calibration = "first-step",
+    steps: Steps = 20,
+    guidance: Guidance = 7.5,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    dry_run: DryRun = False,
+) -> None:
+    """Choose a precision for every layer of MODEL, verified on prompts that it was not made from.
+
+    With --dry-run nothing is measured: it tells what each format would make of the model.
+    """
+    from ldmq_kernels.cli.method import preview, run_plan, target_of
+    from ldmq_kernels.cli.models import read_prompts
+
+    target = target_of(target_sqnr, target_bytes)
+    place = needed(out, dry_run=dry_run)
+    texts = read_prompts(prompts)
+    if dry_run:
+        preview(model, formats, len(texts))
+    else:
+        run_plan(model, texts, target, place, formats, calibration, sampling(steps, guidance, seed), dtype)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the quantized model; it must not hold anything yet.")
+    ] = None,
+    plan: OptionalPlan = None,
+    prompts: OptionalPrompts = None,
+    target_sqnr: OptionalTarget = None,
+    formats: Formats = None,
+    calibration: Calibration = "first-step",
+    steps: Steps = 20,
+    guidance: Guidance = 7.5,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    dry_run: DryRun = False,
+) -> None:
+    """Write MODEL quantized to --out, by a plan file, or by one that is made now from prompts and a target.
+
+    The result loads with diffusers' own from_pretrained after `import ldmq_kernels`. With --dry-run the
+    plan is made all the same, and nothing is written.
+    """
+    from ldmq_kernels.cli.method import quantize_by_plan, quantize_by_prompts
+    from ldmq_kernels.cli.models import read_prompts
+
+    place = needed(out, dry_run=dry_run)
+    if plan is not None:
+        if prompts is not None or target_sqnr is not None:
+            raise typer.BadParameter("give either --plan, or --prompts and --target-sqnr")
+        quantize_by_plan(model, plan, place, dtype, dry_run=dry_run)
+        return
+    if prompts is None or target_sqnr is None:
+        raise typer.BadParameter("give --plan FILE, or --prompts FILE with --target-sqnr DB")
+    settings = sampling(steps, guidance, seed)
+    quantize_by_prompts(
+        model, read_prompts(prompts), target_sqnr, place, formats, calibration, settings, dtype, dry_run=dry_run
+    )
+
+
+@app.command()
+def analyze(
+    model: Model,
+    prompts: Prompts,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and layers.csv; it must not hold anything yet.")],
+    target_sqnr: Annotated[
+        float, typer.Option(help="SQNR of the UNet output in dB that the plan on the page must reach.", metavar="DB")
+    ] = 38.0,
+    formats: Formats = None,
+    calibration: Calibration = "first-step",
+    steps: Steps = 20,
+    guidance: Guidance = 7.5,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+) -> None:
+    """Measure what quantizing each layer of MODEL does to its output, and show it on a page."""
+    from ldmq_kernels.cli.method import run_analyze
+    from ldmq_kernels.cli.models import read_prompts
+
+    settings = sampling(steps, guidance, seed)
+    run_analyze(model, read_prompts(prompts), target_sqnr, out, formats, calibration, settings, dtype)
+
+
+@app.command()
+def bench() -> None:
+    """Time quantized layers of common shapes on this machine against float ones."""
+    from ldmq_kernels.cli.layer_times import run_bench
+
+    run_bench()
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: versions, devices, backends, and every op against its definition."""
+    from ldmq_kernels.cli.checks import run_doctor
+
+    raise typer.Exit(0 if run_doctor() else 1)

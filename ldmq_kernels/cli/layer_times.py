@@ -1,0 +1,89 @@
+"""`ldmq bench`: quantized layers of common shapes against float ones, in turns, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ldmq_kernels.calibration.ranges import channel_absmax, static_scale
+from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.numerics.formats import SCHEMES
+from ldmq_kernels.planning.plan import LayerPlan
+from ldmq_kernels.progress import track
+from ldmq_kernels.report.measure import in_turns
+from ldmq_kernels.sensitivity.local_noise import quantized_copy
+
+# Layers that carry a Stable Diffusion 1.5 UNet: (rows, in, out) and (batch, in, height, width, out), 3x3.
+LINEARS = ((8192, 320, 320), (2048, 640, 640), (512, 1280, 1280), (2048, 640, 5120))
+CONVOLUTIONS = ((2, 320, 64, 64, 320), (2, 640, 32, 32, 640), (2, 1280, 16, 16, 1280))
+TESTED = ("w8a8-static", "w8a8-dynamic", "w8a16")
+ROUNDS = 5
+
+console = Console()
+
+
+def _cases() -> list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
+    linears = [(f"linear {m}x{k} -> {n}", lambda k=k, n=n: nn.Linear(k, n), (m, k)) for m, k, n in LINEARS]
+    convolutions = [
+        (f"conv 3x3 {n}x{c}x{h}x{w} -> {k}", lambda c=c, k=k: nn.Conv2d(c, k, 3, padding=1), (n, c, h, w))
+        for n, c, h, w, k in CONVOLUTIONS
+    ]
+    return [*linears, *convolutions]
+
+
+def _float_dtypes(device: torch.device) -> list[torch.dtype]:
+    """float16 convolutions on a CPU take seconds: nobody would use them."""
+    both = [torch.float32, torch.bfloat16]
+    return [*both, torch.float16] if device.type == "cuda" else both
+
+
+@torch.no_grad()
+def time_layer(make: Callable[[], nn.Module], shape: tuple[int, ...], device: torch.device) -> dict[str, float]:
+    """Median seconds of one layer by dtype ("float32" ...) and by scheme, on 16-bit inputs."""
+    torch.manual_seed(0)
+    layer, x = make().to(device), torch.randn(shape, device=device)
+    works: dict[str, Callable[[], Tensor]] = {}
+    narrow = torch.float16 if device.type == "cuda" else torch.bfloat16
+
+    def as_image(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+    def work(module: nn.Module, given: Tensor) -> Callable[[], Tensor]:
+        return lambda: module(given)
+
+    for dtype in _float_dtypes(device):
+        twin = make().to(device, dtype)
+        if x.dim() == 4:
+            twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        works[str(dtype).removeprefix("torch.")] = work(twin, as_image(x.to(dtype)))
+    scale = static_scale(channel_absmax(layer, x), None)
+    for name in TESTED:
+        scheme = SCHEMES[name]
+        choice = LayerPlan(scheme, "", scale if scheme.is_static else None)
+        works[name] = work(quantized_copy(layer.to(narrow), choice), as_image(x.to(narrow)))
+    return dict(zip(works, in_turns(list(works.values()), device, rounds=ROUNDS), strict=True))
+
+
+def run_bench() -> None:
+    """Time all shapes and print them as a table."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = _cases()
+    dispatch.reset_dispatch_report()
+    times = [time_layer(make, shape, device) for _, make, shape in track(cases, "shapes", len(cases), show=True)]
+    narrow = "float16" if device.type == "cuda" else "bfloat16"
+    table = Table(title=f"milliseconds on {device}, medians of {ROUNDS} rounds in turns")
+    table.add_column("layer")
+    for name in times[0]:
+        table.add_column(name, justify="right")
+    table.add_column(f"w8a8-static over {narrow}", justify="right")
+    for (label, _, _), taken in zip(cases, times, strict=True):
+        gain = taken[narrow] / taken["w8a8-static"]
+        table.add_row(label, *(f"{seconds * 1000:.2f}" for seconds in taken.values()), f"{gain:.2f}x")
+    console.print(table)
+    console.print(
+        f"quantized layers take {narrow} activations; who served them:\n{dispatch.dispatch_report()}", markup=False
+    )

@@ -1,0 +1,166 @@
+"""Local diffusers directories: what they are, how they load, and in what they are stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldmq_kernels.cli.quiet import quiet_libraries
+
+PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
+DENOISERS = ("unet", "transformer")
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class ModelError(ValueError):
+    """A directory that is not a model which the command can take."""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        ValueError: there is no such file, it is not text, or it holds no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"there is no prompt file {path}: write one prompt a line into it") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise ValueError(f"{path} is not a text file in UTF-8: it must hold one prompt a line") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt: write one prompt a line into it")
+    return prompts
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not a JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a diffusers configuration: it holds no JSON object")
+    return content
+
+
+def denoiser_folder(folder: Path) -> Path:
+    """Where the UNet (or transformer) of a pipeline directory lies; the directory itself if it is one.
+
+    Raises:
+        ModelError: there is no such directory, it is not diffusers', or its UNet is quantized already.
+    """
+    if not folder.exists():
+        raise ModelError(f"there is no model directory {folder}: give the path of a local diffusers model")
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is a file: give the diffusers directory, with {PIPELINE_FILE} or {MODEL_FILE} in it"
+        )
+    if (folder / PIPELINE_FILE).exists():
+        parts = _read_json(folder / PIPELINE_FILE)
+        found = next((folder / name for name in DENOISERS if name in parts), None)
+        if found is None:
+            raise ModelError(
+                f"{folder} is a {parts.get('_class_name')}, with neither a unet nor a transformer to quantize"
+            )
+    else:
+        found = folder
+    if not (found / MODEL_FILE).exists():
+        raise ModelError(f"{folder} is not a diffusers directory: there is no {found / MODEL_FILE}")
+    config = _read_json(found / MODEL_FILE)
+    if "_class_name" not in config:
+        raise ModelError(f"{folder} is not a diffusers directory: {found / MODEL_FILE} has no _class_name")
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "an unknown method")
+        raise ModelError(f"{folder} is quantized already, with {method}: give the full-precision model")
+    return found
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether the directory holds a whole pipeline."""
+    return (folder / PIPELINE_FILE).exists()
+
+
+def _model_class(folder: Path) -> Any:
+    import diffusers
+
+    name = _read_json(folder / MODEL_FILE)["_class_name"]
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ModelError(f"{folder / MODEL_FILE}: diffusers {diffusers.__version__} has no model class {name}")
+    return found
+
+
+def load_structure(folder: Path) -> nn.Module:
+    """The UNet of a directory with no weights in it, on the meta device.
+
+    Raises:
+        ModelError: as `denoiser_folder`, or diffusers cannot build it.
+    """
+    quiet_libraries()
+    part = denoiser_folder(folder)
+    kind = _model_class(part)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = kind.from_config(_read_json(part / MODEL_FILE))
+    except Exception as error:
+        raise ModelError(f"{part} cannot be built: {error}") from error
+    return model
+
+
+def load(folder: Path, dtype: str) -> Any:
+    """A pipeline, or the model alone where that is what the directory holds, on the best device.
+
+    Raises:
+        ModelError: as `denoiser_folder`, or diffusers cannot load it.
+    """
+    quiet_libraries()
+    import diffusers
+
+    part = denoiser_folder(folder)
+    kind = diffusers.DiffusionPipeline if is_pipeline(folder) else _model_class(part)
+    try:
+        loaded: Any = kind.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{folder} cannot be loaded: {error}") from error
+    if is_pipeline(folder):
+        loaded.set_progress_bar_config(disable=True)
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_pipeline(folder: Path, dtype: str) -> Any:
+    """A pipeline that can draw.
+
+    Raises:
+        ModelError: as `load`, or the directory holds a model alone.
+    """
+    part = denoiser_folder(folder)
+    if part == folder:
+        raise ModelError(
+            f"{folder} is a model alone: planning draws pictures, give the whole pipeline's directory "
+            "(`ldmq quantize --plan` takes a model alone)"
+        )
+    return load(folder, dtype)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] in STORED_DTYPES:
+                return STORED_DTYPES[entry["dtype"]]
+    return None
+
+
+def to_stored_dtype(loaded: Any, folder: Path) -> None:
+    """Bring every part back to the dtype that its directory stores, so that saving does not widen it."""
+    parts = dict(loaded.components) if is_pipeline(folder) else {".": loaded}
+    for name, part in parts.items():
+        dtype = _stored_dtype(folder / name) if isinstance(part, nn.Module) else None
+        if dtype is not None:
+            part.to(dtype)

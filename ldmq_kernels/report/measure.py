@@ -1,0 +1,119 @@
+"""Before and after: pictures from the same noise, and times taken in turns."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmq_kernels.calibration.trajectory import (
+    PROMPTS_AT_ONCE,
+    SamplingSettings,
+    UNetCall,
+    output_tensor,
+    run_pipeline,
+)
+from ldmq_kernels.planning.plan import Plan, quantizable_layers
+from ldmq_kernels.progress import track
+from ldmq_kernels.sensitivity.local_noise import quantized_copy
+from ldmq_kernels.sensitivity.output_noise import swapped
+
+IDENTICAL_DB = 100.0  # PSNR that stands for pictures without any difference
+
+
+@dataclass(frozen=True)
+class PicturePairs:
+    """Pictures of the same prompts and seeds: `before` and `after` are (N, 3, H, W) in [0, 1], on the CPU."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    before: Tensor
+    after: Tensor
+
+    @property
+    def psnr_db(self) -> list[float]:
+        """Of each pair, against a peak of 1; identical pictures have 100 dB."""
+        error = (self.after.double() - self.before.double()).square().flatten(1).mean(1)
+        return [min(IDENTICAL_DB, -10 * math.log10(e)) if e > 0 else IDENTICAL_DB for e in error.tolist()]
+
+    @property
+    def pooled_psnr_db(self) -> float:
+        """Of all pictures as one: from the mean squared error over all of them."""
+        error = float((self.after.double() - self.before.double()).square().mean())
+        return min(IDENTICAL_DB, -10 * math.log10(error)) if error > 0 else IDENTICAL_DB
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the same work before and after: medians of rounds taken in turns."""
+
+    what: str
+    before: float
+    after: float
+
+    @property
+    def speedup(self) -> float:
+        """Above 1 where the quantized model is faster."""
+        return self.before / self.after
+
+
+def draw_pictures(
+    pipe: Any, prompts: Sequence[str], settings: SamplingSettings, what: str, *, show: bool = False
+) -> Tensor:
+    """(N, 3, H, W) float32 in [0, 1] on the CPU; seeds count up from `settings.seed`."""
+    starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+    pictures = []
+    for start in track(starts, what, len(starts), show=show):
+        chunk = SamplingSettings(settings.num_inference_steps, settings.guidance_scale, settings.seed + start)
+        drawn = run_pipeline(pipe, prompts[start : start + PROMPTS_AT_ONCE], chunk, "pt")
+        pictures.append(drawn.float().cpu())
+    return torch.cat(pictures)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(works: Sequence[Callable[[], object]], device: torch.device, *, rounds: int) -> list[float]:
+    """Median seconds of each work, all of them run once a round after two rounds that do not count."""
+    times: list[list[float]] = [[] for _ in works]
+    for turn in range(rounds + 2):
+        for work, seconds in zip(works, times, strict=True):
+            taken = _seconds(work, device)
+            if turn >= 2:
+                seconds.append(taken)
+    return [statistics.median(seconds) for seconds in times]
+
+
+@torch.no_grad()
+def time_plan(model: nn.Module, plan: Plan, call: UNetCall, *, rounds: int = 7) -> Timing:
+    """Time one recorded call of a float model, and of the same model with the plan's layers in place.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    layers = quantizable_layers(model)
+    chosen = {name: choice for name, choice in plan.layers(model).items() if choice.scheme.quantizes}
+    copies: dict[str, nn.Module] = {name: quantized_copy(layers[name], choice) for name, choice in chosen.items()}
+
+    def run() -> None:
+        output_tensor(model(*call.args, **call.kwargs))
+
+    def run_quantized() -> None:
+        with swapped(model, copies):
+            run()
+
+    before, after = in_turns([run, run_quantized], call.output.device, rounds=rounds)
+    return Timing(f"one UNet call, batch {call.output.shape[0]}", before, after)

@@ -1,0 +1,106 @@
+"""The numbers of each layer as rows: for the page's table and for a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+
+from torch import nn
+
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
+from ldmq_kernels.planning.cost import weight_bytes
+from ldmq_kernels.planning.plan import Plan, kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.sensitivity.analysis import Analysis
+from ldmq_kernels.sensitivity.output_noise import block_of, finite_db
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer: what was measured, and what the plan chose.
+
+    Attributes:
+        sqnr_db: scheme -> SQNR at the UNet's output with this layer alone quantized so.
+        alpha: scheme -> smoothing strength, where smoothing helped.
+        drift: how many times larger its input gets than at the first step.
+        scheme: the plan's choice; None without a plan.
+        bytes_after: bytes of weight and scales in that scheme; None without a plan.
+    """
+
+    name: str
+    block: str
+    kind: str
+    shape: tuple[int, ...]
+    operations: int
+    sqnr_db: dict[str, float]
+    alpha: dict[str, float]
+    drift: float
+    bytes_before: int
+    scheme: str | None
+    bytes_after: int | None
+    reason: str
+
+
+def schemes_of(analysis: Analysis) -> list[str]:
+    """The schemes that were tried, in the package's order."""
+    tried = {scheme for _, scheme in analysis.output}
+    return [name for name in SCHEMES if name in tried]
+
+
+def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[LayerRow]:
+    """A row for each layer that ran in calibration, in the order of running; the model may be float or quantized."""
+    drift = analysis.drift()
+    layers = quantizable_layers(model)
+    rows = []
+    for name in analysis.candidates:
+        layer = layers[name]
+        measured = {str(c.scheme): analysis.output[name, str(c.scheme)].mean_power for c in analysis.candidates[name]}
+        sqnr = {scheme: finite_db(power) for scheme, power in measured.items()}
+        alpha = {str(c.scheme): c.alpha for c in analysis.candidates[name] if c.alpha is not None}
+        choice = None if plan is None else plan.layer(name)
+        scheme = None if choice is None else str(choice.scheme)
+        smoothed = choice is not None and choice.smoothing is not None
+        rows.append(
+            LayerRow(
+                name=name,
+                block=block_of(name),
+                kind=kind_of(layer),
+                shape=layer_shape(layer),
+                operations=analysis.calibration.operations[name],
+                sqnr_db=sqnr,
+                alpha=alpha,
+                drift=drift[name],
+                bytes_before=weight_bytes(layer, FLOAT),
+                scheme=scheme,
+                bytes_after=None if choice is None else weight_bytes(layer, choice.scheme, smoothed=smoothed),
+                reason="" if plan is None else _reason(plan, name, sqnr),
+            )
+        )
+    return rows
+
+
+def _reason(plan: Plan, name: str, sqnr: dict[str, float]) -> str:
+    choice = plan.layer(name)
+    if name in plan.exceptions:
+        return choice.reason
+    alone = f"; alone {sqnr[str(choice.scheme)]:.1f} dB at the output" if str(choice.scheme) in sqnr else ""
+    return f"the plan's commonest choice{alone}"
+
+
+def to_csv(rows: list[LayerRow], schemes: list[str]) -> bytes:
+    """The rows as CSV in UTF-8, with a column of SQNR and one of smoothing strength for each scheme."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    fixed = ["layer", "block", "kind", "shape", "multiply_accumulates", "range_drift", "bytes_fp16"]
+    measured = [f"{what} {scheme}" for scheme in schemes for what in ("output_sqnr_db", "smoothing_alpha")]
+    writer.writerow([*fixed, *measured, "chosen", "bytes_chosen", "reason"])
+    for row in rows:
+        numbers: list[object] = []
+        for scheme in schemes:
+            value = row.sqnr_db.get(scheme)
+            numbers += ["" if value is None else f"{value:.3f}", row.alpha.get(scheme, "")]
+        shape = "x".join(map(str, row.shape))
+        start = [row.name, row.block, row.kind, shape, row.operations, f"{row.drift:.4f}", row.bytes_before]
+        end = [row.scheme or "", "" if row.bytes_after is None else row.bytes_after, row.reason]
+        writer.writerow([*start, *numbers, *end])
+    return text.getvalue().encode()

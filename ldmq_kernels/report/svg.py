@@ -1,0 +1,74 @@
+"""Figures as inline SVG that takes its fonts and colours from the page, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+# Colours that stand for the page's CSS variables until the figure is written.
+INK, MUTED, LINE, PAPER = "#010101", "#010102", "#010103", "#010104"
+SCHEME_COLOURS = {
+    "w8a8-static": "#010211",
+    "w8a8-dynamic": "#010212",
+    "w8a16": "#010213",
+    "w4a8-static": "#010214",
+    "w4a8-dynamic": "#010215",
+    "w4a16": "#010216",
+    "fp16": "#010217",
+}
+_VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} | {
+    colour: f"--{scheme}" for scheme, colour in SCHEME_COLOURS.items()
+}
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+
+def draw(name: str, width: float, height: float, paint: Callable[[Figure], None]) -> str:
+    """Paint a figure of `width` x `height` inches and give it as an `<svg>` element.
+
+    Args:
+        name: makes the element's internal ids its own within the page, and the same in every run.
+    """
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.patch.set_alpha(0)
+        paint(figure)
+        written = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None, "Creator": None})
+    svg = written.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'^<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg)
+    svg = re.sub(r'^<svg ([^>]*?)height="[^"]*"', r'<svg role="img" \1', svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
+
+
+def plain_axes(axes: Axes) -> None:
+    """No frame, on the page's own ground."""
+    axes.patch.set_alpha(0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
