@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     verbose = VERBOSE in given
     try:
-        app([argument for argument in given if argument != VERBOSE])
+        app([argument for argument in given if argument != VERBOSE], prog_name="ldmq")
     except Exception as error:
         if verbose:
             traceback.print_exc()

@@ -150,7 +150,7 @@ def run_analyze(
 
     Where the formats cannot reach the target, the page has no plan and says so.
     """
-    from ldmq_kernels.report.page import render
+    from ldmq_kernels.report.page import write_report
     from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
 
     names = parse_formats(formats)
@@ -163,7 +163,7 @@ def run_analyze(
     plan = None if report.result is None else report.result.plan
     rows = layer_rows(denoiser(pipe), analysis, plan)
     with whole_folder(out) as folder:
-        write_whole(folder / "report.html", render(denoiser(pipe), report).encode())
+        write_report(folder / "report.html", denoiser(pipe), report)
         write_whole(folder / "layers.csv", to_csv(rows, schemes_of(analysis)))
         if plan is not None:
             plan.save(folder / "plan.json")

@@ -29,7 +29,7 @@ from ldmq_kernels.demo.scoring import Scores, score
 from ldmq_kernels.files import whole_folder, write_whole
 from ldmq_kernels.planning.planner import DEFAULT_FORMATS, PlanResult, Target, make_plan, measure_plan
 from ldmq_kernels.report.measure import PicturePairs, Timing, draw_pictures, time_plan
-from ldmq_kernels.report.page import Fact, Report, render
+from ldmq_kernels.report.page import Fact, Report, write_report
 from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 
@@ -123,7 +123,7 @@ def run_demo(out: Path, count: int, *, weights: Path = WEIGHTS) -> None:
         outcome.result.plan.save(folder / "plan.json")
         rows = layer_rows(outcome.unet, outcome.result.analysis, outcome.result.plan)
         write_whole(folder / "layers.csv", to_csv(rows, schemes_of(outcome.result.analysis)))
-        write_whole(folder / PAGE, render(outcome.unet, _report(outcome, count, results)).encode())
+        write_report(folder / PAGE, outcome.unet, _report(outcome, count, results))
         write_whole(folder / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     _print(outcome, count, out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -14,6 +15,7 @@ from ldmq_kernels.demo import models, run, scenes
 from ldmq_kernels.demo.evaluator import Evaluator
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.planning.plan import Plan, quantizable_layers
+from ldmq_kernels.planning.planner import PlanResult, make_plan
 
 CAPTIONS = 5
 
@@ -42,6 +44,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+_planned: list[PlanResult] = []
+
+
+def _plan_once(*arguments: Any, **options: Any) -> PlanResult:
+    """The same weights and prompts give the same plan, in every test."""
+    if not _planned:
+        _planned.append(make_plan(*arguments, **options))
+    return _planned[0]
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sampling step, one format and few prompts."""
@@ -49,9 +61,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "CALIBRATION_PROMPTS", 2)
     monkeypatch.setattr(run, "DEFAULT_FORMATS", ("w8a16",))
     monkeypatch.setattr(run, "TARGET_DB", 15.0)
+    monkeypatch.setattr(run, "make_plan", _plan_once)
 
 
-@pytest.mark.slow
 def test_the_demo_leaves_a_page_its_numbers_and_a_model_that_loads(weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run.run_demo(out, CAPTIONS, weights=weights)

@@ -141,7 +141,7 @@ def load_tap(
     channel_mask: tl.tensor,
 ) -> tl.tensor:
     """The (BLOCK_M, BLOCK_K) input values under one tap, zero in the padding."""
-    inside = row_mask & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+    inside = row_mask & (h >= 0) & (h < height) & (w >= 0)
     pixel = (sample.to(tl.int64) * height + h) * width + w
     return tl.load(
         x_ptr + pixel[:, None] * channels + channel[None, :], mask=inside[:, None] & channel_mask[None, :], other=0
