@@ -265,7 +265,7 @@ def unet(work: Work, steps: int = 4400, batch: int = 64, learning_rate: float = 
 
 
 @app.command()
-def export(work: Work, out: Path) -> None:
+def export(work: Work, out: Annotated[Path, typer.Option(help="folder for the trained model")]) -> None:
     """Write the trained parts as a StableDiffusionPipeline directory in float16, and the evaluator beside it."""
     tokenizer, encoder = _trained_text_encoder(work)
     autoencoder = _trained_vae(work)
