@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.kernels.geometry import conv2d_output_size
 
 _LIBRARY = torch.library.Library("ldmq", "DEF")
 
@@ -66,21 +67,6 @@ def _fake_quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tens
 
 def _fake_linear(x: Tensor, out_features: int, out_dtype: torch.dtype) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
-
-
-def conv2d_output_size(
-    size: tuple[int, int],
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
-    """Height and width of a convolution's output."""
-    height, width = (
-        (length + 2 * pad - step * (kernel - 1) - 1) // move + 1
-        for length, kernel, move, pad, step in zip(size, kernel_size, stride, padding, dilation, strict=True)
-    )
-    return height, width
 
 
 def _fake_conv2d(x: Tensor, channels: int, geometry: tuple, out_dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,12 @@
 """Fixtures that several rooms share."""
 
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which diffusers does
 
 from python_tests.tiny import tiny_pipeline
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -75,15 +76,14 @@ def run_bench() -> None:
     dispatch.reset_dispatch_report()
     times = [time_layer(make, shape, device) for _, make, shape in track(cases, "shapes", len(cases), show=True)]
     narrow = "float16" if device.type == "cuda" else "bfloat16"
-    table = Table(title=f"milliseconds on {device}, medians of {ROUNDS} rounds in turns")
-    table.add_column("layer")
+    table = Table(title=f"milliseconds on {device}, medians of {ROUNDS} rounds in turns", box=box.SIMPLE)
+    table.add_column("layer", no_wrap=True)
     for name in times[0]:
-        table.add_column(name, justify="right")
-    table.add_column(f"w8a8-static over {narrow}", justify="right")
+        table.add_column(name.replace("-", "\n").replace("float", "fp"), justify="right")
+    table.add_column("gain", justify="right")
     for (label, _, _), taken in zip(cases, times, strict=True):
         gain = taken[narrow] / taken["w8a8-static"]
         table.add_row(label, *(f"{seconds * 1000:.2f}" for seconds in taken.values()), f"{gain:.2f}x")
     console.print(table)
-    console.print(
-        f"quantized layers take {narrow} activations; who served them:\n{dispatch.dispatch_report()}", markup=False
-    )
+    console.print(f"gain: {narrow} over w8a8-static; quantized layers take {narrow} activations. Who served them:")
+    console.print(dispatch.dispatch_report(), markup=False)

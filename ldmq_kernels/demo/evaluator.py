@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from scipy import linalg
 from torch import Tensor, nn
 
 from ldmq_kernels.demo import scenes
@@ -102,8 +101,9 @@ def attribute_accuracy(logits: dict[str, Tensor], drawn: Sequence[scenes.Scene])
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Frechet distance of two sets of features, each (pictures, features), as normal distributions."""
     a, b = first.double().numpy(), second.double().numpy()
-    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = linalg.sqrtm(covariance_a @ covariance_b).real
-    return float(
-        np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.trace(root)
-    )
+    centred_a = (a - a.mean(0)) / np.sqrt(len(a) - 1)
+    centred_b = (b - b.mean(0)) / np.sqrt(len(b) - 1)
+    # the trace of the covariances' root is this nuclear norm, also for fewer pictures than features
+    cross = np.linalg.norm(np.linalg.qr(centred_a, "r") @ np.linalg.qr(centred_b, "r").T, "nuc")
+    spread = np.square(centred_a).sum() + np.square(centred_b).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + max(0.0, spread - 2 * cross))

@@ -248,7 +248,7 @@ def _report(outcome: Outcome, count: int, results: dict[str, Any]) -> Report:
         f"{results['device']} ({results['cpu_capability']}, {results['threads']} threads), {results['date']}.",
         f"{versions}.",
         f"Frechet distance between the float and the quantized pictures, in the features of the demo's own evaluator: "
-        f"{scores.frechet_distance:.4f}.",
+        f"{scores.frechet_distance:.3f}, where their variance is {scores.feature_variance:.0f}.",
     ]
     return Report(
         title="The demo model, before and after",
@@ -279,7 +279,8 @@ def _print(outcome: Outcome, count: int, out: Path) -> None:
     table.add_section()
     table.add_row("SQNR of the UNet output", "", f"{outcome.sqnr.mean_db:.1f} dB")
     table.add_row("PSNR of the pictures", "", f"{scores.psnr_db:.1f} dB")
-    table.add_row("Frechet distance to float", "", f"{scores.frechet_distance:.4f}")
+    table.add_row("Frechet distance to float", "", f"{scores.frechet_distance:.3f}")
+    table.add_row("(variance of the features)", "", f"{scores.feature_variance:.0f}")
     console.print(summary.table())
     console.print(table)
     console.print(f"planned in {outcome.seconds['plan']:.0f} s, all done in {outcome.seconds['all']:.0f} s")

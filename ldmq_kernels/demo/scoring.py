@@ -21,12 +21,14 @@ class Scores:
         accuracy_before: share of attributes that the float pictures show, by kind of caption: "one object", "two
             objects" and "all".
         frechet_distance: between the two sets, in the evaluator's features; 0 is the same.
+        feature_variance: of the float pictures' features, all summed: what the distance is to be compared with.
         psnr_db: of all pictures as one.
     """
 
     accuracy_before: dict[str, float]
     accuracy_after: dict[str, float]
     frechet_distance: float
+    feature_variance: float
     psnr_db: float
     psnr_db_median: float
     psnr_db_worst: float
@@ -61,6 +63,7 @@ def score(evaluator: Evaluator, pairs: PicturePairs, drawn: Sequence[Scene]) -> 
         accuracy_before=_accuracies(before, drawn),
         accuracy_after=_accuracies(after, drawn),
         frechet_distance=frechet_distance(features_before, features_after),
+        feature_variance=float(features_before.var(0).sum()),
         psnr_db=pairs.pooled_psnr_db,
         psnr_db_median=psnr[len(psnr) // 2],
         psnr_db_worst=psnr[0],

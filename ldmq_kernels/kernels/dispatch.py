@@ -9,6 +9,7 @@ environment variable LDMQ_BACKEND) there is no next one: the reason becomes an e
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections import Counter
@@ -51,6 +52,7 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+@functools.cache
 def _backend(name: str) -> ModuleType:
     return importlib.import_module(f"ldmq_kernels.kernels.{name}")
 

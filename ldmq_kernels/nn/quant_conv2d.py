@@ -65,7 +65,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             weight = fold_multiplier(unpack_int4(weight, channels), self.multiplier)
         if self.is_pointwise:
             return pack_linear(weight.flatten(1))
-        return pack_conv2d(weight, self.stride, self.symmetric_padding or (0, 0), self.dilation, self.groups)
+        return pack_conv2d(weight)
 
     def _unpack(self, packed: Tensor) -> Tensor:
         weight = unpack_linear(packed)[:, None, None, :] if self.is_pointwise else unpack_conv2d(packed)

@@ -64,6 +64,12 @@ def test_frechet_distance_of_shifted_and_of_wider_features() -> None:
     assert frechet_distance(features, features * 3) == pytest.approx(4 * 6, rel=0.05)
 
 
+def test_frechet_distance_of_fewer_pictures_than_features() -> None:
+    features = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(features, features + 1) == pytest.approx(128, rel=1e-4)
+
+
 def test_the_heads_read_the_same_features_that_the_distance_compares() -> None:
     torch.manual_seed(0)
     model = Evaluator().eval()

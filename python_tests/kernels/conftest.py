@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from python_tests.kernels.operands import Backend
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 
 def _check_interpreter() -> None:

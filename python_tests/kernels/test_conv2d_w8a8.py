@@ -79,7 +79,7 @@ def test_a_packed_weight_gives_the_same_or_is_refused(backend: Backend) -> None:
     shape, channels, geometry = CASES["3x3"]
     x, weight = random_int8(*shape), random_int8(*weight_shape(shape, channels, geometry))
     rest = random_scale(channels), torch.randn(channels), None, None, *geometry, torch.float32
-    packed = pack_conv2d(weight, *geometry[1:])
+    packed = pack_conv2d(weight)
     if backend.name == "triton":
         with pytest.raises(RuntimeError, match="packed"):
             backend.call("conv2d_w8a8", x, ONE, packed, *rest)

@@ -32,7 +32,7 @@ def test_linear_sums_of_the_largest_products_are_exact(rows, k, n, sign):
 def test_convolution_sums_of_the_largest_products_are_exact_at_the_padding_too(channels, out_channels, groups, sign):
     geometry = ((1, 1), (1, 1), (1, 1), groups)
     x_q, weight = _filled((2, channels, 8, 8), 127 * sign), _filled((out_channels, 3, 3, channels // groups), 127)
-    packed, ones = pack_conv2d(weight, *geometry), torch.ones(out_channels)
+    packed, ones = pack_conv2d(weight), torch.ones(out_channels)
     out = cpu.conv2d_w8a8(x_q, torch.ones(1), packed, ones, None, None, None, (3, 3), *geometry, torch.float32)
     exact = torch.nn.functional.conv2d(x_q.double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
     assert torch.equal(out.double(), exact.float().double())

@@ -41,7 +41,7 @@ def test_a_packed_convolution_weight_unpacks_exactly_before_and_after_its_first_
     geometry = ((stride, stride), (padding, padding), (dilation, dilation), groups)
     weight = _integers(out_channels, kernel, kernel, channels // groups)
     with torch.inference_mode(inference):
-        packed = pack_conv2d(weight, *geometry)
+        packed = pack_conv2d(weight)
         assert torch.equal(unpack_conv2d(packed), weight)
     x_q = _integers(1, channels, 8, 8)
     scale = torch.ones(out_channels)
@@ -56,7 +56,7 @@ def test_a_packed_convolution_weight_unpacks_exactly_before_and_after_its_first_
 def test_a_laid_out_convolution_serves_inputs_of_other_sizes():
     geometry = ((1, 1), (1, 1), (1, 1), 1)
     weight = _integers(64, 3, 3, 64)
-    packed = pack_conv2d(weight, *geometry)
+    packed = pack_conv2d(weight)
     for batch, size in ((1, 8), (2, 32), (1, 5)):
         x_q = _integers(batch, 64, size, size)
         arguments = (torch.ones(64), None, None, None, (3, 3), *geometry, torch.float32)
@@ -74,7 +74,7 @@ def test_a_packed_convolution_is_laid_out_once_even_from_many_threads(monkeypatc
     prepack = onednn.prepack_conv2d
     monkeypatch.setattr(onednn, "prepack_conv2d", lambda *a: (calls.append(1), prepack(*a))[1])
     geometry = ((1, 1), (1, 1), (1, 1), 1)
-    packed = pack_conv2d(_integers(64, 3, 3, 64), *geometry)
+    packed = pack_conv2d(_integers(64, 3, 3, 64))
     x_q = _integers(1, 64, 8, 8)
     arguments = (torch.ones(64), None, None, None, (3, 3), *geometry, torch.float32)
     with ThreadPoolExecutor(4) as pool:

@@ -9,6 +9,7 @@ from ldmq_kernels.kernels.cpu import onednn
 from ldmq_kernels.kernels.cpu.blocks import as_rows, finish_rows
 from ldmq_kernels.kernels.cpu.linear_w8a8 import WRITTEN_BY_ONEDNN
 from ldmq_kernels.kernels.cpu.packing import lay_out_conv2d, pack_conv2d
+from ldmq_kernels.kernels.geometry import conv2d_output_size
 
 
 def _shifts(bias: Tensor | None, sample_vector: Tensor | None, samples: int) -> list[Tensor | None]:
@@ -56,7 +57,7 @@ def conv2d_w8a8(
         return _empty(x_q, weight_scale, kernel_size, stride, padding, dilation, out_dtype)
     x_q = x_q.contiguous(memory_format=torch.channels_last)
     geometry = (stride, padding, dilation, groups)
-    packed = weight if weight.is_mkldnn else pack_conv2d(weight, *geometry)
+    packed = weight if weight.is_mkldnn else pack_conv2d(weight)
     lay_out_conv2d(packed, *geometry, x_q.shape)
     shifts = _shifts(bias, sample_vector, samples)
     is_static, is_shared = x_scale.numel() == 1, sample_vector is None or samples == 1
@@ -84,9 +85,6 @@ def _empty(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The output for a batch of no samples, which oneDNN does not take."""
-    size = [
-        (length + 2 * pad - step * (kernel - 1) - 1) // move + 1
-        for length, kernel, move, pad, step in zip(x_q.shape[2:], kernel_size, stride, padding, dilation, strict=True)
-    ]
+    size = conv2d_output_size(x_q.shape[2:], kernel_size, stride, padding, dilation)
     shape = (0, weight_scale.shape[0], *size)
     return torch.empty(shape, dtype=out_dtype, memory_format=torch.channels_last)

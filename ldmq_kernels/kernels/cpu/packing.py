@@ -30,10 +30,8 @@ def unpack_linear(packed: Tensor) -> Tensor:
     return packed.to_dense().t().contiguous()
 
 
-def pack_conv2d(
-    weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
-) -> Tensor:
-    """(K, R, S, C / groups) int8 to an opaque tensor for `conv2d_w8a8` and `conv2d_w4a8` of this geometry."""
+def pack_conv2d(weight: Tensor) -> Tensor:
+    """(K, R, S, C / groups) int8 to an opaque tensor for `conv2d_w8a8` and `conv2d_w4a8`."""
     return weight.permute(0, 3, 1, 2).contiguous().to_mkldnn()
 
 

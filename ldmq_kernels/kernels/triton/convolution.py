@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.geometry import conv2d_output_size
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,13 @@ class Convolution:
         samples, channels, height, width = x.shape
         if channels % groups or out_channels % groups:
             raise Unsupported(f"{groups} groups do not divide {channels} -> {out_channels} channels")
-        out_height, out_width = (
-            (length + 2 * pad - step * (kernel - 1) - 1) // move + 1
-            for length, kernel, move, pad, step in zip(
-                (height, width), kernel_size, stride, padding, dilation, strict=True
-            )
-        )
+        out_size = conv2d_output_size((height, width), kernel_size, stride, padding, dilation)
         return cls(
             samples,
             channels,
             (height, width),
             out_channels,
-            (out_height, out_width),
+            out_size,
             (kernel_size[0], kernel_size[1]),
             (stride[0], stride[1]),
             (padding[0], padding[1]),
@@ -141,7 +137,7 @@ def load_tap(
     channel_mask: tl.tensor,
 ) -> tl.tensor:
     """The (BLOCK_M, BLOCK_K) input values under one tap, zero in the padding."""
-    inside = row_mask & (h >= 0) & (h < height) & (w >= 0)
+    inside = row_mask & (h >= 0) & (h < height) & (w >= 0) & (w < width)
     pixel = (sample.to(tl.int64) * height + h) * width + w
     return tl.load(
         x_ptr + pixel[:, None] * channels + channel[None, :], mask=inside[:, None] & channel_mask[None, :], other=0
