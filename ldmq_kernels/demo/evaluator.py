@@ -104,6 +104,6 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     centred_a = (a - a.mean(0)) / np.sqrt(len(a) - 1)
     centred_b = (b - b.mean(0)) / np.sqrt(len(b) - 1)
     # the trace of the covariances' root is this nuclear norm, also for fewer pictures than features
-    cross = np.linalg.norm(np.linalg.qr(centred_a, "r") @ np.linalg.qr(centred_b, "r").T, "nuc")
+    cross = np.linalg.norm(np.linalg.qr(centred_a).R @ np.linalg.qr(centred_b).R.T, "nuc")
     spread = np.square(centred_a).sum() + np.square(centred_b).sum()
     return float(np.square(a.mean(0) - b.mean(0)).sum() + max(0.0, spread - 2 * cross))

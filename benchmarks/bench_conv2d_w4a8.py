@@ -1,0 +1,38 @@
+"""Convolution with int4 weights on int8 activations, beside float."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks import common, operands, shapes
+from ldmq_kernels import ops
+from ldmq_kernels.kernels.cpu.packing import pack_conv2d
+from ldmq_kernels.numerics.affine import fold_multiplier, quantize_weight_w4a8
+from ldmq_kernels.numerics.packing import pack_int4
+
+
+def _case(shape: shapes.Conv2d) -> common.Case:
+    def make() -> common.Variants:
+        x, x_scale, geometry = operands.image(shape), operands.scales(1), operands.geometry(shape)
+        x_q = ops.quantize_static(x, torch.full((1,), 30.0, device=x.device), 1)
+        grouped = quantize_weight_w4a8(torch.randn(shape.k, shape.kernel, shape.kernel, shape.c, device=x.device))
+        if x.is_cuda:
+            weight = pack_int4(grouped.integers)
+        else:
+            weight = pack_conv2d(fold_multiplier(grouped.integers, grouped.multiplier))
+        more = (grouped.multiplier, grouped.scale, None, None, None, *geometry, x.dtype)
+        ours = {"ldmq": lambda: ops.conv2d_w4a8(x_q, x_scale, weight, *more)}
+        return ours | operands.float_convolutions(shape, x)
+
+    described = {"N": shape.n, "C": shape.c, "H": shape.size, "W": shape.size, "K": shape.k, "kernel": shape.kernel}
+    return common.Case("conv2d_w4a8", described, shape.count, operands.CONV_RIVALS, make, operands.conv2d_work(shape))
+
+
+def cases() -> Iterator[common.Case]:
+    """A case for each convolution of the models."""
+    return map(_case, shapes.convolutions())
+
+
+test_conv2d_w4a8 = common.benchmark_test(cases)

@@ -1,0 +1,68 @@
+"""int8 linear, with and without quantizing its input, beside float, `torch._int_mm` and FP8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks import common, operands, shapes
+from ldmq_kernels import ops
+
+INTEGER_RIVALS = ("int_mm", "scaled_mm_fp8") if torch.cuda.is_available() else ()
+
+
+def _int_mm(x_q: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (torch._int_mm(x_q, weight.t()) * x_scale * scale).to(operands.DTYPE)
+
+
+def _integer_rivals(x_q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> common.Variants:
+    if not x_q.is_cuda:
+        return {}
+    x_scale = torch.ones(x_q.shape[0], 1, device=x_q.device)
+    fused = torch.compile(_int_mm)
+    x8, w8 = x_q.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn).t()
+    row = scale.view(1, -1)
+    return {
+        "int_mm": lambda: fused(x_q, weight, x_scale, scale),
+        "scaled_mm_fp8": lambda: torch._scaled_mm(x8, w8, x_scale, row, out_dtype=torch.bfloat16),
+    }
+
+
+def _case(shape: shapes.Linear) -> common.Case:
+    def make() -> common.Variants:
+        x, x_q = operands.normal(shape.m, shape.k), operands.integers(shape.m, shape.k)
+        weight, scale, x_scale = operands.linear_weight(shape.n, shape.k), operands.scales(shape.n), operands.scales(1)
+
+        def quantized() -> torch.Tensor:
+            return ops.linear_w8a8(x_q, x_scale, weight, scale, None, None, x.dtype)
+
+        def with_quantize() -> torch.Tensor:
+            q, q_scale = ops.quantize_per_token(x, None)
+            return ops.linear_w8a8(q, q_scale, weight, scale, None, None, x.dtype)
+
+        ours = {"ldmq": quantized, "ldmq_with_quantize": with_quantize}
+        return ours | operands.float_linears(shape, x) | _integer_rivals(x_q, weight, scale)
+
+    described = {"M": shape.m, "K": shape.k, "N": shape.n}
+    rivals = ("ldmq_with_quantize", *operands.FLOAT_RIVALS, *INTEGER_RIVALS)
+    return common.Case("linear_w8a8", described, shape.count, rivals, make, operands.linear_work(shape))
+
+
+def cases() -> Iterator[common.Case]:
+    """A case for each linear of the models."""
+    return map(_case, shapes.linears())
+
+
+def summary(rows: list[dict]) -> dict[str, float | None]:
+    """Weighted ratios to each rival."""
+    fp16, own = common.geometric_mean(rows, "cublas_fp16"), common.geometric_mean(rows, "ldmq_with_quantize")
+    return {
+        "linear_w8a8/geomean_vs_fp16": fp16,
+        "linear_w8a8/geomean_vs_fp16_with_quantize": fp16 / own if fp16 and own else None,
+        "linear_w8a8/geomean_vs_int_mm": common.geometric_mean(rows, "int_mm"),
+        "linear_w8a8/geomean_vs_fp8": common.geometric_mean(rows, "scaled_mm_fp8"),
+    }
+
+
+test_linear_w8a8 = common.benchmark_test(cases)

@@ -1,0 +1,163 @@
+"""What a quantized UNet really is, whoever quantized it: integer layers, bytes, and its pictures' likeness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from ldmq_kernels.calibration.trajectory import UNetCall
+from ldmq_kernels.planning.cost import FLOAT_BYTES
+from ldmq_kernels.planning.plan import kind_of, quantizable_layers
+
+BYTE_DTYPES = (torch.int8, torch.uint8)
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """Layers of one kind: all of them, those with weights stored in 8 bits, those that multiply in 8 bits."""
+
+    all: int
+    stored: int
+    computed: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What is quantized in a model, seen in its tensors and in one call of it.
+
+    Attributes:
+        stored: names of the layers that hold an 8-bit weight.
+        computed: names of the layers that ran a product of two 8-bit tensors.
+        bytes: of a checkpoint whose remaining float tensors are in 16 bits.
+    """
+
+    counts: dict[str, LayerCounts]
+    stored: frozenset[str]
+    computed: frozenset[str]
+    bytes: int
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor subclass is made of, or the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from plain_tensors(getattr(tensor, name))
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every plain tensor of a model's checkpoint; parts of a subclass have its name and a number."""
+    return {
+        f"{name}#{index}" if index else name: part
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor)
+        for index, part in enumerate(plain_tensors(tensor))
+    }
+
+
+def checkpoint_bytes(model: nn.Module, original: nn.Module) -> int:
+    """Bytes that a checkpoint takes: tensors left as they were in 16 bits, all others as they are stored."""
+    floats = original.state_dict()
+    total = 0
+    for name, tensor in stored_tensors(model).items():
+        untouched = name in floats and tensor.dtype == floats[name].dtype and tensor.shape == floats[name].shape
+        total += tensor.numel() * (FLOAT_BYTES if untouched else tensor.element_size())
+    return total
+
+
+class _IntegerProducts(TorchDispatchMode):
+    """Tells `seen` of every op that takes two 8-bit matrices and gives something wider."""
+
+    def __init__(self, seen: Callable[[], None]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(kind not in (Tensor, nn.Parameter) for kind in types):
+            return NotImplemented  # a tool's tensor subclass: it comes back with its plain tensors
+        out = func(*args, **(kwargs or {}))
+        operands = [a for a in args if isinstance(a, Tensor) and a.dtype in BYTE_DTYPES and a.dim() >= 2]
+        if len(operands) >= 2 and isinstance(out, Tensor) and out.dtype not in (*BYTE_DTYPES, torch.bool):
+            self.seen()
+        return out
+
+
+@contextmanager
+def _named_calls(model: nn.Module, names: list[str], running: list[str]) -> Iterator[None]:
+    handles = []
+    for name in names:
+        layer = model.get_submodule(name)
+        handles.append(layer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        handles.append(layer.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def integer_layers(model: nn.Module, names: list[str], call: UNetCall) -> set[str]:
+    """Which of these layers multiply 8-bit activations by 8-bit weights in this call."""
+    running: list[str] = []
+    found: set[str] = set()
+
+    def seen() -> None:
+        found.update(running)
+
+    with torch.compiler.set_stance("force_eager"), _named_calls(model, names, running), _IntegerProducts(seen):
+        model(*call.args, **call.kwargs)
+    return found
+
+
+def anatomy(model: nn.Module, original: nn.Module, call: UNetCall) -> Anatomy:
+    """Look at a quantized copy of `original`: its tensors, and one call of it."""
+    layers = quantizable_layers(original)
+    stored = {
+        name
+        for name, layer in layers.items()
+        if any(
+            tensor.dtype in BYTE_DTYPES and tensor.numel() == layer.weight.numel()
+            for tensor in stored_tensors(model.get_submodule(name)).values()
+        )
+    }
+    computed = integer_layers(model, list(layers), call)
+    counts = {
+        kind: LayerCounts(len(names), len(names & stored), len(names & computed))
+        for kind in ("conv2d", "linear")
+        for names in [{name for name, layer in layers.items() if kind_of(layer) == kind}]
+    }
+    return Anatomy(counts, frozenset(stored), frozenset(computed), checkpoint_bytes(model, original))
+
+
+def ssim(first: Tensor, second: Tensor) -> float:
+    """Mean structural similarity of pictures (Wang et al. 2004): Gaussian window of 11, K1 0.01, K2 0.03.
+
+    Args:
+        first, second: (N, C, H, W) floating in [0, 1].
+    """
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
+    bell = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
+    window = (bell[:, None] * bell[None, :] / bell.sum() ** 2)[None, None]
+
+    def blur(pictures: Tensor) -> Tensor:
+        return nn.functional.conv2d(pictures.flatten(0, 1)[:, None], window)
+
+    a, b = first.double(), second.double()
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a.square(), blur(b * b) - mean_b.square()
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return float((similarity / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2))).mean())

@@ -1,0 +1,100 @@
+"""Write the README's section "Measured" from the newest results files: python benchmarks/update_readme.py
+
+Each kind of result (`<date>-<what>.json`) has one function here that turns it into Markdown; the
+newest file of a kind wins, for each device.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- measured -->", "<!-- /measured -->"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _source(path: Path, data: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {data[k]}" for k in ("torch", "triton", "cuda") if data.get(k))
+    commit = (data.get("commit") or "no commit")[:10]
+    where = f"{data['device']}, {data.get('threads', '?')} threads, {versions}, {data['date'][:10]}, commit {commit}"
+    return f"{where}: [{path.name}]({path.relative_to(ROOT)})."
+
+
+def _unet_sd15_cpu(data: dict[str, Any]) -> str:
+    names = {
+        "unet_sd15_cpu/vs_fp32": "W8A8 over float32, times as fast",
+        "unet_sd15_cpu/vs_bf16": "W8A8 over bfloat16, times as fast",
+        "unet_sd15_cpu/peak_memory_share": "peak memory, share of float32's",
+    }
+    rows = [[words, f"{data['summary'][key]:.2f}"] for key, words in names.items() if key in data["summary"]]
+    return "**A UNet of SD 1.5's size on a CPU** (random weights, 64x64 latents, batch 1)\n\n" + _table(["", ""], rows)
+
+
+def _demo(data: dict[str, Any]) -> str:
+    measured = data["rows"][0]
+    scores, layers = measured["scores"], measured["layers"]
+    kinds = ("convolutions", "linears")
+    rows = [
+        ["quantized", ", ".join(f"{layers['quantized_' + kind]} of {layers[kind]} {kind}" for kind in kinds)],
+        ["bytes of UNet weights", f"{measured['unet_bytes']['ratio']:.3f}x of fp16"],
+        ["SQNR of the UNet output, held-out prompts", f"{measured['sqnr']['held_out_sqnr_db']:.1f} dB"],
+        ["PSNR of the pictures against float", f"{scores['psnr_db']:.1f} dB"],
+        *(
+            [f"attributes right, {kind}: float, quantized", f"{share:.1%}, {scores['accuracy_after'][kind]:.1%}"]
+            for kind, share in scores["accuracy_before"].items()
+        ),
+        *([f"{t['what']}, speed against float32", f"{t['speedup']:.2f}x"] for t in measured["times"]),
+        ["planning", f"{measured['seconds']['plan']:.0f} s"],
+    ]
+    return f"**The demo model** ({measured['captions']} held-out captions)\n\n" + _table(["", ""], rows)
+
+
+def _rivals(data: dict[str, Any]) -> str:
+    header = ["", "convolutions", "linears", "of fp16", "UNet SQNR", "PSNR", "attributes", "ms a call"]
+    rows = []
+    for row in data["rows"]:
+        name = " ".join(part for part in (row["tool"], row["version"], row["configuration"]) if part)
+        found = row["figures"]
+        if row["failed"]:
+            rows.append([name, "failed", *[""] * 6])
+            continue
+        layers = [
+            f"{found[kind]['stored']} / {found[kind]['computed']}" if kind in found else "0 / 0"
+            for kind in ("convolutions", "linears")
+        ]
+        quality = [f"{found[key]:.1f} dB" if key in found else "" for key in ("sqnr_db", "psnr_db")]
+        share, right = f"{found['share_of_fp16']:.3f}x", f"{found['attribute_accuracy']:.1%}"
+        rows.append([name, *layers, share, *quality, right, f"{found['ms']:.1f}"])
+    words = "Layers: with 8-bit weights / multiplying in 8 bits; the demo model, held-out captions, one run."
+    return f"**Beside other tools.** {words}\n\n" + _table(header, rows)
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": _demo, "rivals": _rivals, "unet_sd15_cpu": _unet_sd15_cpu}
+
+
+def main() -> None:
+    """Replace what stands between the two marks."""
+    newest: dict[tuple[str, str], Path] = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*/*.json")):
+        what = re.sub(r"^\d{4}-\d{2}-\d{2}-", "", path.stem)
+        newest[what, path.parent.name] = path
+    parts = []
+    for (what, _), path in sorted(newest.items()):
+        if what in KINDS:
+            data = json.loads(path.read_text())
+            parts.append(f"{KINDS[what](data)}\n\n{_source(path, data)}")
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(START)
+    readme.write_text(f"{before}{START}\n" + "\n\n".join(parts) + f"\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
