@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
@@ -44,6 +46,13 @@ def prompts(tmp_path: Path) -> Path:
 def plan_file(tmp_path: Path) -> Path:
     mixed_plan(tiny_unet()).save(tmp_path / "plan.json")
     return tmp_path / "plan.json"
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def run(*arguments: object) -> int:
@@ -268,6 +277,17 @@ def test_ctrl_c_while_the_analysis_is_written_leaves_nothing(
     monkeypatch.setattr("ldmq_kernels.files.os.fsync", _ctrl_c)
     arguments = ("--prompts", prompts, "--target-sqnr", 20, "--out", tmp_path / "analysis")
     assert run("analyze", model, *arguments, *QUICK) != 0
+    assert what_is_in(tmp_path) == before
+
+
+def test_being_terminated_while_saving_leaves_nothing_of_a_model(
+    model: Path, plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = what_is_in(tmp_path)
+    monkeypatch.setattr(
+        diffusers.AutoencoderKL, "save_pretrained", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+    )
+    assert run("quantize", model, "--plan", plan_file, "--out", tmp_path / "out") == 143
     assert what_is_in(tmp_path) == before
 
 
