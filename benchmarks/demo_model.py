@@ -26,7 +26,7 @@ def main() -> None:
     scores = measured["scores"]
     summary = {
         "weights/w8_share_of_fp16": measured["unet_bytes"]["ratio"],
-        "unet_demo/sqnr_db": measured["sqnr"]["held_out_sqnr_db"],
+        "unet_demo/sqnr_db": measured["sqnr"]["held_out_captions_db"],
         "unet_demo/psnr_db": scores["psnr_db"],
         "unet_demo/accuracy_float": scores["accuracy_before"]["all"],
         "unet_demo/accuracy_quantized": scores["accuracy_after"]["all"],

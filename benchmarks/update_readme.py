@@ -45,7 +45,7 @@ def _demo(data: dict[str, Any]) -> str:
     rows = [
         ["quantized", ", ".join(f"{layers['quantized_' + kind]} of {layers[kind]} {kind}" for kind in kinds)],
         ["bytes of UNet weights", f"{measured['unet_bytes']['ratio']:.3f}x of fp16"],
-        ["SQNR of the UNet output, held-out prompts", f"{measured['sqnr']['held_out_sqnr_db']:.1f} dB"],
+        ["SQNR of the UNet output, held-out prompts", f"{measured['sqnr']['held_out_captions_db']:.1f} dB"],
         ["PSNR of the pictures against float", f"{scores['psnr_db']:.1f} dB"],
         *(
             [f"attributes right, {kind}: float, quantized", f"{share:.1%}, {scores['accuracy_after'][kind]:.1%}"]

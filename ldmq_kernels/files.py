@@ -10,6 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside its place and move it there once it is complete.
 
@@ -23,6 +29,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -43,7 +50,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     part = Path(tempfile.mkdtemp(dir=path.parent, prefix=path.name, suffix=".part"))
     try:
         yield part
-        part.chmod(0o755)
+        part.chmod(0o777 & ~_umask())
         if path.exists():
             path.rmdir()
         part.rename(path)

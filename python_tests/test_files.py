@@ -45,3 +45,13 @@ def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="not empty"), whole_folder(tmp_path):
         pass
     assert (tmp_path / "a").read_text() == "1"
+
+
+def test_what_is_written_has_the_permissions_of_any_new_file(tmp_path):
+    write_whole(tmp_path / "plan.json", b"{}")
+    (tmp_path / "other").write_text("")
+    with whole_folder(tmp_path / "model"):
+        pass
+    (tmp_path / "folder").mkdir()
+    assert (tmp_path / "plan.json").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "folder").stat().st_mode
