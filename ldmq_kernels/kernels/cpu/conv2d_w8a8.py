@@ -67,6 +67,12 @@ def conv2d_w8a8(
     out = torch.empty_like(accumulator, dtype=out_dtype)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
+    if is_shared:
+        pixels = accumulator.shape[2] * accumulator.shape[3]
+        row_scale = x_scale.reshape(1) if is_static else x_scale.repeat_interleave(pixels).unsqueeze(1)
+        added = None if residual is None else as_rows(residual)
+        finish_rows(as_rows(accumulator), row_scale, shifts[0], added, as_rows(out))
+        return out
     scales = x_scale.reshape(-1).expand(samples)
     for sample in range(samples):
         one = slice(sample, sample + 1)

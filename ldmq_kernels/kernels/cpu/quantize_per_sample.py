@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows
+from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows, row_blocks
 from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 
 
@@ -32,10 +32,27 @@ def quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Te
     scale = torch.empty(x.shape[0], dtype=torch.float32)
     if not x.numel():
         return out, scale
-    for sample in range(x.shape[0]):
-        rows = as_rows(x[sample : sample + 1])
-        scale[sample] = dynamic_scale(_absmax(rows, smoothing))
-        inverse = 1 / scale[sample : sample + 1]
-        factors = (inverse,) if smoothing is None else (smoothing, inverse)
-        quantize_rows(rows, factors, as_rows(out[sample : sample + 1]))
+    for block in row_blocks(x.shape[0], x[0].numel()):
+        if x[block].shape[0] == 1:
+            scale[block] = _quantize_one(x[block], smoothing, out[block])
+        else:
+            scale[block] = _quantize_together(x[block], smoothing, out[block])
     return out, scale
+
+
+def _quantize_one(x: Tensor, smoothing: Tensor | None, out: Tensor) -> Tensor:
+    """One sample, which may be larger than the cache; writes `out` and gives the scale (1,)."""
+    rows = as_rows(x)
+    scale = dynamic_scale(_absmax(rows, smoothing)).reshape(1)
+    quantize_rows(rows, (1 / scale,) if smoothing is None else (smoothing, 1 / scale), as_rows(out))
+    return scale
+
+
+def _quantize_together(x: Tensor, smoothing: Tensor | None, out: Tensor) -> Tensor:
+    """Several samples that fit the cache together; writes `out` and gives the scales (n,)."""
+    y = x.permute(0, 2, 3, 1).float()
+    y = y * smoothing if smoothing is not None else y
+    scale = dynamic_scale(torch.maximum(y.amax((1, 2, 3)), y.amin((1, 2, 3)).neg_()))
+    # no clamp: absmax times the reciprocal of its own scale rounds to 127
+    out.permute(0, 2, 3, 1).copy_((y * (1 / scale).view(-1, 1, 1, 1)).round_())
+    return scale
