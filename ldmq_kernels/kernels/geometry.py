@@ -1,8 +1,11 @@
-"""Sizes that every backend's convolution shares."""
+"""Sizes that every backend's convolution shares, and the plain way to enlarge and pad an input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional
 
 
 def conv2d_output_size(
@@ -11,10 +14,25 @@ def conv2d_output_size(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    upsample: int,
 ) -> tuple[int, int]:
-    """Height and width of a convolution's output."""
+    """Height and width of a convolution's output; `padding` is (top, bottom, left, right)."""
+    pads = padding[0] + padding[1], padding[2] + padding[3]
     height, width = (
-        (length + 2 * pad - step * (kernel - 1) - 1) // move + 1
-        for length, kernel, move, pad, step in zip(size, kernel_size, stride, padding, dilation, strict=True)
+        (upsample * length + pad - step * (kernel - 1) - 1) // move + 1
+        for length, kernel, move, pad, step in zip(size, kernel_size, stride, pads, dilation, strict=True)
     )
     return height, width
+
+
+def enlarged_and_padded(x: Tensor, padding: Sequence[int], upsample: int) -> tuple[Tensor, tuple[int, int]]:
+    """x (N, C, H, W) for a convolution that pads both sides alike, and that padding (height, width).
+
+    Nearest-neighbour enlargement, and any padding that is not the same on both sides, are done here.
+    """
+    if upsample > 1:
+        x = x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return x, (top, left)
+    return functional.pad(x, (left, right, top, bottom)), (0, 0)

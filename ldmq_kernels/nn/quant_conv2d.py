@@ -52,12 +52,10 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return self.kernel_size == (1, 1) and self.stride == (1, 1) and unpadded and self.groups == 1
 
     @property
-    def symmetric_padding(self) -> tuple[int, int] | None:
-        """Zero padding (height, width) that the op applies itself, or None where the input is padded first."""
+    def zero_padding(self) -> tuple[int, int, int, int]:
+        """Zeros at (top, bottom, left, right) that the op adds itself; other modes pad the input first."""
         left, right, top, bottom = self._reversed_padding_repeated_twice
-        if self.padding_mode != "zeros" or left != right or top != bottom:
-            return None
-        return top, left
+        return (top, bottom, left, right) if self.padding_mode == "zeros" else (0, 0, 0, 0)
 
     def _pack(self, weight: Tensor) -> Tensor:
         channels = self.in_channels // self.groups
@@ -77,11 +75,9 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             return nn.Conv2d.forward(self, x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        padding = self.symmetric_padding
-        if padding is None:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
-        geometry = (self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        if self.padding_mode != "zeros":
+            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        geometry = (self.kernel_size, self.stride, self.zero_padding, self.dilation, self.groups, 1)
         if self.scheme.format.activation_bits == 16:
             return ops.conv2d_w8a16(x, self.weight, self.weight_scale, self.bias, *geometry)
         if self.is_pointwise:

@@ -12,7 +12,7 @@ from ldmq_kernels import ops
 from ldmq_kernels.numerics.packing import pack_int4
 
 pytestmark = pytest.mark.gpu
-GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+GEOMETRY = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)
 
 
 def random_int8(device: torch.device, *shape: int) -> Tensor:

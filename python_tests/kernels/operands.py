@@ -93,10 +93,12 @@ def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def exact_conv2d(x: Tensor, weight: Tensor, geometry: tuple) -> Tensor:
     """Convolution tap by tap in int64, or in float64 for floating x. Weight is (K, R, S, C / groups)."""
-    (r_count, s_count), stride, padding, dilation, groups = geometry
+    (r_count, s_count), stride, padding, dilation, groups, upsample = geometry
     wide = torch.float64 if x.is_floating_point() else torch.int64
-    pad = (padding[1], padding[1], padding[0], padding[0])
-    x, weight = torch.nn.functional.pad(x.to(wide), pad), weight.to(wide)
+    top, bottom, left, right = padding
+    rows, columns = (torch.arange(upsample * length) // upsample for length in x.shape[2:])
+    x = torch.nn.functional.pad(x[:, :, rows][..., columns].to(wide), (left, right, top, bottom))
+    weight = weight.to(wide)
     spans = [s * (k - 1) for s, k in zip(dilation, (r_count, s_count), strict=True)]
     size = [(x.shape[2 + i] - spans[i] - 1) // stride[i] + 1 for i in range(2)]
     x = x.unflatten(1, (groups, -1))

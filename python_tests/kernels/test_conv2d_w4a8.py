@@ -45,7 +45,7 @@ def test_an_impulse_draws_every_nibble_and_multiplier(backend: Backend) -> None:
     weight[..., ::2] = -weight[..., ::2]
     multiplier = torch.arange(1, 19, dtype=torch.uint8).repeat_interleave(15)[:, None, None, None].repeat(1, 1, 3, 2)
     multiplier[:, :, 1, 1] = 19 - multiplier[:, :, 1, 1]
-    geometry = ((1, 3), (1, 1), (0, 1), (1, 1), 1)
+    geometry = ((1, 3), (1, 1), (0, 0, 1, 1), (1, 1), 1, 1)
     for channel in (0, 63, 67, 68):
         x = torch.zeros(1, 69, 1, 3, dtype=torch.int8)
         x[0, channel, 0, 1] = 1

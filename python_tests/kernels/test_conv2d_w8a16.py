@@ -29,7 +29,9 @@ def check(
     exact = exact_conv2d(x, weight, geometry) * scale[:, None, None] + shift
     magnitude = exact_conv2d(x.abs(), weight.abs(), geometry) * scale[:, None, None] + shift.abs()
     restored = (weight * scale[:, None, None, None]).to(dtype).permute(0, 3, 1, 2)
-    in_torch = torch.nn.functional.conv2d(x, restored, bias, *geometry[1:])
+    _, stride, (top, bottom, left, right), dilation, groups, upsample = geometry
+    padded = torch.nn.functional.pad(torch.kron(x, torch.ones(upsample, upsample)).to(dtype), (left, right, top, bottom))
+    in_torch = torch.nn.functional.conv2d(padded, restored, bias, stride, 0, dilation, groups)
     for operand in (x, scrambled(x)):
         out = backend.call("conv2d_w8a16", operand, weight, scale, bias, *geometry)
         assert_weight_only(backend, out, exact, magnitude, in_torch)
@@ -51,7 +53,7 @@ def test_an_impulse_draws_the_kernel(backend: Backend, dtype: torch.dtype) -> No
     weight = random_int8(9, 3, 3, 20)
     x = torch.zeros(1, 20, 5, 5).to(dtype)
     x[0, 13, 2, 2] = 1
-    out = backend.call("conv2d_w8a16", x, weight, torch.ones(9), None, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    out = backend.call("conv2d_w8a16", x, weight, torch.ones(9), None, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)
     assert torch.equal(out[0, :, 1:4, 1:4].flip(1, 2), weight[..., 13].to(dtype))
     assert out.count_nonzero() == weight[..., 13].count_nonzero()
 

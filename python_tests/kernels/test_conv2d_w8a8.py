@@ -21,7 +21,7 @@ from python_tests.kernels.operands import (
 )
 
 ONE = torch.ones(1)
-PADDED = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+PADDED = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)
 
 
 @pytest.mark.parametrize("case", CASES)

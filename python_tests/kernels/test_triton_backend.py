@@ -24,7 +24,7 @@ from python_tests.kernels.operands import (
 )
 
 ONE = torch.ones(1)
-GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+GEOMETRY = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 

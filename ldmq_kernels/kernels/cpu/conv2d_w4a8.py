@@ -21,9 +21,10 @@ def conv2d_w4a8(
     residual: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     groups: int,
+    upsample: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Convolution on int8 activations and two-level int4 weights; the rest as `conv2d_w8a8`, but for
@@ -48,5 +49,6 @@ def conv2d_w4a8(
         padding,
         dilation,
         groups,
+        upsample,
         out_dtype,
     )

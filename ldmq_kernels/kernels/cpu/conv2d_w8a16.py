@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.dequantize import dequantize_int8
+from ldmq_kernels.kernels.geometry import enlarged_and_padded
 
 
 def conv2d_w8a16(
@@ -15,9 +16,10 @@ def conv2d_w8a16(
     bias: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     groups: int,
+    upsample: int,
 ) -> Tensor:
     """Convolution on int8 weights and floating activations, zero padding.
 
@@ -27,12 +29,15 @@ def conv2d_w8a16(
         weight_scale: (K,) float32.
         bias: (K,) floating.
         kernel_size: (R, S), which this weight shows itself.
+        padding: zeros at (top, bottom, left, right).
+        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
 
     Returns:
         (N, K, P, Q) of x's dtype, channels_last.
     """
     restored = dequantize_int8(weight, weight_scale, x.dtype).permute(0, 3, 1, 2)
     shift = None if bias is None else bias.to(x.dtype)
+    x, pads = enlarged_and_padded(x, padding, upsample)
     x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.nn.functional.conv2d(x, restored, shift, stride, padding, dilation, groups)
+    out = torch.nn.functional.conv2d(x, restored, shift, stride, pads, dilation, groups)
     return out.contiguous(memory_format=torch.channels_last)

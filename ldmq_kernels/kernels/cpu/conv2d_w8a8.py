@@ -9,7 +9,7 @@ from ldmq_kernels.kernels.cpu import onednn
 from ldmq_kernels.kernels.cpu.blocks import as_rows, finish_rows
 from ldmq_kernels.kernels.cpu.linear_w8a8 import WRITTEN_BY_ONEDNN
 from ldmq_kernels.kernels.cpu.packing import lay_out_conv2d, pack_conv2d
-from ldmq_kernels.kernels.geometry import conv2d_output_size
+from ldmq_kernels.kernels.geometry import conv2d_output_size, enlarged_and_padded
 
 
 def _shifts(bias: Tensor | None, sample_vector: Tensor | None, samples: int) -> list[Tensor | None]:
@@ -31,9 +31,10 @@ def conv2d_w8a8(
     residual: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     groups: int,
+    upsample: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Convolution on int8 activations and int8 weights, zero padding.
@@ -47,6 +48,8 @@ def conv2d_w8a8(
         sample_vector: (N, K) floating, added to every position (the time embedding).
         residual: (N, K, P, Q) floating, added last.
         kernel_size: (R, S), which a packed weight no longer shows.
+        padding: zeros at (top, bottom, left, right).
+        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
         out_dtype: float16, bfloat16 or float32.
 
     Returns:
@@ -54,9 +57,12 @@ def conv2d_w8a8(
     """
     samples = x_q.shape[0]
     if not samples:
-        return _empty(x_q, weight_scale, kernel_size, stride, padding, dilation, out_dtype)
+        size = conv2d_output_size(x_q.shape[2:], kernel_size, stride, padding, dilation, upsample)
+        shape = (0, weight_scale.shape[0], *size)
+        return torch.empty(shape, dtype=out_dtype, memory_format=torch.channels_last)  # oneDNN takes no empty batch
+    x_q, pads = enlarged_and_padded(x_q, padding, upsample)
     x_q = x_q.contiguous(memory_format=torch.channels_last)
-    geometry = (stride, padding, dilation, groups)
+    geometry = (stride, pads, dilation, groups)
     packed = weight if weight.is_mkldnn else pack_conv2d(weight)
     lay_out_conv2d(packed, *geometry, x_q.shape)
     shifts = _shifts(bias, sample_vector, samples)
@@ -79,18 +85,3 @@ def conv2d_w8a8(
         added = None if residual is None else as_rows(residual[one])
         finish_rows(as_rows(accumulator[one]), scales[one], shifts[sample], added, as_rows(out[one]))
     return out
-
-
-def _empty(
-    x_q: Tensor,
-    weight_scale: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """The output for a batch of no samples, which oneDNN does not take."""
-    size = conv2d_output_size(x_q.shape[2:], kernel_size, stride, padding, dilation)
-    shape = (0, weight_scale.shape[0], *size)
-    return torch.empty(shape, dtype=out_dtype, memory_format=torch.channels_last)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.geometry import enlarged_and_padded
+
 
 def conv2d_w8a16(
     x: Tensor,
@@ -13,9 +15,10 @@ def conv2d_w8a16(
     bias: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     groups: int,
+    upsample: int,
 ) -> Tensor:
     """Convolution on int8 weights and floating activations, zero padding.
 
@@ -24,12 +27,15 @@ def conv2d_w8a16(
         weight: (K, R, S, C / groups) int8.
         weight_scale: (K,) float32.
         bias: (K,) floating.
+        padding: zeros at (top, bottom, left, right).
+        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
 
     Returns:
         (N, K, P, Q) of x's dtype, channels_last.
     """
+    x_padded, pads = enlarged_and_padded(x, padding, upsample)
     out = torch.nn.functional.conv2d(
-        x.float(), weight.permute(0, 3, 1, 2).float(), None, stride, padding, dilation, groups
+        x_padded.float(), weight.permute(0, 3, 1, 2).float(), None, stride, pads, dilation, groups
     )
     out = out * weight_scale.view(1, -1, 1, 1)
     if bias is not None:

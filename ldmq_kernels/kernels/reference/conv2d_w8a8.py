@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.packing import unpack_conv2d
+from ldmq_kernels.kernels.geometry import enlarged_and_padded
 
 
 def conv2d_w8a8(
@@ -18,9 +19,10 @@ def conv2d_w8a8(
     residual: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     groups: int,
+    upsample: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Convolution on int8 activations and int8 weights, zero padding.
@@ -34,14 +36,17 @@ def conv2d_w8a8(
         sample_vector: (N, K) floating, added to every position (the time embedding).
         residual: (N, K, P, Q) floating, added last.
         kernel_size: (R, S), which a packed weight no longer shows.
+        padding: zeros at (top, bottom, left, right).
+        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
         out_dtype: float16, bfloat16 or float32.
 
     Returns:
         (N, K, P, Q) of `out_dtype`, channels_last.
     """
     integers = unpack_conv2d(weight) if weight.is_mkldnn else weight
+    x_q, pads = enlarged_and_padded(x_q, padding, upsample)
     accumulator = torch.nn.functional.conv2d(
-        x_q.double(), integers.permute(0, 3, 1, 2).double(), None, stride, padding, dilation, groups
+        x_q.double(), integers.permute(0, 3, 1, 2).double(), None, stride, pads, dilation, groups
     ).float()
     out = accumulator * x_scale.view(-1, 1, 1, 1) * weight_scale.view(1, -1, 1, 1)
     if bias is not None:

@@ -17,6 +17,10 @@ OPS = (
     "conv2d_w4a8",
     "conv2d_w8a8",
     "conv2d_w8a16",
+    "geglu_quantize",
+    "group_norm_silu_quantize",
+    "layer_norm_quantize",
+    "linear_static_w8a8",
     "linear_w4a8",
     "linear_w4a16",
     "linear_w8a8",
@@ -24,6 +28,7 @@ OPS = (
     "quantize_per_sample",
     "quantize_per_token",
     "quantize_static",
+    "silu_quantize",
 )
 
 

@@ -54,6 +54,7 @@ def _conv2d_w4a8(
     weight_groups: tl.tensor,
     R: tl.constexpr,
     S: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,7 +74,8 @@ def _conv2d_w4a8(
         k = weight_group * BLOCK_K + tl.arange(0, BLOCK_K)
         tap_h, tap_w = h + (tap // S) * dilation_h, w + (tap % S) * dilation_w
         channel = group * group_channels + k
-        x = load_tap(x_ptr, sample, tap_h, tap_w, row_mask, height, width, channels, channel, k < group_channels)
+        k_mask = k < group_channels
+        x = load_tap(x_ptr, sample, tap_h, tap_w, row_mask, height, width, UPSAMPLE, channels, channel, k_mask)
         packed_byte = weight_group * (BLOCK_K // 2) + byte
         byte_mask = column_mask[:, None] & (packed_byte < tap_bytes)[None, :]
         packed_ptrs = weight_ptr + (first_tap + tap)[:, None] * tap_bytes + packed_byte[None, :]
@@ -112,9 +114,10 @@ def conv2d_w4a8(
     residual: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     groups: int,
+    upsample: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Convolution on int8 activations and two-level int4 weights; arguments as conv2d_w8a8, but for
@@ -126,7 +129,7 @@ def conv2d_w4a8(
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
-    conv = Convolution.of(x_q, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups)
+    conv = Convolution.of(x_q, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups, upsample)
     tap_bytes, weight_groups = -(-conv.group_channels // 2), group_count(conv.group_channels)
     taps = (conv.out_channels, *conv.kernel_size)
     weight = plain(weight, torch.uint8, (*taps, tap_bytes)).view(torch.int8)
@@ -153,6 +156,7 @@ def conv2d_w4a8(
             weight_groups,
             R=conv.kernel_size[0],
             S=conv.kernel_size[1],
+            UPSAMPLE=upsample,
             ONE_SCALE=x_scale.numel() == 1,
             **tile.options(),
         )

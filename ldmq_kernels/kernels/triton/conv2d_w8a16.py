@@ -36,6 +36,7 @@ def _conv2d_w8a16(
     dilation_w: tl.tensor,
     R: tl.constexpr,
     S: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -54,7 +55,8 @@ def _conv2d_w8a16(
         k = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
         k_mask = k < group_channels
         tap_h, tap_w = h + (tap // S) * dilation_h, w + (tap % S) * dilation_w
-        x = load_tap(x_ptr, sample, tap_h, tap_w, row_mask, height, width, channels, group * group_channels + k, k_mask)
+        channel = group * group_channels + k
+        x = load_tap(x_ptr, sample, tap_h, tap_w, row_mask, height, width, UPSAMPLE, channels, channel, k_mask)
         weight_mask = column_mask[:, None] & k_mask[None, :]
         weight = tl.load(weight_ptrs + (tap * group_channels + k)[None, :], mask=weight_mask, other=0)
         accumulator = tl.dot(x.to(DOT), weight.to(DOT).T, accumulator, input_precision="ieee")
@@ -84,9 +86,10 @@ def conv2d_w8a16(
     bias: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     groups: int,
+    upsample: int,
 ) -> Tensor:
     """Convolution on int8 weights and floating activations, zero padding.
 
@@ -95,6 +98,8 @@ def conv2d_w8a16(
         weight: (K, R, S, C / groups) int8.
         weight_scale: (K,) float32.
         bias: (K,) floating.
+        padding: zeros at (top, bottom, left, right).
+        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
 
     Returns:
         (N, K, P, Q) of x's dtype, channels_last.
@@ -102,7 +107,7 @@ def conv2d_w8a16(
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
-    conv = Convolution.of(x, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups)
+    conv = Convolution.of(x, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups, upsample)
     weight = plain(weight, torch.int8, (conv.out_channels, *conv.kernel_size, conv.group_channels))
     x = floating(x).contiguous(memory_format=torch.channels_last)
     out = conv.output(x, stored_dtype(x, x.dtype))
@@ -119,6 +124,7 @@ def conv2d_w8a16(
             *conv.arguments(),
             R=conv.kernel_size[0],
             S=conv.kernel_size[1],
+            UPSAMPLE=upsample,
             DOT=dot_dtype(x),
             **tile.options(),
         )

@@ -47,6 +47,7 @@ def _conv2d_w8a8(
     dilation_w: tl.tensor,
     R: tl.constexpr,
     S: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -65,7 +66,8 @@ def _conv2d_w8a8(
         k = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
         k_mask = k < group_channels
         tap_h, tap_w = h + (tap // S) * dilation_h, w + (tap % S) * dilation_w
-        x = load_tap(x_ptr, sample, tap_h, tap_w, row_mask, height, width, channels, group * group_channels + k, k_mask)
+        channel = group * group_channels + k
+        x = load_tap(x_ptr, sample, tap_h, tap_w, row_mask, height, width, UPSAMPLE, channels, channel, k_mask)
         weight_mask = column_mask[:, None] & k_mask[None, :]
         weight = tl.load(weight_ptrs + (tap * group_channels + k)[None, :], mask=weight_mask, other=0)
         accumulator = tl.dot(x, weight.T, accumulator, out_dtype=tl.int32)
@@ -98,9 +100,10 @@ def conv2d_w8a8(
     residual: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     groups: int,
+    upsample: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Convolution on int8 activations and int8 weights, zero padding.
@@ -115,6 +118,8 @@ def conv2d_w8a8(
         residual: (N, K, P, Q) floating, added last.
         kernel_size: (R, S).
         out_dtype: float16, bfloat16 or float32.
+        padding: zeros at (top, bottom, left, right).
+        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
 
     Returns:
         (N, K, P, Q) of `out_dtype`, channels_last.
@@ -122,7 +127,7 @@ def conv2d_w8a8(
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
-    conv = Convolution.of(x_q, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups)
+    conv = Convolution.of(x_q, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups, upsample)
     weight = plain(weight, torch.int8, (conv.out_channels, *conv.kernel_size, conv.group_channels))
     x = int8(x_q).contiguous(memory_format=torch.channels_last)
     x_scale = activation_scale(x_scale, conv.samples)
@@ -143,6 +148,7 @@ def conv2d_w8a8(
             *conv.arguments(),
             R=conv.kernel_size[0],
             S=conv.kernel_size[1],
+            UPSAMPLE=upsample,
             ONE_SCALE=x_scale.numel() == 1,
             **tile.options(),
         )

@@ -28,9 +28,10 @@ class Convolution:
     out_size: tuple[int, int]
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int]
+    padding: tuple[int, int, int, int]
     dilation: tuple[int, int]
     groups: int
+    upsample: int
 
     @classmethod
     def of(
@@ -39,9 +40,10 @@ class Convolution:
         out_channels: int,
         kernel_size: tuple[int, int],
         stride: tuple[int, int],
-        padding: tuple[int, int],
+        padding: tuple[int, int, int, int],
         dilation: tuple[int, int],
         groups: int,
+        upsample: int,
     ) -> Convolution:
         """The convolution that these arguments of an op ask for.
 
@@ -51,7 +53,7 @@ class Convolution:
         samples, channels, height, width = x.shape
         if channels % groups or out_channels % groups:
             raise Unsupported(f"{groups} groups do not divide {channels} -> {out_channels} channels")
-        out_size = conv2d_output_size((height, width), kernel_size, stride, padding, dilation)
+        out_size = conv2d_output_size((height, width), kernel_size, stride, padding, dilation, upsample)
         return cls(
             samples,
             channels,
@@ -60,9 +62,10 @@ class Convolution:
             out_size,
             (kernel_size[0], kernel_size[1]),
             (stride[0], stride[1]),
-            (padding[0], padding[1]),
+            (padding[0], padding[1], padding[2], padding[3]),
             (dilation[0], dilation[1]),
             groups,
+            upsample,
         )
 
     @property
@@ -100,7 +103,8 @@ class Convolution:
             self.group_channels,
             self.group_out_channels,
             *self.stride,
-            *self.padding,
+            self.padding[0],
+            self.padding[2],
             *self.dilation,
         )
 
@@ -127,18 +131,19 @@ def receptive_field(
 def load_tap(
     x_ptr: tl.tensor,
     sample: tl.tensor,  # (BLOCK_M,)
-    h: tl.tensor,  # (BLOCK_M,) input row under this tap, which may lie outside
+    h: tl.tensor,  # (BLOCK_M,) row under this tap of the enlarged input, which may lie outside
     w: tl.tensor,  # (BLOCK_M,)
     row_mask: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
+    UPSAMPLE: tl.constexpr,
     channels: tl.tensor,
     channel: tl.tensor,  # (BLOCK_K,)
     channel_mask: tl.tensor,
 ) -> tl.tensor:
     """The (BLOCK_M, BLOCK_K) input values under one tap, zero in the padding."""
-    inside = row_mask & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-    pixel = (sample.to(tl.int64) * height + h) * width + w
+    inside = row_mask & (h >= 0) & (h < height * UPSAMPLE) & (w >= 0) & (w < width * UPSAMPLE)
+    pixel = (sample.to(tl.int64) * height + h // UPSAMPLE) * width + w // UPSAMPLE
     return tl.load(
         x_ptr + pixel[:, None] * channels + channel[None, :], mask=inside[:, None] & channel_mask[None, :], other=0
     )

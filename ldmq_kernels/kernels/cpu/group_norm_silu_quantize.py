@@ -1,0 +1,49 @@
+"""q = quantize(silu(group_norm(x)))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu.producers import in_dtype_of, quantize_tokens
+from ldmq_kernels.kernels.cpu.quantize_per_sample import quantize_per_sample
+
+
+def group_norm_silu_quantize(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    reciprocal: Tensor | None,
+    smoothing: Tensor | None,
+    per_token: bool,
+) -> tuple[Tensor, Tensor]:
+    """Group normalization, SiLU where asked for, and the quantization of the result.
+
+    The scale of a sample is its largest absolute value, which the definition's bound is too, unless all of
+    the sample lies in SiLU's dip.
+
+    Args:
+        x: (N, C, H, W) floating.
+        norm_weight: (C,) floating, or None for ones.
+        norm_bias: (C,) floating, or None for zeros.
+        num_groups: divides C.
+        eps: added to the variance.
+        silu: whether SiLU follows.
+        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        per_token: whether a measured scale is each pixel's own, and not each sample's.
+
+    Returns:
+        (N, C, H, W) int8, channels_last, and the scales, float32: (N,), (N, H, W) if `per_token`, or (0,) with a
+        `reciprocal`.
+    """
+    weight, bias = in_dtype_of(x, norm_weight), in_dtype_of(x, norm_bias)
+    y = torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)
+    y = torch.nn.functional.silu(y) if silu else y
+    if per_token or reciprocal is not None:
+        q, scale = quantize_tokens(y.permute(0, 2, 3, 1), reciprocal, smoothing)
+        return q.permute(0, 3, 1, 2), scale
+    return quantize_per_sample(y, smoothing)

@@ -1,0 +1,22 @@
+"""q = quantize(silu(x))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu.producers import quantize_tokens
+
+
+def silu_quantize(x: Tensor, reciprocal: Tensor | None, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+    """SiLU and the quantization of its result.
+
+    Args:
+        x: (..., C) floating.
+        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+
+    Returns:
+        (..., C) int8 and the scales (...) float32, or (0,) with a `reciprocal`.
+    """
+    return quantize_tokens(torch.nn.functional.silu(x), reciprocal, smoothing)

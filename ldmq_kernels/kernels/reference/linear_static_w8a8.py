@@ -1,0 +1,34 @@
+"""out = (quantize_static(x) @ weight^T) * x_scale * weight_scale + bias + residual, in exact integers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ldmq_kernels.kernels.reference.linear_w8a8 import linear_w8a8
+from ldmq_kernels.kernels.reference.quantize_static import quantize_static
+
+
+def linear_static_w8a8(
+    x: Tensor,
+    reciprocal: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Linear layer that quantizes its input with a calibrated scale and multiplies int8 by int8.
+
+    Args:
+        x: (..., K) floating.
+        reciprocal: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
+        x_scale: (1,) float32, the scale.
+        weight: (N, K) int8, or the CPU backend's packed form.
+        weight_scale: (N,) float32.
+        bias: (N,) floating.
+        residual: (..., N) floating, added last.
+
+    Returns:
+        (..., N) of x's dtype.
+    """
+    return linear_w8a8(quantize_static(x, reciprocal, -1), x_scale, weight, weight_scale, bias, residual, x.dtype)
