@@ -9,11 +9,13 @@ Usage: python compile_triton.py REPORT.json CAPABILITY...
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,91 +25,45 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ldmq_kernels.kernels import triton as triton_backend
+from ldmq_kernels.kernels.triton import configurations
+from ldmq_kernels.kernels.triton.candidates import Tile
+from ldmq_kernels.kernels.triton.configurations import Gpu
+from python_tests.kernels import compile_conv2d, compile_linear, compile_producers
 
-F16, F32, I8, U8 = torch.float16, torch.float32, torch.int8, torch.uint8
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", F32: "fp32", I8: "i8", U8: "u8"}
-MATRIX_INSTRUCTION = re.compile(r"\b(IGMMA|HGMMA|UTCIMMA|UTCHMMA|UTCQMMA|IMMA|HMMA)\b")
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+}
+COUNTED = (
+    "IGMMA",
+    "HGMMA",
+    "UTCIMMA",
+    "UTCHMMA",
+    "UTCQMMA",
+    "IMMA",
+    "HMMA",
+    "UTMALDG",
+    "LDS",
+    "STS",
+    "LDSM",
+    "STL",
+    "LDL",
+)
+INSTRUCTION = re.compile(rf"\b({'|'.join(COUNTED)})\b")
+MATRIX = {"IGMMA", "HGMMA", "UTCIMMA", "UTCHMMA", "UTCQMMA", "IMMA", "HMMA"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-
-
-def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-    """A tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def linear_w8a8(rows: int, depth: int, columns: int) -> tuple:
-    """Per-token scales, bias and residual."""
-    floats = empty(F16, columns), empty(F16, rows, columns)
-    return empty(I8, rows, depth), empty(F32, rows), empty(I8, columns, depth), empty(F32, columns), *floats, F16
-
-
-def linear_w4a8(rows: int, depth: int, columns: int) -> tuple:
-    """A static scale and bias."""
-    weight = empty(U8, columns, depth // 2), empty(U8, columns, -(-depth // 64)), empty(F32, columns)
-    return empty(I8, rows, depth), empty(F32, 1), *weight, empty(F16, columns), None, F16
-
-
-def linear_w8a16(rows: int, depth: int, columns: int, dtype: torch.dtype = F16) -> tuple:
-    """With bias."""
-    return empty(dtype, rows, depth), empty(I8, columns, depth), empty(F32, columns), empty(dtype, columns)
-
-
-def linear_w4a16(rows: int, depth: int, columns: int, dtype: torch.dtype = F16) -> tuple:
-    """With bias."""
-    weight = empty(U8, columns, depth // 2), empty(F32, columns, -(-depth // 64))
-    return empty(dtype, rows, depth), *weight, empty(dtype, columns)
-
-
-def geometry(stride: int = 1) -> tuple:
-    """A 3x3 kernel's, with padding 1."""
-    return (3, 3), (stride, stride), (1, 1), (1, 1), 1
-
-
-def conv2d_w8a8(channels: int, size: int, out_channels: int, stride: int = 1) -> tuple:
-    """A static scale, bias, time embedding and residual."""
-    out_size = size // stride
-    weight = empty(I8, out_channels, 3, 3, channels), empty(F32, out_channels)
-    floats = empty(F16, out_channels), empty(F16, 2, out_channels), empty(F16, 2, out_channels, out_size, out_size)
-    return empty(I8, 2, channels, size, size), empty(F32, 1), *weight, *floats, *geometry(stride), F16
-
-
-def conv2d_w4a8(channels: int, size: int, out_channels: int) -> tuple:
-    """Per-sample scales and bias."""
-    taps = out_channels, 3, 3
-    weight = empty(U8, *taps, channels // 2), empty(U8, *taps, -(-channels // 64)), empty(F32, out_channels)
-    floats = empty(F16, out_channels), None, None
-    return empty(I8, 2, channels, size, size), empty(F32, 2), *weight, *floats, *geometry(), F16
-
-
-def conv2d_w8a16(channels: int, size: int, out_channels: int, dtype: torch.dtype = F16) -> tuple:
-    """With bias."""
-    weight = empty(I8, out_channels, 3, 3, channels), empty(F32, out_channels)
-    return empty(dtype, 2, channels, size, size), *weight, empty(dtype, out_channels), *geometry()
-
-
-CALLS: list[tuple[str, str, tuple]] = [
-    ("linear_w8a8", "main", linear_w8a8(8192, 640, 5120)),
-    ("linear_w8a8", "64 rows", linear_w8a8(64, 1280, 1280)),
-    ("linear_w8a8", "2 rows", linear_w8a8(2, 320, 1280)),
-    ("linear_w4a8", "main", linear_w4a8(8192, 640, 5120)),
-    ("linear_w8a16", "main", linear_w8a16(8192, 640, 5120)),
-    ("linear_w8a16", "float32", linear_w8a16(8192, 640, 5120, F32)),
-    ("linear_w4a16", "main", linear_w4a16(8192, 640, 5120, torch.bfloat16)),
-    ("conv2d_w8a8", "main", conv2d_w8a8(320, 128, 320)),
-    ("conv2d_w8a8", "conv_in", conv2d_w8a8(4, 64, 320)),
-    ("conv2d_w8a8", "conv_out", conv2d_w8a8(320, 128, 4)),
-    ("conv2d_w8a8", "stride 2", conv2d_w8a8(640, 64, 640, stride=2)),
-    ("conv2d_w4a8", "main", conv2d_w4a8(320, 128, 320)),
-    ("conv2d_w8a16", "main", conv2d_w8a16(320, 128, 320)),
-    ("conv2d_w8a16", "float32", conv2d_w8a16(320, 128, 320, F32)),
-    ("linear_w4a16", "float32", linear_w4a16(8192, 640, 5120, F32)),
-    ("quantize_static", "main", (empty(F16, 2, 320, 64, 64), empty(F32, 320), 1)),
-    ("quantize_per_token", "main", (empty(F16, 8192, 10240), empty(F32, 10240))),
-    ("quantize_per_sample", "main", (empty(F16, 2, 320, 64, 64), empty(F32, 320))),
-]
+# stand-ins for what `gpu_of` would find
+GPUS = {80: Gpu("A100", 80, 108), 86: Gpu("A40", 86, 84), 89: Gpu("L40", 89, 142), 90: Gpu("H100", 90, 132)}
+GPUS |= {100: Gpu("B200", 100, 148), 120: Gpu("RTX PRO 6000", 120, 188)}
+CALLS = [*compile_linear.CALLS, *compile_conv2d.CALLS, *compile_producers.CALLS]
 
 
 def source(kernel: Any, arguments: tuple, keywords: dict[str, Any]) -> ASTSource:
@@ -116,13 +72,17 @@ def source(kernel: Any, arguments: tuple, keywords: dict[str, Any]) -> ASTSource
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = values[name]
-        if isinstance(value, Tensor):
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>".replace(" ", "")
+        elif isinstance(value, Tensor):
             signature[name] = "*" + TYPES[value.dtype]
         elif value is None or kernel.params[index].is_constexpr or value == 1:
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-        if signature[name] != "constexpr" and (isinstance(value, Tensor) or value % 16 == 0):
+        if isinstance(value, TensorDescriptor) or signature[name] == "constexpr":
+            continue
+        if isinstance(value, Tensor) or value % 16 == 0:
             attributes[index,] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -135,27 +95,46 @@ def inspect(compiled: Any) -> dict[str, Any]:
         usage = subprocess.check_output([TOOLS / "cuobjdump", "-res-usage", file.name], text=True)
         code = subprocess.check_output([TOOLS / "nvdisasm", "-c", file.name], text=True, stderr=subprocess.DEVNULL)
     (registers,) = re.findall(r"REG:(\d+)", usage)
+    counts = Counter(INSTRUCTION.findall(code))
     return {
         "registers": int(registers),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "spills": counts["STL"] + counts["LDL"],
         "shared": compiled.metadata.shared,
-        "instructions": sorted(set(MATRIX_INSTRUCTION.findall(code))),
+        "instructions": sorted(MATRIX & set(counts)),
+        "counts": dict(counts),
+        "loop": loop_counts(code),
     }
 
 
-def compile_call(op: str, case: str, arguments: tuple, capabilities: list[int]) -> list[dict[str, Any]]:
-    """Compile every launch that one call of an op makes."""
+def loop_counts(code: str) -> dict[str, int]:
+    """Instructions of the main loop: the shortest backward branch's body that has a matrix instruction."""
+    lines = code.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    bodies = []
+    for i, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
+        if target and labels.get(target[1], i) < i:
+            counts = Counter(INSTRUCTION.findall("\n".join(lines[labels[target[1]] : i])))
+            if MATRIX & set(counts):
+                bodies.append((i - labels[target[1]], dict(counts)))
+    return min(bodies, key=lambda body: body[0])[1] if bodies else {}
+
+
+def compile_call(op: str, case: str, arguments: tuple, tile: Tile | None, capability: int) -> list[dict[str, Any]]:
+    """Compile every launch that one call of an op makes, with the tile that it would choose or with a given one."""
     rows: list[dict[str, Any]] = []
 
     def compile_launch(kernel: Any, *values: Any, grid: tuple, warmup: bool, **keywords: Any) -> None:
         options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
         code = source(kernel, values, keywords)
-        for capability in capabilities:
-            compiled = triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options)
-            identity = {"op": op, "case": case, "kernel": kernel.__name__, "capability": capability}
-            rows.append(identity | inspect(compiled))
+        compiled = triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options)
+        blocks = "x".join(str(keywords[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in keywords)
+        blocks += "+32" if keywords.get("EXTRA_N") else ""
+        identity = {"op": op, "case": case, "kernel": kernel.__name__, "capability": capability, "tile": blocks}
+        rows.append(identity | inspect(compiled))
 
-    with mock.patch.object(triton.JITFunction, "run", compile_launch):
+    given = contextlib.nullcontext() if tile is None else configurations.forced(tile)
+    with given, mock.patch.object(triton.JITFunction, "run", compile_launch):
         getattr(triton_backend, op)(*arguments)
     return rows
 
@@ -163,11 +142,17 @@ def compile_call(op: str, case: str, arguments: tuple, capabilities: list[int]) 
 def main() -> None:
     """Compile all calls, print the table and write it."""
     report, capabilities = Path(sys.argv[1]), [int(text) for text in sys.argv[2:]]
-    rows = [row for call in CALLS for row in compile_call(*call, capabilities)]
+    rows = []
+    for capability in capabilities:
+        with mock.patch.object(configurations, "gpu_of", lambda _, gpu=GPUS[capability]: gpu):
+            for op, case, arguments, tile in CALLS:
+                rows += compile_call(op, case, arguments, tile, capability)
     for row in rows:
+        loop = " ".join(f"{name} {count}" for name, count in sorted(row["loop"].items()))
         print(
-            f"{row['kernel']:22} {row['case']:9} sm_{row['capability']:<4} {row['registers']:4} registers "
-            f"{row['shared']:7} B shared {row['spills']:3} spills  {' '.join(row['instructions'])}"
+            f"{row['kernel']:22} {row['case']:12} {row['tile']:14} sm_{row['capability']:<4} "
+            f"{row['registers']:4} registers "
+            f"{row['shared']:7} B shared {row['spills']:3} spills  {' '.join(row['instructions']):12} loop: {loop}"
         )
     report.write_text(json.dumps(rows, indent=1))
 

@@ -21,13 +21,24 @@ CASES = {
     "padded at the far sides": ((2, 20, 8, 6), 12, ((3, 3), (2, 2), (0, 1, 0, 1), (1, 1), 1, 1)),
     "upsampled": ((2, 20, 5, 4), 33, ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 2)),
     "many rows": ((2, 4, 31, 33), 3, ((1, 3), (1, 1), (0, 0, 1, 1), (1, 1), 1, 1)),
+    # channels that are multiples of 32 are read by windows
+    "windows": ((2, 96, 7, 5), 33, ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)),
+    "windows of 8x8": ((3, 320, 8, 8), 20, ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)),
+    "wide windows": ((1, 32, 17, 63), 5, ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)),
+    "windows downsample": ((2, 96, 8, 14), 12, ((3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1, 1)),
+    "windows padded at the far sides": ((2, 96, 6, 10), 12, ((3, 3), (2, 2), (0, 1, 0, 1), (1, 1), 1, 1)),
+    "windows strided 1x1": ((2, 64, 6, 4), 12, ((1, 1), (2, 2), (0, 0, 0, 0), (1, 1), 1, 1)),
+    "windows upsampled": ((2, 96, 5, 4), 33, ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 2)),
+    "windows upsampled, odd output": ((1, 32, 5, 4), 9, ((3, 3), (1, 1), (0, 1, 2, 0), (1, 1), 1, 2)),
+    "windows dilated": ((1, 32, 9, 9), 6, ((3, 2), (1, 1), (2, 1, 0, 2), (2, 3), 1, 1)),
+    "windows 1x1": ((2, 64, 5, 3), 70, ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, 1)),
 }
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 ANY = st.fixed_dictionaries(
     {
         "samples": st.integers(0, 3),
-        "group_channels": st.sampled_from([1, 3, 66]),
+        "group_channels": st.sampled_from([1, 3, 66, 32]),
         "group_out_channels": st.sampled_from([1, 17]),
         "groups": st.integers(1, 2),
         "size": st.tuples(st.integers(5, 9), st.integers(5, 9)),

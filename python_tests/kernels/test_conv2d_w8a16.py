@@ -30,7 +30,9 @@ def check(
     magnitude = exact_conv2d(x.abs(), weight.abs(), geometry) * scale[:, None, None] + shift.abs()
     restored = (weight * scale[:, None, None, None]).to(dtype).permute(0, 3, 1, 2)
     _, stride, (top, bottom, left, right), dilation, groups, upsample = geometry
-    padded = torch.nn.functional.pad(torch.kron(x, torch.ones(upsample, upsample)).to(dtype), (left, right, top, bottom))
+    padded = torch.nn.functional.pad(
+        torch.kron(x, torch.ones(upsample, upsample)).to(dtype), (left, right, top, bottom)
+    )
     in_torch = torch.nn.functional.conv2d(padded, restored, bias, stride, 0, dilation, groups)
     for operand in (x, scrambled(x)):
         out = backend.call("conv2d_w8a16", operand, weight, scale, bias, *geometry)

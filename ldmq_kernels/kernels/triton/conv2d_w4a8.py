@@ -1,6 +1,7 @@
 """The int8 convolution over int4 weights times their group multipliers, which is an exact int8 weight.
 
-A step of the main loop is one group of 64 input channels under one tap.
+The product is transposed: the weight is operand A, unpacked and multiplied in registers, and a window of x is
+operand B. A step of the main loop is one group of 64 input channels under one tap.
 """
 
 from __future__ import annotations
@@ -10,96 +11,109 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.convolution import Convolution, load_tap, receptive_field
+from ldmq_kernels.kernels.triton.candidates import Tile
+from ldmq_kernels.kernels.triton.configurations import choose, grid
+from ldmq_kernels.kernels.triton.conv2d_pointers import convolve_by_pointers
+from ldmq_kernels.kernels.triton.convolution import Convolution, load_window, pixels_of_window, window_of_tile
 from ldmq_kernels.kernels.triton.launch import (
-    activation_scale,
-    expanded,
+    ALIGNMENT,
+    Epilogue,
     int8,
-    int8_tile,
     on_device,
+    partial_sums,
     plain,
     stored_dtype,
 )
-from ldmq_kernels.kernels.triton.matrix import store_output, tile_of_program, unpack_int4
+from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program, unpack_int4
 from ldmq_kernels.numerics.affine import group_count
 
 
 @triton.jit
 def _conv2d_w4a8(
-    x_ptr: tl.tensor,  # (N, H, W, C) int8
+    x: tl.tensor,  # descriptor of (N, H, W, C) int8
     x_scale_ptr: tl.tensor,  # (1,) or (N,) float32
-    weight_ptr: tl.tensor,  # (K, R, S, tap_bytes) int8 holding int4
-    multiplier_ptr: tl.tensor,  # (K, R, S, weight_groups) uint8
+    weight: tl.tensor,  # descriptor of (K, R * S, C / 2) int8 holding int4
+    multiplier_ptr: tl.tensor,  # (K, R * S, groups) uint8
     weight_scale_ptr: tl.tensor,  # (K,) float32
     bias_ptr: tl.tensor,  # (K,) floating, or None
     vector_ptr: tl.tensor,  # (N, K) floating, or None
     residual_ptr: tl.tensor,  # (N, P, Q, K) floating, or None
-    out_ptr: tl.tensor,  # (N, P, Q, K) floating
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
+    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLITS, N, P, Q, K) int32
+    windows: tl.tensor,
+    samples: tl.tensor,
     out_height: tl.tensor,
     out_width: tl.tensor,
     channels: tl.tensor,
     out_channels: tl.tensor,
-    group_channels: tl.tensor,
-    group_out_channels: tl.tensor,
-    stride_h: tl.tensor,
-    stride_w: tl.tensor,
-    padding_h: tl.tensor,
-    padding_w: tl.tensor,
-    dilation_h: tl.tensor,
-    dilation_w: tl.tensor,
-    tap_bytes: tl.tensor,
-    weight_groups: tl.tensor,
-    R: tl.constexpr,
+    top: tl.tensor,
+    left: tl.tensor,
     S: tl.constexpr,
+    TAPS: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STRIDE: tl.constexpr,
     UPSAMPLE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # the group size
+    SPLITS: tl.constexpr,
 ) -> None:
-    group = tl.program_id(1)
-    row, column = tile_of_program(rows, group_out_channels, BLOCK_M, BLOCK_N)
-    row_mask, column_mask = row < rows, column < group_out_channels
-    column += group * group_out_channels
-    sample, h, w = receptive_field(row, out_height, out_width, stride_h, stride_w, padding_h, padding_w)
-    first_tap = column.to(tl.int64) * (R * S)
-    byte = tl.arange(0, BLOCK_K // 2)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for step in range(0, R * S * weight_groups):
-        tap = step // weight_groups
-        weight_group = step % weight_groups
-        k = weight_group * BLOCK_K + tl.arange(0, BLOCK_K)
-        tap_h, tap_w = h + (tap // S) * dilation_h, w + (tap % S) * dilation_w
-        channel = group * group_channels + k
-        k_mask = k < group_channels
-        x = load_tap(x_ptr, sample, tap_h, tap_w, row_mask, height, width, UPSAMPLE, channels, channel, k_mask)
-        packed_byte = weight_group * (BLOCK_K // 2) + byte
-        byte_mask = column_mask[:, None] & (packed_byte < tap_bytes)[None, :]
-        packed_ptrs = weight_ptr + (first_tap + tap)[:, None] * tap_bytes + packed_byte[None, :]
-        packed = tl.load(packed_ptrs, mask=byte_mask, other=0)
-        multiplier_ptrs = multiplier_ptr + (first_tap + tap) * weight_groups + weight_group
-        multiplier = tl.load(multiplier_ptrs, mask=column_mask, other=0)
-        weight = unpack_int4(packed) * multiplier.to(tl.int8)[:, None]
-        accumulator = tl.dot(x, weight.T, accumulator, out_dtype=tl.int32)
-    store_output(
-        accumulator,
-        x_scale_ptr,
-        sample,
-        weight_scale_ptr,
-        bias_ptr,
-        vector_ptr,
-        sample,
-        residual_ptr,
+    BLOCK_S: tl.constexpr = BLOCK_M // (BLOCK_H * BLOCK_W)
+    tile_row, tile_column = tile_of_program(tl.program_id(0), windows, tl.cdiv(out_channels, BLOCK_N))
+    n, h, w, parity = window_of_tile(tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W)
+    first_column = tile_column * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    groups = tl.cdiv(channels, BLOCK_K)
+    multiplier_ptrs = multiplier_ptr + column.to(tl.int64) * (TAPS * groups)
+    split_steps = tl.cdiv(TAPS * groups, SPLITS)
+    start = tl.program_id(1) * split_steps
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for step in range(start, min(start + split_steps, TAPS * groups)):
+        tap, c = step // groups, step % groups * BLOCK_K
+        packed = tl.reshape(weight.load([first_column, tap, c // 2]), (BLOCK_N, BLOCK_K // 2))
+        multiplier = tl.load(multiplier_ptrs + step, mask=column < out_channels, other=0)
+        block = unpack_int4(packed) * multiplier.to(tl.int8)[:, None]
+        x_block = load_window(
+            x,
+            n,
+            h,
+            w,
+            parity,
+            tap,
+            c,
+            channels,
+            top,
+            left,
+            S,
+            DILATION_H,
+            DILATION_W,
+            STRIDE,
+            UPSAMPLE,
+            BLOCK_M,
+            BLOCK_K,
+        )
+        accumulator = tl.dot(block, x_block.T, accumulator, out_dtype=tl.int32)
+    row, sample, row_mask = pixels_of_window(
+        n, h, w, parity, samples, out_height, out_width, UPSAMPLE, BLOCK_M, BLOCK_H, BLOCK_W
+    )
+    terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, vector_ptr, residual_ptr)
+    rows = samples * out_height * out_width
+    store_tile(
+        tl.trans(accumulator),
+        terms,
         out_ptr,
+        rows,
+        out_channels,
         row,
-        column,
+        sample,
         row_mask,
-        column_mask,
+        first_column,
         out_channels,
         ONE_SCALE,
+        SPLITS,
     )
 
 
@@ -135,29 +149,37 @@ def conv2d_w4a8(
     weight = plain(weight, torch.uint8, (*taps, tap_bytes)).view(torch.int8)
     multiplier = plain(multiplier, torch.uint8, (*taps, weight_groups))
     x = int8(x_q).contiguous(memory_format=torch.channels_last)
-    x_scale = activation_scale(x_scale, conv.samples)
     out = conv.output(x, stored_dtype(x, out_dtype))
+    epilogue = Epilogue.of_convolution(conv, x_scale, weight_scale, bias, sample_vector, residual)
     if out.numel() == 0:
         return out.to(out_dtype)
-    tile = int8_tile(conv.rows, conv.group_out_channels)
+    by_windows = conv.has_windows(x) and tap_bytes % ALIGNMENT == 0 and weight.data_ptr() % ALIGNMENT == 0
+    tile = choose("conv2d_w4a8" if by_windows else "conv2d_w4a8 pointers", conv.problem, x.device)
     with on_device(x):
-        _conv2d_w4a8[(tile.programs(conv.rows, conv.group_out_channels), groups)](
-            x,
-            x_scale,
-            weight,
-            multiplier,
-            weight_scale.contiguous(),
-            expanded(bias, (conv.out_channels,)),
-            expanded(sample_vector, (conv.samples, conv.out_channels)),
-            expanded(residual, conv.out_shape),
-            out,
-            *conv.arguments(),
-            tap_bytes,
-            weight_groups,
-            R=conv.kernel_size[0],
-            S=conv.kernel_size[1],
-            UPSAMPLE=upsample,
-            ONE_SCALE=x_scale.numel() == 1,
-            **tile.options(),
-        )
+        if by_windows:
+            _convolve_by_windows(conv, tile, x, weight, multiplier, epilogue, out)
+        else:
+            convolve_by_pointers(conv, tile, x, weight, multiplier, epilogue, out, tl.int8)
     return out.to(out_dtype)
+
+
+def _convolve_by_windows(
+    conv: Convolution, tile: Tile, x: Tensor, weight: Tensor, multiplier: Tensor, epilogue: Epilogue, out: Tensor
+) -> None:
+    window = conv.window(tile.rows)
+    target = partial_sums(out, tile, conv.rows, conv.out_channels)
+    _conv2d_w4a8[grid(tile, conv.windows(window), conv.out_channels, x.device)](
+        conv.window_descriptor(x, window, tile.depth),
+        epilogue.x_scale,
+        conv.weight_descriptor(weight, tile.columns, tile.depth // 2),
+        multiplier,
+        *epilogue[1:],
+        target,
+        conv.windows(window),
+        *conv.sizes(),
+        **conv.window_arguments(window),
+        ONE_SCALE=epilogue.has_one_scale,
+        **tile.options(),
+        SPLITS=tile.splits,
+    )
+    epilogue.finish(target, out, conv.rows, conv.out_channels, conv.out_size[0] * conv.out_size[1])

@@ -1,4 +1,7 @@
-"""out = conv(x, weight) * weight_scale + bias: int8 weights become x's dtype in registers, exactly."""
+"""out = conv(x, weight) * weight_scale + bias: int8 weights become x's dtype in registers, exactly.
+
+The product is transposed: the weight is operand A, converted in registers, and a window of x is operand B.
+"""
 
 from __future__ import annotations
 
@@ -7,75 +10,97 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.convolution import Convolution, load_tap, receptive_field
-from ldmq_kernels.kernels.triton.launch import dot_dtype, expanded, float_tile, floating, on_device, plain, stored_dtype
-from ldmq_kernels.kernels.triton.matrix import store_output, tile_of_program
+from ldmq_kernels.kernels.triton.configurations import choose, grid
+from ldmq_kernels.kernels.triton.conv2d_pointers import convolve_by_pointers
+from ldmq_kernels.kernels.triton.convolution import Convolution, load_window, pixels_of_window, window_of_tile
+from ldmq_kernels.kernels.triton.launch import (
+    ALIGNMENT,
+    Epilogue,
+    dot_dtype,
+    float_op,
+    floating,
+    on_device,
+    plain,
+    stored_dtype,
+)
+from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program
 
 
 @triton.jit
 def _conv2d_w8a16(
-    x_ptr: tl.tensor,  # (N, H, W, C) floating
-    weight_ptr: tl.tensor,  # (K, R, S, group_channels) int8
+    x: tl.tensor,  # descriptor of (N, H, W, C) floating
+    weight: tl.tensor,  # descriptor of (K, R * S, C) int8
     weight_scale_ptr: tl.tensor,  # (K,) float32
     bias_ptr: tl.tensor,  # (K,) floating, or None
     out_ptr: tl.tensor,  # (N, P, Q, K) of x's dtype
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
+    windows: tl.tensor,
+    samples: tl.tensor,
     out_height: tl.tensor,
     out_width: tl.tensor,
     channels: tl.tensor,
     out_channels: tl.tensor,
-    group_channels: tl.tensor,
-    group_out_channels: tl.tensor,
-    stride_h: tl.tensor,
-    stride_w: tl.tensor,
-    padding_h: tl.tensor,
-    padding_w: tl.tensor,
-    dilation_h: tl.tensor,
-    dilation_w: tl.tensor,
-    R: tl.constexpr,
+    top: tl.tensor,
+    left: tl.tensor,
     S: tl.constexpr,
+    TAPS: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STRIDE: tl.constexpr,
     UPSAMPLE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    group = tl.program_id(1)
-    row, column = tile_of_program(rows, group_out_channels, BLOCK_M, BLOCK_N)
-    row_mask, column_mask = row < rows, column < group_out_channels
-    column += group * group_out_channels
-    sample, h, w = receptive_field(row, out_height, out_width, stride_h, stride_w, padding_h, padding_w)
-    weight_ptrs = weight_ptr + column.to(tl.int64)[:, None] * (R * S * group_channels)
-    blocks = tl.cdiv(group_channels, BLOCK_K)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, R * S * blocks):
-        tap = step // blocks
-        k = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_mask = k < group_channels
-        tap_h, tap_w = h + (tap // S) * dilation_h, w + (tap % S) * dilation_w
-        channel = group * group_channels + k
-        x = load_tap(x_ptr, sample, tap_h, tap_w, row_mask, height, width, UPSAMPLE, channels, channel, k_mask)
-        weight_mask = column_mask[:, None] & k_mask[None, :]
-        weight = tl.load(weight_ptrs + (tap * group_channels + k)[None, :], mask=weight_mask, other=0)
-        accumulator = tl.dot(x.to(DOT), weight.to(DOT).T, accumulator, input_precision="ieee")
-    store_output(
-        accumulator,
-        None,
-        sample,
-        weight_scale_ptr,
-        bias_ptr,
-        None,
-        sample,
-        None,
+    BLOCK_S: tl.constexpr = BLOCK_M // (BLOCK_H * BLOCK_W)
+    tile_row, tile_column = tile_of_program(tl.program_id(0), windows, tl.cdiv(out_channels, BLOCK_N))
+    n, h, w, parity = window_of_tile(tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W)
+    first_column = tile_column * BLOCK_N
+    blocks = tl.cdiv(channels, BLOCK_K)
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(0, TAPS * blocks):
+        tap, c = step // blocks, step % blocks * BLOCK_K
+        block = tl.reshape(weight.load([first_column, tap, c]), (BLOCK_N, BLOCK_K))
+        x_block = load_window(
+            x,
+            n,
+            h,
+            w,
+            parity,
+            tap,
+            c,
+            channels,
+            top,
+            left,
+            S,
+            DILATION_H,
+            DILATION_W,
+            STRIDE,
+            UPSAMPLE,
+            BLOCK_M,
+            BLOCK_K,
+        )
+        accumulator = tl.dot(block.to(DOT), x_block.to(DOT).T, accumulator, input_precision="ieee")
+    row, sample, row_mask = pixels_of_window(
+        n, h, w, parity, samples, out_height, out_width, UPSAMPLE, BLOCK_M, BLOCK_H, BLOCK_W
+    )
+    terms = (None, weight_scale_ptr, bias_ptr, None, None)
+    rows = samples * out_height * out_width
+    store_tile(
+        tl.trans(accumulator),
+        terms,
         out_ptr,
+        rows,
+        out_channels,
         row,
-        column,
+        sample,
         row_mask,
-        column_mask,
+        first_column,
         out_channels,
         True,
+        1,
     )
 
 
@@ -111,21 +136,31 @@ def conv2d_w8a16(
     weight = plain(weight, torch.int8, (conv.out_channels, *conv.kernel_size, conv.group_channels))
     x = floating(x).contiguous(memory_format=torch.channels_last)
     out = conv.output(x, stored_dtype(x, x.dtype))
+    epilogue = Epilogue.of_convolution(conv, None, weight_scale, bias, None, None)
     if out.numel() == 0:
         return out.to(x.dtype)
-    tile = float_tile(conv.rows, conv.group_out_channels, x.dtype).shallow(conv.group_channels)
+    by_windows = (
+        x.dtype != torch.float32
+        and conv.has_windows(x)
+        and conv.channels % ALIGNMENT == 0
+        and weight.data_ptr() % ALIGNMENT == 0
+    )
+    tile = choose("conv2d_w8a16" if by_windows else float_op("conv2d_w8a16 pointers", x), conv.problem, x.device)
     with on_device(x):
-        _conv2d_w8a16[(tile.programs(conv.rows, conv.group_out_channels), groups)](
-            x,
-            weight,
-            weight_scale.contiguous(),
-            expanded(bias, (conv.out_channels,)),
-            out,
-            *conv.arguments(),
-            R=conv.kernel_size[0],
-            S=conv.kernel_size[1],
-            UPSAMPLE=upsample,
-            DOT=dot_dtype(x),
-            **tile.options(),
-        )
+        if by_windows:
+            window = conv.window(tile.rows)
+            _conv2d_w8a16[grid(tile, conv.windows(window), conv.out_channels, x.device)](
+                conv.window_descriptor(x, window, tile.depth),
+                conv.weight_descriptor(weight, tile.columns, tile.depth),
+                epilogue.weight_scale,
+                epilogue.bias,
+                out,
+                conv.windows(window),
+                *conv.sizes(),
+                **conv.window_arguments(window),
+                DOT=dot_dtype(x),
+                **tile.options(),
+            )
+        else:
+            convolve_by_pointers(conv, tile, x, weight, None, epilogue, out, dot_dtype(x))
     return out.to(x.dtype)

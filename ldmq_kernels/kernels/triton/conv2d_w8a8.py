@@ -1,4 +1,8 @@
-"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_vector + residual, in exact int32."""
+"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_vector + residual, in exact int32.
+
+Windows of x and blocks of the weight reach the tensor cores straight from shared memory; 160 columns are two
+accumulators, as in linear_w8a8. See `convolution` for the windows.
+"""
 
 from __future__ import annotations
 
@@ -7,87 +11,129 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.convolution import Convolution, load_tap, receptive_field
+from ldmq_kernels.kernels.triton.candidates import Tile
+from ldmq_kernels.kernels.triton.configurations import choose, grid
+from ldmq_kernels.kernels.triton.conv2d_pointers import convolve_by_pointers
+from ldmq_kernels.kernels.triton.convolution import Convolution, load_window, pixels_of_window, window_of_tile
 from ldmq_kernels.kernels.triton.launch import (
-    activation_scale,
-    expanded,
+    Epilogue,
     int8,
-    int8_tile,
     on_device,
+    partial_sums,
     plain,
     stored_dtype,
 )
-from ldmq_kernels.kernels.triton.matrix import store_output, tile_of_program
+from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program
 
 
 @triton.jit
 def _conv2d_w8a8(
-    x_ptr: tl.tensor,  # (N, H, W, C) int8
+    x: tl.tensor,  # descriptor of (N, H, W, C) int8
     x_scale_ptr: tl.tensor,  # (1,) or (N,) float32
-    weight_ptr: tl.tensor,  # (K, R, S, group_channels) int8
+    weight: tl.tensor,  # descriptor of (K, R * S, C) int8
+    extra_weight: tl.tensor,  # the same with blocks of EXTRA_N rows, or None
     weight_scale_ptr: tl.tensor,  # (K,) float32
     bias_ptr: tl.tensor,  # (K,) floating, or None
     vector_ptr: tl.tensor,  # (N, K) floating, or None
     residual_ptr: tl.tensor,  # (N, P, Q, K) floating, or None
-    out_ptr: tl.tensor,  # (N, P, Q, K) floating
-    rows: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
+    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLITS, N, P, Q, K) int32
+    windows: tl.tensor,
+    samples: tl.tensor,
     out_height: tl.tensor,
     out_width: tl.tensor,
     channels: tl.tensor,
     out_channels: tl.tensor,
-    group_channels: tl.tensor,
-    group_out_channels: tl.tensor,
-    stride_h: tl.tensor,
-    stride_w: tl.tensor,
-    padding_h: tl.tensor,
-    padding_w: tl.tensor,
-    dilation_h: tl.tensor,
-    dilation_w: tl.tensor,
-    R: tl.constexpr,
+    top: tl.tensor,
+    left: tl.tensor,
     S: tl.constexpr,
+    TAPS: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STRIDE: tl.constexpr,
     UPSAMPLE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ) -> None:
-    group = tl.program_id(1)
-    row, column = tile_of_program(rows, group_out_channels, BLOCK_M, BLOCK_N)
-    row_mask, column_mask = row < rows, column < group_out_channels
-    column += group * group_out_channels
-    sample, h, w = receptive_field(row, out_height, out_width, stride_h, stride_w, padding_h, padding_w)
-    weight_ptrs = weight_ptr + column.to(tl.int64)[:, None] * (R * S * group_channels)
-    blocks = tl.cdiv(group_channels, BLOCK_K)
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for step in range(0, R * S * blocks):
-        tap = step // blocks
-        k = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_mask = k < group_channels
-        tap_h, tap_w = h + (tap // S) * dilation_h, w + (tap % S) * dilation_w
-        channel = group * group_channels + k
-        x = load_tap(x_ptr, sample, tap_h, tap_w, row_mask, height, width, UPSAMPLE, channels, channel, k_mask)
-        weight_mask = column_mask[:, None] & k_mask[None, :]
-        weight = tl.load(weight_ptrs + (tap * group_channels + k)[None, :], mask=weight_mask, other=0)
-        accumulator = tl.dot(x, weight.T, accumulator, out_dtype=tl.int32)
-    store_output(
-        accumulator,
-        x_scale_ptr,
-        sample,
-        weight_scale_ptr,
-        bias_ptr,
-        vector_ptr,
-        sample,
-        residual_ptr,
-        out_ptr,
-        row,
-        column,
-        row_mask,
-        column_mask,
-        out_channels,
-        ONE_SCALE,
-    )
+    BLOCK_S: tl.constexpr = BLOCK_M // (BLOCK_H * BLOCK_W)
+    tile_columns = tl.cdiv(out_channels, BLOCK_N + EXTRA_N)
+    blocks = tl.cdiv(channels, BLOCK_K)
+    split_steps = tl.cdiv(TAPS * blocks, SPLITS)
+    start = tl.program_id(1) * split_steps
+    stop = min(start + split_steps, TAPS * blocks)
+    for tile in tl.range(tl.program_id(0), windows * tile_columns, tl.num_programs(0), flatten=PERSISTENT):
+        tile_row, tile_column = tile_of_program(tile, windows, tile_columns)
+        n, h, w, parity = window_of_tile(tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W)
+        first_column = tile_column * (BLOCK_N + EXTRA_N)
+        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        if EXTRA_N > 0:
+            extra = tl.zeros((BLOCK_M, EXTRA_N), tl.int32)
+        for step in range(start, stop):
+            tap, c = step // blocks, step % blocks * BLOCK_K
+            x_block = load_window(
+                x,
+                n,
+                h,
+                w,
+                parity,
+                tap,
+                c,
+                channels,
+                top,
+                left,
+                S,
+                DILATION_H,
+                DILATION_W,
+                STRIDE,
+                UPSAMPLE,
+                BLOCK_M,
+                BLOCK_K,
+            )
+            block = tl.reshape(weight.load([first_column, tap, c]), (BLOCK_N, BLOCK_K))
+            accumulator = tl.dot(x_block, block.T, accumulator, out_dtype=tl.int32)
+            if EXTRA_N > 0:
+                block = tl.reshape(extra_weight.load([first_column + BLOCK_N, tap, c]), (EXTRA_N, BLOCK_K))
+                extra = tl.dot(x_block, block.T, extra, out_dtype=tl.int32)
+        row, sample, row_mask = pixels_of_window(
+            n, h, w, parity, samples, out_height, out_width, UPSAMPLE, BLOCK_M, BLOCK_H, BLOCK_W
+        )
+        terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, vector_ptr, residual_ptr)
+        rows = samples * out_height * out_width
+        store_tile(
+            accumulator,
+            terms,
+            out_ptr,
+            rows,
+            out_channels,
+            row,
+            sample,
+            row_mask,
+            first_column,
+            out_channels,
+            ONE_SCALE,
+            SPLITS,
+        )
+        if EXTRA_N > 0:
+            store_tile(
+                extra,
+                terms,
+                out_ptr,
+                rows,
+                out_channels,
+                row,
+                sample,
+                row_mask,
+                first_column + BLOCK_N,
+                out_channels,
+                ONE_SCALE,
+                SPLITS,
+            )
 
 
 def conv2d_w8a8(
@@ -117,9 +163,9 @@ def conv2d_w8a8(
         sample_vector: (N, K) floating, added to every position (the time embedding).
         residual: (N, K, P, Q) floating, added last.
         kernel_size: (R, S).
-        out_dtype: float16, bfloat16 or float32.
         padding: zeros at (top, bottom, left, right).
         upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
+        out_dtype: float16, bfloat16 or float32.
 
     Returns:
         (N, K, P, Q) of `out_dtype`, channels_last.
@@ -130,26 +176,38 @@ def conv2d_w8a8(
     conv = Convolution.of(x_q, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups, upsample)
     weight = plain(weight, torch.int8, (conv.out_channels, *conv.kernel_size, conv.group_channels))
     x = int8(x_q).contiguous(memory_format=torch.channels_last)
-    x_scale = activation_scale(x_scale, conv.samples)
     out = conv.output(x, stored_dtype(x, out_dtype))
+    epilogue = Epilogue.of_convolution(conv, x_scale, weight_scale, bias, sample_vector, residual)
     if out.numel() == 0:
         return out.to(out_dtype)
-    tile = int8_tile(conv.rows, conv.group_out_channels).shallow(conv.group_channels)
+    by_windows = conv.has_windows(x)
+    tile = choose("conv2d_w8a8" if by_windows else "conv2d_w8a8 pointers", conv.problem, x.device)
     with on_device(x):
-        _conv2d_w8a8[(tile.programs(conv.rows, conv.group_out_channels), groups)](
-            x,
-            x_scale,
-            weight,
-            weight_scale.contiguous(),
-            expanded(bias, (conv.out_channels,)),
-            expanded(sample_vector, (conv.samples, conv.out_channels)),
-            expanded(residual, conv.out_shape),
-            out,
-            *conv.arguments(),
-            R=conv.kernel_size[0],
-            S=conv.kernel_size[1],
-            UPSAMPLE=upsample,
-            ONE_SCALE=x_scale.numel() == 1,
-            **tile.options(),
-        )
+        if by_windows:
+            _convolve_by_windows(conv, tile, x, weight, epilogue, out)
+        else:
+            convolve_by_pointers(conv, tile, x, weight, None, epilogue, out, tl.int8)
     return out.to(out_dtype)
+
+
+def _convolve_by_windows(
+    conv: Convolution, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor
+) -> None:
+    window = conv.window(tile.rows)
+    target = partial_sums(out, tile, conv.rows, conv.out_channels)
+    _conv2d_w8a8[grid(tile, conv.windows(window), conv.out_channels, x.device)](
+        conv.window_descriptor(x, window, tile.depth),
+        epilogue.x_scale,
+        conv.weight_descriptor(weight, tile.main_columns, tile.depth),
+        conv.weight_descriptor(weight, tile.extra_columns, tile.depth),
+        *epilogue[1:],
+        target,
+        conv.windows(window),
+        *conv.sizes(),
+        **conv.window_arguments(window),
+        ONE_SCALE=epilogue.has_one_scale,
+        **tile.options_with_extra(),
+        SPLITS=tile.splits,
+        PERSISTENT=tile.persistent,
+    )
+    epilogue.finish(target, out, conv.rows, conv.out_channels, conv.out_size[0] * conv.out_size[1])

@@ -1,98 +1,111 @@
-"""What every kernel's launch needs on the host: operands checked and contiguous, a tile, a device."""
+"""What every kernel's launch needs on the host: operands checked and contiguous, descriptors, a device."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
-from ldmq_kernels.numerics.formats import GROUP_SIZE
+from ldmq_kernels.kernels.triton import configurations
+from ldmq_kernels.kernels.triton.candidates import Tile
+from ldmq_kernels.kernels.triton.matrix import add_splits
+
+if TYPE_CHECKING:
+    from ldmq_kernels.kernels.triton.convolution import Convolution
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-FEW_TILES = 132  # the multiprocessors of an H100 or H200
+ALIGNMENT = 16  # bytes, of what TMA reads
+_NO_GUARD = contextlib.nullcontext()
 
 
-@dataclass(frozen=True)
-class Tile:
-    """The part of the output that one program computes, and the pipeline that feeds it."""
+class Epilogue(NamedTuple):
+    """Operands of the epilogue, contiguous; see `matrix.store_output`."""
 
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-    depth: int = GROUP_SIZE
+    x_scale: Tensor | None
+    weight_scale: Tensor
+    bias: Tensor | None
+    vector: Tensor | None
+    residual: Tensor | None
 
-    def programs(self, rows: int, columns: int) -> int:
-        """Tiles that cover rows x columns."""
-        return -(-rows // self.rows) * -(-columns // self.columns)
+    @classmethod
+    def of_convolution(
+        cls,
+        conv: Convolution,
+        x_scale: Tensor | None,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        sample_vector: Tensor | None,
+        residual: Tensor | None,
+    ) -> Epilogue:
+        """From an op's arguments.
 
-    def narrowed(self, columns: int) -> Tile:
-        """The tile with at most so many columns, for a kernel that keeps two accumulators."""
-        return replace(self, columns=min(self.columns, columns))
+        Raises:
+            Unsupported: there are neither one activation scale nor one for each sample.
+        """
+        return cls(
+            None if x_scale is None else activation_scale(x_scale, conv.samples),
+            weight_scale.contiguous(),
+            expanded(bias, (conv.out_channels,)),
+            expanded(sample_vector, (conv.samples, conv.out_channels)),
+            expanded(residual, conv.out_shape),
+        )
 
-    def shallow(self, channels: int) -> Tile:
-        """The tile for a convolution of so few channels that a deep one would be mostly padding."""
-        return replace(self, depth=min(self.depth, 32)) if channels <= 32 else self
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether one scale holds for all rows."""
+        return self.x_scale is not None and self.x_scale.numel() == 1
 
-    def options(self) -> dict[str, int | bool]:
-        """Keyword arguments of a launch: without fusion the epilogue rounds as the reference does."""
-        return {
-            "BLOCK_M": self.rows,
-            "BLOCK_N": self.columns,
-            "BLOCK_K": self.depth,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "enable_fp_fusion": False,
-        }
-
-
-MAIN_TILE = Tile(128, 128, warps=8, stages=4)
-INT8_TILES = {
-    (16, 16): Tile(16, 16, warps=4, stages=4),
-    (16, 128): Tile(16, 64, warps=4, stages=4),
-    (64, 16): Tile(64, 16, warps=4, stages=4),
-    (64, 128): Tile(64, 64, warps=4, stages=4),
-    (128, 16): Tile(128, 16, warps=8, stages=4),
-    (128, 128): MAIN_TILE,
-}
-HALF_TILES = {
-    (16, 16): Tile(16, 16, warps=4, stages=3),
-    (16, 128): Tile(16, 64, warps=4, stages=3),
-    (64, 16): Tile(64, 16, warps=4, stages=3),
-    (64, 128): Tile(64, 64, warps=4, stages=3),
-    (128, 16): Tile(128, 16, warps=8, stages=3),
-    (128, 128): Tile(128, 128, warps=8, stages=3),
-}
-# exact float32 products have no tensor cores: larger or deeper tiles spill, and from 64 rows on
-# Triton 3.6 silently multiplies them in TF32 on sm_100
-FLOAT_TILES = {
-    (16, 16): Tile(16, 16, warps=4, stages=2, depth=16),
-    (16, 128): Tile(16, 64, warps=4, stages=2, depth=16),
-    (64, 16): Tile(32, 16, warps=4, stages=2, depth=16),
-    (64, 128): Tile(32, 64, warps=4, stages=2, depth=16),
-}
+    def finish(self, target: Tensor, out: Tensor, rows: int, columns: int, sample_rows: int) -> None:
+        """Add the splits in `target` (splits, rows, columns) into `out`; nothing where they are one tensor."""
+        if target is out:
+            return
+        grid = triton.cdiv(rows, 16), triton.cdiv(columns, 128)
+        add_splits[grid](
+            target,
+            *self,
+            out,
+            rows,
+            columns,
+            sample_rows,
+            ONE_SCALE=self.has_one_scale,
+            SPLITS=target.shape[0],
+            BLOCK_M=16,
+            BLOCK_N=128,
+            enable_fp_fusion=False,
+        )
 
 
-def _size_class(rows: int, columns: int, tallest: int = 128) -> tuple[int, int]:
-    height = 16 if rows <= 16 else 64 if rows <= 64 or MAIN_TILE.programs(rows, columns) < FEW_TILES else 128
-    return min(height, tallest), 16 if columns <= 16 else 128
+def partial_sums(out: Tensor, tile: Tile, rows: int, columns: int) -> Tensor:
+    """Where the main loop stores: `out` itself, or int32 for each split."""
+    if tile.splits == 1:
+        return out
+    return torch.empty((tile.splits, rows, columns), dtype=torch.int32, device=out.device)
 
 
-def int8_tile(rows: int, columns: int) -> Tile:
-    """The tile of an int8 matrix product with an output of rows x columns."""
-    return INT8_TILES[_size_class(rows, columns)]
+def is_aligned(*operands: Tensor) -> bool:
+    """Whether the rows and the start of contiguous operands are multiples of 16 bytes: read by TMA, or 16 at a time."""
+    return all(t.shape[-1] * t.element_size() % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0 for t in operands)
 
 
-def float_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
-    """The tile of a floating matrix product with an output of rows x columns."""
-    if dtype == torch.float32:
-        return FLOAT_TILES[_size_class(rows, columns, tallest=64)]
-    return HALF_TILES[_size_class(rows, columns)]
+def has_tma(device: torch.device) -> bool:
+    """Whether descriptors pay: elsewhere Triton makes pointers of them, whose strides it does not know."""
+    return configurations.gpu_of(device).capability >= 90
+
+
+def operand(matrix: Tensor, rows: int, depth: int, tiled: bool) -> Tensor | TensorDescriptor | None:
+    """A (rows, depth) operand as the kernels take it: by descriptor, or by pointer; None for blocks of no rows."""
+    if rows == 0:
+        return None
+    if not tiled:
+        return matrix
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, depth])
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
@@ -105,9 +118,21 @@ def stored_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if x.device.type == "cpu" and dtype == torch.bfloat16 else dtype
 
 
+def output(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for an output of x's dtype."""
+    return torch.empty(shape, dtype=stored_dtype(x, x.dtype), device=x.device)
+
+
+def float_op(op: str, x: Tensor) -> str:
+    """An op's name in the tables: products of float32 have tiles of their own."""
+    return f"{op} float32" if x.dtype == torch.float32 else op
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make x's GPU the current one, so that its current stream takes the launch."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(x.device)
 
 
 def plain(weight: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -1,7 +1,8 @@
 """The int8 linear over int4 weights times their group multipliers, which is an exact int8 weight.
 
-A step of the main loop is one group of 64 input channels: its bytes are unpacked and multiplied in int8
-in registers, and the products of all groups add up in one int32 accumulator.
+The product is transposed: weight (columns, K) is operand A, so that it goes from its bytes, unpacked and
+multiplied in registers, to the tensor cores without a way through shared memory; x is operand B. A step of the
+main loop is one group of 64 input channels, and the products of all groups add up in one int32 accumulator.
 """
 
 from __future__ import annotations
@@ -11,71 +12,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldmq_kernels.kernels.triton.configurations import Problem, choose, grid
 from ldmq_kernels.kernels.triton.launch import (
+    Epilogue,
     activation_scale,
     expanded,
+    has_tma,
     int8,
-    int8_tile,
+    is_aligned,
     on_device,
+    operand,
+    partial_sums,
     plain,
     stored_dtype,
 )
-from ldmq_kernels.kernels.triton.matrix import store_output, tile_of_program, unpack_int4
+from ldmq_kernels.kernels.triton.matrix import load_block, store_tile, tile_of_program, unpack_int4
 from ldmq_kernels.numerics.affine import group_count
 
 
 @triton.jit
 def _linear_w4a8(
-    x_ptr: tl.tensor,  # (rows, depth) int8
+    x: tl.tensor,  # (rows, depth) int8: a descriptor or a pointer
     x_scale_ptr: tl.tensor,  # (1,) or (rows,) float32
-    weight_ptr: tl.tensor,  # (columns, bytes) int8 holding int4
+    weight: tl.tensor,  # (columns, bytes) int8 holding int4: a descriptor or a pointer
     multiplier_ptr: tl.tensor,  # (columns, groups) uint8
     weight_scale_ptr: tl.tensor,  # (columns,) float32
     bias_ptr: tl.tensor,  # (columns,) floating, or None
     residual_ptr: tl.tensor,  # (rows, columns) floating, or None
-    out_ptr: tl.tensor,  # (rows, columns) floating
+    out_ptr: tl.tensor,  # (rows, columns) floating, or (SPLITS, rows, columns) int32
     rows: tl.tensor,
     columns: tl.tensor,
     depth: tl.tensor,
     row_bytes: tl.tensor,
     groups: tl.tensor,
     ONE_SCALE: tl.constexpr,
+    TILED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # the group size
+    SPLITS: tl.constexpr,
 ) -> None:
-    row, column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N)
-    row_mask, column_mask = row < rows, column < columns
-    k = tl.arange(0, BLOCK_K)
-    byte = tl.arange(0, BLOCK_K // 2)
-    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * depth + k[None, :]
-    weight_ptrs = weight_ptr + column.to(tl.int64)[:, None] * row_bytes + byte[None, :]
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for group in range(0, groups):
-        start = group * BLOCK_K
-        x = tl.load(x_ptrs + start, mask=row_mask[:, None] & (start + k < depth)[None, :], other=0)
-        byte_mask = column_mask[:, None] & (start // 2 + byte < row_bytes)[None, :]
-        packed = tl.load(weight_ptrs + start // 2, mask=byte_mask, other=0)
-        multiplier = tl.load(multiplier_ptr + column * groups + group, mask=column_mask, other=0)
-        weight = unpack_int4(packed) * multiplier.to(tl.int8)[:, None]
-        accumulator = tl.dot(x, weight.T, accumulator, out_dtype=tl.int32)
-    store_output(
-        accumulator,
-        x_scale_ptr,
-        row,
-        weight_scale_ptr,
-        bias_ptr,
-        None,
-        row,
-        residual_ptr,
-        out_ptr,
-        row,
-        column,
-        row_mask,
-        column_mask,
-        columns,
-        ONE_SCALE,
-    )
+    tile_row, tile_column = tile_of_program(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N))
+    first_row, first_column = tile_row * BLOCK_M, tile_column * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    split_groups = tl.cdiv(groups, SPLITS)
+    start = tl.program_id(1) * split_groups
+    stop = min(start + split_groups, groups)
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for group in range(start, stop):
+        k = group * BLOCK_K
+        packed = load_block(weight, first_column, columns, k // 2, row_bytes, BLOCK_N, BLOCK_K // 2, TILED)
+        multiplier = tl.load(multiplier_ptr + column * groups + group, mask=column < columns, other=0)
+        block = unpack_int4(packed) * multiplier.to(tl.int8)[:, None]
+        x_block = load_block(x, first_row, rows, k, depth, BLOCK_M, BLOCK_K, TILED)
+        accumulator = tl.dot(block, x_block.T, accumulator, out_dtype=tl.int32)
+    row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
+    terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, None, residual_ptr)
+    tile = tl.trans(accumulator)
+    store_tile(tile, terms, out_ptr, rows, columns, row, row, row < rows, first_column, columns, ONE_SCALE, SPLITS)
 
 
 def linear_w4a8(
@@ -116,23 +110,32 @@ def linear_w4a8(
     out = torch.empty((*x_q.shape[:-1], columns), dtype=stored_dtype(x, out_dtype), device=x.device)
     if out.numel() == 0:
         return out.to(out_dtype)
-    tile = int8_tile(rows, columns)
+    aligned = is_aligned(x, weight)
+    tiled = aligned and has_tma(x.device)
+    tile = choose("linear_w4a8" if aligned else "linear_w4a8 unaligned", Problem(rows, columns, depth), x.device)
+    target = partial_sums(out, tile, rows, columns)
+    epilogue = Epilogue(
+        x_scale, weight_scale.contiguous(), expanded(bias, (columns,)), None, expanded(residual, out.shape)
+    )
     with on_device(x):
-        _linear_w4a8[(tile.programs(rows, columns),)](
-            x,
+        _linear_w4a8[grid(tile, triton.cdiv(rows, tile.rows), columns, x.device)](
+            operand(x, tile.rows, tile.depth, tiled),
             x_scale,
-            weight,
+            operand(weight, tile.columns, tile.depth // 2, tiled),
             multiplier,
-            weight_scale.contiguous(),
-            expanded(bias, (columns,)),
-            expanded(residual, out.shape),
-            out,
+            epilogue.weight_scale,
+            epilogue.bias,
+            epilogue.residual,
+            target,
             rows,
             columns,
             depth,
             row_bytes,
             groups,
             ONE_SCALE=x_scale.numel() == 1,
+            TILED=tiled,
             **tile.options(),
+            SPLITS=tile.splits,
         )
+        epilogue.finish(target, out, rows, columns, sample_rows=1)
     return out.to(out_dtype)

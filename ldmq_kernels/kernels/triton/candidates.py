@@ -1,0 +1,181 @@
+"""The tables: a few tiles for each op and family of architectures.
+
+`share` is how near to the tensor cores' full rate a tile is expected to come once it runs; it weighs a large
+tile's better reuse against a small tile's better fit, until the tuner has measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The part of the output that one program computes, and the pipeline that feeds it.
+
+    rows, columns, depth: of one step of the main loop; columns may be 160, which is 128 and 32.
+    warps, stages: as Triton's num_warps and num_stages.
+    splits: programs that share the depth of one part of the output; `splittable` tiles may have several.
+    persistent: whether a program goes on with further parts of the output.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    share: float = 1.0
+    splits: int = 1
+    splittable: bool = False
+    persistent: bool = False
+
+    @property
+    def extra_columns(self) -> int:
+        """What 160 columns have beyond a power of two."""
+        return 32 if self.columns == 160 else 0
+
+    @property
+    def main_columns(self) -> int:
+        """The columns of the main accumulator."""
+        return self.columns - self.extra_columns
+
+    def programs(self, rows: int, columns: int) -> int:
+        """Tiles that cover rows x columns."""
+        return -(-rows // self.rows) * -(-columns // self.columns)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch: without fusion the epilogue rounds as the reference does."""
+        return {
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.columns,
+            "BLOCK_K": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": False,
+        }
+
+    def options_with_extra(self) -> dict[str, Any]:
+        """The same for a kernel with a second accumulator."""
+        return self.options() | {"BLOCK_N": self.main_columns, "EXTRA_N": self.extra_columns}
+
+
+def family(capability: int) -> str:
+    """The architectures that share a table: "80" (A100), "86" (also Ada and sm_120: 99 KB), "90", "100"."""
+    if capability in (86, 87, 89) or capability >= 120:
+        return "86"
+    return "80" if capability < 90 else "90" if capability < 100 else "100"
+
+
+FAMILIES = ("80", "86", "90", "100")
+Table = dict[str, tuple[Tile, ...]]
+
+# int8 by int8; sm_90 and sm_100 have 227 KB of shared memory for deep blocks, sm_80 163 KB, the others 99 KB
+_INT8_DEEP = (
+    Tile(16, 64, 128, 4, 4, share=0.1, splittable=True),
+    Tile(64, 16, 128, 4, 4, share=0.25, splittable=True),
+    Tile(128, 16, 128, 8, 4, share=0.3),
+    Tile(64, 64, 128, 4, 4, share=0.4, splittable=True),
+    Tile(64, 128, 128, 4, 4, share=0.6, splittable=True),
+    Tile(128, 128, 128, 8, 4, share=0.85, splittable=True),
+    Tile(128, 128, 64, 8, 4, share=0.8),
+    Tile(128, 160, 128, 8, 4, share=0.9, splittable=True),
+    Tile(128, 160, 64, 8, 4, share=0.85),
+    Tile(128, 256, 128, 8, 3, share=1.0),
+)
+_INT8_SHALLOW = (
+    Tile(16, 64, 64, 4, 4, share=0.1, splittable=True),
+    Tile(64, 16, 64, 4, 4, share=0.12, splittable=True),
+    Tile(64, 64, 64, 4, 4, share=0.5, splittable=True),
+    Tile(64, 128, 64, 4, 4, share=0.7, splittable=True),
+    Tile(128, 128, 64, 8, 4, share=0.9, splittable=True),
+    Tile(128, 160, 64, 8, 4, share=0.9),
+    Tile(128, 256, 64, 8, 3, share=1.0),
+)
+# read in words of 4 bytes or less, each with an address of its own
+_INT8_UNALIGNED = (
+    Tile(16, 64, 64, 4, 4, share=0.1),
+    Tile(64, 16, 64, 4, 4, share=0.1),
+    Tile(64, 64, 64, 4, 4, share=0.3),
+    Tile(128, 128, 64, 8, 3, share=0.5),
+)
+# quantizing x in the main loop, which needs registers
+_INT8_STATIC = (
+    Tile(16, 64, 64, 4, 4, share=0.1),
+    Tile(64, 64, 64, 4, 4, share=0.3),
+    Tile(64, 160, 64, 4, 3, share=0.5),
+    Tile(128, 128, 64, 8, 3, share=0.6),
+    Tile(128, 160, 64, 8, 3, share=0.65),
+)
+# int4 weights are unpacked a group of 64 at a time, as the operand that wants 64 columns or more
+_INT4 = (
+    Tile(16, 64, 64, 4, 4, share=0.2, splittable=True),
+    Tile(64, 64, 64, 4, 4, share=0.4, splittable=True),
+    Tile(64, 128, 64, 8, 4, share=0.5, splittable=True),
+    Tile(128, 128, 64, 8, 4, share=0.7, splittable=True),
+    Tile(256, 128, 64, 8, 3, share=0.8),
+)
+# 16 bit by weights that are converted in registers, as the operand that wants 64 columns or more
+_HALF = (
+    Tile(16, 64, 64, 4, 4, share=0.2),
+    Tile(64, 64, 64, 4, 4, share=0.5),
+    Tile(64, 128, 64, 8, 3, share=0.65),
+    Tile(128, 128, 64, 8, 3, share=0.9),
+)
+_INT8_CONVOLUTION = (
+    Tile(16, 64, 64, 4, 4, share=0.1, splittable=True),
+    Tile(64, 16, 64, 4, 4, share=0.12, splittable=True),
+    Tile(64, 64, 64, 4, 4, share=0.45, splittable=True),
+    Tile(128, 128, 64, 8, 4, share=0.8, splittable=True),
+)
+_HALF_CONVOLUTION = (
+    Tile(16, 64, 64, 4, 3, share=0.1),
+    Tile(64, 16, 64, 4, 3, share=0.12),
+    Tile(64, 64, 64, 4, 3, share=0.45),
+    Tile(128, 128, 64, 8, 3, share=0.8),
+)
+# exact float32 products have no tensor cores: larger or deeper tiles spill, and from 64 rows on
+# Triton 3.6 silently multiplies them in TF32 on sm_100
+_FLOAT32 = (
+    Tile(16, 16, 16, 4, 2, share=0.05),
+    Tile(16, 64, 16, 4, 2, share=0.15),
+    Tile(32, 64, 16, 4, 2, share=0.3),
+)
+
+
+def _everywhere(tiles: tuple[Tile, ...]) -> Table:
+    return dict.fromkeys(FAMILIES, tiles)
+
+
+def _with_persistent(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    return tiles + tuple(
+        replace(t, persistent=True, splittable=False) for t in tiles if t.rows * t.columns >= 128 * 128
+    )
+
+
+_INT8: Table = {
+    "80": _INT8_SHALLOW,
+    "86": _INT8_SHALLOW,
+    "90": _with_persistent(_INT8_DEEP),
+    "100": _with_persistent(tuple(tile for tile in _INT8_DEEP if (tile.rows, tile.columns) != (64, 128))),
+}
+
+CANDIDATES: dict[str, Table] = {
+    "linear_w8a8": _INT8,
+    "linear_w8a8 unaligned": _everywhere(_INT8_UNALIGNED),
+    "linear_static_w8a8": _everywhere(_INT8_STATIC),
+    "linear_static_w8a8 unaligned": _everywhere(_INT8_UNALIGNED),
+    "linear_w4a8": _everywhere(_INT4),
+    "linear_w4a8 unaligned": _everywhere(_INT4[:3]),
+    "linear_w8a16": _everywhere(_HALF),
+    "linear_w8a16 float32": _everywhere(_FLOAT32),
+    "linear_w4a16": _everywhere(_HALF),
+    "linear_w4a16 float32": _everywhere(_FLOAT32),
+    "conv2d_w8a8": {name: tuple(t for t in tiles if t.rows >= 64) for name, tiles in _INT8.items()},
+    "conv2d_w8a8 pointers": _everywhere(_INT8_CONVOLUTION),
+    "conv2d_w4a8": _everywhere(tuple(t for t in _INT4 if t.rows >= 64)),
+    "conv2d_w4a8 pointers": _everywhere(_INT8_CONVOLUTION),
+    "conv2d_w8a16": _everywhere(tuple(t for t in _HALF if t.rows >= 64)),
+    "conv2d_w8a16 pointers": _everywhere(_HALF_CONVOLUTION),
+    "conv2d_w8a16 pointers float32": _everywhere(_FLOAT32),
+}

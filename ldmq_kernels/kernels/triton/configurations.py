@@ -1,0 +1,157 @@
+"""Which tile a matrix product takes: the one measured for this GPU and shape, or the best estimate of a small table.
+
+Nothing is measured when an op runs. `ldmq bench --tune` measures and writes the file that `measured` reads;
+without it `estimate` chooses among the table's tiles by how well they fill the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ldmq_kernels.kernels.triton.candidates import CANDIDATES, Tile, family
+
+SHIPPED = Path(__file__).parent / "tuned"
+SPLITS = (1, 2, 3, 4, 6, 8)
+FEWEST_STEPS = 4  # of a split's main loop
+# in products of one multiprocessor's int8 tensor cores at its full rate, about 4096 a clock
+START_AND_END = 8e6  # filling a tile's pipeline and storing it
+ANOTHER_LAUNCH = 20e6  # adding up the splits
+
+_forced: ContextVar[Tile | None] = ContextVar("ldmq_triton_tile", default=None)
+
+
+class Problem(NamedTuple):
+    """An output of `groups` matrices of rows x columns, each element a sum of `depth` products."""
+
+    rows: int
+    columns: int
+    depth: int
+    groups: int = 1
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self if self.groups > 1 else self[:3]))
+
+
+class Gpu(NamedTuple):
+    """What the choice of a tile depends on; capability 9.0 is 90."""
+
+    name: str
+    capability: int
+    multiprocessors: int
+
+
+ABSENT = Gpu("no GPU", 90, 132)  # in the interpreter: tiles as on an H100 or H200
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU behind a device; what runs in the interpreter takes Hopper's tiles."""
+    if device.type != "cuda":
+        return ABSENT
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.name, properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def estimate(tile: Tile, problem: Problem, gpu: Gpu) -> float:
+    """Relative time of a tile: waves of programs over the multiprocessors, each as long as its main loop."""
+    programs = tile.programs(problem.rows, problem.columns) * problem.groups * tile.splits
+    waves = -(-programs // gpu.multiprocessors)
+    steps = -(-problem.depth // (tile.depth * tile.splits))
+    work = tile.rows * tile.columns * tile.depth * steps / tile.share
+    return waves * (work + START_AND_END) + (ANOTHER_LAUNCH if tile.splits > 1 else 0)
+
+
+def candidates(op: str, problem: Problem, gpu: Gpu) -> list[Tile]:
+    """The table's tiles for an op on this architecture, each also split along the depth where it can be."""
+    tiles = CANDIDATES[op][family(gpu.capability)]
+    return [
+        replace(tile, splits=splits)
+        for tile in tiles
+        for splits in (SPLITS if tile.splittable else (1,))
+        if splits == 1 or problem.depth >= splits * FEWEST_STEPS * tile.depth
+    ]
+
+
+def file_name(gpu: Gpu) -> str:
+    """The name of a GPU's file of measured tiles."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-") + ".json"
+
+
+def cache_folder() -> Path:
+    """Where this user's measured tiles are: $LDMQ_CACHE, or ldmq_kernels in the user's cache folder."""
+    given = os.environ.get("LDMQ_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(base) / "ldmq_kernels"
+
+
+@functools.cache
+def measured(gpu: Gpu) -> dict[str, Tile]:
+    """Tile by "op problem", as `ldmq bench --tune` wrote it; the user's file before the one that ships.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    tiles: dict[str, Tile] = {}
+    for path in (SHIPPED / file_name(gpu), cache_folder() / file_name(gpu)):
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())["tiles"]
+                tiles |= {key: Tile(**fields) for key, fields in found.items()}
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path} is damaged ({error}): remove it, or run `ldmq bench --tune` again") from None
+    return tiles
+
+
+def as_file(tiles: dict[str, Tile], head: dict[str, object]) -> bytes:
+    """What `measured` reads back: `head` says where, when and with what the tiles were measured."""
+    return (json.dumps({**head, "tiles": {key: asdict(tile) for key, tile in tiles.items()}}, indent=1) + "\n").encode()
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(op: str, problem: Problem, gpu: Gpu) -> Tile:
+    found = measured(gpu).get(f"{op} {problem}")
+    if found is not None:
+        return found
+    # whether persistence pays, no estimate tells
+    plain = [tile for tile in candidates(op, problem, gpu) if not tile.persistent]
+    return min(plain, key=lambda tile: estimate(tile, problem, gpu))
+
+
+def choose(op: str, problem: Problem, device: torch.device) -> Tile:
+    """The tile for an op's problem on a device."""
+    return _forced.get() or _chosen(op, problem, gpu_of(device))
+
+
+def grid(tile: Tile, tile_rows: int, columns: int, device: torch.device) -> tuple[int, int]:
+    """Programs of a launch over so many tiles of rows, and splits; a persistent tile fills the multiprocessors once."""
+    programs = tile_rows * -(-columns // tile.columns)
+    if tile.persistent:
+        programs = min(programs, gpu_of(device).multiprocessors)
+    return programs, tile.splits
+
+
+@contextlib.contextmanager
+def forced(tile: Tile) -> Iterator[None]:
+    """Take this tile for everything inside the block: for the tuner and for tests."""
+    token = _forced.set(tile)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forget_measured() -> None:
+    """Read the files again at the next choice."""
+    measured.cache_clear()
+    _chosen.cache_clear()

@@ -1,0 +1,54 @@
+"""out = (quantize_static(x) @ weight^T) * x_scale * weight_scale + bias + residual, in exact int32.
+
+For inputs whose producer cannot quantize them. Where few tiles lie side by side, the product's main loop
+quantizes x on its way to the tensor cores; where many would each do that again, a launch of its own does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.triton.launch import floating, plain
+from ldmq_kernels.kernels.triton.linear_w8a8 import product
+from ldmq_kernels.kernels.triton.quantize_static import quantize_static
+
+MOST_COLUMNS = 640  # four tiles, each of which quantizes the input again
+MOST_ROWS = 128  # below, one launch costs less than two whatever they do
+
+
+def linear_static_w8a8(
+    x: Tensor,
+    reciprocal: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Linear layer that quantizes its input with a calibrated scale and multiplies int8 by int8.
+
+    Args:
+        x: (..., K) floating.
+        reciprocal: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
+        x_scale: (1,) float32, the scale.
+        weight: (N, K) int8.
+        weight_scale: (N,) float32.
+        bias: (N,) floating.
+        residual: (..., N) floating, added last.
+
+    Returns:
+        (..., N) of x's dtype.
+
+    Raises:
+        Unsupported: a packed weight, or an operand of another dtype or size.
+    """
+    columns, depth = weight_scale.shape[0], x.shape[-1]
+    weight = plain(weight, torch.int8, (columns, depth))
+    if reciprocal.numel() not in (1, depth):
+        raise Unsupported(f"{reciprocal.numel()} reciprocals for {depth} channels")
+    rest = (x_scale, weight, weight_scale, bias, residual, x.dtype)
+    if columns > MOST_COLUMNS and x.numel() > MOST_ROWS * depth:
+        return product("linear_w8a8", quantize_static(x, reciprocal, -1), None, *rest)
+    return product("linear_static_w8a8", floating(x), reciprocal.contiguous(), *rest)

@@ -1,0 +1,54 @@
+"""Calls of the convolutions at shapes from real UNets, on tensors without memory, for compile_triton.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.triton.candidates import Tile
+
+F16, F32, I8, U8 = torch.float16, torch.float32, torch.int8, torch.uint8
+
+
+def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def geometry(stride: int = 1) -> tuple:
+    """A 3x3 kernel's, with padding 1."""
+    return (3, 3), (stride, stride), (1, 1, 1, 1), (1, 1), 1, 1
+
+
+def conv2d_w8a8(channels: int, size: int, out_channels: int, stride: int = 1) -> tuple:
+    """A static scale, bias, time embedding and residual."""
+    out_size = size // stride
+    weight = empty(I8, out_channels, 3, 3, channels), empty(F32, out_channels)
+    floats = empty(F16, out_channels), empty(F16, 2, out_channels), empty(F16, 2, out_channels, out_size, out_size)
+    return empty(I8, 2, channels, size, size), empty(F32, 1), *weight, *floats, *geometry(stride), F16
+
+
+def conv2d_w4a8(channels: int, size: int, out_channels: int) -> tuple:
+    """Per-sample scales and bias."""
+    taps = out_channels, 3, 3
+    weight = empty(U8, *taps, channels // 2), empty(U8, *taps, -(-channels // 64)), empty(F32, out_channels)
+    floats = empty(F16, out_channels), None, None
+    return empty(I8, 2, channels, size, size), empty(F32, 2), *weight, *floats, *geometry(), F16
+
+
+def conv2d_w8a16(channels: int, size: int, out_channels: int, dtype: torch.dtype = F16) -> tuple:
+    """With bias."""
+    weight = empty(I8, out_channels, 3, 3, channels), empty(F32, out_channels)
+    return empty(dtype, 2, channels, size, size), *weight, empty(dtype, out_channels), *geometry()
+
+
+# op, case, arguments, and a tile where it is not the one that the op would choose
+CALLS: list[tuple[str, str, tuple, Tile | None]] = [
+    ("conv2d_w8a8", "main", conv2d_w8a8(320, 128, 320), None),
+    ("conv2d_w8a8", "conv_in", conv2d_w8a8(4, 64, 320), None),
+    ("conv2d_w8a8", "conv_out", conv2d_w8a8(320, 128, 4), None),
+    ("conv2d_w8a8", "stride 2", conv2d_w8a8(640, 64, 640, stride=2), None),
+    ("conv2d_w4a8", "main", conv2d_w4a8(320, 128, 320), None),
+    ("conv2d_w8a16", "main", conv2d_w8a16(320, 128, 320), None),
+    ("conv2d_w8a16", "float32", conv2d_w8a16(320, 128, 320, F32), None),
+]

@@ -1,0 +1,65 @@
+"""Calls of the linears at shapes from real UNets, on tensors without memory, for compile_triton.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.triton.candidates import Tile
+
+F16, F32, I8, U8 = torch.float16, torch.float32, torch.int8, torch.uint8
+
+
+def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def linear_w8a8(rows: int, depth: int, columns: int) -> tuple:
+    """Per-token scales, bias and residual."""
+    floats = empty(F16, columns), empty(F16, rows, columns)
+    return empty(I8, rows, depth), empty(F32, rows), empty(I8, columns, depth), empty(F32, columns), *floats, F16
+
+
+def linear_static_w8a8(rows: int, depth: int, columns: int, smoothed: bool) -> tuple:
+    """Bias and residual."""
+    floats = empty(F16, columns), empty(F16, rows, columns)
+    quantization = empty(F32, depth if smoothed else 1), empty(F32, 1)
+    return empty(F16, rows, depth), *quantization, empty(I8, columns, depth), empty(F32, columns), *floats
+
+
+def linear_w4a8(rows: int, depth: int, columns: int) -> tuple:
+    """A static scale and bias."""
+    weight = empty(U8, columns, depth // 2), empty(U8, columns, -(-depth // 64)), empty(F32, columns)
+    return empty(I8, rows, depth), empty(F32, 1), *weight, empty(F16, columns), None, F16
+
+
+def linear_w8a16(rows: int, depth: int, columns: int, dtype: torch.dtype = F16) -> tuple:
+    """With bias."""
+    return empty(dtype, rows, depth), empty(I8, columns, depth), empty(F32, columns), empty(dtype, columns)
+
+
+def linear_w4a16(rows: int, depth: int, columns: int, dtype: torch.dtype = F16) -> tuple:
+    """With bias."""
+    weight = empty(U8, columns, depth // 2), empty(F32, columns, -(-depth // 64))
+    return empty(dtype, rows, depth), *weight, empty(dtype, columns)
+
+
+# op, case, arguments, and a tile where it is not the one that the op would choose
+CALLS: list[tuple[str, str, tuple, Tile | None]] = [
+    ("linear_w8a8", "main", linear_w8a8(8192, 640, 5120), None),
+    ("linear_w8a8", "160 columns", linear_w8a8(2048, 1280, 1280), None),
+    ("linear_w8a8", "256 columns", linear_w8a8(8192, 640, 5120), Tile(128, 256, 64, 8, 3)),
+    ("linear_w8a8", "persistent", linear_w8a8(8192, 640, 5120), Tile(128, 128, 64, 8, 3, persistent=True)),
+    ("linear_w8a8", "split", linear_w8a8(128, 5120, 1280), None),
+    ("linear_w8a8", "64 rows", linear_w8a8(64, 1280, 1280), None),
+    ("linear_w8a8", "2 rows", linear_w8a8(2, 320, 1280), None),
+    ("linear_w8a8", "unaligned", linear_w8a8(2048, 1284, 1280), None),
+    ("linear_static_w8a8", "main", linear_static_w8a8(8192, 320, 320, smoothed=False), None),
+    ("linear_static_w8a8", "smoothed", linear_static_w8a8(2048, 640, 640, smoothed=True), None),
+    ("linear_w4a8", "main", linear_w4a8(8192, 640, 5120), None),
+    ("linear_w8a16", "main", linear_w8a16(8192, 640, 5120), None),
+    ("linear_w8a16", "float32", linear_w8a16(8192, 640, 5120, F32), None),
+    ("linear_w4a16", "main", linear_w4a16(8192, 640, 5120, torch.bfloat16), None),
+    ("linear_w4a16", "float32", linear_w4a16(8192, 640, 5120, F32), None),
+]
