@@ -77,43 +77,60 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        geometry = (self.kernel_size, self.stride, self.zero_padding, self.dilation, self.groups, 1)
         if self.scheme.format.activation_bits == 16:
-            return ops.conv2d_w8a16(x, self.weight, self.weight_scale, self.bias, *geometry)
-        if self.is_pointwise:
-            return self._pointwise(x)
-        if self.scheme.is_static:
-            x_q, x_scale = ops.quantize_static(x, self.input_reciprocal, 1), self.input_scale
-        else:
-            x_q, x_scale = ops.quantize_per_sample(x, self.smoothing)
-        if self.multiplier is None:
-            return ops.conv2d_w8a8(
-                x_q, x_scale, self.kernel_weight, self.weight_scale, self.bias, None, None, *geometry, x.dtype
-            )
-        return ops.conv2d_w4a8(
-            x_q,
-            x_scale,
-            self.kernel_weight,
-            self.multiplier,
-            self.weight_scale,
-            self.bias,
-            None,
-            None,
-            *geometry,
-            x.dtype,
-        )
+            return ops.conv2d_w8a16(x, self.weight, self.weight_scale, self.bias, *self.geometry())
+        return self.convolve(*self.quantize(x), x.dtype)
 
-    def _pointwise(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (N, C, H, W) as the scheme says: int8, and the scales of a dynamic one, (N, H, W) where pointwise."""
         if self.scheme.is_static:
-            x_q, x_scale = ops.quantize_static(x, self.input_reciprocal, 1).permute(0, 2, 3, 1), self.input_scale
-        else:
-            x_q, x_scale = ops.quantize_per_token(x.permute(0, 2, 3, 1), self.smoothing)
-        weight = self.kernel_weight
-        if self.packed_weight is None:
-            weight = weight.flatten(1)
+            return ops.quantize_static(x, self.input_reciprocal, 1), None
+        if not self.is_pointwise:
+            return ops.quantize_per_sample(x, self.smoothing)
+        x_q, x_scale = ops.quantize_per_token(x.permute(0, 2, 3, 1), self.smoothing)
+        return x_q.permute(0, 3, 1, 2), x_scale
+
+    def geometry(self, padding: tuple[int, int, int, int] | None = None, upsample: int = 1) -> tuple[Any, ...]:
+        """What the convolution ops take, from the kernel's size to the enlargement of the input."""
+        padding = self.zero_padding if padding is None else padding
+        return (self.kernel_size, self.stride, padding, self.dilation, self.groups, upsample)
+
+    def convolve(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor | None,
+        out_dtype: Any,
+        sample_vector: Tensor | None = None,
+        residual: Tensor | None = None,
+        padding: tuple[int, int, int, int] | None = None,
+        upsample: int = 1,
+    ) -> Tensor:
+        """The integer convolution alone, of an input that is quantized already.
+
+        Args:
+            x_q: (N, C, H, W) int8.
+            x_scale: (N,) float32, or (N, H, W) where the layer is pointwise; not needed by a static scheme.
+            out_dtype: float16, bfloat16 or float32.
+            sample_vector: (N, K) floating, added to every position in the epilogue; not where pointwise.
+            residual: (N, K, P, Q) floating, added in the epilogue.
+            padding: zeros at (top, bottom, left, right) in place of the layer's own.
+            upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
+        """
+        if self.is_pointwise:
+            pixels = None if residual is None else residual.permute(0, 2, 3, 1)
+            return self.linear(x_q.permute(0, 2, 3, 1), x_scale, out_dtype, pixels).permute(0, 3, 1, 2)
+        scale = self.input_scale if self.scheme.is_static else x_scale
+        terms = (self.weight_scale, self.bias, sample_vector, residual)
+        rest = (*terms, *self.geometry(padding, upsample), out_dtype)
         if self.multiplier is None:
-            out = ops.linear_w8a8(x_q, x_scale, weight, self.weight_scale, self.bias, None, x.dtype)
-        else:
-            multiplier = self.multiplier.flatten(1)
-            out = ops.linear_w4a8(x_q, x_scale, weight, multiplier, self.weight_scale, self.bias, None, x.dtype)
-        return out.permute(0, 3, 1, 2)
+            return ops.conv2d_w8a8(x_q, scale, self.kernel_weight, *rest)
+        return ops.conv2d_w4a8(x_q, scale, self.kernel_weight, self.multiplier, *rest)
+
+    def linear(self, x_q: Tensor, x_scale: Tensor | None, out_dtype: Any, residual: Tensor | None = None) -> Tensor:
+        """A pointwise layer's product over (..., C) int8, as QuantLinear.linear."""
+        scale = self.input_scale if self.scheme.is_static else x_scale
+        weight = self.kernel_weight if self.packed_weight is not None else self.kernel_weight.flatten(1)
+        rest = (self.weight_scale, self.bias, residual, out_dtype)
+        if self.multiplier is None:
+            return ops.linear_w8a8(x_q, scale, weight, *rest)
+        return ops.linear_w4a8(x_q, scale, weight, self.multiplier.flatten(1), *rest)

@@ -48,23 +48,41 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input as the scheme says, multiply in integers, scale back."""
-        scheme = self.scheme
-        if not scheme.quantizes:
-            return nn.Linear.forward(self, x)
-        if scheme.format.activation_bits == 16:
-            if scheme.format.weight_bits == 8:
-                return ops.linear_w8a16(x, self.weight, self.weight_scale, self.bias)
-            return ops.linear_w4a16(x, self.weight, self.group_scale, self.bias)
-        if scheme.is_static:
-            x_q, x_scale = ops.quantize_static(x, self.input_reciprocal, -1), self.input_scale
-        else:
-            x_q, x_scale = ops.quantize_per_token(x, self.smoothing)
-        return self.linear(x_q, x_scale, x.dtype)
+        return self.project(x)
 
-    def linear(self, x_q: Tensor, x_scale: Tensor, out_dtype: Any) -> Tensor:
-        """The integer product alone, of an input that is quantized already."""
-        if self.multiplier is None:
-            return ops.linear_w8a8(x_q, x_scale, self.kernel_weight, self.weight_scale, self.bias, None, out_dtype)
-        return ops.linear_w4a8(
-            x_q, x_scale, self.kernel_weight, self.multiplier, self.weight_scale, self.bias, None, out_dtype
+    def project(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same, and a residual (..., out_features) added: in the epilogue where activations are quantized."""
+        scheme = self.scheme
+        if scheme.format.activation_bits == 16:
+            out = self._project_float(x)
+            return out if residual is None else out + residual
+        if not scheme.is_static:
+            x_q, x_scale = ops.quantize_per_token(x, self.smoothing)
+            return self.linear(x_q, x_scale, x.dtype, residual)
+        if self.multiplier is not None:
+            return self.linear(ops.quantize_static(x, self.input_reciprocal, -1), None, x.dtype, residual)
+        return ops.linear_static_w8a8(
+            x, self.input_reciprocal, self.input_scale, self.kernel_weight, self.weight_scale, self.bias, residual
         )
+
+    def _project_float(self, x: Tensor) -> Tensor:
+        if not self.scheme.quantizes:
+            return nn.Linear.forward(self, x)
+        if self.scheme.format.weight_bits == 8:
+            return ops.linear_w8a16(x, self.weight, self.weight_scale, self.bias)
+        return ops.linear_w4a16(x, self.weight, self.group_scale, self.bias)
+
+    def linear(self, x_q: Tensor, x_scale: Tensor | None, out_dtype: Any, residual: Tensor | None = None) -> Tensor:
+        """The integer product alone, of an input that is quantized already.
+
+        Args:
+            x_q: (..., in_features) int8.
+            x_scale: (...) float32; not needed by a static scheme.
+            out_dtype: float16, bfloat16 or float32.
+            residual: (..., out_features) floating, added in the epilogue.
+        """
+        scale = self.input_scale if self.scheme.is_static else x_scale
+        rest = (self.weight_scale, self.bias, residual, out_dtype)
+        if self.multiplier is None:
+            return ops.linear_w8a8(x_q, scale, self.kernel_weight, *rest)
+        return ops.linear_w4a8(x_q, scale, self.kernel_weight, self.multiplier, *rest)

@@ -37,6 +37,7 @@ class QuantizedLayer(nn.Module):
     kind: str
     scheme: Scheme = FLOAT
     packed_weight: Tensor | None = None
+    revision: int = 0  # of the buffers: grows whenever they are filled, loaded or moved
 
     # -- to be given by the layer ------------------------------------------------------------------
 
@@ -170,6 +171,7 @@ class QuantizedLayer(nn.Module):
 
     def finish(self) -> None:
         """Derive what is not stored and pack for the device, once all buffers are filled."""
+        self.revision += 1
         if not self.scheme.quantizes or self._buffers["weight"] is None or self.weight.is_meta:
             return
         if self.input_scale is not None:

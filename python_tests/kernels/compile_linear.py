@@ -29,9 +29,9 @@ def linear_static_w8a8(rows: int, depth: int, columns: int, smoothed: bool) -> t
 
 
 def linear_w4a8(rows: int, depth: int, columns: int) -> tuple:
-    """A static scale and bias."""
+    """Per-token scales, bias and residual."""
     weight = empty(U8, columns, depth // 2), empty(U8, columns, -(-depth // 64)), empty(F32, columns)
-    return empty(I8, rows, depth), empty(F32, 1), *weight, empty(F16, columns), None, F16
+    return empty(I8, rows, depth), empty(F32, rows), *weight, empty(F16, columns), empty(F16, rows, columns), F16
 
 
 def linear_w8a16(rows: int, depth: int, columns: int, dtype: torch.dtype = F16) -> tuple:
@@ -63,3 +63,15 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
     ("linear_w4a16", "main", linear_w4a16(8192, 640, 5120, torch.bfloat16), None),
     ("linear_w4a16", "float32", linear_w4a16(8192, 640, 5120, F32), None),
 ]
+
+
+def of_tile(table: str, rows: int, columns: int) -> tuple:
+    """A call of a table's op at least as large as a tile, with everything that its epilogue can have."""
+    op, *kind = table.split()
+    depth = 1284 if "unaligned" in kind else 1280
+    dtype = F32 if "float32" in kind else F16
+    if op == "linear_static_w8a8":
+        return linear_static_w8a8(4 * rows, depth, 4 * columns, smoothed=True)
+    if op.endswith("a16"):
+        return {"linear_w8a16": linear_w8a16, "linear_w4a16": linear_w4a16}[op](4 * rows, depth, 4 * columns, dtype)
+    return {"linear_w8a8": linear_w8a8, "linear_w4a8": linear_w4a8}[op](4 * rows, depth, 4 * columns)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ldmq_kernels.kernels import triton as triton_backend
 from ldmq_kernels.kernels.triton import configurations
-from ldmq_kernels.kernels.triton.candidates import Tile
+from ldmq_kernels.kernels.triton.candidates import CANDIDATES, Tile, family
 from ldmq_kernels.kernels.triton.configurations import Gpu
 from python_tests.kernels import compile_conv2d, compile_linear, compile_producers
 
@@ -78,9 +79,11 @@ def source(kernel: Any, arguments: tuple, keywords: dict[str, Any]) -> ASTSource
             signature[name] = "*" + TYPES[value.dtype]
         elif value is None or kernel.params[index].is_constexpr or value == 1:
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, TensorDescriptor) or signature[name] == "constexpr":
+        if isinstance(value, TensorDescriptor) or signature[name] in ("constexpr", "fp32"):
             continue
         if isinstance(value, Tensor) or value % 16 == 0:
             attributes[index,] = [["tt.divisibility", 16]]
@@ -139,14 +142,32 @@ def compile_call(op: str, case: str, arguments: tuple, tile: Tile | None, capabi
     return rows
 
 
+def tile_calls(capability: int) -> list[tuple[str, str, tuple, Tile | None]]:
+    """A call for every tile of every table of an architecture; split ones are split in two."""
+    calls: list[tuple[str, str, tuple, Tile | None]] = []
+    for table, families in CANDIDATES.items():
+        if table.startswith("conv2d") and "pointers" not in table and capability < 90:
+            continue
+        for tile in families[family(capability)]:
+            if table.startswith("linear"):
+                given = compile_linear.of_tile(table, tile.rows, tile.columns)
+            else:
+                given = compile_conv2d.of_tile(table, tile.columns, capability >= 90)
+            calls.append((table.split()[0], table, given, replace(tile, splits=2) if tile.splittable else tile))
+            if tile.splittable:
+                calls.append((table.split()[0], table, given, tile))
+    return calls
+
+
 def main() -> None:
-    """Compile all calls, print the table and write it."""
-    report, capabilities = Path(sys.argv[1]), [int(text) for text in sys.argv[2:]]
+    """Compile all calls or, with --tiles, every tile of the tables; print the report and write it."""
+    arguments = [text for text in sys.argv[1:] if text != "--tiles"]
+    report, capabilities = Path(arguments[0]), [int(text) for text in arguments[1:]]
     rows = []
     for capability in capabilities:
         with mock.patch.object(configurations, "gpu_of", lambda _, gpu=GPUS[capability]: gpu):
-            for op, case, arguments, tile in CALLS:
-                rows += compile_call(op, case, arguments, tile, capability)
+            for op, case, given, tile in tile_calls(capability) if "--tiles" in sys.argv else CALLS:
+                rows += compile_call(op, case, given, tile, capability)
     for row in rows:
         loop = " ".join(f"{name} {count}" for name, count in sorted(row["loop"].items()))
         print(

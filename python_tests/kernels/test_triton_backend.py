@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ldmq_kernels.kernels import triton as triton_backend
+from ldmq_kernels.kernels.triton.candidates import CANDIDATES, Tile
 from ldmq_kernels.numerics.packing import pack_int4
 from ldmq_kernels.ops import SCHEMAS
 from python_tests.kernels.operands import (
@@ -21,10 +24,13 @@ from python_tests.kernels.operands import (
     random_int4,
     random_int8,
     random_multiplier,
+    random_scale,
 )
 
 ONE = torch.ones(1)
 GEOMETRY = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)
+if importlib.util.find_spec("triton") is not None:
+    from ldmq_kernels.kernels.triton import configurations, convolution, launch
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -47,25 +53,98 @@ def test_asking_whether_it_serves_does_not_import_triton() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def tiles() -> list[tuple[str, Tile]]:
+    """Every tile of every table of an int8 product; split ones in two as well."""
+    found = {
+        (op, replace(tile, splits=splits, share=1.0))
+        for op, table in CANDIDATES.items()
+        if "a8" in op
+        for tile in itertools.chain(*table.values())
+        for splits in ((1, 2) if tile.splittable else (1,))
+    }
+    return sorted(found, key=str)
+
+
+def tile_id(value: object) -> str:
+    if not isinstance(value, Tile):
+        return str(value)
+    words = f"{value.rows}x{value.columns}x{value.depth}w{value.warps}s{value.stages}"
+    return words + "p" * value.persistent + f"-{value.splits}" * (value.splits > 1)
+
+
 @needs_triton
-@pytest.mark.parametrize("op", ["linear_w8a8", "linear_w4a8", "conv2d_w8a8", "conv2d_w4a8"])
-@pytest.mark.parametrize("size_class", [(16, 16), (16, 128), (64, 16), (64, 128), (128, 16), (128, 128)])
-def test_every_tile_gives_exact_integers(op: str, size_class: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On two tiles by two, the second ones partly outside."""
+@pytest.mark.parametrize("op", triton_backend.OPS)
+def test_an_op_is_its_function_even_after_its_module_is_imported(op: str) -> None:
+    importlib.import_module(f"ldmq_kernels.kernels.triton.{op}")
+    assert callable(getattr(triton_backend, op))
+
+
+@needs_triton
+@pytest.mark.parametrize(("table", "tile"), tiles(), ids=tile_id)
+def test_every_tile_gives_exact_integers(table: str, tile: Tile) -> None:
+    """On more tiles than one by one, the last ones partly outside, and with a depth that the blocks do not divide."""
+    op, *kind = table.split()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    getattr(triton_backend, op)
-    launch = importlib.import_module("ldmq_kernels.kernels.triton.launch")
-    tile = launch.INT8_TILES[size_class]
-    monkeypatch.setattr(sys.modules[f"ldmq_kernels.kernels.triton.{op}"], "int8_tile", lambda *_: tile)
-    columns, depth = tile.columns + 3, 70
+    aligned = kind == [] or op.startswith("linear_w8a16")
+    columns, depth = tile.columns + 3, (3 if op.startswith("linear") else 1) * 64 + (32 if aligned else 5)
     is_linear = op.startswith("linear")
     shape = (columns, depth) if is_linear else (columns, 3, 3, depth)
-    x = random_int8(tile.rows + 5, depth) if is_linear else random_int8(1, depth, 3, tile.rows // 3 + 2)
+    x = random_int8(tile.rows + 5, depth) if is_linear else random_int8(1, depth, 5, tile.rows // 5 + 2)
     weight = random_int8(*shape)
     operands: tuple = (weight,)
     if "w4" in op:
         integers, multiplier = random_int4(*shape), random_multiplier(*shape)
         weight, operands = folded(integers, multiplier), (pack_int4(integers), multiplier)
-    rest = (None, None) if is_linear else (None, None, None, *GEOMETRY)
-    out = Backend("triton", device).call(op, x, ONE, *operands, torch.ones(columns), *rest, torch.float32)
-    assert torch.equal(out.long(), exact_linear(x, weight) if is_linear else exact_conv2d(x, weight, GEOMETRY))
+    exact = exact_linear(x, weight) if is_linear else exact_conv2d(x, weight, GEOMETRY)
+    backend = Backend("triton", device)
+    with configurations.forced(tile):
+        if op == "linear_static_w8a8":
+            out = backend.call(op, x.float(), ONE, ONE, *operands, torch.ones(columns), None, None)
+        else:
+            rest = (None, None) if is_linear else (None, None, None, *GEOMETRY)
+            out = backend.call(op, x, ONE, *operands, torch.ones(columns), *rest, torch.float32)
+    assert torch.equal(out.long(), exact)
+
+
+@needs_triton
+@pytest.mark.parametrize("columns", [320, 70])
+def test_a_persistent_tile_computes_every_part_with_few_programs(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configurations, "gpu_of", lambda _: configurations.Gpu("", 90, 3))
+    x, weight = random_int8(260, 64), random_int8(columns, 64)
+    with configurations.forced(Tile(64, 64, 64, 4, 3, persistent=True)):
+        out = Backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu")).call(
+            "linear_w8a8", x, ONE, weight, torch.ones(columns), None, None, torch.float32
+        )
+    assert torch.equal(out.long(), exact_linear(x, weight))
+
+
+@needs_triton
+@pytest.mark.parametrize("terms", [False, True])
+def test_splits_have_the_epilogue_once(terms: bool) -> None:
+    """Per-sample scales, bias, time embedding and residual after the splits are added."""
+    x, weight, scale = random_int8(3, 128, 4, 5), random_int8(40, 3, 3, 128), random_scale(40)
+    x_scale = random_scale(3)
+    bias, vector, residual = torch.randn(40), torch.randn(3, 40), torch.randn(3, 40, 4, 5)
+    added = (bias, vector, residual) if terms else (None, None, None)
+    arguments = x, x_scale, weight, scale, *added, *GEOMETRY, torch.float32
+    backend = Backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    outs = []
+    for splits in (1, 3, 8):
+        with configurations.forced(Tile(64, 64, 64, 4, 3, splits=splits)):
+            outs.append(backend.call("conv2d_w8a8", *arguments))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+@needs_triton
+def test_without_tma_everything_is_read_by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configurations, "gpu_of", lambda _: configurations.Gpu("", 80, 108))
+    monkeypatch.setattr(launch, "TensorDescriptor", None)
+    monkeypatch.setattr(convolution, "TensorDescriptor", None)
+    backend = Backend("triton", torch.device("cpu"))
+    x, weight = random_int8(70, 96), random_int8(40, 96)
+    out = backend.call("linear_w8a8", x, ONE, weight, torch.ones(40), None, None, torch.float32)
+    assert torch.equal(out.long(), exact_linear(x, weight))
+    x, weight = random_int8(2, 96, 6, 5), random_int8(40, 3, 3, 96)
+    out = backend.call("conv2d_w8a8", x, ONE, weight, torch.ones(40), None, None, None, *GEOMETRY, torch.float32)
+    assert torch.equal(out.long(), exact_conv2d(x, weight, GEOMETRY))

@@ -9,6 +9,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,12 +34,19 @@ OPS = (
 )
 
 
-def __getattr__(name: str) -> Any:
-    if name not in OPS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    op = getattr(importlib.import_module(f"{__name__}.{name}"), name)
-    globals()[name] = op  # importing bound the name to the module
-    return op
+class _Backend(ModuleType):
+    """This package: an op's name is its function, also once something has imported the op's module."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in OPS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name) if name in OPS and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Backend
 
 
 @functools.cache

@@ -153,6 +153,11 @@ def _with_persistent(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
     )
 
 
+def _windows(table: Table) -> Table:
+    """Tiles of convolutions by windows, which TMA reads: not on sm_80, and in family "86" on sm_120 alone."""
+    return {name: tuple(tile for tile in tiles if tile.rows >= 64) for name, tiles in table.items() if name != "80"}
+
+
 _INT8: Table = {
     "80": _INT8_SHALLOW,
     "86": _INT8_SHALLOW,
@@ -171,11 +176,11 @@ CANDIDATES: dict[str, Table] = {
     "linear_w8a16 float32": _everywhere(_FLOAT32),
     "linear_w4a16": _everywhere(_HALF),
     "linear_w4a16 float32": _everywhere(_FLOAT32),
-    "conv2d_w8a8": {name: tuple(t for t in tiles if t.rows >= 64) for name, tiles in _INT8.items()},
+    "conv2d_w8a8": _windows(_INT8),
     "conv2d_w8a8 pointers": _everywhere(_INT8_CONVOLUTION),
-    "conv2d_w4a8": _everywhere(tuple(t for t in _INT4 if t.rows >= 64)),
+    "conv2d_w4a8": _windows(_everywhere(_INT4)),
     "conv2d_w4a8 pointers": _everywhere(_INT8_CONVOLUTION),
-    "conv2d_w8a16": _everywhere(tuple(t for t in _HALF if t.rows >= 64)),
+    "conv2d_w8a16": _windows(_everywhere(_HALF)),
     "conv2d_w8a16 pointers": _everywhere(_HALF_CONVOLUTION),
     "conv2d_w8a16 pointers float32": _everywhere(_FLOAT32),
 }

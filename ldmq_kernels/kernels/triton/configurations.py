@@ -108,7 +108,7 @@ def measured(gpu: Gpu) -> dict[str, Tile]:
             try:
                 found = json.loads(path.read_text())["tiles"]
                 tiles |= {key: Tile(**fields) for key, fields in found.items()}
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{path} is damaged ({error}): remove it, or run `ldmq bench --tune` again") from None
     return tiles
 
