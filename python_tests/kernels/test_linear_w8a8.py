@@ -75,6 +75,15 @@ def test_epilogue_rounds_once(
     assert_rounded_once(out, *exact_epilogue(exact_linear(x, weight), *factors, terms=(bias, residual)))
 
 
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 3, 5), (2, 1, 3, 2)])
+def test_tokens_may_have_any_number_of_axes(backend: Backend, batch: tuple[int, ...]) -> None:
+    x, weight, weight_scale = random_int8(*batch, 32), random_int8(20, 32), random_scale(20)
+    x_scale, residual = random_scale(*batch), torch.randn(*batch, 20)
+    out = backend.call("linear_w8a8", x, x_scale, weight, weight_scale, None, residual, torch.float32)
+    exact = exact_epilogue(exact_linear(x, weight), x_scale.unsqueeze(-1), weight_scale, terms=(residual,))
+    assert_rounded_once(out, *exact)
+
+
 def test_a_packed_weight_gives_the_same_or_is_refused(backend: Backend) -> None:
     x, weight, scale = random_int8(5, 20), random_int8(7, 20), random_scale(7)
     arguments = x, random_scale(1), weight, scale, None, None, torch.float32

@@ -154,6 +154,9 @@ class LdmqQuantizer(DiffusersQuantizer):
             if isinstance(layer, QuantizedLayer):
                 layer.finish()
         self.attach(model)
+        from ldmq_kernels.integrations.diffusers.fused import fuse  # not while diffusers is being imported
+
+        fuse(model)
 
     def attach(self, model: ModelMixin) -> None:
         """Make `save_pretrained` write the plan and the quantized tensors."""

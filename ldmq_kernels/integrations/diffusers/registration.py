@@ -19,8 +19,11 @@ def register() -> None:
 
 
 def record(model: nn.Module, plan: Plan) -> None:
-    """Make `save_pretrained` of a model that was just converted write the plan; other models are left alone."""
+    """Make a model of diffusers that was just converted call the fused ops, and `save_pretrained` write the plan."""
     from diffusers import ModelMixin  # when this module is imported, diffusers may still be loading it
 
     if isinstance(model, ModelMixin):
+        from ldmq_kernels.integrations.diffusers.fused import fuse
+
         LdmqQuantizer(LdmqConfig(plan=plan)).attach(model)
+        fuse(model)

@@ -54,7 +54,7 @@ class Epilogue(NamedTuple):
             weight_scale.contiguous(),
             expanded(bias, (conv.out_channels,)),
             expanded(sample_vector, (conv.samples, conv.out_channels)),
-            expanded(residual, conv.out_shape),
+            expanded(residual, conv.out_shape, is_image=True),
         )
 
     @property
@@ -172,11 +172,11 @@ def int8(x_q: Tensor) -> Tensor:
     return x_q
 
 
-def expanded(operand: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """An operand of the epilogue, contiguous in this shape (channels_last for a 4-D one)."""
+def expanded(operand: Tensor | None, shape: Sequence[int], is_image: bool = False) -> Tensor | None:
+    """An operand of the epilogue in this shape, contiguous, or channels_last for an image."""
     if operand is None:
         return None
-    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    layout = torch.channels_last if is_image else torch.contiguous_format
     return operand.expand(tuple(shape)).contiguous(memory_format=layout)
 
 

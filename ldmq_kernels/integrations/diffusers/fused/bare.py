@@ -1,0 +1,51 @@
+"""Which children of a block its fused form may compute: layers as they are, with nothing on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldmq_kernels import ops
+from ldmq_kernels.nn import QuantConv2d, QuantLinear
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def is_bare(module: Any, kind: type) -> bool:
+    """Whether a module is exactly of this class, with no hooks."""
+    return type(module) is kind and isinstance(module, nn.Module) and is_unhooked(module)
+
+
+def takes_int8(layer: Any) -> bool:
+    """Whether a layer is bare and computes on int8 activations, which a producer can give it."""
+    kind = type(layer)
+    return kind in (QuantLinear, QuantConv2d) and is_bare(layer, kind) and layer.scheme.format.activation_bits == 8
+
+
+def is_inactive(dropout: Any) -> bool:
+    """Whether a dropout does nothing."""
+    return is_bare(dropout, nn.Dropout) and (not dropout.training or dropout.p == 0)
+
+
+def quantized_norm(norm: nn.GroupNorm, x: Tensor, layer: Any, silu: bool, per_token: bool) -> tuple[Tensor, Tensor]:
+    """GroupNorm, SiLU where asked for, and the quantization that `layer` wants, in one op; x (N, C, H, W)."""
+    return ops.group_norm_silu_quantize(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.num_groups,
+        norm.eps,
+        silu,
+        layer.input_reciprocal,
+        layer.smoothing,
+        per_token,
+    )
+
+
+def quantized_layer_norm(norm: nn.LayerNorm, x: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
+    """LayerNorm and the quantization that `layer` wants, in one op; x (..., C)."""
+    return ops.layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, layer.input_reciprocal, layer.smoothing)

@@ -1,0 +1,83 @@
+"""Layers that multiply the same input, computed as one product: q, k and v of an attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.integrations.diffusers.fused.bare import takes_int8
+from ldmq_kernels.nn import QuantLinear
+
+
+class MergedLinears:
+    """One product for several QuantLinears, exact: the columns of the whole are those of the parts.
+
+    The weights are not held twice: the layers' buffers become views of the whole. What is merged is valid
+    until one of the layers is filled, loaded or moved.
+    """
+
+    def __init__(self, layers: Sequence[QuantLinear]) -> None:
+        self.layers = tuple(layers)
+        whole = torch.cat([layer.weight for layer in layers])
+        multipliers = [layer.multiplier for layer in layers if layer.multiplier is not None]
+        self.multiplier = torch.cat(multipliers) if multipliers else None
+        self.weight_scale = torch.cat([layer.weight_scale for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+        self.widths = [layer.out_features for layer in layers]
+        for layer, part in zip(layers, whole.split(self.widths), strict=True):
+            layer._buffers["weight"] = part
+        self.weight = whole
+        self._revisions = [layer.revision for layer in layers]
+
+    def is_valid(self, layers: Sequence[Any]) -> bool:
+        """Whether these are the merged layers, as they were merged."""
+        return all(a is b for a, b in zip(self.layers, layers, strict=True)) and self._revisions == [
+            layer.revision for layer in self.layers
+        ]
+
+    def products(self, x_q: Tensor, x_scale: Tensor | None, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The layers' outputs for a quantized input, views of one tensor."""
+        first = self.layers[0]
+        scale = first.input_scale if first.scheme.is_static else x_scale
+        rest = (self.weight_scale, self.bias, None, out_dtype)
+        if self.multiplier is None:
+            out = torch.ops.ldmq.linear_w8a8(x_q, scale, self.weight, *rest)
+        else:
+            out = torch.ops.ldmq.linear_w4a8(x_q, scale, self.weight, self.multiplier, *rest)
+        return out.split(self.widths, dim=-1)
+
+
+def share_quantization(layers: Sequence[Any]) -> bool:
+    """Whether all layers would make the same integers of the same input; reads scales, so not for a hot path."""
+    if not all(type(layer) is QuantLinear and takes_int8(layer) and not _is_empty(layer) for layer in layers):
+        return False
+    first = layers[0]
+    return all(
+        layer.scheme.activations == first.scheme.activations
+        and _equal(layer.input_scale, first.input_scale)
+        and _equal(layer.smoothing, first.smoothing)
+        for layer in layers[1:]
+    )
+
+
+def can_merge(layers: Sequence[QuantLinear]) -> bool:
+    """Whether layers that share their quantization can be one product: the same weights' format, none packed."""
+    return (
+        len({str(layer.scheme) for layer in layers}) == 1
+        and len({layer.bias is None for layer in layers}) == 1
+        and all(layer.packed_weight is None for layer in layers)
+    )
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and bool(torch.equal(a, b))
+
+
+def _is_empty(layer: QuantLinear) -> bool:
+    return layer.weight_scale.is_meta
