@@ -19,6 +19,7 @@ from ldmq_kernels.integrations import hooks
 
 if TYPE_CHECKING:
     from ldmq_kernels.conversion import quantize
+    from ldmq_kernels.graphs import capture, release
     from ldmq_kernels.kernels.dispatch import dispatch_report, use_backend
     from ldmq_kernels.nn import QuantConv2d, QuantLinear
     from ldmq_kernels.numerics.sqnr import sqnr_db
@@ -32,9 +33,11 @@ _EXPORTS = {
     "PlanError": "planning.plan",
     "QuantConv2d": "nn",
     "QuantLinear": "nn",
+    "capture": "graphs",
     "dispatch_report": "kernels.dispatch",
     "plan": "planning.planner",
     "quantize": "conversion",
+    "release": "graphs",
     "sqnr_db": "numerics.sqnr",
     "use_backend": "kernels.dispatch",
 }
@@ -43,9 +46,11 @@ __all__ = [
     "PlanError",
     "QuantConv2d",
     "QuantLinear",
+    "capture",
     "dispatch_report",
     "plan",
     "quantize",
+    "release",
     "sqnr_db",
     "use_backend",
 ]
