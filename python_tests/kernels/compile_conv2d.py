@@ -22,7 +22,7 @@ def geometry(stride: int = 1, upsample: int = 1, padding: tuple[int, ...] = (1, 
 
 def conv2d_w8a8(channels: int, size: int, out_channels: int, stride: int = 1, upsample: int = 1) -> tuple:
     """Per-sample scales, bias, time embedding and residual."""
-    out_size = size * upsample // stride
+    out_size = (size * upsample - 1) // stride + 1
     weight = empty(I8, out_channels, 3, 3, channels), empty(F32, out_channels)
     floats = empty(F16, out_channels), empty(F16, 2, out_channels), empty(F16, 2, out_channels, out_size, out_size)
     x = empty(I8, 2, channels, size, size), empty(F32, 2)

@@ -51,7 +51,7 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
     ("group_norm_silu_quantize", "static", group_norm("static", 320, 128), None),
     ("group_norm_silu_quantize", "sample", group_norm("sample", 640, 64), None),
     ("group_norm_silu_quantize", "token", group_norm("token", 2560, 32), None),
-    ("group_norm_silu_quantize", "small", group_norm("static", 640, 32), None),
+    ("group_norm_silu_quantize", "small groups", group_norm("static", 640, 32), None),
     ("group_norm_silu_quantize", "small sample", group_norm("sample", 2560, 8), None),
     ("group_norm_silu_quantize", "one pixel", group_norm("sample", 320, 1), None),
     ("group_norm_silu_quantize", "decoder", group_norm("static", 128, 1024, BF16, samples=1), None),

@@ -106,6 +106,7 @@ def inspect(compiled: Any) -> dict[str, Any]:
         "instructions": sorted(MATRIX & set(counts)),
         "counts": dict(counts),
         "loop": loop_counts(code),
+        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128\b", code)),
     }
 
 

@@ -11,86 +11,68 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.launch import expanded, floating, on_device
-from ldmq_kernels.kernels.triton.rounding import (
-    absolute_maximum,
-    block_shape,
-    dynamic_scale,
-    round_to_int8,
-    running_maximum,
+from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.producers import factors, scaled, store_quantized
+from ldmq_kernels.kernels.triton.rounding import magnitude_bits
+from ldmq_kernels.kernels.triton.samples import (
+    STAGES,
+    part_of_program,
+    parts_of_samples,
+    sample_scale,
+    sample_tile,
+    sample_tile_start,
 )
-
-MOST_PARTS = 128
-
-
-@triton.jit
-def _load(
-    x_ptr: tl.tensor,
-    smoothing_ptr: tl.tensor,
-    offset: tl.tensor,
-    channel: tl.tensor,
-    pixel_mask: tl.tensor,
-    channels: tl.tensor,
-) -> tl.tensor:
-    mask = pixel_mask[:, None] & (channel < channels)[None, :]
-    y = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    if smoothing_ptr is not None:
-        y = y * tl.load(smoothing_ptr + channel, mask=channel < channels, other=0.0)[None, :]
-    return y
 
 
 @triton.jit
 def _part_maximum(
     x_ptr: tl.tensor,  # (samples, pixels, channels) floating
-    smoothing_ptr: tl.tensor,  # (channels,) float32, or None
-    maximum_ptr: tl.tensor,  # (samples, parts) float32
+    factor_ptr: tl.tensor,  # (channels,) float32, or None
+    maximum_ptr: tl.tensor,  # (samples, parts, column blocks) float32
     pixels: tl.tensor,
     channels: tl.tensor,
     parts: tl.tensor,
     part_pixels: tl.tensor,
+    ONE_FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    program = tl.program_id(0)
-    first = (program % parts) * part_pixels
-    base = (program // parts).to(tl.int64) * pixels
-    absmax = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, part_pixels, BLOCK_M):
-        pixel = first + start + tl.arange(0, BLOCK_M)
-        for block in range(0, channels, BLOCK_C):
-            channel = block + tl.arange(0, BLOCK_C)
-            offset = (base + pixel)[:, None] * channels + channel[None, :]
-            y = _load(x_ptr, smoothing_ptr, offset, channel, pixel < pixels, channels)
-            absmax = running_maximum(absmax, absolute_maximum(y, 1))
-    tl.store(maximum_ptr + program, absolute_maximum(absmax, 0))
+    sample, first, last, first_channel = part_of_program(pixels, channels, parts, part_pixels, BLOCK_C)
+    row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
+    channel_mask = channel < channels
+    offset = row * channels + channel
+    largest = tl.zeros((BLOCK_M, BLOCK_C), tl.int32)
+    for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
+        mask = (start + row < last) & channel_mask
+        x = tl.load(x_ptr + (sample * pixels + start) * channels + offset, mask=mask, other=0.0).to(tl.float32)
+        y = scaled(x, factor_ptr, channel, channel_mask, ONE_FACTOR)
+        largest = tl.maximum(largest, magnitude_bits(y))
+    tl.store(maximum_ptr + tl.program_id(0), tl.max(tl.max(largest, 1), 0).to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def _quantize_samples(
     x_ptr: tl.tensor,  # (samples, pixels, channels) floating
-    smoothing_ptr: tl.tensor,  # (channels,) float32, or None
-    maximum_ptr: tl.tensor,  # (samples, parts) float32
+    factor_ptr: tl.tensor,  # (channels,) float32, or None
+    maximum_ptr: tl.tensor,  # (samples, maxima) float32
     out_ptr: tl.tensor,  # (samples, pixels, channels) int8
     scale_ptr: tl.tensor,  # (samples,) float32
     pixels: tl.tensor,
     channels: tl.tensor,
-    parts: tl.tensor,
-    PARTS: tl.constexpr,  # a power of two, not below `parts`
+    maxima: tl.tensor,
+    ONE_FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    blocks = tl.cdiv(pixels, BLOCK_M)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    pixel = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    part = tl.arange(0, PARTS)
-    maxima = tl.load(maximum_ptr + sample * parts + part, mask=part < parts, other=0.0)
-    scale = dynamic_scale(absolute_maximum(maxima, 0))
-    tl.store(scale_ptr + sample, scale)  # the same value from every program of the sample
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offset = (sample * pixels + pixel)[:, None] * channels + channel[None, :]
-    y = _load(x_ptr, smoothing_ptr, offset, channel, pixel < pixels, channels)
-    mask = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-    tl.store(out_ptr + offset, round_to_int8(y * tl.div_rn(1.0, scale)), mask=mask)
+    sample, first, first_channel = sample_tile_start(pixels, channels, BLOCK_M, BLOCK_C)
+    row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
+    row_mask, channel_mask = first + row < pixels, channel < channels
+    start = (sample * pixels + first) * channels
+    mask = row_mask & channel_mask
+    x = tl.load(x_ptr + start + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
+    y = scaled(x, factor_ptr, channel, channel_mask, ONE_FACTOR)
+    y = y * tl.div_rn(1.0, sample_scale(maximum_ptr, scale_ptr, sample, maxima))
+    store_quantized(y, None, out_ptr + start, None, row, channel, row_mask, channel_mask, channels, False, False)
 
 
 def quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,27 +95,30 @@ def quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Te
     if x.numel() == 0:
         return out, scale
     pixels = height * width
-    block_m, block_c = block_shape(channels)
-    part_pixels = block_m * triton.cdiv(triton.cdiv(pixels, block_m), MOST_PARTS)
-    parts = triton.cdiv(pixels, part_pixels)
-    maxima = torch.empty((samples, parts), dtype=torch.float32, device=x.device)
-    smoothing = expanded(smoothing, (channels,))
-    blocks = {"BLOCK_M": block_m, "BLOCK_C": block_c}
+    factor = factors(None, smoothing, channels)
+    parts = parts_of_samples(samples, pixels, channels)
+    tile, programs = sample_tile(samples, pixels, channels)
+    maxima = torch.empty((samples, parts.count * parts.column_blocks), dtype=torch.float32, device=x.device)
     with on_device(x):
-        _part_maximum[(samples * parts,)](
-            x, smoothing, maxima, pixels, channels, parts, part_pixels, **blocks, enable_fp_fusion=False
-        )
-        _quantize_samples[(samples * triton.cdiv(pixels, block_m), triton.cdiv(channels, block_c))](
+        _part_maximum[(maxima.numel(),)](
             x,
-            smoothing,
-            maxima,
-            out,
-            scale,
-            pixels,
-            channels,
-            parts,
-            PARTS=triton.next_power_of_2(parts),
-            **blocks,
-            enable_fp_fusion=False,
+            maximum_ptr=maxima,
+            pixels=pixels,
+            channels=channels,
+            parts=parts.count,
+            part_pixels=parts.pixels,
+            **factor,
+            **parts.tile,
+        )
+        _quantize_samples[(programs,)](
+            x,
+            maximum_ptr=maxima,
+            out_ptr=out,
+            scale_ptr=scale,
+            pixels=pixels,
+            channels=channels,
+            maxima=maxima.shape[1],
+            **factor,
+            **tile,
         )
     return out, scale

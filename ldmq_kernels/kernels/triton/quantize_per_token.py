@@ -7,48 +7,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.launch import expanded, floating, on_device
-from ldmq_kernels.kernels.triton.rounding import (
-    absolute_maximum,
-    block_shape,
-    dynamic_scale,
-    round_to_int8,
-    running_maximum,
-)
+from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.producers import factors, row_tile, store_quantized, tile_start
 
 
 @triton.jit
 def _quantize_per_token(
     x_ptr: tl.tensor,  # (rows, channels) floating
-    smoothing_ptr: tl.tensor,  # (channels,) float32, or None
+    factor_ptr: tl.tensor,  # (channels,) float32, or None
     out_ptr: tl.tensor,  # (rows, channels) int8
     scale_ptr: tl.tensor,  # (rows,) float32
     rows: tl.tensor,
     channels: tl.tensor,
+    ONE_FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = row < rows
-    absmax = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C)
-        mask = row_mask[:, None] & (channel < channels)[None, :]
-        y = tl.load(x_ptr + row[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        if smoothing_ptr is not None:
-            y = y * tl.load(smoothing_ptr + channel, mask=channel < channels, other=0.0)[None, :]
-        absmax = running_maximum(absmax, absolute_maximum(y, 1))
-    scale = dynamic_scale(absmax)
-    tl.store(scale_ptr + row, scale, mask=row_mask)
-    inverse = tl.div_rn(1.0, scale)
-    for start in range(0, channels, BLOCK_C):  # the second reading comes from the cache
-        channel = start + tl.arange(0, BLOCK_C)
-        mask = row_mask[:, None] & (channel < channels)[None, :]
-        offset = row[:, None] * channels + channel[None, :]
-        y = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        if smoothing_ptr is not None:
-            y = y * tl.load(smoothing_ptr + channel, mask=channel < channels, other=0.0)[None, :]
-        tl.store(out_ptr + offset, round_to_int8(y * inverse[:, None]), mask=mask)
+    first_row, first_channel = tile_start(channels, BLOCK_M, BLOCK_C)
+    row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
+    row_mask, channel_mask = first_row + row < rows, channel < channels
+    pointers = x_ptr + first_row * channels + row * channels + channel
+    x = tl.load(pointers, mask=row_mask & channel_mask, other=0.0).to(tl.float32)
+    out_ptr += first_row * channels
+    scale_ptr += first_row
+    store_quantized(
+        x, factor_ptr, out_ptr, scale_ptr, row, channel, row_mask, channel_mask, channels, ONE_FACTOR, DYNAMIC=True
+    )
 
 
 def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -62,7 +46,7 @@ def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Ten
         (..., K) int8 and the scales (...) float32.
 
     Raises:
-        Unsupported: x is not float16, bfloat16 or float32.
+        Unsupported: x is not float16, bfloat16 or float32, or K is above 16384.
     """
     x = floating(x).contiguous()
     channels = x.shape[-1]
@@ -71,17 +55,14 @@ def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Ten
     if x.numel() == 0:
         return out, scale
     rows = scale.numel()
-    block_m, block_c = block_shape(channels)
     with on_device(x):
-        _quantize_per_token[(triton.cdiv(rows, block_m),)](
+        _quantize_per_token[(rows,)](
             x,
-            expanded(smoothing, (channels,)),
-            out,
-            scale,
-            rows,
-            channels,
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            enable_fp_fusion=False,
+            out_ptr=out,
+            scale_ptr=scale,
+            rows=rows,
+            channels=channels,
+            **factors(None, smoothing, channels),
+            **row_tile(channels),
         )
     return out, scale

@@ -7,32 +7,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.triton.launch import floating, on_device
-from ldmq_kernels.kernels.triton.rounding import block_shape, round_to_int8
+from ldmq_kernels.kernels.triton.producers import elementwise_tile, factors, programs, store_quantized, tile_start
 
 
 @triton.jit
 def _quantize_static(
     x_ptr: tl.tensor,  # (rows, channels) floating
-    reciprocal_ptr: tl.tensor,  # (1,) or (channels,) float32
+    factor_ptr: tl.tensor,  # (1,) or (channels,) float32
     out_ptr: tl.tensor,  # (rows, channels) int8
     rows: tl.tensor,
     channels: tl.tensor,
-    ONE_SCALE: tl.constexpr,
+    ONE_FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (row < rows)[:, None] & (channel < channels)[None, :]
-    offset = row[:, None] * channels + channel[None, :]
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    if ONE_SCALE:
-        y = x * tl.load(reciprocal_ptr)
-    else:
-        y = x * tl.load(reciprocal_ptr + channel, mask=channel < channels, other=0.0)[None, :]
-    tl.store(out_ptr + offset, round_to_int8(y), mask=mask)
+    first_row, first_channel = tile_start(channels, BLOCK_M, BLOCK_C)
+    row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
+    row_mask, channel_mask = first_row + row < rows, channel < channels
+    pointers = x_ptr + first_row * channels + row * channels + channel
+    x = tl.load(pointers, mask=row_mask & channel_mask, other=0.0).to(tl.float32)
+    out_ptr += first_row * channels
+    store_quantized(
+        x, factor_ptr, out_ptr, None, row, channel, row_mask, channel_mask, channels, ONE_FACTOR, DYNAMIC=False
+    )
 
 
 def quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
@@ -53,22 +51,13 @@ def quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
     x = floating(x).contiguous(memory_format=layout)
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=layout)
     channels = x.shape[1] if layout == torch.channels_last else x.shape[-1] if x.dim() else 1
-    if reciprocal.numel() not in (1, channels):
-        raise Unsupported(f"{reciprocal.numel()} reciprocals for {channels} channels")
+    keywords = factors(reciprocal, None, channels)
     if x.numel() == 0:
         return out
     rows = x.numel() // channels
-    block_m, block_c = block_shape(channels)
+    tile = elementwise_tile(rows, channels)
     with on_device(x):
-        _quantize_static[(triton.cdiv(rows, block_m), triton.cdiv(channels, block_c))](
-            x,
-            reciprocal.contiguous(),
-            out,
-            rows,
-            channels,
-            ONE_SCALE=reciprocal.numel() == 1,
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            enable_fp_fusion=False,
+        _quantize_static[(programs(rows, channels, tile),)](
+            x, out_ptr=out, rows=rows, channels=channels, **keywords, **tile
         )
     return out

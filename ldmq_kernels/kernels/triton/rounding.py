@@ -12,39 +12,32 @@ from ldmq_kernels.kernels.reference.quantize_per_token import ABSMAX_FLOOR
 
 INT8_MAX = tl.constexpr(127.0)
 FLOOR = tl.constexpr(ABSMAX_FLOOR)
-# 1.5 * 2^23: float32 has no fraction bits there, so adding it rounds half to even; libdevice's
-# rint does not run in the interpreter
+# 1.5 * 2^23: float32 has no fraction bits there, so adding it rounds half to even, and the sum's lowest
+# byte is the integer in two's complement; libdevice's rint does not run in the interpreter
 ROUNDER = tl.constexpr(12582912.0)
-ELEMENTS = 2048  # of one program's block
-
-
-def block_shape(channels: int) -> tuple[int, int]:
-    """Rows and columns of a block over a matrix of this many columns."""
-    columns = min(triton.next_power_of_2(channels), ELEMENTS)
-    return ELEMENTS // columns, columns
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # the bits of a float32 without its sign
 
 
 @triton.jit
 def round_to_int8(y: tl.tensor) -> tl.tensor:
     """clamp(rint(y), -127, 127); the bounds are integers, so clamping first changes nothing."""
     clamped = tl.minimum(tl.maximum(y, -INT8_MAX), INT8_MAX)
-    return ((clamped + ROUNDER) - ROUNDER).to(tl.int8)
+    return (clamped + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def magnitude_bits(y: tl.tensor) -> tl.tensor:
+    """int32 that is ordered as the absolute values of float32 are, with NaN above all of them."""
+    return y.to(tl.int32, bitcast=True) & MAGNITUDE
 
 
 @triton.jit
 def absolute_maximum(y: tl.tensor, axis: tl.constexpr) -> tl.tensor:
-    """Largest absolute value along an axis, and NaN where there is one: a reduction alone would drop it."""
-    has_nan = tl.max((y != y).to(tl.int32), axis) != 0
-    return tl.where(has_nan, float("nan"), tl.max(tl.abs(y), axis))
-
-
-@triton.jit
-def running_maximum(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """The larger one, and NaN if either is."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    """Largest absolute value along an axis, and NaN where there is one: a float reduction would drop it."""
+    return tl.max(magnitude_bits(y), axis).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def dynamic_scale(absmax: tl.tensor) -> tl.tensor:
     """max(absmax, floor) / 127, by IEEE division."""
-    return tl.div_rn(running_maximum(absmax, FLOOR), INT8_MAX)
+    return tl.div_rn(tl.maximum(absmax, FLOOR, propagate_nan=tl.PropagateNan.ALL), INT8_MAX)

@@ -1,0 +1,102 @@
+"""q = quantize(value * gelu(gate)), in float32 up to the int8 rounding; GELU by the error function."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.producers import (
+    elementwise_tile,
+    factors,
+    programs,
+    row_tile,
+    store_quantized,
+    tile_start,
+    token_outputs,
+)
+
+# half of the coefficients of erfc(z) = t (a + t (b + ...)) exp(-z^2), t = 1 / (1 + 0.3275911 z), z >= 0, within
+# 1.5e-7: Abramowitz and Stegun, 7.1.26. libdevice's erf has two branches, and takes longer than memory does
+COEFFICIENTS = tl.constexpr((0.127414796, -0.142248368, 0.7107068705, -0.7265760135, 0.5307027145))
+PER_SQRT_2 = tl.constexpr(0.3275911 * 0.7071067811865476)
+HALF_LOG2_E = tl.constexpr(0.7213475204444817)
+
+
+@triton.jit
+def _gelu(x: tl.tensor) -> tl.tensor:
+    """x * (1 + erf(x / sqrt(2))) / 2, within float32's rounding of the sum in brackets."""
+    magnitude = tl.abs(x)
+    one = tl.full(x.shape, 1.0, tl.float32)
+    root = tl.rsqrt(tl.fma(magnitude, tl.full(x.shape, PER_SQRT_2, tl.float32), one))
+    t = root * root
+    tail = tl.full(x.shape, COEFFICIENTS[4], tl.float32)
+    for i in tl.static_range(4):
+        tail = tl.fma(tail, t, tl.full(x.shape, COEFFICIENTS[3 - i], tl.float32))
+    tail = tail * t * tl.exp2(x * x * -HALF_LOG2_E)
+    return tl.fma(-magnitude, tail, tl.maximum(x, 0.0))
+
+
+@triton.jit
+def _geglu_quantize(
+    x_ptr: tl.tensor,  # (rows, 2 channels) floating: the values, then their gates
+    factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
+    out_ptr: tl.tensor,  # (rows, channels) int8
+    scale_ptr: tl.tensor,  # (rows,) float32, or (0,) with a calibrated scale
+    rows: tl.tensor,
+    channels: tl.tensor,
+    ONE_FACTOR: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    first_row, first_channel = tile_start(channels, BLOCK_M, BLOCK_C)
+    row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
+    row_mask, channel_mask = first_row + row < rows, channel < channels
+    mask = row_mask & channel_mask
+    pointers = x_ptr + first_row * 2 * channels + row * (2 * channels) + channel
+    value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(pointers + channels, mask=mask, other=0.0).to(tl.float32)
+    store_quantized(
+        value * _gelu(gate),
+        factor_ptr,
+        out_ptr + first_row * channels,
+        scale_ptr + first_row,
+        row,
+        channel,
+        row_mask,
+        channel_mask,
+        channels,
+        ONE_FACTOR,
+        DYNAMIC,
+    )
+
+
+def geglu_quantize(x: Tensor, reciprocal: Tensor | None, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gated half of a GEGLU layer and the quantization of its result.
+
+    Args:
+        x: (..., 2 C) floating: the values, then their gates.
+        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+
+    Returns:
+        (..., C) int8 and the scales (...) float32, or (0,) with a `reciprocal`.
+
+    Raises:
+        Unsupported: x is not float16, bfloat16 or float32, or C is above 16384 and the scale measured.
+    """
+    x = floating(x).contiguous()
+    channels = x.shape[-1] // 2
+    q, scale = token_outputs(x, channels, reciprocal)
+    if q.numel() == 0:
+        return q, scale
+    rows = q.numel() // channels
+    tile = row_tile(channels) if reciprocal is None else elementwise_tile(rows, channels)
+    keywords = factors(reciprocal, smoothing, channels) | tile
+    with on_device(x):
+        _geglu_quantize[(programs(rows, channels, tile),)](
+            x, out_ptr=q, scale_ptr=scale, rows=rows, channels=channels, DYNAMIC=reciprocal is None, **keywords
+        )
+    return q, scale

@@ -1,0 +1,112 @@
+"""q = quantize(layer_norm(x)), in float32 up to the int8 rounding.
+
+A row is in registers when its statistics are taken, so the variance is that of the centered values.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.producers import (
+    channel_vector,
+    factors,
+    row_tile,
+    store_quantized,
+    tile_start,
+    token_outputs,
+)
+
+
+@triton.jit
+def _layer_norm_quantize(
+    x_ptr: tl.tensor,  # (rows, channels) floating
+    weight_ptr: tl.tensor,  # (channels,) floating, or None
+    bias_ptr: tl.tensor,  # (channels,) floating, or None
+    factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
+    out_ptr: tl.tensor,  # (rows, channels) int8
+    scale_ptr: tl.tensor,  # (rows,) float32, or (0,) with a calibrated scale
+    rows: tl.tensor,
+    channels: tl.tensor,
+    eps: tl.tensor,
+    ONE_FACTOR: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    first_row, first_channel = tile_start(channels, BLOCK_M, BLOCK_C)
+    row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
+    row_mask, channel_mask = first_row + row < rows, channel < channels
+    pointers = x_ptr + first_row * channels + row * channels + channel
+    x = tl.load(pointers, mask=row_mask & channel_mask, other=0.0).to(tl.float32)
+    values = tl.cast(channels, tl.float32)
+    mean = tl.div_rn(tl.sum(x, 1, keep_dims=True), values)
+    centered = tl.where(channel_mask, x - mean, 0.0)
+    variance = tl.div_rn(tl.sum(centered * centered, 1, keep_dims=True), values)
+    y = centered * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    if weight_ptr is not None:
+        y = y * tl.load(weight_ptr + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    store_quantized(
+        y,
+        factor_ptr,
+        out_ptr + first_row * channels,
+        scale_ptr + first_row,
+        row,
+        channel,
+        row_mask,
+        channel_mask,
+        channels,
+        ONE_FACTOR,
+        DYNAMIC,
+    )
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    reciprocal: Tensor | None,
+    smoothing: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Layer normalization over the last axis and the quantization of the result.
+
+    Args:
+        x: (..., C) floating.
+        norm_weight: (C,) floating, or None for ones.
+        norm_bias: (C,) floating, or None for zeros.
+        eps: added to the variance.
+        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+
+    Returns:
+        (..., C) int8 and the scales (...) float32, or (0,) with a `reciprocal`.
+
+    Raises:
+        Unsupported: x is not float16, bfloat16 or float32, or C is above 16384.
+    """
+    x = floating(x).contiguous()
+    channels = x.shape[-1]
+    q, scale = token_outputs(x, channels, reciprocal)
+    if q.numel() == 0:
+        return q, scale
+    rows = q.numel() // channels
+    with on_device(x):
+        _layer_norm_quantize[(rows,)](
+            x,
+            channel_vector(norm_weight, channels),
+            channel_vector(norm_bias, channels),
+            out_ptr=q,
+            scale_ptr=scale,
+            rows=rows,
+            channels=channels,
+            eps=eps,
+            DYNAMIC=reciprocal is None,
+            **factors(reciprocal, smoothing, channels),
+            **row_tile(channels),
+        )
+    return q, scale

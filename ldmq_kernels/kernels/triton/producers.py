@@ -1,0 +1,141 @@
+"""What quantizations and producers share: tiles over a matrix of tokens or pixels by channels, and their end.
+
+With a calibrated scale every element is on its own, and a tile is 64 channels of many rows: widths of UNets
+are multiples of 64, so that no lane idles. A scale of a row's own, or a norm over it, takes whole rows, which
+stay in registers between the statistics and the rounding, so that memory is read once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.reference.producers import no_scale
+from ldmq_kernels.kernels.triton.rounding import absolute_maximum, dynamic_scale, round_to_int8
+
+MANY_PROGRAMS = 4 * 132  # four for each multiprocessor of an H100 or H200
+CHANNELS = 64  # of an elementwise tile; 128 bytes of a row in 16 bits
+MOST_CHANNELS = 16384  # of a row in the registers of one program: 32 to a thread
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def elementwise_tile(rows: int, channels: int) -> dict[str, Any]:
+    """Launch options for tiles in which no element needs another: 32 to a thread if there are many, else 16."""
+    block_c = min(CHANNELS, triton.next_power_of_2(channels))
+    elements = 4096 if rows * channels >= 4096 * MANY_PROGRAMS else 2048
+    return _options(elements // block_c, block_c, warps=4)
+
+
+def row_tile(channels: int) -> dict[str, Any]:
+    """Launch options for tiles of one whole row; then vectors over the channels need no exchange between threads.
+
+    Raises:
+        Unsupported: a row does not fit into registers.
+    """
+    if channels > MOST_CHANNELS:
+        raise Unsupported(f"rows of {channels} channels; Triton takes at most {MOST_CHANNELS}")
+    block_c = triton.next_power_of_2(channels)
+    return _options(1, block_c, warps=min(16, max(1, block_c // 512)))
+
+
+def _options(block_m: int, block_c: int, warps: int) -> dict[str, Any]:
+    return {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": warps, "enable_fp_fusion": False}
+
+
+def programs(rows: int, channels: int, tile: dict[str, Any]) -> int:
+    """Tiles that cover rows x channels."""
+    return triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(channels, tile["BLOCK_C"])
+
+
+def channel_vector(vector: Tensor | None, channels: int) -> Tensor | None:
+    """A contiguous vector over the channels, or None.
+
+    Raises:
+        Unsupported: it has another length.
+    """
+    if vector is None:
+        return None
+    if vector.shape != (channels,):
+        raise Unsupported(f"a vector of shape {tuple(vector.shape)} for {channels} channels")
+    return vector.contiguous()
+
+
+def factors(reciprocal: Tensor | None, smoothing: Tensor | None, channels: int) -> dict[str, Any]:
+    """Keyword arguments of `store_quantized`: the factor is a calibrated reciprocal, or a smoothing vector or None.
+
+    Raises:
+        Unsupported: there are neither one nor `channels` of them.
+    """
+    if reciprocal is None:
+        return {"factor_ptr": channel_vector(smoothing, channels), "ONE_FACTOR": False}
+    if reciprocal.numel() not in (1, channels):
+        raise Unsupported(f"{reciprocal.numel()} reciprocals for {channels} channels")
+    return {"factor_ptr": reciprocal.contiguous(), "ONE_FACTOR": reciprocal.numel() == 1}
+
+
+def token_outputs(x: Tensor, channels: int, reciprocal: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Empty results of a producer over the last axis: (..., channels) int8, and the scales or (0,)."""
+    q = torch.empty((*x.shape[:-1], channels), dtype=torch.int8, device=x.device)
+    if reciprocal is not None:
+        return q, no_scale(x)
+    return q, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+
+
+@triton.jit
+def tile_start(channels: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """First row (int64) and first channel of this program's tile; tiles of the same rows follow each other."""
+    column_blocks = tl.cdiv(channels, BLOCK_C)
+    program = tl.program_id(0)
+    return (program // column_blocks).to(tl.int64) * BLOCK_M, (program % column_blocks) * BLOCK_C
+
+
+@triton.jit
+def silu(x: tl.tensor) -> tl.tensor:
+    """x * sigmoid(x), within a few units in the last place; a division would take as long as the rest of a kernel."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
+    return x * root * root
+
+
+@triton.jit
+def scaled(
+    y: tl.tensor,  # (BLOCK_M, BLOCK_C) float32
+    factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
+    channel: tl.tensor,  # (1, BLOCK_C)
+    channel_mask: tl.tensor,
+    ONE_FACTOR: tl.constexpr,
+) -> tl.tensor:
+    """y times the calibrated reciprocal or the smoothing vector."""
+    if factor_ptr is not None:
+        if ONE_FACTOR:
+            y = y * tl.load(factor_ptr)
+        else:
+            y = y * tl.load(factor_ptr + channel, mask=channel_mask, other=0.0)
+    return y
+
+
+@triton.jit
+def store_quantized(
+    y: tl.tensor,  # (BLOCK_M, BLOCK_C) float32, zero outside of the matrix's channels
+    factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
+    out_ptr: tl.tensor,  # to the tile's first row, int8
+    scale_ptr: tl.tensor,  # to the tile's first row, float32, or None with a calibrated scale
+    row: tl.tensor,  # (BLOCK_M, 1), from the tile's first
+    channel: tl.tensor,  # (1, BLOCK_C)
+    row_mask: tl.tensor,
+    channel_mask: tl.tensor,
+    channels: tl.tensor,
+    ONE_FACTOR: tl.constexpr,
+    DYNAMIC: tl.constexpr,  # whether each row has its own scale, and the tile whole rows
+) -> None:
+    """Quantize a tile and store it, with the scales that it measures."""
+    y = scaled(y, factor_ptr, channel, channel_mask, ONE_FACTOR)
+    if DYNAMIC:
+        scale = dynamic_scale(tl.expand_dims(absolute_maximum(y, 1), 1))
+        tl.store(scale_ptr + row, scale, mask=row_mask)
+        y = y * tl.div_rn(1.0, scale)
+    tl.store(out_ptr + row * channels + channel, round_to_int8(y), mask=row_mask & channel_mask)
