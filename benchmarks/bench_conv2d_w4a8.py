@@ -26,8 +26,9 @@ def _case(shape: shapes.Conv2d) -> common.Case:
         ours = {"ldmq": lambda: ops.conv2d_w4a8(x_q, x_scale, weight, *more)}
         return ours | operands.float_convolutions(shape, x)
 
-    described = {"N": shape.n, "C": shape.c, "H": shape.size, "W": shape.size, "K": shape.k, "kernel": shape.kernel}
-    return common.Case("conv2d_w4a8", described, shape.count, operands.CONV_RIVALS, make, operands.conv2d_work(shape))
+    return common.Case(
+        "conv2d_w4a8", operands.described(shape), shape.count, operands.CONV_RIVALS, make, operands.conv2d_work(shape)
+    )
 
 
 def cases() -> Iterator[common.Case]:

@@ -15,8 +15,9 @@ def _case(shape: shapes.Conv2d) -> common.Case:
         ours = {"ldmq": lambda: ops.conv2d_w8a16(x, weight, scale, None, *operands.geometry(shape))}
         return ours | operands.float_convolutions(shape, x)
 
-    described = {"N": shape.n, "C": shape.c, "H": shape.size, "W": shape.size, "K": shape.k, "kernel": shape.kernel}
-    return common.Case("conv2d_w8a16", described, shape.count, operands.CONV_RIVALS, make, operands.conv2d_work(shape))
+    return common.Case(
+        "conv2d_w8a16", operands.described(shape), shape.count, operands.CONV_RIVALS, make, operands.conv2d_work(shape)
+    )
 
 
 def cases() -> Iterator[common.Case]:

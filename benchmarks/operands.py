@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import Variants, device
+from benchmarks.common import Case, Variants, device
 from benchmarks.shapes import Conv2d, Linear
 from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear
 
 FLOAT_RIVALS = ("cublas_fp16",) if torch.cuda.is_available() else ("torch_fp32", "torch_bf16")
 CONV_RIVALS = ("cudnn_fp16",) if torch.cuda.is_available() else FLOAT_RIVALS
 DTYPE = torch.float16 if torch.cuda.is_available() else torch.bfloat16
+
+BYTES = torch.finfo(DTYPE).bits // 8
+
+
+class Sizes(NamedTuple):
+    """Elements of a producer's input and output, and how often it has to read its input."""
+
+    inputs: int
+    outputs: int
+    reads: int = 1
 
 
 def normal(*shape: int) -> Tensor:
@@ -39,9 +50,20 @@ def linear_weight(n: int, k: int) -> Tensor:
 
 
 def geometry(shape: Conv2d) -> tuple:
-    """kernel_size, stride, padding, dilation and groups of a convolution that keeps its size."""
+    """kernel_size, stride, padding, dilation, groups and upsample, as the ops take them."""
     pad = shape.kernel // 2
-    return (shape.kernel, shape.kernel), (1, 1), (pad, pad), (1, 1), 1
+    return (shape.kernel, shape.kernel), (shape.stride, shape.stride), (pad,) * 4, (1, 1), 1, shape.upsample
+
+
+def of_image(shape: Conv2d) -> dict[str, int]:
+    """The shape of a convolution's input in a results file."""
+    return {"N": shape.n, "C": shape.c, "H": shape.size, "W": shape.size}
+
+
+def described(shape: Conv2d) -> dict[str, int]:
+    """A convolution's shape in a results file."""
+    found = of_image(shape) | {"K": shape.k, "kernel": shape.kernel}
+    return found | {name: getattr(shape, name) for name in ("stride", "upsample") if getattr(shape, name) > 1}
 
 
 def conv2d_weight(shape: Conv2d) -> Tensor:
@@ -62,16 +84,26 @@ def float_linears(shape: Linear, x: Tensor) -> Variants:
 
 
 def float_convolutions(shape: Conv2d, x: Tensor) -> Variants:
-    """nn.Conv2d of this shape in the model's dtypes, channels_last, by cuDNN's fastest algorithm."""
+    """nn.Conv2d of this shape in the model's dtypes, channels_last, by cuDNN's fastest algorithm.
+
+    Before it, the enlargement of its input where the shape has one.
+    """
     torch.backends.cudnn.benchmark = True
     pad = shape.kernel // 2
     layers = {
-        name: torch.nn.Conv2d(shape.c, shape.k, shape.kernel, padding=pad, device=device()) for name in CONV_RIVALS
+        name: torch.nn.Conv2d(shape.c, shape.k, shape.kernel, shape.stride, pad, device=device())
+        for name in CONV_RIVALS
     }
     return {
-        name: _float_call(layer.to(memory_format=torch.channels_last), x, name)  # type: ignore[call-overload]
+        name: _float_call(_enlarged(layer.to(memory_format=torch.channels_last), shape), x, name)  # type: ignore[call-overload]
         for name, layer in layers.items()
     }
+
+
+def _enlarged(layer: torch.nn.Module, shape: Conv2d) -> torch.nn.Module:
+    if shape.upsample == 1:
+        return layer
+    return torch.nn.Sequential(torch.nn.Upsample(scale_factor=shape.upsample, mode="nearest"), layer)
 
 
 def _float_call(layer: torch.nn.Module, x: Tensor, name: str) -> Callable[[], Tensor]:
@@ -87,4 +119,18 @@ def linear_work(shape: Linear) -> float:
 
 def conv2d_work(shape: Conv2d) -> float:
     """Billions of operations of a convolution."""
-    return 2e-9 * shape.n * shape.size**2 * shape.c * shape.k * shape.kernel**2
+    return 2e-9 * shape.n * shape.out_size**2 * shape.c * shape.k * shape.kernel**2
+
+
+def conv2d_case(op: str, shape: Conv2d, make: Callable[[], Variants]) -> Case:
+    """A convolution beside the float ones."""
+    return Case(op, described(shape), shape.count, CONV_RIVALS, make, conv2d_work(shape))
+
+
+def producer_case(
+    op: str, described: dict[str, int], count: int, rivals: tuple[str, ...], make: Callable[[], Variants], sizes: Sizes
+) -> Case:
+    """An op that is bound by memory: it reads its input, some twice for statistics, and writes int8."""
+    inputs, outputs, reads = sizes
+    moved = inputs * BYTES * reads + outputs
+    return Case(op, described, count, rivals, make, moved=moved, input_bytes=inputs * BYTES)

@@ -1,10 +1,16 @@
-"""The shapes that carry SD 1.5 and SDXL, and how often one UNet call (batch 2, guidance) has each."""
+"""The shapes that the benchmarks measure, and how often a model's call has each (`model_shapes.json`)."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+FEWEST_ROWS = 512  # of the linears that carry a UNet; text and time embeddings have fewer
+UNETS = ("sd15", "sdxl")
 
 
 class Linear(NamedTuple):
@@ -17,7 +23,7 @@ class Linear(NamedTuple):
 
 
 class Conv2d(NamedTuple):
-    """`count` convolutions of (n, c, size, size) to k channels, padded to keep their size."""
+    """`count` convolutions of (n, c, size, size) to k channels, padded by kernel // 2 on all sides."""
 
     count: int
     n: int
@@ -25,29 +31,15 @@ class Conv2d(NamedTuple):
     size: int
     k: int
     kernel: int = 3
+    stride: int = 1
+    upsample: int = 1
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the output."""
+        return (self.upsample * self.size - 1) // self.stride + 1
 
 
-GPU_LINEARS = (
-    Linear(60, 2048, 1280, 10240),
-    Linear(372, 2048, 1280, 1280),
-    Linear(60, 2048, 5120, 1280),
-    Linear(10, 8192, 640, 5120),
-    Linear(70, 8192, 640, 640),
-    Linear(10, 8192, 2560, 640),
-    Linear(5, 8192, 320, 2560),
-    Linear(30, 8192, 320, 320),
-)
-GPU_CONVOLUTIONS = (
-    Conv2d(10, 2, 1280, 32, 1280),
-    Conv2d(7, 2, 320, 128, 320),
-    Conv2d(6, 2, 640, 64, 640),
-    Conv2d(2, 2, 2560, 32, 1280),
-    Conv2d(1, 2, 1280, 64, 1280),
-    Conv2d(1, 2, 640, 128, 640),
-    Conv2d(7, 2, 320, 64, 320),
-    Conv2d(7, 2, 1280, 16, 1280),
-    Conv2d(6, 2, 640, 32, 640),
-)
 CPU_LINEARS = (
     Linear(30, 4096, 320, 320),
     Linear(5, 4096, 320, 2560),
@@ -62,11 +54,32 @@ CPU_CONVOLUTIONS = (
 )
 
 
+def of_models(*names: str) -> tuple[list[Linear], list[Conv2d]]:
+    """All linears and convolutions of these models, equal shapes added up, the most work first."""
+    table = json.loads(Path(__file__).with_name("model_shapes.json").read_text())
+    counts: Counter[tuple] = Counter()
+    for name in names:
+        for count, kind, *shape in table[name]:
+            counts[kind, *shape] += count
+    linears = [Linear(count, *shape) for (kind, *shape), count in counts.items() if kind == "linear"]
+    convolutions = [
+        Conv2d(count, n, c, height, k, kernel, stride, upsample)
+        for (kind, *shape), count in counts.items()
+        if kind == "conv2d"
+        for n, c, height, _, k, kernel, stride, upsample in [shape]
+    ]
+    linears.sort(key=lambda s: -s.count * s.m * s.k * s.n)
+    convolutions.sort(key=lambda s: -s.count * s.n * s.out_size**2 * s.c * s.k * s.kernel**2)
+    return linears, convolutions
+
+
 def linears() -> tuple[Linear, ...]:
-    """The linears to measure here: both models on a GPU, SD 1.5 at batch 1 on a CPU."""
-    return GPU_LINEARS if torch.cuda.is_available() else CPU_LINEARS
+    """The linears to measure here: the large ones of both UNets on a GPU, SD 1.5's at batch 1 on a CPU."""
+    if not torch.cuda.is_available():
+        return CPU_LINEARS
+    return tuple(shape for shape in of_models(*UNETS)[0] if shape.m >= FEWEST_ROWS)
 
 
 def convolutions() -> tuple[Conv2d, ...]:
-    """The convolutions to measure here: both models on a GPU, SD 1.5 at batch 1 on a CPU."""
-    return GPU_CONVOLUTIONS if torch.cuda.is_available() else CPU_CONVOLUTIONS
+    """The convolutions to measure here: all of both UNets on a GPU, SD 1.5's at batch 1 on a CPU."""
+    return tuple(of_models(*UNETS)[1]) if torch.cuda.is_available() else CPU_CONVOLUTIONS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from types import ModuleType
 
 import wrapt
@@ -14,6 +16,6 @@ def install() -> None:
 
 
 def _register_with_diffusers(_module: ModuleType) -> None:
-    from ldmq_kernels.integrations.diffusers import register
-
-    register()
+    if "ldmq_kernels.integrations.diffusers" in sys.modules:
+        return  # it is what imports diffusers, and registers once it is complete
+    importlib.import_module("ldmq_kernels.integrations.diffusers")

@@ -5,3 +5,5 @@ from ldmq_kernels.integrations.diffusers.quantizer import CheckpointError, LdmqQ
 from ldmq_kernels.integrations.diffusers.registration import register
 
 __all__ = ["CheckpointError", "LdmqConfig", "LdmqQuantizer", "register"]
+
+register()

@@ -7,6 +7,7 @@ stay in registers between the statistics and the rounding, so that memory is rea
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ MOST_CHANNELS = 16384  # of a row in the registers of one program: 32 to a threa
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+@functools.cache
 def elementwise_tile(rows: int, channels: int) -> dict[str, Any]:
     """Launch options for tiles in which no element needs another: 32 to a thread if there are many, else 16."""
     block_c = min(CHANNELS, triton.next_power_of_2(channels))
@@ -31,6 +33,7 @@ def elementwise_tile(rows: int, channels: int) -> dict[str, Any]:
     return _options(elements // block_c, block_c, warps=4)
 
 
+@functools.cache
 def row_tile(channels: int) -> dict[str, Any]:
     """Launch options for tiles of one whole row; then vectors over the channels need no exchange between threads.
 

@@ -1,0 +1,59 @@
+"""GroupNorm, SiLU and quantization in one op, beside eager torch's three and a copy of the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks import common, operands, shapes
+from ldmq_kernels import ops
+from ldmq_kernels.kernels import reference
+
+RIVALS = ("eager", "compiled", "copy") if torch.cuda.is_available() else ("eager", "copy")
+GROUPS, EPS = 32, 1e-5
+
+
+def _unfused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, reciprocal: torch.Tensor) -> torch.Tensor:
+    y = torch.nn.functional.silu(torch.nn.functional.group_norm(x, GROUPS, weight, bias, EPS))
+    return reference.quantize_static(y, reciprocal, 1)
+
+
+def _case(shape: shapes.Conv2d) -> common.Case:
+    def make() -> common.Variants:
+        x = operands.image(shape)
+        weight, bias = operands.normal(shape.c), operands.normal(shape.c)
+        reciprocal = torch.full((1,), 30.0, device=x.device)
+        arguments = (x, weight, bias, GROUPS, EPS, True, reciprocal, None, False)
+        compiled = torch.compile(_unfused, dynamic=True) if x.is_cuda else None
+        return {
+            "ldmq": lambda: ops.group_norm_silu_quantize(*arguments),
+            "eager": lambda: _unfused(x, weight, bias, reciprocal),
+            **({"compiled": lambda: compiled(x, weight, bias, reciprocal)} if compiled else {}),
+            "copy": x.clone,
+        }
+
+    elements = shape.n * shape.c * shape.size**2
+    sizes = operands.Sizes(elements, elements, reads=2)
+    return operands.producer_case(
+        "group_norm_silu_quantize",
+        operands.of_image(shape),
+        shape.count,
+        RIVALS,
+        make,
+        sizes,
+    )
+
+
+def cases() -> Iterator[common.Case]:
+    """A case for the input of each 3x3 convolution of the models that follows a norm."""
+    kept = (s for s in shapes.convolutions() if s.kernel == 3 and s.stride == s.upsample == 1 and s.c % GROUPS == 0)
+    return map(_case, kept)
+
+
+def summary(rows: list[dict]) -> dict[str, float | None]:
+    """Share of a copy's bandwidth on large tensors, and the weighted ratio to eager torch."""
+    return common.producer_summary(rows)
+
+
+test_group_norm_silu_quantize = common.benchmark_test(cases)

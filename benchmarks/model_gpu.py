@@ -1,0 +1,206 @@
+"""One model on a GPU, in turns float, compiled and quantized, eager and as CUDA graphs.
+
+Run: python -m benchmarks.model_gpu sdxl
+
+Weights are random, so these are speed figures and say nothing of quality. All layers are W8A8 with static
+scales. "compiled_fp16" is channels_last, cudnn.benchmark, torch.compile with Inductor's defaults, replayed as a
+CUDA graph as ours is. The VAE decoder is measured in bfloat16. With --toy a small model shows that all of this runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ldmq_kernels as ldmq
+from benchmarks import common
+from benchmarks.machine import device
+from benchmarks.models import MODELS, TOYS, Model
+from ldmq_kernels.integrations.diffusers.fused import fuse, unfuse
+from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
+from ldmq_kernels.numerics.formats import SCHEMES
+
+INPUT_SCALE = 8 / 127  # of random activations after a norm, in place of a calibrated one
+KINDS = {
+    "attention": ("flash", "fmha", "attention", "cudnn_generated_fort_native_sdpa"),
+    "int8 linear": ("_linear_w8a8", "_linear_w4a8", "add_splits"),
+    "int8 convolution": ("_conv2d_w8a8", "_conv2d_w4a8", "_convolve"),
+    "norm and quantization": ("statistics", "normalize", "group_norm", "layer_norm", "geglu", "silu", "_quantize"),
+    "copies and sums": ("copy", "elementwise", "cat", "memcpy", "memset", "fill"),
+}
+
+
+def materialize(model: nn.Module, dtype: torch.dtype, on: torch.device) -> nn.Module:
+    """A model of the meta device with random weights of the variance that keeps activations near 1."""
+    model.to_empty(device=on)
+    generator = torch.Generator(on).manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            with torch.no_grad():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+                else:
+                    parameter.fill_(1.0 if name == "weight" else 0.0)
+    return model.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """A copy with every linear and convolution in static W8A8, its blocks fused."""
+    twin = copy.deepcopy(model)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            kind = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
+            scale = torch.full((1,), INPUT_SCALE, device=module.weight.device)
+            twin.set_submodule(name, kind.from_float(module, SCHEMES["w8a8-static"], input_scale=scale))
+    return fuse(twin)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and of its quantized layers' buffers."""
+    tensors = [*model.parameters()]
+    tensors += [t for m in model.modules() if isinstance(m, QuantizedLayer) for t in m.state_dict().values()]
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def caller(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Tensor]:
+    """One call, without gradients."""
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return model(**inputs)[0]
+
+    return call
+
+
+def variants(float_model: nn.Module, ours: nn.Module, inputs: dict[str, Any], on_gpu: bool) -> common.Variants:
+    """Calls by name; graphs and compilation only where there is a GPU."""
+    found = {"ldmq_eager": caller(ours, inputs), "eager_fp16": caller(float_model, inputs)}
+    if not on_gpu:
+        return found
+    # each needs a forward of its own: modules are shared, so the copies cost no memory
+    forms = {"graph_fp16": _shallow(float_model), "ldmq_graph": _shallow(ours)}
+    forms["compiled_fp16"] = _compiled(float_model)
+    forms["ldmq_compiled"] = _compiled(ours)
+    forms["ldmq_unfused_compiled"] = _compiled(unfuse(copy.deepcopy(ours)))
+    return found | {name: caller(ldmq.capture(module), inputs) for name, module in forms.items()}
+
+
+class _Shell(nn.Module):
+    """Another module around the same one, to be captured by itself."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.call: Callable[..., Any] = inner
+
+    def forward(self, **inputs: Any) -> Any:
+        """As the inner module's."""
+        return self.call(**inputs)
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    return _Shell(module).eval()
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    shell = _Shell(module).eval()
+    shell.call = torch.compile(module, fullgraph=True)
+    return shell
+
+
+def peak_bytes(call: Callable[[], Tensor]) -> int | None:
+    """Most GPU memory that a call takes beyond the weights, after a first one."""
+    if not torch.cuda.is_available():
+        return None
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def breakdown(call: Callable[[], Tensor]) -> dict[str, float]:
+    """Milliseconds of the GPU by kind of kernel in one call; "gaps" is what lies between kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    found: dict[str, float] = {}
+    for event in kernels:
+        name = event.name.lower()
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "rest")
+        found[kind] = found.get(kind, 0.0) + event.time_range.elapsed_us() / 1e3
+    if kernels:
+        whole = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
+        found["gaps"] = whole / 1e3 - sum(found.values())
+    return found
+
+
+def measure(name: str, model: Model, dtype: torch.dtype, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and summary of one model."""
+    on = device()
+    torch.backends.cudnn.benchmark = True
+    with torch.device("meta"):
+        empty = model.make()
+    float_model = materialize(empty, dtype, on)
+    ours = quantized(float_model)
+    inputs = model.inputs(on, dtype)
+    calls = variants(float_model, ours, inputs, on.type == "cuda")
+    kept, notes = common.working({"ldmq": calls.pop("ldmq_eager"), **calls})
+    kept["ldmq_eager"] = kept.pop("ldmq")
+    ms = common.interleaved_ms(kept, rounds)
+    best = min((form for form in ms if form.startswith("ldmq")), key=lambda form: ms[form])
+    memory = {form: peak_bytes(kept[form]) for form in ("ldmq_eager", "eager_fp16")}
+    shares = {"weights": weight_bytes(ours) / (2 * sum(p.numel() for p in float_model.parameters()))}
+    row = {
+        "op": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "best": best,
+        "ms": ms,
+        "notes": notes,
+        "peak_bytes": memory,
+        "weight_share_of_fp16": shares["weights"],
+        "breakdown_ms": breakdown(kept["ldmq_eager"]) if on.type == "cuda" else None,
+    }
+    key = name if name.startswith("vae") else f"unet_{name}"
+    summary: dict[str, Any] = {f"{key}/ms": ms[best], f"{key}/vs_eager_fp16": ms["eager_fp16"] / ms[best]}
+    if "compiled_fp16" in ms:
+        summary[f"{key}/vs_compiled_fp16"] = ms["compiled_fp16"] / ms[best]
+    ours_peak, float_peak = memory["ldmq_eager"], memory["eager_fp16"]
+    if ours_peak is not None and float_peak is not None:
+        float_bytes = weight_bytes(float_model)
+        summary[f"{key}/peak_memory_share"] = (ours_peak + weight_bytes(ours)) / (float_peak + float_bytes)
+    summary["weights/w8_share_of_fp16"] = shares["weights"]
+    return [row], summary
+
+
+def main() -> None:
+    """Measure one model, print and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--toy", action="store_true", help="a model of a few layers, to see that this runs")
+    options = parser.parse_args()
+    dtype = torch.bfloat16 if options.model == "vae_decoder" else torch.float16
+    if options.toy:
+        dtype = torch.float32
+    model = (TOYS if options.toy else MODELS)[options.model]
+    rows, summary = measure(options.model, model, dtype, options.rounds)
+    for form, value in sorted(rows[0]["ms"].items(), key=lambda pair: pair[1]):
+        print(f"{form:24} {value:9.3f} ms")
+    for part, value in (rows[0]["breakdown_ms"] or {}).items():
+        print(f"  {part:24} {value:9.3f} ms")
+    print("\n".join(f"{key}: {value:.4g}" for key, value in summary.items()))
+    if not options.toy:
+        print(common.write_results(f"model_{options.model}", rows, summary))
+
+
+if __name__ == "__main__":
+    main()

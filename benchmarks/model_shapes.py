@@ -1,0 +1,64 @@
+"""Every linear and convolution of the models, with counts, into model_shapes.json: python benchmarks/model_shapes.py
+
+The models are made on the meta device, without weights, and called once: UNets with the two halves of guidance
+(batch 2), the VAE decoder with one picture. Only this script needs diffusers; benchmarks read the file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import MODELS
+
+FILE = Path(__file__).with_name("model_shapes.json")
+
+
+def shapes_of(model: nn.Module, inputs: dict[str, Any]) -> Counter[tuple]:
+    """Counts of ("linear", m, k, n) and ("conv2d", n, c, height, width, k, kernel, stride, upsample) in one call."""
+    counts: Counter[tuple] = Counter()
+    enlarging = {
+        child for module in model.modules() if type(module).__name__ == "Upsample2D" for child in module.children()
+    }
+
+    def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        (x,) = arguments
+        if isinstance(module, nn.Linear):
+            counts["linear", x.numel() // x.shape[-1], module.in_features, module.out_features] += 1
+        elif isinstance(module, nn.Conv2d):
+            upsample = 2 if module in enlarging else 1
+            size = tuple(side // upsample for side in x.shape[2:])
+            kernel, stride = module.kernel_size[0], module.stride[0]
+            counts["conv2d", x.shape[0], x.shape[1], *size, module.out_channels, kernel, stride, upsample] += 1
+
+    for module in model.modules():
+        module.register_forward_pre_hook(record) if isinstance(module, nn.Linear | nn.Conv2d) else None
+    with torch.no_grad():
+        model(**inputs)
+    return counts
+
+
+def main() -> None:
+    """Write the file."""
+    rows: dict[str, list[list[Any]]] = {}
+    for name, description in MODELS.items():
+        with torch.device("meta"):
+            counts = shapes_of(description.make(), description.inputs(torch.device("meta"), torch.float32))
+        rows[name] = [[count, *shape] for shape, count in sorted(counts.items(), key=str)]
+    lines = [
+        f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, found)) + "\n ]" for name, found in rows.items()
+    ]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print({name: sum(row[0] for row in found) for name, found in rows.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The quantizer is known to diffusers whichever of the two is imported first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CHECK = "from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'ldmq' in known"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import ldmq_kernels, diffusers",
+        "import diffusers, ldmq_kernels",
+        "import diffusers.quantizers.auto, ldmq_kernels",
+        "import ldmq_kernels.integrations.diffusers",
+        "from ldmq_kernels.integrations.diffusers.fused import fuse",
+        "import diffusers, ldmq_kernels.integrations.diffusers",
+    ],
+)
+def test_registered_in_every_order_of_imports(first: str) -> None:
+    subprocess.run([sys.executable, "-c", f"{first}; {CHECK}"], check=True)
