@@ -6,7 +6,6 @@ import json
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ import torch
 
 from benchmarks.machine import device, gpu_state, int8_peak, machine
 from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.tuning.timing import one_call_ms
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-FLUSHED_BYTES = 256 * 2**20  # written between calls: five times the largest L2 cache
-HEAD_START = 200_000  # clocks that a GPU waits before a timed call, so that the host's launches come before
 LARGE_BYTES = 32 * 2**20  # from here on a memory-bound op is measured by its share of a copy's bandwidth
 T = TypeVar("T")
 
@@ -36,7 +34,7 @@ def interleaved_ms(variants: dict[str, Callable[[], Any]], rounds: int = 9) -> d
         call()
     for _ in range(rounds):
         for name, call in variants.items():
-            times[name].append(_one_call_ms(call))
+            times[name].append(one_call_ms(call, device()))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -44,21 +42,6 @@ def synchronize() -> None:
     """Wait for the GPU where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _one_call_ms(call: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda").zero_()
-        torch.cuda._sleep(HEAD_START)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e3
 
 
 Variants = dict[str, Callable[[], Any]]

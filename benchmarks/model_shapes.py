@@ -1,7 +1,8 @@
-"""Every linear and convolution of the models, with counts, into model_shapes.json: python benchmarks/model_shapes.py
+"""Every linear and convolution of the models, with counts, into the package's tuning/model_shapes.json.
 
 The models are made on the meta device, without weights, and called once: UNets with the two halves of guidance
-(batch 2), the VAE decoder with one picture. Only this script needs diffusers; benchmarks read the file.
+(batch 2), the VAE decoder with one picture. Only this script needs diffusers; benchmarks and tuner read the file.
+Run: python benchmarks/model_shapes.py
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models import MODELS
-
-FILE = Path(__file__).with_name("model_shapes.json")
+from ldmq_kernels.tuning.shapes import FILE
 
 
 def shapes_of(model: nn.Module, inputs: dict[str, Any]) -> Counter[tuple]:

@@ -175,11 +175,30 @@ def analyze(
 
 
 @app.command()
-def bench() -> None:
-    """Time quantized layers of common shapes on this machine against float ones."""
-    from ldmq_kernels.cli.layer_times import run_bench
+def bench(
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure the tiles of the Triton kernels on this GPU and keep the fastest.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --tune: the file, in place of the one that the ops read.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="With --tune: stop after so many; the next run goes on.")
+    ] = None,
+) -> None:
+    """Time quantized layers of common shapes on this machine against float ones, or tune the kernels for its GPU."""
+    if not tune:
+        if out is not None or seconds is not None:
+            raise typer.BadParameter("--out and --seconds belong to --tune")
+        from ldmq_kernels.cli.layer_times import run_bench
 
-    run_bench()
+        run_bench()
+        return
+    import torch
+
+    from ldmq_kernels.tuning import tune as tune_tiles
+
+    print(tune_tiles(torch.device("cuda" if torch.cuda.is_available() else "cpu"), out, seconds=seconds))
 
 
 @app.command()

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,8 +27,6 @@ FEWEST_STEPS = 4  # of a split's main loop
 # in products of one multiprocessor's int8 tensor cores at its full rate, about 4096 a clock
 START_AND_END = 8e6  # filling a tile's pipeline and storing it
 ANOTHER_LAUNCH = 20e6  # adding up the splits
-
-_forced: ContextVar[Tile | None] = ContextVar("ldmq_triton_tile", default=None)
 
 
 class Problem(NamedTuple):
@@ -51,6 +49,8 @@ class Gpu(NamedTuple):
     multiprocessors: int
 
 
+Chooser = Callable[[str, Problem], Tile | None]
+_override: ContextVar[Chooser | None] = ContextVar("ldmq_triton_tile", default=None)
 ABSENT = Gpu("no GPU", 90, 132)  # in the interpreter: tiles as on an H100 or H200
 
 
@@ -130,7 +130,9 @@ def _chosen(op: str, problem: Problem, gpu: Gpu) -> Tile:
 
 def choose(op: str, problem: Problem, device: torch.device) -> Tile:
     """The tile for an op's problem on a device."""
-    return _forced.get() or _chosen(op, problem, gpu_of(device))
+    chooser = _override.get()
+    forced = None if chooser is None else chooser(op, problem)
+    return forced or _chosen(op, problem, gpu_of(device))
 
 
 def grid(tile: Tile, tile_rows: int, columns: int, device: torch.device) -> tuple[int, int]:
@@ -142,13 +144,18 @@ def grid(tile: Tile, tile_rows: int, columns: int, device: torch.device) -> tupl
 
 
 @contextlib.contextmanager
-def forced(tile: Tile) -> Iterator[None]:
-    """Take this tile for everything inside the block: for the tuner and for tests."""
-    token = _forced.set(tile)
+def chosen_by(chooser: Chooser) -> Iterator[None]:
+    """Ask `chooser` for every tile inside the block; where it gives None, the usual choice holds."""
+    token = _override.set(chooser)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _override.reset(token)
+
+
+def forced(tile: Tile) -> contextlib.AbstractContextManager[None]:
+    """Take this tile for everything inside the block: for the tuner and for tests."""
+    return chosen_by(lambda _op, _problem: tile)
 
 
 def forget_measured() -> None:

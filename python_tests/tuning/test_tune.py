@@ -1,0 +1,150 @@
+"""The tuner keeps the fastest tile, goes on where it stopped, and loses nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldmq_kernels.tuning import TuningError, tune
+from ldmq_kernels.tuning import calls as tuner_calls
+from ldmq_kernels.tuning.shapes import Conv2d, Linear, of_models
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+CPU = torch.device("cpu")
+LINEARS, CONVOLUTIONS = [Linear(3, 70, 64, 40), Linear(1, 20, 48, 20)], [Conv2d(2, 1, 32, 6, 20), Conv2d(1, 1, 4, 5, 8)]
+
+
+@pytest.fixture(autouse=True)
+def small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Shapes that the interpreter computes at once, and a cache of the test's own."""
+    from ldmq_kernels.kernels.triton import configurations
+
+    monkeypatch.setattr(tuner_calls, "of_models", lambda *_: (LINEARS, CONVOLUTIONS))
+    monkeypatch.setenv("LDMQ_CACHE", str(tmp_path / "cache"))
+    configurations.forget_measured()
+    yield
+    configurations.forget_measured()
+
+
+def prefers(rows: int) -> Callable[[Callable[[], Any], torch.device], float]:
+    """A timer by which tiles of so many rows are the fastest; it asks what tile the call would take."""
+    from ldmq_kernels.kernels.triton import configurations
+    from ldmq_kernels.kernels.triton.configurations import Problem
+
+    def timer(run: Callable[[], Any], device: torch.device) -> float:
+        tile = configurations.choose("linear_w8a8", Problem(1, 1, 1), device)
+        return abs(tile.rows - rows) + tile.columns / 1000
+
+    return timer
+
+
+def test_the_fastest_tile_is_written_and_then_chosen() -> None:
+    from ldmq_kernels.kernels.triton import configurations
+    from ldmq_kernels.kernels.triton.configurations import Problem
+
+    path = tune(CPU, timer=prefers(64), names=("linear_w8a8", "conv2d_w8a8"), show=False)
+    found = json.loads(path.read_text())
+    assert set(found["tiles"]) == {
+        "linear_w8a8 70x40x64",
+        "linear_w8a8 20x20x48",
+        "conv2d_w8a8 36x20x288",
+        "conv2d_w8a8 pointers 25x8x36",
+    }
+    assert all(tile["rows"] == 64 for tile in found["tiles"].values())
+    assert found["gpu"] == "no GPU"
+    for key, tile in found["tiles"].items():
+        *table, problem = key.split()
+        asked = Problem(*map(int, problem.split("x")))
+        assert vars(configurations.choose(" ".join(table), asked, CPU)) == tile
+
+
+@pytest.mark.parametrize("op", tuner_calls.OPS)
+def test_every_op_can_be_tuned(op: str, tmp_path: Path) -> None:
+    path = tune(CPU, tmp_path / "tiles.json", timer=lambda *_: 1.0, names=(op,), show=False)
+    found = json.loads(path.read_text())
+    assert len(found["tiles"]) == 2
+    assert not found["refused"]
+
+
+def test_a_run_that_was_cut_short_goes_on(tmp_path: Path) -> None:
+    path, timed = tmp_path / "tiles.json", set()
+
+    def cut_short(run: Callable[[], Any], _device: torch.device) -> float:
+        timed.add(run)
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(CPU, path, timer=cut_short, names=("linear_w8a8",), show=False)
+    before = json.loads(path.read_text())
+    assert len(before["tiles"]) == 1
+    tune(CPU, path, timer=lambda *_: 2.0, names=("linear_w8a8",), show=False)
+    after = json.loads(path.read_text())
+    assert len(after["tiles"]) == 2
+    assert after["milliseconds"].items() >= before["milliseconds"].items()
+
+
+def test_no_time_measures_nothing_more(tmp_path: Path) -> None:
+    tune(CPU, tmp_path / "tiles.json", seconds=-1.0, timer=lambda *_: 1.0, show=False)
+    assert not (tmp_path / "tiles.json").exists()
+
+
+def test_a_tile_that_does_not_launch_is_noted_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldmq_kernels.kernels.triton import (
+        launch,
+        linear_w8a8,  # noqa: F401
+    )
+
+    real = launch.TensorDescriptor
+
+    def small_only(base: Any, shape: Any, strides: Any, block: list[int]) -> Any:
+        if block[0] > 64:
+            raise RuntimeError("out of resource: shared memory")
+        return real(base, shape, strides, block)
+
+    monkeypatch.setattr(launch, "TensorDescriptor", small_only)
+    path = tune(CPU, tmp_path / "tiles.json", timer=lambda *_: 1.0, names=("linear_w8a8",), show=False)
+    found = json.loads(path.read_text())
+    assert all(tile["rows"] <= 64 and tile["columns"] <= 64 for tile in found["tiles"].values())
+    assert "out of resource" in json.dumps(found["refused"])
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"gpu": "no GPU", "tiles": {"a": 1}}'])
+def test_a_damaged_file_is_not_overwritten(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "tiles.json"
+    path.write_text(content)
+    with pytest.raises(TuningError, match="damaged"):
+        tune(CPU, path, timer=lambda *_: 1.0, show=False)
+    assert path.read_text() == content
+
+
+def test_a_file_of_another_gpu_is_not_mixed_with(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    path.write_text('{"gpu": "NVIDIA H200", "tiles": {}, "milliseconds": {}, "refused": {}, "seen": []}')
+    with pytest.raises(TuningError, match="measured on NVIDIA H200"):
+        tune(CPU, path, timer=lambda *_: 1.0, show=False)
+
+
+def test_without_a_gpu_it_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(TuningError, match="NVIDIA GPU"):
+        tune(CPU)
+
+
+def test_the_models_have_the_work_that_is_known_of_them() -> None:
+    """10^12 operations: linears and convolutions of a call with guidance."""
+    wanted = {"sd15": (0.467, 0.888), "sdxl": (8.708, 3.246), "vae_decoder": (0.034, 9.886)}
+    for name, work in wanted.items():
+        linears, convolutions = of_models(name)
+        counted = (
+            sum(2e-12 * s.count * s.m * s.k * s.n for s in linears),
+            sum(2e-12 * s.count * s.n * s.out_size**2 * s.c * s.k * s.kernel**2 for s in convolutions),
+        )
+        assert counted == pytest.approx(work, abs=0.001)
