@@ -24,7 +24,7 @@ MOST_GRAPHS = 8  # each keeps its outputs and intermediate tensors
 WARM_UPS = 2  # the first call compiles and allocates, the second finds both done
 
 
-class CaptureError(RuntimeError):
+class CaptureError(ValueError):
     """A module, or a call of it, that cannot be recorded."""
 
 

@@ -26,6 +26,7 @@ from ldmq_kernels.kernels.cpu import onednn
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "accelerate", "scipy")
 # of the largest output: float16 and bfloat16 round once at the end, float32 in the order of its sums
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+PRODUCERS = ("group_norm_silu_quantize", "layer_norm_quantize", "geglu_quantize", "silu_quantize")
 WITHOUT_CUDA = "needs an NVIDIA GPU and a torch build with CUDA"
 
 console = Console()
@@ -50,14 +51,18 @@ def _as_tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _difference(result: Any, expected: Any) -> str:
-    """Empty where they agree: integers and scales bit for bit, floats to the last rounding."""
+def _difference(op: str, result: Any, expected: Any) -> str:
+    """Empty where they agree: integers and scales bit for bit, floats to the last rounding.
+
+    A producer's integers may be one step apart, where a float sum turns a tie over.
+    """
+    step = 1.0 if op in PRODUCERS else 0.0
     for got, wanted in zip(_as_tuple(result), _as_tuple(expected), strict=True):
         if got.shape != wanted.shape or got.dtype != wanted.dtype:
             return f"{got.dtype} {tuple(got.shape)} instead of {wanted.dtype} {tuple(wanted.shape)}"
-        error = float((got.double() - wanted.double()).abs().max())
+        error = float((got.double() - wanted.double()).abs().max()) if got.numel() else 0.0
         exact = wanted.dtype == torch.int8 or len(_as_tuple(expected)) > 1
-        allowed = 0.0 if exact else TOLERANCE[wanted.dtype] * float(wanted.double().abs().max())
+        allowed = step if exact else TOLERANCE[wanted.dtype] * float(wanted.double().abs().max())
         if not error <= allowed:
             return f"differs by up to {error:.3g}, {allowed:.3g} is allowed"
     return ""
@@ -79,7 +84,7 @@ def check_op(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken = time.perf_counter() - start
-        difference = _difference(result, expected)
+        difference = _difference(op, result, expected)
     except dispatch.Unsupported as refusal:
         return Finding(op, backend, "refuses", str(refusal))
     except Exception as error:

@@ -12,7 +12,8 @@ from ldmq_kernels.numerics import affine
 from ldmq_kernels.numerics.packing import pack_int4
 
 TOKENS, CHANNELS, OUT = 17, 68, 37
-KERNEL, GEOMETRY = (3, 3), ((1, 1), (1, 1), (1, 1), 1)
+GROUPS, EPS = 4, 1e-5
+KERNEL, GEOMETRY = (3, 3), ((1, 1), (1, 1, 1, 1), (1, 1), 1, 1)
 
 
 class Cases:
@@ -63,6 +64,32 @@ class Cases:
     def quantize_per_sample(self) -> tuple[Any, ...]:
         """A feature map of odd height and width."""
         return self._image(self._float(2, CHANNELS, 9, 7)), None
+
+    def _norm(self) -> tuple[Tensor, Tensor]:
+        return self._float(CHANNELS), self._float(CHANNELS)
+
+    def group_norm_silu_quantize(self) -> tuple[Any, ...]:
+        """A feature map of odd height and width, calibrated and smoothed."""
+        x, reciprocal = self._image(self._float(2, CHANNELS, 9, 7)), 1 / self._positive(CHANNELS)
+        return x, *self._norm(), GROUPS, EPS, True, reciprocal, None, False
+
+    def layer_norm_quantize(self) -> tuple[Any, ...]:
+        """Tokens, calibrated and smoothed."""
+        return self._float(TOKENS, CHANNELS), *self._norm(), EPS, 1 / self._positive(CHANNELS), None
+
+    def geglu_quantize(self) -> tuple[Any, ...]:
+        """Tokens, calibrated."""
+        return self._float(TOKENS, 2 * CHANNELS), 1 / self._positive(1), None
+
+    def silu_quantize(self) -> tuple[Any, ...]:
+        """Tokens, calibrated."""
+        return self._float(TOKENS, CHANNELS), 1 / self._positive(1), None
+
+    def linear_static_w8a8(self) -> tuple[Any, ...]:
+        """A smoothed input, bias and residual."""
+        scales = 1 / self._positive(CHANNELS), self._positive(1)
+        added = self._float(OUT), self._float(TOKENS, OUT)
+        return self._float(TOKENS, CHANNELS), *scales, *self._int8_weight(OUT, CHANNELS), *added
 
     def linear_w8a8(self) -> tuple[Any, ...]:
         """Dynamic scales, bias and residual."""

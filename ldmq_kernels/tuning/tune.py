@@ -30,7 +30,7 @@ ROUNDS = 9
 Timer = Callable[[Callable[[], Any], torch.device], float]
 
 
-class TuningError(RuntimeError):
+class TuningError(ValueError):
     """There is nothing to tune here, or the file cannot be gone on with."""
 
 
@@ -98,6 +98,8 @@ def _earlier(path: Path, name: str) -> dict[str, Any]:
         if found["gpu"] != name:
             raise TuningError(f"{path} was measured on {found['gpu']}, this is {name}: choose another file")
         return {key: found[key] for key in empty}
+    except TuningError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TuningError(f"{path} is damaged ({error}): remove it to measure anew") from None
 
