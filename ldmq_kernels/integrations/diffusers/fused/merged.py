@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmq_kernels import ops
 from ldmq_kernels.integrations.diffusers.fused.bare import takes_int8
 from ldmq_kernels.nn import QuantLinear
 
@@ -45,9 +46,9 @@ class MergedLinears:
         scale = first.input_scale if first.scheme.is_static else x_scale
         rest = (self.weight_scale, self.bias, None, out_dtype)
         if self.multiplier is None:
-            out = torch.ops.ldmq.linear_w8a8(x_q, scale, self.weight, *rest)
+            out = ops.linear_w8a8(x_q, scale, self.weight, *rest)
         else:
-            out = torch.ops.ldmq.linear_w4a8(x_q, scale, self.weight, self.multiplier, *rest)
+            out = ops.linear_w4a8(x_q, scale, self.weight, self.multiplier, *rest)
         return out.split(self.widths, dim=-1)
 
 
