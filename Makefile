@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml setup.py constraints.txt constraints-triton.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+# The interpreter of the GPU machine that benchmarks/on_gpu.py is carried to.
+GPU_PYTHON ?= 3.12
+
+.PHONY: demo test lint wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready-demo
@@ -32,6 +35,14 @@ $(VENV)/ready-test: $(VENV)/ready-demo
 	$(INSTALL) --editable '.[test]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(INSTALL) --constraint constraints-triton.txt triton
 	touch $(VENV)/ready-demo $@
+
+# What a GPU machine without a network and without git needs beside the tree, its torch and its triton.
+wheels: $(VENV)/ready-demo
+	rm -rf build/wheels
+	$(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps --only-binary :all: \
+		--python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+		--dest build/wheels --constraint constraints.txt --requirement benchmarks/requirements-gpu.txt
+	git rev-parse HEAD > build/wheels/commit.txt
 
 clean:
 	rm -rf $(VENV) build dist demo_output

@@ -8,6 +8,7 @@ of this machine's CPU, one kernel after the other. Run: python -m benchmarks.com
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -103,7 +104,7 @@ def main() -> None:
             if options.compile:
                 row["compile_seconds"] = compile_seconds(kernels)
             rows.append(row)
-            print(row, flush=True)
+            print(json.dumps(row), flush=True)
     if options.compile:
         print(common.write_results("compilations", rows, {}))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-COMMIT_FILE = Path(__file__).with_name("commit.txt")  # of a copy without git, written by `make wheels`
+COMMIT_FILE = Path(__file__).parent.parent / "build" / "wheels" / "commit.txt"  # of a copy without git: `make wheels`
 # dense int8 rate of the tensor cores, 10^12 operations a second; never the sparse one
 INT8_PEAK = {"H100 80GB HBM3": 1979.0, "H100 SXM": 1979.0, "H200": 1979.0, "A100": 624.0, "L40S": 733.0}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import ldmq_kernels as ldmq
 from benchmarks import common
 from benchmarks.machine import device
 from benchmarks.models import MODELS, TOYS, Model
+from benchmarks.rows import append
 from ldmq_kernels.integrations.diffusers.fused import fuse, unfuse
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES
@@ -187,6 +189,7 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--toy", action="store_true", help="a model of a few layers, to see that this runs")
+    parser.add_argument("--rows", type=Path, help="append the row to this file")
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.model == "vae_decoder" else torch.float16
     if options.toy:
@@ -198,8 +201,11 @@ def main() -> None:
     for part, value in (rows[0]["breakdown_ms"] or {}).items():
         print(f"  {part:24} {value:9.3f} ms")
     print("\n".join(f"{key}: {value:.4g}" for key, value in summary.items()))
-    if not options.toy:
-        print(common.write_results(f"model_{options.model}", rows, summary))
+    what = f"model_{options.model}"
+    if options.rows:
+        append(options.rows, what, rows[0] | {"summary": summary})
+    elif not options.toy:
+        print(common.write_results(what, rows, summary))
 
 
 if __name__ == "__main__":

@@ -1,70 +1,180 @@
-"""Everything that a GPU session should bring home, in order of value, within a time limit.
+"""Everything that a GPU machine should bring home, in order of value, within a time limit, in one command.
 
-Run: python benchmarks/on_gpu.py --seconds 500. Results go below $OUT where it is set, or beside this
-file. Each stage is a process of its own, cut short when time is up; what came before it is kept.
+    python benchmarks/on_gpu.py --seconds 540                 # a first run
+    python benchmarks/on_gpu.py --seconds 540 --resume DIR    # goes on where the run that left DIR stopped
+
+First the truth (the tests that need a GPU), then the machine's ceilings, the ops beside their rivals, the models,
+and tuning, after which ops and models are measured again with the tiles that it found. It runs from a plain copy
+of the tree, without network, git, diffusers or an installed package; `make wheels` leaves what the models need in
+build/wheels. Below $OUT (or beside this file, in results/run) it keeps four files: rows.jsonl, to which every
+result is appended as soon as it is there; log.txt; state.json; and tuned.json. `benchmarks/collect.py` makes
+results files of the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+WHEELS, INSTALLED = ROOT / "build" / "wheels", ROOT / "build" / "gpu-packages"
+FILES = ("rows.jsonl", "log.txt", "state.json", "tuned.json")
+SMALLEST_STAGE = 10.0  # seconds; less than this only starts Python
+PYTEST = ("-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider")
 OPS = (
     "linear_w8a8",
     "conv2d_w8a8",
-    "quantize_per_token",
-    "quantize_per_sample",
-    "quantize_static",
+    "group_norm_silu_quantize",
+    "layer_norm_quantize",
+    "geglu_quantize",
     "linear_w4a8",
+    "quantize_per_token",
+    "quantize_static",
+    "quantize_per_sample",
     "conv2d_w4a8",
+    "linear_static_w8a8",
     "linear_w8a16",
     "conv2d_w8a16",
     "linear_w4a16",
+    "silu_quantize",
 )
-TESTS = ("-m", "pytest", "-q", "-x", "--no-header", "python_tests/gpu")
-STAGES = [("tests", TESTS), *((op, ("-m", "benchmarks.measure_op", op)) for op in OPS)]
-LARGEST_SHARE = 0.4  # of the whole time, for one stage
-SMALLEST_STAGE = 5.0  # seconds; less than this only starts Python
 
 
-def _run(command: tuple[str, ...], seconds: float, log: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with log.open("wb") as output:
+@dataclass(frozen=True)
+class Stage:
+    """Arguments of Python, and the most seconds that they may take."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+
+
+def _op(name: str, limit: float = 60, again: str = "") -> Stage:
+    return Stage(f"{name}{again}", ("-m", "benchmarks.measure_op", name, "--rows", "{rows}"), limit)
+
+
+def _model(name: str, again: str = "") -> Stage:
+    return Stage(f"model {name}{again}", ("-m", "benchmarks.model_gpu", name, "--rows", "{rows}"), 240)
+
+
+AGAIN = ", tuned"
+STAGES = (
+    Stage("packages", ("-m", "benchmarks.on_gpu", "--install"), 60),
+    Stage("every tile", (*PYTEST, "python_tests/kernels/test_triton_backend.py", "-k", "tile or split"), 150),
+    Stage("truth on the GPU", (*PYTEST, "python_tests/gpu"), 200),
+    Stage("ops on the GPU", (*PYTEST, "python_tests/kernels", "-k", "triton and not compiles"), 240),
+    Stage("ceilings", ("-m", "benchmarks.ceilings", "--rows", "{rows}"), 60),
+    _op("linear_w8a8", 120),
+    _op("conv2d_w8a8", 120),
+    _model("sdxl"),
+    _model("sd15"),
+    *(_op(name) for name in OPS[2:6]),
+    Stage("host time", ("-m", "benchmarks.host_time", "--rows", "{rows}"), 60),
+    Stage("cold start", ("-m", "benchmarks.cold_start", "--rows", "{rows}"), 200),
+    _model("vae_decoder"),
+    Stage("tuning", ("-m", "ldmq_kernels.cli", "bench", "--tune", "--out", "{tuned}", "--seconds", "400"), 480),
+    _op("linear_w8a8", 120, AGAIN),
+    _op("conv2d_w8a8", 120, AGAIN),
+    _model("sdxl", AGAIN),
+    _model("sd15", AGAIN),
+    *(_op(name) for name in OPS[6:]),
+    Stage("ops of the reference", (*PYTEST, "python_tests/kernels", "-k", "reference"), 200),
+)
+
+
+def _environment(out: Path) -> dict[str, str]:
+    """The tree and the unpacked wheels on the path; tiles that were tuned where the ops look for them."""
+    cache = ROOT / "build" / "tiles"
+    cache.mkdir(parents=True, exist_ok=True)
+    tuned = out / "tuned.json"
+    if tuned.exists():
+        named = json.loads(tuned.read_text())["gpu"]
+        name = "".join(c if c.isalnum() else "-" for c in named.lower()).strip("-")
+        shutil.copy(tuned, cache / f"{name}.json")
+    path = os.pathsep.join([str(ROOT), str(INSTALLED), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "LDMQ_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+
+
+def _run(stage: Stage, seconds: float, out: Path) -> str:
+    """How a stage ended; its output goes to the log."""
+    places = {"rows": str(out / "rows.jsonl"), "tuned": str(out / "tuned.json")}
+    command = [sys.executable, *(part.format(**places) for part in stage.command)]
+    with (out / "log.txt").open("ab") as log:
+        log.write(f"\n=== {stage.name}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=_environment(out), stdout=log, stderr=log, start_new_session=True
+        )
         try:
-            run = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output, timeout=seconds
-            )
+            code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its children too
+            process.wait()
             return "cut short"
-    return "passed" if run.returncode == 0 else f"failed ({run.returncode})"
+    return "passed" if code == 0 else f"failed ({code})"
+
+
+def run(stages: tuple[Stage, ...], seconds: float, out: Path) -> dict[str, str]:
+    """Run what has not passed yet, until time is up; the outcomes of all stages, by name."""
+    deadline = time.monotonic() + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    state_file = out / "state.json"
+    state: dict[str, str] = json.loads(state_file.read_text()) if state_file.exists() else {}
+    for stage in stages:
+        if state.get(stage.name) == "passed" and stage.name != "packages":
+            print(f"{stage.name}: passed before")
+            continue
+        left = deadline - time.monotonic()
+        if left < SMALLEST_STAGE:
+            print(f"{stage.name}: not started, no time left")
+            continue
+        begin, start = time.monotonic(), (out / "log.txt").stat().st_size if (out / "log.txt").exists() else 0
+        state[stage.name] = outcome = _run(stage, min(left, stage.limit), out)
+        state_file.write_text(json.dumps(state, indent=1) + "\n")
+        print(f"{stage.name}: {outcome} in {time.monotonic() - begin:.0f} s", flush=True)
+        if outcome.startswith("failed"):
+            with (out / "log.txt").open("rb") as log:
+                log.seek(start)
+                print(log.read()[-1500:].decode(errors="replace"), flush=True)
+    return state
+
+
+def install() -> None:
+    """Unpack the wheels of build/wheels where a package is missing; pure Python ones need nothing more."""
+    if not WHEELS.is_dir():
+        print(f"there is no {WHEELS}: `make wheels` on a machine with a network makes it; models are left out")
+        return
+    wheels = [str(path) for path in sorted(WHEELS.glob("*.whl"))]
+    target = ["--no-deps", "--no-index", "--upgrade", "--target", str(INSTALLED)]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *target, *wheels], check=True)
 
 
 def main() -> int:
-    """Run the stages and print one line for each; 1 where any failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, required=True)
-    seconds = parser.parse_args().seconds
-    deadline = time.monotonic() + seconds
-    logs = Path(os.environ.get("OUT") or Path(__file__).parent / "results") / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    failed = False
-    for name, command in STAGES:
-        left = deadline - time.monotonic()
-        if left < SMALLEST_STAGE:
-            print(f"{name}: not started, no time left")
-            continue
-        begin, log = time.monotonic(), logs / f"{name}.log"
-        outcome = _run(command, min(left, seconds * LARGEST_SHARE), log)
-        failed |= outcome.startswith("failed")
-        print(f"{name}: {outcome} in {time.monotonic() - begin:.0f} s", flush=True)
-        if outcome.startswith("failed"):
-            print(log.read_text(errors="replace")[-2000:], flush=True)
-    return int(failed)
+    """Run the stages and print a line for each; 1 where any failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--resume", type=Path, help="the folder that an earlier run left")
+    parser.add_argument("--install", action="store_true", help="unpack the wheels, and stop")
+    options = parser.parse_args()
+    if options.install:
+        install()
+        return 0
+    out = Path(os.environ.get("OUT") or Path(__file__).parent / "results" / "run")
+    out.mkdir(parents=True, exist_ok=True)
+    if options.resume and options.resume.resolve() != out.resolve():
+        for name in FILES:
+            if (options.resume / name).exists():
+                shutil.copy(options.resume / name, out / name)
+    state = run(STAGES, options.seconds, out)
+    return int(any(outcome.startswith("failed") for outcome in state.values()))
 
 
 if __name__ == "__main__":

@@ -77,18 +77,85 @@ def _rivals(data: dict[str, Any]) -> str:
     return f"**Beside other tools.** {words}\n\n" + _table(header, rows)
 
 
-KINDS: dict[str, Callable[[dict[str, Any]], str]] = {"demo": _demo, "rivals": _rivals, "unet_sd15_cpu": _unet_sd15_cpu}
+def _op(data: dict[str, Any]) -> str:
+    rows = []
+    for row in data["rows"]:
+        shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
+        share = row.get("share_of_peak") or row.get("share_of_copy_bandwidth")
+        speed = f"{row['tops']:.0f} TOPS" if "tops" in row else f"{row['gbps']:.0f} GB/s"
+        rivals = ", ".join(f"{name} {rival['ratio']:.2f}x" for name, rival in row["rivals"].items())
+        rows.append([shape, str(row["count"]), f"{row['ms']:.3f}", speed, f"{share:.0%}" if share else "", rivals])
+    header = ["shape", "calls", "ms", "speed", "of the peak or a copy", "times as fast as"]
+    return f"**{data['rows'][0]['op']}**\n\n" + _table(header, rows)
+
+
+def _model(data: dict[str, Any]) -> str:
+    row = data["rows"][0]
+    rows = [[name, f"{value:.2f}"] for name, value in sorted(row["ms"].items(), key=lambda pair: pair[1])]
+    words = (
+        f"**{row['op']}**, one call, {row['dtype']}, random weights; weights {row['weight_share_of_fp16']:.2f}x of fp16"
+    )
+    return f"{words}\n\n" + _table(["", "ms"], rows)
+
+
+def _ceilings(data: dict[str, Any]) -> str:
+    rows = [
+        [row["name"], ", ".join(f"{name} {value:.0f}" for name, value in row["tops"].items()), "10^12 a second"]
+        if "tops" in row
+        else [row["name"], f"{row['gbps']:.0f}", "GB/s"]
+        for row in data["rows"]
+    ]
+    return "**What the device can do**\n\n" + _table(["", "", ""], rows)
+
+
+def _host_time(data: dict[str, Any]) -> str:
+    rows = [[op, f"{value:.0f}"] for op, value in data["rows"][0]["us"].items()]
+    return "**Host time of a call on small operands**\n\n" + _table(["op", "us"], rows)
+
+
+def _cold_start(data: dict[str, Any]) -> str:
+    seconds = data["rows"][0]["seconds"]
+    return "**First call of an SD 1.5 UNet**\n\n" + _table(
+        ["Triton cache", "seconds"], [[name, f"{value:.1f}"] for name, value in seconds.items()]
+    )
+
+
+def _compilations(data: dict[str, Any]) -> str:
+    rows = [
+        [row["op"], row["scheme"], str(row["launches"]), str(row["kernels"]), f"{row['compile_seconds']:.0f}"]
+        for row in data["rows"]
+    ]
+    words = "**What a cold Triton cache costs**: one UNet call for sm_90, compiled on one core without a GPU"
+    return f"{words}\n\n" + _table(["", "scheme", "launches", "distinct kernels", "seconds to compile"], rows)
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "ceilings": _ceilings,
+    "cold_start": _cold_start,
+    "compilations": _compilations,
+    "demo": _demo,
+    "host_time": _host_time,
+    "rivals": _rivals,
+    "unet_sd15_cpu": _unet_sd15_cpu,
+    **{f"model_{name}": _model for name in ("sd15", "sdxl", "vae_decoder")},
+    **{path.stem.removeprefix("bench_"): _op for path in Path(__file__).parent.glob("bench_*.py")},
+}
+LEFT_OUT = ("host_time",)  # of the README: for those who work on the kernels
+
+
+def kind_of(path: Path) -> str:
+    """What a results file holds, by its name."""
+    return re.sub(r"^\d{4}-\d{2}-\d{2}-", "", path.stem)
 
 
 def main() -> None:
     """Replace what stands between the two marks."""
     newest: dict[tuple[str, str], Path] = {}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*/*.json")):
-        what = re.sub(r"^\d{4}-\d{2}-\d{2}-", "", path.stem)
-        newest[what, path.parent.name] = path
+        newest[kind_of(path), path.parent.name] = path
     parts = []
     for (what, _), path in sorted(newest.items()):
-        if what in KINDS:
+        if what in KINDS and what not in LEFT_OUT:
             data = json.loads(path.read_text())
             parts.append(f"{KINDS[what](data)}\n\n{_source(path, data)}")
     readme = ROOT / "README.md"

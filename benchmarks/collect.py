@@ -1,0 +1,50 @@
+"""Make results files of the rows that a GPU machine brought home: python -m benchmarks.collect ROWS.jsonl
+
+Of a shape that was measured several times the last row counts, so tuned tiles replace the first ones. Rows of
+different machines, versions or commits go to different files by their device and date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common, rows
+
+
+def collect(found: Iterable[dict[str, Any]]) -> list[Path]:
+    """Write a file for each device, date and kind of result."""
+    groups: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for entry in found:
+        machine = entry["machine"]
+        group = groups.setdefault((machine["device"], machine["date"], entry["what"]), {})
+        row = entry["row"]
+        group[json.dumps([row.get("op"), row.get("shape"), row.get("name")])] = entry
+    paths = []
+    for (_, _, what), entries in groups.items():
+        measured = [entry["row"] for entry in entries.values()]
+        summary: dict[str, Any] = {}
+        for row in measured:
+            summary |= row.get("summary", {})
+        if importlib.util.find_spec(f"benchmarks.bench_{what}"):
+            module = importlib.import_module(f"benchmarks.bench_{what}")
+            summary |= module.summary(measured) if hasattr(module, "summary") else {}
+        record = list(entries.values())[-1]["machine"]
+        paths.append(common.write_results(what, measured, summary, record))
+    return paths
+
+
+def main() -> None:
+    """Print the files that were written."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=Path)
+    print(*collect(rows.read(parser.parse_args().rows)), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
