@@ -19,20 +19,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.models import SD15
+from ldmq_kernels.integrations.diffusers.fused import fuse
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES
 
 VARIANTS = ("fp32", "bf16", "w8a8")
 INPUT_SCALE = 8 / 127  # of random activations after a norm, in place of a calibrated one
-CONFIGURATION = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
 LATENTS, TEXT = (1, 4, 64, 64), (1, 77, 768)
 
 
@@ -67,7 +60,7 @@ def _quantized(module: nn.Module, generator: torch.Generator) -> nn.Module:
 def build(variant: str) -> UNet2DConditionModel:
     """The UNet, made layer by layer, so that no more of it is ever in memory than the variant keeps."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**CONFIGURATION)
+        unet = UNet2DConditionModel(**SD15)
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float32 if variant == "fp32" else torch.bfloat16
     for name, module in list(unet.named_modules()):
@@ -76,7 +69,7 @@ def build(variant: str) -> UNet2DConditionModel:
             setattr(unet.get_submodule(parent), child, _quantized(module, generator))
         else:
             _fill(module, dtype, generator)
-    return unet.eval()
+    return fuse(unet.eval())
 
 
 def caller(unet: UNet2DConditionModel) -> Callable[[], Tensor]:
