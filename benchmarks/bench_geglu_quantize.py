@@ -21,11 +21,10 @@ def _unfused(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _case(shape: shapes.Linear) -> common.Case:
     def make() -> common.Variants:
         x = operands.normal(shape.m, shape.n)
-        compiled = torch.compile(_unfused, dynamic=True) if x.is_cuda else None
         return {
             "ldmq": lambda: ops.geglu_quantize(x, None, None),
             "eager": lambda: _unfused(x),
-            **({"compiled": lambda: compiled(x)} if compiled else {}),
+            **({"compiled": lambda: common.compiled(_unfused)(x)} if x.is_cuda else {}),
             "copy": x.clone,
         }
 

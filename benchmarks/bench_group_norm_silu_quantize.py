@@ -25,11 +25,10 @@ def _case(shape: shapes.Conv2d) -> common.Case:
         weight, bias = operands.normal(shape.c), operands.normal(shape.c)
         reciprocal = torch.full((1,), 30.0, device=x.device)
         arguments = (x, weight, bias, GROUPS, EPS, True, reciprocal, None, False)
-        compiled = torch.compile(_unfused, dynamic=True) if x.is_cuda else None
         return {
             "ldmq": lambda: ops.group_norm_silu_quantize(*arguments),
             "eager": lambda: _unfused(x, weight, bias, reciprocal),
-            **({"compiled": lambda: compiled(x, weight, bias, reciprocal)} if compiled else {}),
+            **({"compiled": lambda: common.compiled(_unfused)(x, weight, bias, reciprocal)} if x.is_cuda else {}),
             "copy": x.clone,
         }
 

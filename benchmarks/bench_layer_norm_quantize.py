@@ -21,11 +21,10 @@ def _unfused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple
 def _case(shape: shapes.Linear) -> common.Case:
     def make() -> common.Variants:
         x, weight, bias = operands.normal(shape.m, shape.k), operands.normal(shape.k), operands.normal(shape.k)
-        compiled = torch.compile(_unfused, dynamic=True) if x.is_cuda else None
         return {
             "ldmq": lambda: ops.layer_norm_quantize(x, weight, bias, EPS, None, None),
             "eager": lambda: _unfused(x, weight, bias),
-            **({"compiled": lambda: compiled(x, weight, bias)} if compiled else {}),
+            **({"compiled": lambda: common.compiled(_unfused)(x, weight, bias)} if x.is_cuda else {}),
             "copy": x.clone,
         }
 

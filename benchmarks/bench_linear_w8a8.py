@@ -12,6 +12,7 @@ from ldmq_kernels import ops
 INTEGER_RIVALS = ("int_mm", "scaled_mm_fp8", "torchao", "sdnq") if torch.cuda.is_available() else ()
 
 
+# by Inductor's defaults the epilogue is a kernel of its own after the product
 def _int_mm(x_q: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (torch._int_mm(x_q, weight.t()) * x_scale * scale).to(operands.DTYPE)
 
@@ -20,11 +21,10 @@ def _integer_rivals(x_q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
     if not x_q.is_cuda:
         return {}
     x_scale = torch.ones(x_q.shape[0], 1, device=x_q.device)
-    fused = torch.compile(_int_mm, dynamic=True)  # one compilation for all shapes
     x8, w8 = x_q.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn).t()
     row = scale.view(1, -1)
     return {
-        "int_mm": lambda: fused(x_q, weight, x_scale, scale),
+        "int_mm": lambda: common.compiled(_int_mm)(x_q, weight, x_scale, scale),
         "scaled_mm_fp8": lambda: torch._scaled_mm(x8, w8, x_scale, row, out_dtype=torch.bfloat16),
     }
 

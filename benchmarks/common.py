@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -36,6 +37,13 @@ def interleaved_ms(variants: dict[str, Callable[[], Any]], rounds: int = 9) -> d
         for name, call in variants.items():
             times[name].append(one_call_ms(call, device()))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function by Inductor, compiled once for all shapes; more than a few compilations are an error, not eager."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=True)
 
 
 def synchronize() -> None:
@@ -108,15 +116,12 @@ def working(variants: Variants) -> tuple[Variants, dict[str, str]]:
 
 
 def measure(cases: Iterable[Case], rounds: int = 9) -> Iterator[dict[str, Any]]:
-    """A row for each case as soon as it is measured, its variants interleaved, with the GPU's state around it."""
+    """A row for each case as soon as it is measured, its variants interleaved, with the GPU's state after it."""
     for case in cases:
         with torch.inference_mode():
             kept, notes = working(case.make())
-            before = gpu_state()
             measured = interleaved_ms(kept, rounds)
-            after = gpu_state()
-        states = {"before": before, "after": after} if before else {}
-        yield row(case, measured, notes) | states
+        yield row(case, measured, notes) | gpu_state()
 
 
 def one_of_each(shapes: Iterable[T], key: Callable[[T], Hashable | None]) -> list[T]:

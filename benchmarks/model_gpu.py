@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,16 @@ KINDS = {
     "attention": ("flash", "fmha", "attention", "cudnn_generated_fort_native_sdpa"),
     "int8 linear": ("_linear_w8a8", "_linear_w4a8", "add_splits"),
     "int8 convolution": ("_conv2d_w8a8", "_conv2d_w4a8", "_convolve"),
-    "norm and quantization": ("statistics", "normalize", "group_norm", "layer_norm", "geglu", "silu", "_quantize"),
+    "norm and quantization": (
+        "statistics",
+        "normalize",
+        "group_norm",
+        "layer_norm",
+        "geglu",
+        "silu",
+        "_quantize",
+        "_part_maximum",
+    ),
     "copies and sums": ("copy", "elementwise", "cat", "memcpy", "memset", "fill"),
 }
 
@@ -64,9 +73,11 @@ def quantized(model: nn.Module) -> nn.Module:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and of its quantized layers' buffers."""
-    tensors = [*model.parameters()]
-    tensors += [t for m in model.modules() if isinstance(m, QuantizedLayer) for t in m.state_dict().values()]
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+    tensors = list(model.parameters())
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            tensors += [tensor for name, tensor in module.state_dict().items() if name != "bias"]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def caller(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Tensor]:
@@ -79,17 +90,23 @@ def caller(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Tensor]:
     return call
 
 
-def variants(float_model: nn.Module, ours: nn.Module, inputs: dict[str, Any], on_gpu: bool) -> common.Variants:
-    """Calls by name; graphs and compilation only where there is a GPU."""
+def plain_forms(float_model: nn.Module, ours: nn.Module, inputs: dict[str, Any], on_gpu: bool) -> common.Variants:
+    """Both models as they are and, on a GPU, as CUDA graphs."""
     found = {"ldmq_eager": caller(ours, inputs), "eager_fp16": caller(float_model, inputs)}
-    if not on_gpu:
-        return found
-    # each needs a forward of its own: modules are shared, so the copies cost no memory
-    forms = {"graph_fp16": _shallow(float_model), "ldmq_graph": _shallow(ours)}
-    forms["compiled_fp16"] = _compiled(float_model)
-    forms["ldmq_compiled"] = _compiled(ours)
-    forms["ldmq_unfused_compiled"] = _compiled(unfuse(copy.deepcopy(ours)))
-    return found | {name: caller(ldmq.capture(module), inputs) for name, module in forms.items()}
+    if on_gpu:
+        for name, model in (("graph_fp16", float_model), ("ldmq_graph", ours)):
+            found[name] = caller(ldmq.capture(_Shell(model).eval()), inputs)
+    return found
+
+
+def compiled_forms(float_model: nn.Module, ours: nn.Module, inputs: dict[str, Any]) -> common.Variants:
+    """By torch.compile, replayed as CUDA graphs; ours also with its blocks unfused, for Inductor to fuse."""
+    models = {
+        "compiled_fp16": float_model,
+        "ldmq_compiled": ours,
+        "ldmq_unfused_compiled": unfuse(copy.deepcopy(ours)),
+    }
+    return {name: caller(ldmq.capture(_compiled(model)), inputs) for name, model in models.items()}
 
 
 class _Shell(nn.Module):
@@ -103,10 +120,6 @@ class _Shell(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         """As the inner module's."""
         return self.call(**inputs)
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    return _Shell(module).eval()
 
 
 def _compiled(module: nn.Module) -> nn.Module:
@@ -145,8 +158,8 @@ def breakdown(call: Callable[[], Tensor]) -> dict[str, float]:
     return found
 
 
-def measure(name: str, model: Model, dtype: torch.dtype, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows and summary of one model."""
+def measure(name: str, model: Model, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:
+    """The model's row: first without what has to be compiled, which takes minutes, and on a GPU again with it."""
     on = device()
     torch.backends.cudnn.benchmark = True
     with torch.device("meta"):
@@ -154,33 +167,37 @@ def measure(name: str, model: Model, dtype: torch.dtype, rounds: int) -> tuple[l
     float_model = materialize(empty, dtype, on)
     ours = quantized(float_model)
     inputs = model.inputs(on, dtype)
-    calls = variants(float_model, ours, inputs, on.type == "cuda")
-    kept, notes = common.working({"ldmq": calls.pop("ldmq_eager"), **calls})
-    kept["ldmq_eager"] = kept.pop("ldmq")
-    ms = common.interleaved_ms(kept, rounds)
-    best = min((form for form in ms if form.startswith("ldmq")), key=lambda form: ms[form])
-    memory = {form: peak_bytes(kept[form]) for form in ("ldmq_eager", "eager_fp16")}
-    shares = {"weights": weight_bytes(ours) / (2 * sum(p.numel() for p in float_model.parameters()))}
+    calls, notes = plain_forms(float_model, ours, inputs, on.type == "cuda"), {}
+    memory = {form: peak_bytes(calls[form]) for form in ("ldmq_eager", "eager_fp16")}
     row = {
         "op": name,
         "dtype": str(dtype).removeprefix("torch."),
-        "best": best,
-        "ms": ms,
-        "notes": notes,
         "peak_bytes": memory,
-        "weight_share_of_fp16": shares["weights"],
-        "breakdown_ms": breakdown(kept["ldmq_eager"]) if on.type == "cuda" else None,
+        "weight_bytes": {"ldmq": weight_bytes(ours), "float": weight_bytes(float_model)},
+        "weight_share_of_fp16": weight_bytes(ours) / (2 * sum(p.numel() for p in float_model.parameters())),
+        "breakdown_ms": breakdown(calls["ldmq_eager"]) if on.type == "cuda" else None,
     }
+    for more in ({}, compiled_forms(float_model, ours, inputs)) if on.type == "cuda" else ({},):
+        kept, found = common.working({"ldmq": calls["ldmq_eager"], **more})
+        notes |= found
+        calls |= {form: call for form, call in kept.items() if form != "ldmq"}
+        row |= {"ms": common.interleaved_ms(calls, rounds), "notes": notes}
+        yield row | {"summary": summary(row)}
+
+
+def summary(row: dict[str, Any]) -> dict[str, float]:
+    """What a results file says of a model in short."""
+    name, ms = row["op"], row["ms"]
     key = name if name.startswith("vae") else f"unet_{name}"
-    summary: dict[str, Any] = {f"{key}/ms": ms[best], f"{key}/vs_eager_fp16": ms["eager_fp16"] / ms[best]}
+    best = min((form for form in ms if form.startswith("ldmq")), key=lambda form: ms[form])
+    found = {f"{key}/ms": ms[best], f"{key}/vs_eager_fp16": ms["eager_fp16"] / ms[best]}
     if "compiled_fp16" in ms:
-        summary[f"{key}/vs_compiled_fp16"] = ms["compiled_fp16"] / ms[best]
-    ours_peak, float_peak = memory["ldmq_eager"], memory["eager_fp16"]
-    if ours_peak is not None and float_peak is not None:
-        float_bytes = weight_bytes(float_model)
-        summary[f"{key}/peak_memory_share"] = (ours_peak + weight_bytes(ours)) / (float_peak + float_bytes)
-    summary["weights/w8_share_of_fp16"] = shares["weights"]
-    return [row], summary
+        found[f"{key}/vs_compiled_fp16"] = ms["compiled_fp16"] / ms[best]
+    peaks, weights = row["peak_bytes"], row["weight_bytes"]
+    if peaks["ldmq_eager"] is not None:
+        share = (peaks["ldmq_eager"] + weights["ldmq"]) / (peaks["eager_fp16"] + weights["float"])
+        found[f"{key}/peak_memory_share"] = share
+    return found | {"weights/w8_share_of_fp16": row["weight_share_of_fp16"]}
 
 
 def main() -> None:
@@ -195,17 +212,17 @@ def main() -> None:
     if options.toy:
         dtype = torch.float32
     model = (TOYS if options.toy else MODELS)[options.model]
-    rows, summary = measure(options.model, model, dtype, options.rounds)
-    for form, value in sorted(rows[0]["ms"].items(), key=lambda pair: pair[1]):
-        print(f"{form:24} {value:9.3f} ms")
-    for part, value in (rows[0]["breakdown_ms"] or {}).items():
-        print(f"  {part:24} {value:9.3f} ms")
-    print("\n".join(f"{key}: {value:.4g}" for key, value in summary.items()))
     what = f"model_{options.model}"
-    if options.rows:
-        append(options.rows, what, rows[0] | {"summary": summary})
-    elif not options.toy:
-        print(common.write_results(what, rows, summary))
+    for row in measure(options.model, model, dtype, options.rounds):
+        for form, value in sorted(row["ms"].items(), key=lambda pair: pair[1]):
+            print(f"{form:24} {value:9.3f} ms")
+        for part, value in (row["breakdown_ms"] or {}).items():
+            print(f"  {part:24} {value:9.3f} ms")
+        print("\n".join(f"{key}: {value:.4g}" for key, value in row["summary"].items()), flush=True)
+        if options.rows:
+            append(options.rows, what, row)
+        elif not options.toy:
+            print(common.write_results(what, [row], row["summary"]))
 
 
 if __name__ == "__main__":

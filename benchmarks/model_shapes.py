@@ -22,9 +22,17 @@ from benchmarks.models import MODELS
 from ldmq_kernels.tuning.shapes import FILE
 
 
-def shapes_of(model: nn.Module, inputs: dict[str, Any]) -> Counter[tuple]:
-    """Counts of ("linear", m, k, n) and ("conv2d", n, c, height, width, k, kernel, stride, upsample) in one call."""
+def shapes_of(model: nn.Module, inputs: dict[str, Any]) -> tuple[Counter[tuple], Counter[tuple]]:
+    """Counts of shapes in one call.
+
+    Returns:
+        ("linear", m, k, n) and ("conv2d", n, c, height, width, k, kernel, stride, upsample), and (m, k, n) of the
+        transformer blocks' projections as single products: q, k and v of a picture, k and v of a text.
+    """
     counts: Counter[tuple] = Counter()
+    merged: Counter[tuple] = Counter()
+    blocks = [module for module in model.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    parts = {block.attn1.to_k: 3 for block in blocks} | {block.attn2.to_k: 2 for block in blocks}
     enlarging = {
         child for module in model.modules() if type(module).__name__ == "Upsample2D" for child in module.children()
     }
@@ -32,7 +40,10 @@ def shapes_of(model: nn.Module, inputs: dict[str, Any]) -> Counter[tuple]:
     def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         (x,) = arguments
         if isinstance(module, nn.Linear):
-            counts["linear", x.numel() // x.shape[-1], module.in_features, module.out_features] += 1
+            rows, depth, width = x.numel() // x.shape[-1], module.in_features, module.out_features
+            counts["linear", rows, depth, width] += 1
+            if module in parts:
+                merged[rows, depth, parts[module] * width] += 1
         elif isinstance(module, nn.Conv2d):
             upsample = 2 if module in enlarging else 1
             size = tuple(side // upsample for side in x.shape[2:])
@@ -43,21 +54,21 @@ def shapes_of(model: nn.Module, inputs: dict[str, Any]) -> Counter[tuple]:
         module.register_forward_pre_hook(record) if isinstance(module, nn.Linear | nn.Conv2d) else None
     with torch.no_grad():
         model(**inputs)
-    return counts
+    return counts, merged
 
 
 def main() -> None:
     """Write the file."""
-    rows: dict[str, list[list[Any]]] = {}
+    parts = []
+    together: dict[str, list[list[int]]] = {}
     for name, description in MODELS.items():
         with torch.device("meta"):
-            counts = shapes_of(description.make(), description.inputs(torch.device("meta"), torch.float32))
-        rows[name] = [[count, *shape] for shape, count in sorted(counts.items(), key=str)]
-    lines = [
-        f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, found)) + "\n ]" for name, found in rows.items()
-    ]
-    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print({name: sum(row[0] for row in found) for name, found in rows.items()})
+            counts, merged = shapes_of(description.make(), description.inputs(torch.device("meta"), torch.float32))
+        rows = [json.dumps([count, *shape]) for shape, count in sorted(counts.items(), key=str)]
+        parts.append(f" {json.dumps(name)}: [\n  " + ",\n  ".join(rows) + "\n ]")
+        together[name] = [[count, *shape] for shape, count in sorted(merged.items())]
+        print(name, sum(counts.values()), "layers")
+    FILE.write_text("{\n" + ",\n".join([*parts, f' "merged": {json.dumps(together)}']) + "\n}\n")
 
 
 if __name__ == "__main__":

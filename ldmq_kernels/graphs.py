@@ -9,6 +9,7 @@ values of its inputs by Python control flow is frozen as it was recorded.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 M = TypeVar("M", bound=nn.Module)
 MOST_GRAPHS = 8  # each keeps its outputs and intermediate tensors
+WATCHED = 8  # tensors whose place is looked at in every call
 WARM_UPS = 2  # the first call compiles and allocates, the second finds both done
 
 
@@ -44,12 +46,17 @@ class _Replayer:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.forward: Callable[..., Any] = module.forward
         self.gpu = _Gpu(device)
+        self._module = module
+        self._addresses = _addresses(module)
         self.graphs: OrderedDict[Any, _Recorded] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _needs_grad((args, kwargs))):
             return self.forward(*args, **kwargs)
+        if _addresses(self._module) != self._addresses:
+            name = type(self._module).__name__
+            raise CaptureError(f"this {name}'s weights were moved or replaced since it was captured: release it first")
         device = self.gpu.device
         # buffers made in inference mode could not be written outside of it
         with torch.inference_mode(False), torch.no_grad(), self._lock, self.gpu.in_turn():
@@ -70,6 +77,9 @@ class _Replayer:
             recorded.graph.replay()
             outputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in recorded.outputs]
             return pytree.tree_unflatten(outputs, recorded.structure)
+
+    def __reduce__(self) -> Any:
+        raise CaptureError("a captured module cannot be copied or pickled: ldmq.release it first")
 
     def _record(self, leaves: list[Any], structure: pytree.TreeSpec) -> _Recorded:
         buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -115,9 +125,15 @@ class _Gpu:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # other threads may go on using the GPU while this one records
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             out = call()
         return graph, out
+
+
+def _addresses(module: nn.Module) -> list[int]:
+    """Where a few of a module's tensors are: moving it, or loading another model, changes that."""
+    tensors = list(itertools.islice(itertools.chain(module.buffers(), module.parameters()), WATCHED))
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _needs_grad(tree: Any) -> bool:

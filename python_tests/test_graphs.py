@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -157,6 +159,20 @@ def test_release_gives_the_module_back(captured: Denoiser) -> None:
 def test_an_input_elsewhere_is_refused(captured: Denoiser) -> None:
     with pytest.raises(graphs.CaptureError, match="meta"):
         captured(torch.ones(2, 4, device="meta"), 3, torch.ones(3))
+
+
+def test_moved_weights_are_refused(captured: Denoiser) -> None:
+    call(captured)
+    captured.double()
+    with pytest.raises(graphs.CaptureError, match="release it first"):
+        call(captured)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, pickle.dumps])
+def test_a_captured_module_is_not_copied(captured: Denoiser, twin: Callable[[Any], Any]) -> None:
+    with pytest.raises(graphs.CaptureError, match="release it first"):
+        twin(captured)
+    twin(ldmq.release(captured))
 
 
 def test_what_cannot_be_captured_says_why(captured: Denoiser) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldmq_kernels import ops
 from ldmq_kernels.numerics.affine import group_count
-from ldmq_kernels.tuning.shapes import Conv2d, Linear, of_models
+from ldmq_kernels.tuning.shapes import Conv2d, Linear, merged_of, of_models
 
 OPS = (
     "linear_w8a8",
@@ -36,8 +36,14 @@ class Call:
 
 
 def calls(names: tuple[str, ...], models: tuple[str, ...], device: torch.device) -> Iterator[Call]:
-    """The ops of these names at the shapes of these models, the most work first."""
+    """The ops of these names at the shapes of these models, as layers ask for them, the most work first.
+
+    A pointwise convolution is a linear; projections of one input may be one product.
+    """
     linears, convolutions = of_models(*models)
+    pointwise = [s for s in convolutions if s.kernel == s.stride == s.upsample == 1]
+    linears = [*linears, *(Linear(s.count, s.n * s.size**2, s.c, s.k) for s in pointwise), *merged_of(*models)]
+    convolutions = [shape for shape in convolutions if shape not in pointwise]
     for op in names:
         if op.startswith("linear"):
             yield from (Call(op, shape, partial(_linear, op, shape, device)) for shape in linears)

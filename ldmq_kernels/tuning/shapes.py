@@ -59,3 +59,9 @@ def of_models(*names: str) -> tuple[list[Linear], list[Conv2d]]:
     linears.sort(key=lambda s: -s.count * s.m * s.k * s.n)
     convolutions.sort(key=lambda s: -s.count * s.n * s.out_size**2 * s.c * s.k * s.kernel**2)
     return linears, convolutions
+
+
+def merged_of(*names: str) -> list[Linear]:
+    """What attention's projections are where q, k and v, or k and v of a text, are one product."""
+    table = json.loads(FILE.read_text())["merged"]
+    return [Linear(*row) for name in names for row in table.get(name, [])]

@@ -13,7 +13,7 @@ import torch
 
 from ldmq_kernels.tuning import TuningError, tune
 from ldmq_kernels.tuning import calls as tuner_calls
-from ldmq_kernels.tuning.shapes import Conv2d, Linear, of_models
+from ldmq_kernels.tuning.shapes import Conv2d, Linear, merged_of, of_models
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")
@@ -26,6 +26,7 @@ def small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     from ldmq_kernels.kernels.triton import configurations
 
     monkeypatch.setattr(tuner_calls, "of_models", lambda *_: (LINEARS, CONVOLUTIONS))
+    monkeypatch.setattr(tuner_calls, "merged_of", lambda *_: [])
     monkeypatch.setenv("LDMQ_CACHE", str(tmp_path / "cache"))
     configurations.forget_measured()
     yield
@@ -136,6 +137,15 @@ def test_without_a_gpu_it_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(TuningError, match="NVIDIA GPU"):
         tune(CPU)
+
+
+def test_pointwise_convolutions_and_merged_projections_are_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    pointwise = Conv2d(3, 2, 32, 5, 64, kernel=1)
+    monkeypatch.setattr(tuner_calls, "of_models", lambda *_: ([], [pointwise, CONVOLUTIONS[0]]))
+    monkeypatch.setattr(tuner_calls, "merged_of", lambda *_: [Linear(5, 77, 32, 96)])
+    found = [call.shape for call in tuner_calls.calls(("linear_w8a8", "conv2d_w8a8"), ("sd15",), CPU)]
+    assert found == [Linear(3, 50, 32, 64), Linear(5, 77, 32, 96), CONVOLUTIONS[0]]
+    assert Linear(60, 2048, 1280, 3840) in merged_of("sdxl")
 
 
 def test_the_models_have_the_work_that_is_known_of_them() -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from ldmq_kernels.integrations.diffusers.fused.resampling import FusedDownsample2D, FusedUpsample2D
 from ldmq_kernels.integrations.diffusers.fused.resnet import FusedResnetBlock2D
 from ldmq_kernels.integrations.diffusers.fused.transformer_2d import FusedTransformer2DModel
-from ldmq_kernels.integrations.diffusers.fused.transformer_block import FusedBasicTransformerBlock
+from ldmq_kernels.integrations.diffusers.fused.transformer_block import FOUND, FusedBasicTransformerBlock
 
 M = TypeVar("M", bound=nn.Module)
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -59,6 +59,7 @@ def unfuse(model: M) -> M:
     """
     for module in model.modules():
         if type(module) in PLAIN:
-            vars(module).pop("_shared", None)
+            for name in FOUND:
+                vars(module).pop(name, None)
             module.__class__ = PLAIN[type(module)]
     return model

@@ -22,6 +22,8 @@ from ldmq_kernels.integrations.diffusers.fused.bare import (
 from ldmq_kernels.integrations.diffusers.fused.merged import MergedLinears, can_merge, share_quantization
 from ldmq_kernels.nn import QuantLinear
 
+FOUND = ("_shared", "_looked_at")  # what a block has looked up, and looks up again in a copy
+
 
 class _Projections:
     """Linears over one input: what they share was found when the block was fused or moved."""
@@ -57,6 +59,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 
     def find_shared(self) -> None:
         """Look again at which projections share their quantization, and merge what can be one product."""
+        self._looked_at = self._projections()
         shared: dict[str, _Projections] = {}
         for name, attention in (("attn1", self.attn1), ("attn2", self.attn2)):
             if type(attention) is Attention and attention.to_k is not None:
@@ -67,13 +70,19 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
                     shared["attn2.q"], shared["attn2.kv"] = _Projections([q]), _Projections([k, v])
         self._shared = shared
 
+    def _projections(self) -> list[tuple[int, int | None]]:
+        """Which layers project, and how often each has been filled, loaded or moved."""
+        attentions = [attention for attention in (self.attn1, self.attn2) if attention is not None]
+        layers = [layer for a in attentions for layer in (a.to_q, a.to_k, a.to_v)]
+        return [(id(layer), getattr(layer, "revision", None)) for layer in layers]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self.find_shared()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_shared"}
+        return {name: value for name, value in self.__dict__.items() if name not in FOUND}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -103,6 +112,8 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
                 *args,
                 **kwargs,
             )
+        if self._looked_at != self._projections() and not _is_traced(hidden_states):
+            self.find_shared()
         x = self._self_attention(hidden_states, attention_mask)
         if encoder_hidden_states is not None and self.attn2 is not None:
             x = self._cross_attention(x, encoder_hidden_states, encoder_attention_mask)
@@ -149,6 +160,11 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             return out.linear(x_q, scale, x.dtype, x)
         value, gate = hidden.chunk(2, dim=-1)
         return out(value * net[0].gelu(gate)) + x
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a compiler or a CUDA graph records this call."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _quantized(layer: QuantLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
