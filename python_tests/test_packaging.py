@@ -21,10 +21,10 @@ PACKAGE = ROOT / "ldmq_kernels"
 LEFT_OUT = (".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "demo_output")
 
 FLOORS = [
-    {"files", "numerics", "progress"},
+    {"files", "graphs", "numerics", "progress"},
     {"kernels"},
     {"ops"},
-    {"nn"},
+    {"nn", "tuning"},
     {"calibration", "sensitivity", "planning", "conversion"},
     {"integrations", "report", "serving"},
     {"__init__"},

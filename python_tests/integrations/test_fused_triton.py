@@ -1,4 +1,4 @@
-"""Fused blocks on the Triton backend, in its interpreter where there is no GPU: every op is served, as the reference."""
+"""Fused blocks on Triton, in its interpreter where there is no GPU: every op is served, and as by the reference."""
 
 from __future__ import annotations
 

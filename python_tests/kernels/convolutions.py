@@ -62,3 +62,9 @@ def sizes(drawn: dict) -> tuple[tuple[int, ...], int, tuple]:
 def weight_shape(shape: tuple[int, ...], out_channels: int, geometry: tuple) -> tuple[int, ...]:
     """(K, R, S, C / groups)."""
     return (out_channels, *geometry[0], shape[1] // geometry[4])
+
+
+def as_op(stride: tuple, padding: tuple[int, int], dilation: tuple, groups: int) -> tuple:
+    """torch's geometry as the ops take it after the kernel's size: padding of four sides, no enlargement."""
+    top, left = padding
+    return stride, (top, top, left, left), dilation, groups, 1

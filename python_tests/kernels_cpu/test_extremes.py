@@ -7,6 +7,7 @@ import torch
 
 from ldmq_kernels.kernels import cpu
 from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear
+from python_tests.kernels.convolutions import as_op
 
 pytestmark = pytest.mark.skipif(
     not cpu.serves(torch.device("cpu")), reason="oneDNN's int8 is not exact on this processor"
@@ -33,7 +34,7 @@ def test_convolution_sums_of_the_largest_products_are_exact_at_the_padding_too(c
     geometry = ((1, 1), (1, 1), (1, 1), groups)
     x_q, weight = _filled((2, channels, 8, 8), 127 * sign), _filled((out_channels, 3, 3, channels // groups), 127)
     packed, ones = pack_conv2d(weight), torch.ones(out_channels)
-    out = cpu.conv2d_w8a8(x_q, torch.ones(1), packed, ones, None, None, None, (3, 3), *geometry, torch.float32)
+    out = cpu.conv2d_w8a8(x_q, torch.ones(1), packed, ones, None, None, None, (3, 3), *as_op(*geometry), torch.float32)
     exact = torch.nn.functional.conv2d(x_q.double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
     assert torch.equal(out.double(), exact.float().double())
 

@@ -7,6 +7,7 @@ import torch
 
 from ldmq_kernels.kernels import cpu
 from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear, unpack_conv2d, unpack_linear
+from python_tests.kernels.convolutions import as_op
 
 pytestmark = pytest.mark.skipif(
     not cpu.serves(torch.device("cpu")), reason="oneDNN's int8 is not exact on this processor"
@@ -45,7 +46,7 @@ def test_a_packed_convolution_weight_unpacks_exactly_before_and_after_its_first_
         assert torch.equal(unpack_conv2d(packed), weight)
     x_q = _integers(1, channels, 8, 8)
     scale = torch.ones(out_channels)
-    rest = (scale, None, None, None, (kernel, kernel), *geometry, torch.float32)
+    rest = (scale, None, None, None, (kernel, kernel), *as_op(*geometry), torch.float32)
     out = cpu.conv2d_w8a8(x_q, torch.ones(1), packed, *rest)
     assert torch.equal(unpack_conv2d(packed), weight)
     exact = torch.nn.functional.conv2d(x_q.double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
@@ -59,7 +60,7 @@ def test_a_laid_out_convolution_serves_inputs_of_other_sizes():
     packed = pack_conv2d(weight)
     for batch, size in ((1, 8), (2, 32), (1, 5)):
         x_q = _integers(batch, 64, size, size)
-        arguments = (torch.ones(64), None, None, None, (3, 3), *geometry, torch.float32)
+        arguments = (torch.ones(64), None, None, None, (3, 3), *as_op(*geometry), torch.float32)
         out = cpu.conv2d_w8a8(x_q, torch.ones(1), packed, *arguments)
         exact = torch.nn.functional.conv2d(x_q.double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
         assert torch.equal(out.double(), exact)
@@ -76,7 +77,7 @@ def test_a_packed_convolution_is_laid_out_once_even_from_many_threads(monkeypatc
     geometry = ((1, 1), (1, 1), (1, 1), 1)
     packed = pack_conv2d(_integers(64, 3, 3, 64))
     x_q = _integers(1, 64, 8, 8)
-    arguments = (torch.ones(64), None, None, None, (3, 3), *geometry, torch.float32)
+    arguments = (torch.ones(64), None, None, None, (3, 3), *as_op(*geometry), torch.float32)
     with ThreadPoolExecutor(4) as pool:
         runs = [pool.submit(cpu.conv2d_w8a8, x_q, torch.ones(1), packed, *arguments) for _ in range(8)]
         outputs = [run.result() for run in runs]
