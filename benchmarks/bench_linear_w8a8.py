@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from benchmarks import common, operands, shapes
+from benchmarks import common, operands, rival_models, shapes
 from ldmq_kernels import ops
 
-INTEGER_RIVALS = ("int_mm", "scaled_mm_fp8", "torchao", "sdnq") if torch.cuda.is_available() else ()
+INTEGER_RIVALS = ("int_mm", "scaled_mm_fp8", *rival_models.TOOLS) if torch.cuda.is_available() else ()
 
 
 # by Inductor's defaults the epilogue is a kernel of its own after the product
@@ -37,26 +38,14 @@ def _tool_rivals(shape: shapes.Linear, x: torch.Tensor) -> common.Variants:
     def layer() -> torch.nn.Linear:
         return torch.nn.Linear(shape.k, shape.n, device=x.device, dtype=x.dtype)
 
-    def by_torchao() -> torch.nn.Module:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        module = torch.nn.Sequential(layer())
-        quantize_(module, Int8DynamicActivationInt8WeightConfig())
-        return torch.compile(module, dynamic=True)
-
-    def by_sdnq() -> torch.nn.Module:
-        from sdnq.quantizer import sdnq_quantize_layer
-
-        return sdnq_quantize_layer(layer(), weights_dtype="int8", use_quantized_matmul=True)[0]
-
     made: dict[str, torch.nn.Module] = {}
 
-    def call(name: str, make: Callable[[], torch.nn.Module]) -> torch.Tensor:
+    def call(name: str) -> torch.Tensor:
         if name not in made:
-            made[name] = make()
+            made[name] = rival_models.TOOLS[name](torch.nn.Sequential(layer()))
         return made[name](x)
 
-    return {"torchao": lambda: call("torchao", by_torchao), "sdnq": lambda: call("sdnq", by_sdnq)}
+    return {name: partial(call, name) for name in rival_models.TOOLS}
 
 
 def _case(shape: shapes.Linear) -> common.Case:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import ldmq_kernels as ldmq
-from benchmarks import common
+from benchmarks import common, rival_models
 from benchmarks.machine import device
 from benchmarks.models import MODELS, TOYS, Model
 from benchmarks.rows import append
@@ -106,7 +107,15 @@ def compiled_forms(float_model: nn.Module, ours: nn.Module, inputs: dict[str, An
         "ldmq_compiled": ours,
         "ldmq_unfused_compiled": unfuse(copy.deepcopy(ours)),
     }
-    return {name: caller(ldmq.capture(_compiled(model)), inputs) for name, model in models.items()}
+    forms = {name: caller(ldmq.capture(_compiled(model)), inputs) for name, model in models.items()}
+    return forms | {f"{tool}_compiled": partial(_by_tool, tool, float_model, inputs, {}) for tool in rival_models.TOOLS}
+
+
+def _by_tool(tool: str, float_model: nn.Module, inputs: dict[str, Any], made: dict[str, Any]) -> Tensor:
+    """A call of the model by another tool, compiled and captured; made in the first call, where it may fail."""
+    if not made:
+        made["call"] = caller(ldmq.capture(_compiled(rival_models.TOOLS[tool](float_model))), inputs)
+    return made["call"]()
 
 
 class _Shell(nn.Module):

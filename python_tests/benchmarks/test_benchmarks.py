@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ceilings, collect, common, host_time, model_gpu, rows, shapes, update_readme
+from benchmarks import ceilings, collect, common, host_time, model_gpu, rival_models, rows, shapes, update_readme
 from benchmarks.models import TOYS
 from ldmq_kernels.ops import SCHEMAS
 
@@ -82,6 +82,17 @@ def test_a_model_is_measured(name: str) -> None:
     assert 0.25 < row["summary"]["weights/w8_share_of_fp16"] < 0.6
     key = name if name == "vae_decoder" else f"unet_{name}"
     assert row["summary"][f"{key}/ms"] == row["ms"]["ldmq_eager"]
+
+
+@pytest.mark.parametrize("tool", rival_models.TOOLS)
+def test_another_tool_quantizes_a_copy(tool: str) -> None:
+    pytest.importorskip(tool)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32)).to(torch.bfloat16)
+    x = torch.randn(40, 64).to(torch.bfloat16)
+    with torch.no_grad():
+        wanted, out = model(x), rival_models.TOOLS[tool](model)(x)
+    assert not torch.equal(out, wanted)
+    assert (out - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
 def test_ceilings_and_host_time_are_measured() -> None:
