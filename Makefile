@@ -42,7 +42,7 @@ wheels: $(VENV)/ready-demo
 	$(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps --only-binary :all: \
 		--python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 		--dest build/wheels --constraint constraints.txt --requirement benchmarks/requirements-gpu.txt
-	git rev-parse HEAD > build/wheels/commit.txt
+	git describe --always --dirty --abbrev=40 --exclude '*' > build/wheels/commit.txt
 
 clean:
 	rm -rf $(VENV) build dist demo_output

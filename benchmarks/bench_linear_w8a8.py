@@ -26,7 +26,7 @@ def _integer_rivals(x_q: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
     row = scale.view(1, -1)
     return {
         "int_mm": lambda: common.compiled(_int_mm)(x_q, weight, x_scale, scale),
-        "scaled_mm_fp8": lambda: torch._scaled_mm(x8, w8, x_scale, row, out_dtype=torch.bfloat16),
+        "scaled_mm_fp8": lambda: torch._scaled_mm(x8, w8, x_scale, row, out_dtype=torch.bfloat16, use_fast_accum=True),
     }
 
 

@@ -1,7 +1,7 @@
 """Make results files of the rows that a GPU machine brought home: python -m benchmarks.collect ROWS.jsonl
 
-Of a shape that was measured several times the last row counts, so tuned tiles replace the first ones. Rows of
-different machines, versions or commits go to different files by their device and date.
+Of a shape that was measured several times the last row counts, so tuned tiles replace the first ones; of a model,
+the last of those with the most forms. Rows of different devices and dates go to different files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def collect(found: Iterable[dict[str, Any]]) -> list[Path]:
         machine = entry["machine"]
         group = groups.setdefault((machine["device"], machine["date"], entry["what"]), {})
         row = entry["row"]
-        group[json.dumps([row.get("op"), row.get("shape"), row.get("name")])] = entry
+        key = json.dumps([row.get("op"), row.get("shape"), row.get("name")])
+        if key not in group or _forms(row) >= _forms(group[key]["row"]):
+            group[key] = entry
     paths = []
     for (_, _, what), entries in groups.items():
         measured = [entry["row"] for entry in entries.values()]
@@ -37,6 +39,11 @@ def collect(found: Iterable[dict[str, Any]]) -> list[Path]:
         record = list(entries.values())[-1]["machine"]
         paths.append(common.write_results(what, measured, summary, record))
     return paths
+
+
+def _forms(row: dict[str, Any]) -> int:
+    """In how many forms a model was measured."""
+    return len(row["ms"]) if isinstance(row.get("ms"), dict) else 0
 
 
 def main() -> None:

@@ -168,7 +168,7 @@ def breakdown(call: Callable[[], Tensor]) -> dict[str, float]:
 
 
 def measure(name: str, model: Model, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:
-    """The model's row: first without what has to be compiled, which takes minutes, and on a GPU again with it."""
+    """The model's row, first without what has to be compiled, then again with each compiled form."""
     on = device()
     torch.backends.cudnn.benchmark = True
     with torch.device("meta"):
@@ -176,20 +176,25 @@ def measure(name: str, model: Model, dtype: torch.dtype, rounds: int) -> Iterato
     float_model = materialize(empty, dtype, on)
     ours = quantized(float_model)
     inputs = model.inputs(on, dtype)
-    calls, notes = plain_forms(float_model, ours, inputs, on.type == "cuda"), {}
-    memory = {form: peak_bytes(calls[form]) for form in ("ldmq_eager", "eager_fp16")}
+    on_gpu = on.type == "cuda"
+    calls, notes = common.working({"ldmq": lambda: None, **plain_forms(float_model, ours, inputs, on_gpu)})
+    del calls["ldmq"]
     row = {
         "op": name,
         "dtype": str(dtype).removeprefix("torch."),
-        "peak_bytes": memory,
+        "peak_bytes": {form: peak_bytes(calls[form]) for form in ("ldmq_eager", "eager_fp16")},
         "weight_bytes": {"ldmq": weight_bytes(ours), "float": weight_bytes(float_model)},
         "weight_share_of_fp16": weight_bytes(ours) / (2 * sum(p.numel() for p in float_model.parameters())),
-        "breakdown_ms": breakdown(calls["ldmq_eager"]) if on.type == "cuda" else None,
+        "breakdown_ms": breakdown(calls["ldmq_eager"]) if on_gpu else None,
     }
-    for more in ({}, compiled_forms(float_model, ours, inputs)) if on.type == "cuda" else ({},):
-        kept, found = common.working({"ldmq": calls["ldmq_eager"], **more})
-        notes |= found
-        calls |= {form: call for form, call in kept.items() if form != "ldmq"}
+    more = compiled_forms(float_model, ours, inputs) if on_gpu else {}
+    for form in (None, *more):
+        if form is not None:
+            kept, found = common.working({"ldmq": lambda: None, form: more[form]})
+            notes |= found
+            if form not in kept:
+                continue
+            calls[form] = kept[form]
         row |= {"ms": common.interleaved_ms(calls, rounds), "notes": notes}
         yield row | {"summary": summary(row)}
 

@@ -3,17 +3,19 @@
     python benchmarks/on_gpu.py --seconds 540                 # a first run
     python benchmarks/on_gpu.py --seconds 540 --resume DIR    # goes on where the run that left DIR stopped
 
-First the truth (the tests that need a GPU), then the machine's ceilings, the ops beside their rivals, the models,
-and tuning, after which ops and models are measured again with the tiles that it found. It runs from a plain copy
-of the tree, without network, git, diffusers or an installed package; `make wheels` leaves what the models need in
-build/wheels. Below $OUT (or beside this file, in results/run) it keeps four files: rows.jsonl, to which every
-result is appended as soon as it is there; log.txt; state.json; and tuned.json. `benchmarks/collect.py` makes
-results files of the rows.
+First whether every tile is exact, then the machine's ceilings and the two main ops beside their rivals, the tests
+that need a GPU, the models, all other tests and ops, and tuning, after which ops and models are measured again with
+the tiles that it found. It runs from a plain copy of the tree, without network, git, diffusers or an installed
+package; `make wheels`, run just before, leaves what the models need in build/wheels, and the commit. Below $OUT (or
+beside this file, in results/run) it keeps four files: rows.jsonl, to which every result is appended as soon as it is
+there; log.txt; state.json; and tuned.json. `benchmarks/collect.py` makes results files of the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -28,7 +30,8 @@ ROOT = Path(__file__).parent.parent
 WHEELS, INSTALLED = ROOT / "build" / "wheels", ROOT / "build" / "gpu-packages"
 FILES = ("rows.jsonl", "log.txt", "state.json", "tuned.json")
 SMALLEST_STAGE = 10.0  # seconds; less than this only starts Python
-PYTEST = ("-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider")
+SHARED = ("-n", "8") if importlib.util.find_spec("xdist") else ()  # most of these tests' time is compilation
+PYTEST = ("-m", "pytest", "-q", "--maxfail=20", "--no-header", "-p", "no:cacheprovider", *SHARED)
 OPS = (
     "linear_w8a8",
     "conv2d_w8a8",
@@ -68,13 +71,13 @@ def _model(name: str, again: str = "") -> Stage:
 AGAIN = ", tuned"
 STAGES = (
     Stage("packages", ("-m", "benchmarks.on_gpu", "--install"), 60),
-    Stage("every tile", (*PYTEST, "python_tests/kernels/test_triton_backend.py", "-k", "tile or split"), 150),
-    Stage("truth on the GPU", (*PYTEST, "python_tests/gpu"), 200),
-    Stage("ops on the GPU", (*PYTEST, "python_tests/kernels", "-k", "triton and not compiles"), 240),
+    Stage("every tile", (*PYTEST, "python_tests/kernels/test_triton_backend.py", "-k", "tile or split"), 120),
     Stage("ceilings", ("-m", "benchmarks.ceilings", "--rows", "{rows}"), 60),
     _op("linear_w8a8", 120),
     _op("conv2d_w8a8", 120),
+    Stage("truth on the GPU", (*PYTEST, "python_tests/gpu"), 200),
     _model("sdxl"),
+    Stage("ops on the GPU", (*PYTEST, "python_tests/kernels", "-k", "triton and not compiles"), 300),
     _model("sd15"),
     *(_op(name) for name in OPS[2:6]),
     Stage("host time", ("-m", "benchmarks.host_time", "--rows", "{rows}"), 60),
@@ -100,7 +103,8 @@ def _environment(out: Path) -> dict[str, str]:
         name = "".join(c if c.isalnum() else "-" for c in named.lower()).strip("-")
         shutil.copy(tuned, cache / f"{name}.json")
     path = os.pathsep.join([str(ROOT), str(INSTALLED), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "LDMQ_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+    caches = {name: str(ROOT / "build" / name.lower()) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+    return os.environ | caches | {"PYTHONPATH": path, "LDMQ_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
 
 
 def _run(stage: Stage, seconds: float, out: Path) -> str:
@@ -147,14 +151,25 @@ def run(stages: tuple[Stage, ...], seconds: float, out: Path) -> dict[str, str]:
     return state
 
 
+def missing_wheels() -> list[str]:
+    """Wheels of what is not installed: the machine's own versions go together, and none is to be hidden."""
+    found = []
+    for path in sorted(WHEELS.glob("*.whl")):
+        try:
+            importlib.metadata.version(path.name.split("-")[0])
+        except importlib.metadata.PackageNotFoundError:
+            found.append(str(path))
+    return found
+
+
 def install() -> None:
-    """Unpack the wheels of build/wheels where a package is missing; pure Python ones need nothing more."""
+    """Unpack the wheels of packages that this machine lacks; they need nothing more."""
+    wheels = missing_wheels()
     if not WHEELS.is_dir():
         print(f"there is no {WHEELS}: `make wheels` on a machine with a network makes it; models are left out")
-        return
-    wheels = [str(path) for path in sorted(WHEELS.glob("*.whl"))]
-    target = ["--no-deps", "--no-index", "--upgrade", "--target", str(INSTALLED)]
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *target, *wheels], check=True)
+    if wheels:
+        target = ["--no-deps", "--no-index", "--upgrade", "--target", str(INSTALLED)]
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *target, *wheels], check=True)
 
 
 def main() -> int:

@@ -46,17 +46,19 @@ class _Replayer:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.forward: Callable[..., Any] = module.forward
         self.gpu = _Gpu(device)
-        self._module = module
-        self._addresses = _addresses(module)
+        self._name = type(module).__name__
+        self._watched = _watched(module)
+        self._addresses = _addresses(self._watched)
         self.graphs: OrderedDict[Any, _Recorded] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _needs_grad((args, kwargs))):
             return self.forward(*args, **kwargs)
-        if _addresses(self._module) != self._addresses:
-            name = type(self._module).__name__
-            raise CaptureError(f"this {name}'s weights were moved or replaced since it was captured: release it first")
+        if _addresses(self._watched) != self._addresses:
+            raise CaptureError(
+                f"this {self._name}'s weights were moved or replaced since it was captured: release it first"
+            )
         device = self.gpu.device
         # buffers made in inference mode could not be written outside of it
         with torch.inference_mode(False), torch.no_grad(), self._lock, self.gpu.in_turn():
@@ -130,10 +132,22 @@ class _Gpu:
         return graph, out
 
 
-def _addresses(module: nn.Module) -> list[int]:
-    """Where a few of a module's tensors are: moving it, or loading another model, changes that."""
-    tensors = list(itertools.islice(itertools.chain(module.buffers(), module.parameters()), WATCHED))
-    return [tensor.data_ptr() for tensor in tensors]
+def _watched(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """A few of a module's tensors, by the dict that holds each and its name there: moving the module replaces them."""
+    places = (
+        (tensors, name)
+        for part in module.modules()
+        for tensors in (part._buffers, part._parameters)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    )
+    return list(itertools.islice(places, WATCHED))
+
+
+def _addresses(places: list[tuple[dict[str, Any], str]]) -> list[int | None]:
+    """Where these tensors are now."""
+    found = (tensors.get(name) for tensors, name in places)
+    return [None if tensor is None else tensor.data_ptr() for tensor in found]
 
 
 def _needs_grad(tree: Any) -> bool:

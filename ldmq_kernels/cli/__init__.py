@@ -186,7 +186,10 @@ def bench(
         float | None, typer.Option(help="With --tune: stop after so many; the next run goes on.")
     ] = None,
 ) -> None:
-    """Time quantized layers of common shapes on this machine against float ones, or tune the kernels for its GPU."""
+    """Time quantized layers of common shapes on this machine against float ones, or tune the kernels for its GPU.
+
+    With --tune it exits with 3 where --seconds left shapes for another run.
+    """
     if not tune:
         if out is not None or seconds is not None:
             raise typer.BadParameter("--out and --seconds belong to --tune")
@@ -198,7 +201,10 @@ def bench(
 
     from ldmq_kernels.tuning import tune as tune_tiles
 
-    print(tune_tiles(torch.device("cuda" if torch.cuda.is_available() else "cpu"), out, seconds=seconds))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path, left = tune_tiles(device, out, seconds=seconds)
+    print(f"{path}: {f'{left} shapes are left, run it again to go on' if left else 'all shapes are measured'}")
+    raise typer.Exit(3 if left else 0)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import datetime
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def tune(
     models: tuple[str, ...] = MODELS,
     timer: Timer = one_call_ms,
     show: bool = True,
-) -> Path:
+) -> tuple[Path, int]:
     """Measure, and write the fastest tiles for this kind of GPU.
 
     Args:
@@ -56,7 +56,7 @@ def tune(
         show: a progress bar.
 
     Returns:
-        The file's path.
+        The file's path, and how many shapes are left for another run.
 
     Raises:
         TuningError: there is no such GPU, or the file is damaged or was measured on another one.
@@ -77,12 +77,14 @@ def tune(
         key = f"{call.op} {call.shape}"
         if key in found["seen"]:
             continue
-        _measure(call, device, timer, found)
-        found["seen"].append(key)
-        head = {**found, "tiles": None, "date": datetime.date.today().isoformat(), "torch": torch.__version__}
-        write_whole(path, configurations.as_file(found["tiles"], head))
+        try:
+            _measure(call, device, timer, found)
+            found["seen"].append(key)
+        finally:
+            head = {**found, "tiles": None, "date": datetime.date.today().isoformat(), "torch": torch.__version__}
+            write_whole(path, configurations.as_file(found["tiles"], head))
     configurations.forget_measured()
-    return path
+    return path, len({f"{call.op} {call.shape}" for call in todo} - set(found["seen"]))
 
 
 def _earlier(path: Path, name: str) -> dict[str, Any]:
@@ -118,25 +120,45 @@ def _measure(call: Call, device: torch.device, timer: Timer, found: dict[str, An
             key = f"{table} {problem}"
             if key in found["tiles"]:
                 continue
-            times: dict[Any, list[float]] = {}
-            for tile in _shortlist(table, problem, device):
-                try:
-                    with configurations.forced(tile):
-                        run()
-                    times[tile] = []
-                except Exception as error:  # a tile that this GPU cannot launch is no reason to stop
-                    found["refused"].setdefault(key, []).append(
-                        [asdict(tile), f"{type(error).__name__}: {error}"[:300]]
-                    )
+            refused = found["refused"].setdefault(key, [])
+            times: dict[Any, list[float]] = {
+                tile: [] for tile in _launchable(run, _shortlist(table, problem, device), refused, device, key)
+            }
             for _ in range(ROUNDS):
                 for tile, taken in times.items():
                     with configurations.forced(tile):
                         taken.append(timer(run, device))
+            if not refused:
+                del found["refused"][key]
             if times:
-                best = min(times, key=lambda tile: statistics.median(times[tile]))
-                first = next(iter(times))
-                found["tiles"][key] = best
-                found["milliseconds"][key] = [statistics.median(times[best]), statistics.median(times[first])]
+                medians = {tile: statistics.median(taken) for tile, taken in times.items()}
+                best, first = min(medians, key=lambda tile: medians[tile]), next(iter(medians))
+                found["tiles"][key], found["milliseconds"][key] = best, [medians[best], medians[first]]
+
+
+def _launchable(
+    run: Callable[[], Any], tiles: list[Any], refused: list[list[Any]], device: torch.device, key: str
+) -> Iterator[Any]:
+    """The tiles that launch; the others go to `refused`, each with the reason, and are not tried again."""
+    from ldmq_kernels.kernels.triton import configurations
+
+    for tile in tiles:
+        if any(fields == asdict(tile) for fields, _ in refused):
+            continue
+        try:
+            with configurations.forced(tile):
+                run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as error:  # a tile that this GPU cannot launch is no reason to stop
+            refused.append([asdict(tile), f"{type(error).__name__}: {error}"[:300]])
+            if "CUDA error" in str(error):
+                raise TuningError(
+                    f"{key} with {tile} ended in a {error}: nothing more can run in this process; the tile is noted, "
+                    "run `ldmq bench --tune` again to go on without it"
+                ) from error
+            continue
+        yield tile
 
 
 def _shortlist(table: str, problem: Any, device: torch.device) -> list[Any]:

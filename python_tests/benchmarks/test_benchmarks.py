@@ -110,7 +110,8 @@ def test_rows_become_results_and_the_last_one_of_a_shape_counts(
         shape = {"N": 2, "C": 320, "H": 64, "W": 64, "K": 320, "kernel": 3}
         row = {"op": "conv2d_w8a8", "shape": shape, "count": 7, "ms": ms, "tops": 1.0, "rivals": rival}
         rows.append(path, "conv2d_w8a8", row)
-    rows.append(path, "model_sdxl", {"op": "sdxl", "summary": {"unet_sdxl/ms": 14.0}})
+    for forms, best in (({"ldmq_eager": 15.0, "compiled_fp16": 20.0}, 14.0), ({"ldmq_eager": 13.0}, 13.0)):
+        rows.append(path, "model_sdxl", {"op": "sdxl", "ms": forms, "summary": {"unet_sdxl/ms": best}})
     written = {p.stem.split("-", 3)[-1]: json.loads(p.read_text()) for p in collect.collect(rows.read(path))}
     assert set(written) == {"conv2d_w8a8", "model_sdxl"}
     assert [row["ms"] for row in written["conv2d_w8a8"]["rows"]] == [2.0]

@@ -78,6 +78,13 @@ def test_tuned_tiles_are_put_where_the_ops_look_for_them(tmp_path: Path) -> None
     assert (Path(environment["LDMQ_CACHE"]) / name).exists()
 
 
+def test_only_wheels_of_what_is_missing_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu, "WHEELS", tmp_path)
+    for name in ("torch-1.0-py3-none-any.whl", "no_such_package-1.0-py3-none-any.whl", "markdown_it_py-1-py3-none.whl"):
+        (tmp_path / name).touch()
+    assert on_gpu.missing_wheels() == [str(tmp_path / "no_such_package-1.0-py3-none-any.whl")]
+
+
 def test_every_stage_names_something_that_is_there() -> None:
     root = Path(on_gpu.__file__).parent.parent
     for stage in on_gpu.STAGES:

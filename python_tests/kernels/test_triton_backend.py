@@ -141,7 +141,7 @@ def test_without_tma_everything_is_read_by_pointers(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(configurations, "gpu_of", lambda _: configurations.Gpu("", 80, 108))
     monkeypatch.setattr(launch, "TensorDescriptor", None)
     monkeypatch.setattr(convolution, "TensorDescriptor", None)
-    backend = Backend("triton", torch.device("cpu"))
+    backend = Backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     x, weight = random_int8(70, 96), random_int8(40, 96)
     out = backend.call("linear_w8a8", x, ONE, weight, torch.ones(40), None, None, torch.float32)
     assert torch.equal(out.long(), exact_linear(x, weight))

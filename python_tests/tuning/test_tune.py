@@ -49,7 +49,8 @@ def test_the_fastest_tile_is_written_and_then_chosen() -> None:
     from ldmq_kernels.kernels.triton import configurations
     from ldmq_kernels.kernels.triton.configurations import Problem
 
-    path = tune(CPU, timer=prefers(64), names=("linear_w8a8", "conv2d_w8a8"), show=False)
+    path, left = tune(CPU, timer=prefers(64), names=("linear_w8a8", "conv2d_w8a8"), show=False)
+    assert left == 0
     found = json.loads(path.read_text())
     assert set(found["tiles"]) == {
         "linear_w8a8 70x40x64",
@@ -67,7 +68,7 @@ def test_the_fastest_tile_is_written_and_then_chosen() -> None:
 
 @pytest.mark.parametrize("op", tuner_calls.OPS)
 def test_every_op_can_be_tuned(op: str, tmp_path: Path) -> None:
-    path = tune(CPU, tmp_path / "tiles.json", timer=lambda *_: 1.0, names=(op,), show=False)
+    path, _ = tune(CPU, tmp_path / "tiles.json", timer=lambda *_: 1.0, names=(op,), show=False)
     found = json.loads(path.read_text())
     assert len(found["tiles"]) == 2
     assert not found["refused"]
@@ -93,7 +94,8 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path) -> None:
 
 
 def test_no_time_measures_nothing_more(tmp_path: Path) -> None:
-    tune(CPU, tmp_path / "tiles.json", seconds=-1.0, timer=lambda *_: 1.0, show=False)
+    _, left = tune(CPU, tmp_path / "tiles.json", seconds=-1.0, timer=lambda *_: 1.0, show=False, names=("linear_w8a8",))
+    assert left == 2
     assert not (tmp_path / "tiles.json").exists()
 
 
@@ -111,10 +113,32 @@ def test_a_tile_that_does_not_launch_is_noted_and_skipped(tmp_path: Path, monkey
         return real(base, shape, strides, block)
 
     monkeypatch.setattr(launch, "TensorDescriptor", small_only)
-    path = tune(CPU, tmp_path / "tiles.json", timer=lambda *_: 1.0, names=("linear_w8a8",), show=False)
+    path, _ = tune(CPU, tmp_path / "tiles.json", timer=lambda *_: 1.0, names=("linear_w8a8",), show=False)
     found = json.loads(path.read_text())
     assert all(tile["rows"] <= 64 and tile["columns"] <= 64 for tile in found["tiles"].values())
     assert "out of resource" in json.dumps(found["refused"])
+
+
+def test_a_tile_that_kills_the_device_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldmq_kernels.kernels.triton import launch
+
+    path, real = tmp_path / "tiles.json", launch.TensorDescriptor
+
+    def deadly(base: Any, shape: Any, strides: Any, block: list[int]) -> Any:
+        if block[0] == 128:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(base, shape, strides, block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "TensorDescriptor", deadly)
+        with pytest.raises(TuningError, match="run `ldmq bench --tune` again"):
+            tune(CPU, path, timer=lambda *_: 1.0, names=("linear_w8a8",), show=False)
+    (refused,) = json.loads(path.read_text())["refused"].values()
+    assert len(refused) == 1
+    tune(CPU, path, timer=lambda *_: 1.0, names=("linear_w8a8",), show=False)
+    found = json.loads(path.read_text())
+    assert refused[0][0] not in found["tiles"].values()
+    assert len(found["tiles"]) == 2
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"gpu": "no GPU", "tiles": {"a": 1}}'])
