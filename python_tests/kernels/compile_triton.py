@@ -133,7 +133,7 @@ def compile_call(op: str, case: str, arguments: tuple, tile: Tile | None, capabi
         code = source(kernel, values, keywords)
         compiled = triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options)
         blocks = "x".join(str(keywords[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in keywords)
-        blocks += "+32" if keywords.get("EXTRA_N") else ""
+        blocks += "+32" * bool(keywords.get("EXTRA_N")) + " T" * bool(keywords.get("TRANSPOSED"))
         identity = {"op": op, "case": case, "kernel": kernel.__name__, "capability": capability, "tile": blocks}
         rows.append(identity | inspect(compiled))
 

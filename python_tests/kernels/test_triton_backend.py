@@ -69,7 +69,7 @@ def tile_id(value: object) -> str:
     if not isinstance(value, Tile):
         return str(value)
     words = f"{value.rows}x{value.columns}x{value.depth}w{value.warps}s{value.stages}"
-    return words + "p" * value.persistent + f"-{value.splits}" * (value.splits > 1)
+    return words + "p" * value.persistent + "t" * value.transposed + f"-{value.splits}" * (value.splits > 1)
 
 
 @needs_triton

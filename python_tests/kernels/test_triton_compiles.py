@@ -106,8 +106,17 @@ def test_int8_operands_go_from_shared_memory_to_the_tensor_cores(report: list[di
     assert names([row for row in rows if set(row["loop"]) != {"IGMMA", "UTMALDG"}]) == []
 
 
+def test_transposed_windows_go_from_shared_memory_to_the_tensor_cores(tiles: list[dict[str, Any]]) -> None:
+    """On sm_90; a persistent one has the epilogue in its loop."""
+    rows = [row for row in products(tiles, "conv2d_w8a8") if row["tile"].endswith("T") and row["capability"] == 90]
+    plain = [row for row in rows if "STS" not in row["loop"]]
+    assert len(plain) >= 8
+    assert len(rows) - len(plain) <= 5
+    assert names([row for row in plain if set(row["loop"]) != {"IGMMA", "UTMALDG"}]) == []
+
+
 def test_no_operand_makes_a_round_trip_through_shared_memory(report: list[dict[str, Any]]) -> None:
-    """On sm_90 convolutions load windows into registers, and unpacked weights stay there: nothing is stored."""
+    """On sm_90 windows on the left are loaded into registers, as are weights to be unpacked: nothing is stored."""
     ops = ("conv2d_w8a8", "linear_w4a8", "conv2d_w4a8", "linear_w8a16", "linear_w4a16", "conv2d_w8a16")
     rows = [row for op in ops for row in products(report, op) if row["capability"] == 90]
     rows = [row for row in rows if row["case"] not in BY_POINTERS]

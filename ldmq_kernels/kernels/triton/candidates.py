@@ -18,6 +18,8 @@ class Tile:
     warps, stages: as Triton's num_warps and num_stages.
     splits: programs that share the depth of one part of the output; `splittable` tiles may have several.
     persistent: whether a program goes on with further parts of the output.
+    transposed: whether a convolution's weight is the left operand, which comes straight from shared memory, while
+        a window, being reshaped, does so only as the right one; columns are then multiples of 64.
     """
 
     rows: int
@@ -29,6 +31,7 @@ class Tile:
     splits: int = 1
     splittable: bool = False
     persistent: bool = False
+    transposed: bool = False
 
     @property
     def extra_columns(self) -> int:
@@ -122,6 +125,20 @@ _HALF = (
     Tile(64, 128, 64, 8, 3, share=0.65),
     Tile(128, 128, 64, 8, 3, share=0.9),
 )
+# windows on sm_90: transposed but for widths that only 160 divides, and for few channels
+_INT8_WINDOWS = (
+    Tile(64, 16, 128, 4, 4, share=0.25, splittable=True),
+    Tile(128, 16, 128, 8, 4, share=0.3),
+    Tile(64, 64, 128, 4, 4, share=0.4, splittable=True, transposed=True),
+    Tile(128, 64, 128, 4, 4, share=0.65, splittable=True, transposed=True),
+    Tile(128, 128, 128, 8, 4, share=0.95, splittable=True, transposed=True),
+    Tile(128, 128, 64, 8, 4, share=0.88, transposed=True),
+    Tile(256, 64, 128, 8, 4, share=0.8, transposed=True),
+    Tile(256, 64, 64, 8, 4, share=0.75, transposed=True),
+    Tile(256, 128, 128, 8, 3, share=1.0, transposed=True),
+    Tile(128, 160, 128, 8, 4, share=0.85, splittable=True),
+    Tile(128, 160, 64, 8, 4, share=0.8),
+)
 _INT8_CONVOLUTION = (
     Tile(16, 64, 64, 4, 4, share=0.1, splittable=True),
     Tile(64, 16, 64, 4, 4, share=0.12, splittable=True),
@@ -177,7 +194,11 @@ CANDIDATES: dict[str, Table] = {
     "linear_w8a16 float32": _everywhere(_FLOAT32),
     "linear_w4a16": _everywhere(_HALF),
     "linear_w4a16 float32": _everywhere(_FLOAT32),
-    "conv2d_w8a8": _windows(_INT8),
+    "conv2d_w8a8": {
+        "86": tuple(tile for tile in _INT8_SHALLOW if tile.rows >= 64),
+        "90": _with_persistent(_INT8_WINDOWS),
+        "100": tuple(tile for tile in _INT8["100"] if tile.rows >= 64),  # there transposed ones spill
+    },
     "conv2d_w8a8 pointers": _everywhere(_INT8_CONVOLUTION),
     "conv2d_w4a8": _windows(_everywhere(_INT4)),
     "conv2d_w4a8 pointers": _everywhere(_INT8_CONVOLUTION),

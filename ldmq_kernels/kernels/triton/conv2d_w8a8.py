@@ -1,7 +1,8 @@
 """out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_vector + residual, in exact int32.
 
-Windows of x and blocks of the weight reach the tensor cores straight from shared memory; 160 columns are two
-accumulators, as in linear_w8a8. See `convolution` for the windows.
+As the left operand a window of x goes through registers, since it is reshaped; transposed, with the weight on the
+left, both operands reach the tensor cores straight from shared memory. 160 columns are two accumulators, as in
+linear_w8a8. See `convolution` for the windows.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program
 def _conv2d_w8a8(
     x: tl.tensor,  # descriptor of (N, H, W, C) int8
     x_scale_ptr: tl.tensor,  # (1,) or (N,) float32
-    weight: tl.tensor,  # descriptor of (K, R * S, C) int8
+    weight: tl.tensor,  # descriptor of (K, R * S, C) int8, or of (K, R * S * C) if TRANSPOSED
     extra_weight: tl.tensor,  # the same with blocks of EXTRA_N rows, or None
     weight_scale_ptr: tl.tensor,  # (K,) float32
     bias_ptr: tl.tensor,  # (K,) floating, or None
@@ -60,6 +61,7 @@ def _conv2d_w8a8(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ) -> None:
     BLOCK_S: tl.constexpr = BLOCK_M // (BLOCK_H * BLOCK_W)
     tile_columns = tl.cdiv(out_channels, BLOCK_N + EXTRA_N)
@@ -71,7 +73,7 @@ def _conv2d_w8a8(
         tile_row, tile_column = tile_of_program(tile, windows, tile_columns)
         n, h, w, parity = window_of_tile(tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W)
         first_column = tile_column * (BLOCK_N + EXTRA_N)
-        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        accumulator = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.int32)
         if EXTRA_N > 0:
             extra = tl.zeros((BLOCK_M, EXTRA_N), tl.int32)
         for step in range(start, stop):
@@ -95,8 +97,12 @@ def _conv2d_w8a8(
                 BLOCK_M,
                 BLOCK_K,
             )
-            block = tl.reshape(weight.load([first_column, tap, c]), (BLOCK_N, BLOCK_K))
-            accumulator = tl.dot(x_block, block.T, accumulator, out_dtype=tl.int32)
+            if TRANSPOSED:
+                block = weight.load([first_column, tap * channels + c])
+                accumulator = tl.dot(block, x_block.T, accumulator, out_dtype=tl.int32)
+            else:
+                block = tl.reshape(weight.load([first_column, tap, c]), (BLOCK_N, BLOCK_K))
+                accumulator = tl.dot(x_block, block.T, accumulator, out_dtype=tl.int32)
             if EXTRA_N > 0:
                 block = tl.reshape(extra_weight.load([first_column + BLOCK_N, tap, c]), (EXTRA_N, BLOCK_K))
                 extra = tl.dot(x_block, block.T, extra, out_dtype=tl.int32)
@@ -106,7 +112,7 @@ def _conv2d_w8a8(
         terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, vector_ptr, residual_ptr)
         rows = samples * out_height * out_width
         store_tile(
-            accumulator,
+            tl.trans(accumulator) if TRANSPOSED else accumulator,
             terms,
             out_ptr,
             rows,
@@ -194,11 +200,12 @@ def _convolve_by_windows(
     conv: Convolution, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor
 ) -> None:
     window = conv.window(tile.rows)
+    flat = conv.flat_weight_descriptor(weight, tile.columns, tile.depth) if tile.transposed else None
     target = partial_sums(out, tile, conv.rows, conv.out_channels)
     _conv2d_w8a8[grid(tile, conv.windows(window), conv.out_channels, x.device)](
         conv.window_descriptor(x, window, tile.depth),
         epilogue.x_scale,
-        conv.weight_descriptor(weight, tile.main_columns, tile.depth),
+        flat or conv.weight_descriptor(weight, tile.main_columns, tile.depth),
         conv.weight_descriptor(weight, tile.extra_columns, tile.depth),
         *epilogue[1:],
         target,
@@ -209,5 +216,6 @@ def _convolve_by_windows(
         **tile.options_with_extra(),
         SPLITS=tile.splits,
         PERSISTENT=tile.persistent,
+        TRANSPOSED=flat is not None,
     )
     epilogue.finish(target, out, conv.rows, conv.out_channels, conv.out_size[0] * conv.out_size[1])

@@ -158,6 +158,17 @@ class Convolution:
         taps = weight.view(weight.shape[0], -1, weight.shape[-1])
         return TensorDescriptor(taps, list(taps.shape), list(taps.stride()), [rows, 1, depth])
 
+    def flat_weight_descriptor(self, weight: Tensor, rows: int, depth: int) -> TensorDescriptor | None:
+        """Loads (rows, depth) from a weight (K, R * S * C), or None where a block could meet nonzero input.
+
+        A block that goes beyond a tap's channels has the next tap's weights, where the window's channels are
+        zero; with stride 2 they are another pixel's.
+        """
+        if self.stride != (1, 1) and self.channels % depth:
+            return None
+        flat = weight.view(weight.shape[0], -1)
+        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, depth])
+
     @property
     def problem(self) -> Problem:
         """What the choice of a tile depends on."""

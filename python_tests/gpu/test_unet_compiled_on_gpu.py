@@ -1,0 +1,23 @@
+"""A quantized UNet in fused blocks is one graph for torch.compile on a device, alone and as its repeated blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from ldmq_kernels.numerics.sqnr import sqnr_db
+from python_tests.gpu.unets import inputs, on_device, output
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+NEAR = 35.0  # dB: a compiler keeps float32 between operations, which turns over ties of int8
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "mixed"])
+def test_a_fused_unet_compiles_without_graph_break(scheme: str, device: torch.device) -> None:
+    unet, given = on_device(scheme, device, torch.float16), inputs(device, torch.float16)
+    wanted = output(unet, given)
+    torch._dynamo.reset()
+    out = output(torch.compile(unet, fullgraph=True), given)
+    assert float(sqnr_db(wanted, out)) > NEAR

@@ -1,0 +1,42 @@
+"""Small quantized UNets on a device, and calls of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmq_kernels.conversion import convert
+from ldmq_kernels.planning.plan import Plan, model_record, quantizable_layers
+from python_tests.tiny import TEXT_WIDTH, TOKENS, mixed_plan, tiny_unet
+
+SCHEMES = ("w8a8-dynamic", "w8a8-static", "w4a8-dynamic", "mixed")
+
+
+def on_device(scheme: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A UNet of one scheme, or of all in turn, converted on the CPU and moved."""
+    unet = tiny_unet()
+    plan = mixed_plan(unet) if scheme == "mixed" else Plan(model_record(unet), [{"pattern": "*", "scheme": scheme}])
+    if scheme.endswith("static"):
+        plan.input_scales.update(dict.fromkeys(quantizable_layers(unet), 0.03))
+    convert(unet, plan)
+    return unet.to(device=device, dtype=dtype)
+
+
+def inputs(
+    device: torch.device, dtype: torch.dtype, batch: int = 2, size: int = 8, timestep: int = 321
+) -> dict[str, Any]:
+    """Arguments of a call, on the device."""
+    generator = torch.Generator().manual_seed(timestep)
+    return {
+        "sample": torch.randn(batch, 4, size, size, generator=generator).to(device, dtype),
+        "timestep": torch.tensor(timestep, device=device),
+        "encoder_hidden_states": torch.randn(batch, TOKENS, TEXT_WIDTH, generator=generator).to(device, dtype),
+    }
+
+
+def output(unet: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """The UNet's output for these arguments, without gradients."""
+    with torch.no_grad():
+        return unet(**arguments, return_dict=False)[0]
