@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -17,3 +19,10 @@ def device() -> torch.device:
     if not triton_backend.serves(device):
         pytest.skip(f"the Triton backend does not serve {torch.cuda.get_device_name(device)}")
     return device
+
+
+@pytest.fixture
+def without_cudnn() -> Iterator[None]:
+    """Float convolutions as plain matrix products: cuDNN may choose TF32 or a transform."""
+    with torch.backends.cudnn.flags(enabled=False):
+        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from ldmq_kernels.numerics.packing import unpack_int4
 from python_tests.gpu.calls import CALLS, EXACT, SAME, Call, conv2d, linear, norm, producer, product
 from python_tests.kernels.operands import DTYPES, assert_rounded_once
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("without_cudnn")]
 CHANNELS = (20, 320, 960, 2560)
 PIXELS = {17: (1, 17), 63: (7, 9), 4097: (17, 241)}  # by number of rows
 DTYPE = dict(zip(PIXELS, DTYPES, strict=True))  # also by number of rows
@@ -25,11 +24,9 @@ FLIPPED = 0.01  # the largest share of values near a tie
 
 
 @pytest.fixture(autouse=True)
-def exact_reference() -> Iterator[None]:
-    """Convolutions of the reference as matrix products in float64: cuDNN may choose TF32 or a transform."""
+def seeded() -> None:
+    """The same operands in every run."""
     torch.manual_seed(0)
-    with torch.backends.cudnn.flags(enabled=False):
-        yield
 
 
 def by(backend: str, call: Call) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.conversion import convert
+from ldmq_kernels.integrations.diffusers.fused import PLAIN
 from ldmq_kernels.planning.plan import Plan, model_record, quantizable_layers
 from python_tests.tiny import TEXT_WIDTH, TOKENS, mixed_plan, tiny_unet
 
@@ -40,3 +41,24 @@ def output(unet: nn.Module, arguments: dict[str, Any]) -> Tensor:
     """The UNet's output for these arguments, without gradients."""
     with torch.no_grad():
         return unet(**arguments, return_dict=False)[0]
+
+
+def first(out: Any) -> Tensor:
+    """What a block returns, or the first of it."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def calls_of_blocks(unet: nn.Module, arguments: dict[str, Any]) -> list[tuple[str, nn.Module, tuple, dict[str, Any]]]:
+    """The name, the block and the arguments of each call of a fused block while the UNet runs."""
+    calls: list[tuple[str, nn.Module, tuple, dict[str, Any]]] = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda block, args, kwargs, name=name: calls.append((name, block, args, kwargs)), with_kwargs=True
+        )
+        for name, module in unet.named_modules()
+        if type(module) in PLAIN
+    ]
+    output(unet, arguments)
+    for hook in hooks:
+        hook.remove()
+    return calls
