@@ -179,6 +179,9 @@ def measure(name: str, model: Model, dtype: torch.dtype, rounds: int) -> Iterato
     on_gpu = on.type == "cuda"
     calls, notes = common.working({"ldmq": lambda: None, **plain_forms(float_model, ours, inputs, on_gpu)})
     del calls["ldmq"]
+    missing = {"ldmq_eager", "eager_fp16"} - set(calls)
+    if missing:
+        raise RuntimeError(f"{name} does not run: {notes}")
     row = {
         "op": name,
         "dtype": str(dtype).removeprefix("torch."),

@@ -132,7 +132,8 @@ def run(stages: tuple[Stage, ...], seconds: float, out: Path) -> dict[str, str]:
     out.mkdir(parents=True, exist_ok=True)
     state_file = out / "state.json"
     state: dict[str, str] = json.loads(state_file.read_text()) if state_file.exists() else {}
-    for stage in stages:
+    # what has never been started comes before what was cut short or failed
+    for stage in sorted(stages, key=lambda stage: stage.name != "packages" and stage.name in state):
         if state.get(stage.name) == "passed" and stage.name != "packages":
             print(f"{stage.name}: passed before")
             continue

@@ -12,7 +12,8 @@ def by_torchao(model: nn.Module) -> nn.Module:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     twin = copy.deepcopy(model)
-    quantize_(twin, Int8DynamicActivationInt8WeightConfig())
+    # or it changes Inductor's settings for the whole process, other rivals included
+    quantize_(twin, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
     return twin
 
 

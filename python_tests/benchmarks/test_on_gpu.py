@@ -57,6 +57,14 @@ def test_a_later_run_repeats_only_what_has_not_passed(tmp_path: Path) -> None:
     assert (out / "rows.jsonl").read_text() == "12"
 
 
+def test_what_was_never_started_comes_before_what_was_cut_short(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run((Stage("first", ("-c", "import time; time.sleep(60)"), 1.0),), 120, out)
+    again = Stage("first", ("-c", ADD, "{rows}", "1"), 60), Stage("second", ("-c", ADD, "{rows}", "2"), 60)
+    run(again, 120, out)
+    assert (out / "rows.jsonl").read_text() == "21"
+
+
 def test_an_earlier_runs_folder_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     earlier, out = tmp_path / "earlier", tmp_path / "out"
     monkeypatch.setattr(on_gpu, "STAGES", (Stage("first", ("-c", ADD, "{rows}", "1"), 60),))
