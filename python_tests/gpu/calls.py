@@ -187,6 +187,7 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, int, int, int], int, tuple[Any, ...], T
     "conv2d_w8a8 upsampled": ((2, 320, 16, 16), 320, UPSAMPLED, None),
     "conv2d_w8a8 8x8": ((2, 640, 8, 8), 320, SAME, Tile(64, 64, 128, 4, 4, splits=4)),
     "conv2d_w8a8 persistent": (PICTURE, 320, SAME, Tile(128, 160, 128, 8, 4, persistent=True)),
+    "conv2d_w8a8 transposed": (PICTURE, 320, SAME, Tile(128, 128, 128, 8, 4, transposed=True)),
     "conv2d_w8a8 odd extent": ((2, 320, 15, 17), 320, STRIDED, None),
     "conv2d_w8a8 4 channels": ((2, 4, 32, 32), 320, SAME, None),
     "conv2d_w8a8 groups": ((2, 128, 16, 16), 192, GROUPED, None),

@@ -33,9 +33,9 @@ def test_every_fused_block_computes_what_the_plain_one_and_the_reference_do(
     calls = calls_of_blocks(unet, inputs(device, dtype, size=16))
     assert {type(block) for _, block, *_ in calls} == set(PLAIN)
     for name, block, args, kwargs in calls:
-        with dispatch.use_backend("triton"):
+        with dispatch.use_backend("triton"), torch.no_grad():
             out, unfused = (first(module(*args, **kwargs)) for module in (block, plain.get_submodule(name)))
-        with dispatch.use_backend("reference"):
+        with dispatch.use_backend("reference"), torch.no_grad():
             wanted = first(block(*args, **kwargs))
         assert float(sqnr_db(wanted, out)) > SAME_FORM, name
         assert float(sqnr_db(unfused, out)) > OTHER_FORM[dtype], name
