@@ -13,8 +13,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import Extension, build_meta
 from setuptools.command.build_ext import build_ext
@@ -27,10 +29,12 @@ build_editable = build_meta.build_editable
 build_sdist = build_meta.build_sdist
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("quantize.cu",)
 LIBRARY = "ldmq_kernels"
 MODULE = "ldmq_kernels.kernels.cuda._binding"
 LOWEST_ARCHITECTURE = 80
+HOPPER = "90a"  # 90 means this everywhere: wgmma and TMA are there
+SERIALIZED = re.compile(r"C7510|wgmma\.mma_async instructions are serialized")  # each reason has its own number
+REMARK = re.compile(r"warning|\(C\d+\)")
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute of the driver's API
 
 
@@ -55,22 +59,20 @@ def visible_architectures() -> list[str]:
 
 
 def requested_architectures() -> list[str]:
-    """What to compile for: LDMQ_CUDA_ARCHS where it is set, or else the visible GPUs.
+    """What to compile for: LDMQ_CUDA_ARCHS where it is set, or else the visible GPUs; 90 stands as "90a".
 
     Raises:
-        ValueError: LDMQ_CUDA_ARCHS does not read as "80;90" or "80;90a".
+        ValueError: LDMQ_CUDA_ARCHS does not read as "80;90".
     """
     asked = os.environ.get("LDMQ_CUDA_ARCHS", "")
-    if not asked:
-        return visible_architectures()
-    names = [name for name in re.split(r"[;,\s]+", asked) if name]
+    names = [name for name in re.split(r"[;,\s]+", asked) if name] if asked else visible_architectures()
     for name in names:
         if not re.fullmatch(r"\d{2,3}a?", name) or int(name.rstrip("a")) < LOWEST_ARCHITECTURE:
             raise ValueError(
                 f"LDMQ_CUDA_ARCHS is {asked!r}: {name!r} is not an architecture of {LOWEST_ARCHITECTURE} or newer. "
                 'Write it as "80;90".'
             )
-    return names
+    return list(dict.fromkeys(HOPPER if name == "90" else name for name in names))
 
 
 def find_nvcc() -> str | None:
@@ -95,24 +97,160 @@ def cuda_architectures() -> list[str]:
     return architectures
 
 
-def library_command(nvcc: str, architectures: list[str], output: Path) -> list[str]:
-    """The nvcc call that makes the C library: machine code for each architecture, and PTX of the lowest for others."""
-    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
-    lowest = min(int(name.rstrip("a")) for name in architectures)
+def library_sources(architectures: list[str]) -> list[Path]:
+    """The files of the library: sm90_*.cu, with Hopper's own instructions, are left out where 90 is not asked for."""
+    sources = sorted((ROOT / "csrc").glob("*.cu"))
+    return [source for source in sources if not hopper_only(source) or HOPPER in architectures]
+
+
+def hopper_only(source: Path) -> bool:
+    """Whether the name of the file says that only Hopper runs it."""
+    return source.name.startswith("sm90_")
+
+
+def generated_code(source: Path, architectures: list[str]) -> list[str]:
+    """nvcc's flags: machine code for each architecture, and PTX for newer GPUs, of the lowest whose PTX they take."""
+    chosen = [HOPPER] if hopper_only(source) else architectures
+    portable = [name for name in chosen if name.isdigit()]
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in chosen]
+    if portable:
+        lowest = min(portable, key=int)
+        codes.append(f"-gencode=arch=compute_{lowest},code=compute_{lowest}")
+    return codes
+
+
+def object_command(nvcc: str, source: Path, architectures: list[str], output: Path) -> list[str]:
+    """The nvcc call that compiles one file of the library."""
+    with_hopper = any(hopper_only(other) for other in library_sources(architectures))
     return [
         nvcc,
         "-std=c++17",
         "-O3",
         "-DNDEBUG",
         "-Xcompiler=-fPIC",
+        "-Xptxas=-v",
+        f"-I{ROOT / 'csrc/ptx'}",
         f'-DLDMQ_ARCHITECTURES="{";".join(architectures)}"',
-        *codes,
-        f"-gencode=arch=compute_{lowest},code=compute_{lowest}",
-        "-shared",
-        *(str(ROOT / "csrc" / name) for name in SOURCES),
+        f"-DLDMQ_HAS_SM90={int(with_hopper)}",
+        *generated_code(source, architectures),
+        "-c",
+        str(source),
         "-o",
         str(output),
     ]
+
+
+def readable_names(log: str) -> str:
+    """The log with C++ names in place of the linker's, where a tool is there that knows them."""
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None:
+        return log
+    return subprocess.run([tool, "-p"], input=log, capture_output=True, text=True, check=True).stdout
+
+
+class KernelUse(NamedTuple):
+    """What ptxas says of one kernel on one architecture; memory in bytes, that of shared memory without dynamic."""
+
+    architecture: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    kernel: str
+
+
+def kernel_rows(log: str) -> list[KernelUse]:
+    """The kernels of a log of `ptxas -v`, and the functions that they call, whose registers are in the kernel's."""
+    rows: list[KernelUse] = []
+    architecture = ""
+    for line in log.splitlines():
+        if compiled := re.search(r"Compiling entry function '.*' for 'sm_(\w+)'", line):
+            architecture = compiled[1]
+        elif function := re.search(r"Function properties for (.+)", line):
+            rows.append(KernelUse(architecture, 0, 0, 0, 0, 0, function[1]))
+        elif memory := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            stack, stores, loads = map(int, memory.groups())
+            rows[-1] = rows[-1]._replace(stack=stack, spill_stores=stores, spill_loads=loads)
+        elif used := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            rows[-1] = rows[-1]._replace(registers=int(used[1]), shared=int(shared[1]) if shared else 0)
+    return rows
+
+
+def gate(source: str, log: str) -> None:
+    """Refuse kernels that ptxas compiled to something slow.
+
+    Raises:
+        RuntimeError: a kernel keeps registers in memory, or its matrix products run one after another.
+    """
+    spilled = [
+        f"{row.kernel} (sm_{row.architecture}): spill stores {row.spill_stores} bytes, loads {row.spill_loads} bytes"
+        for row in kernel_rows(log)
+        if row.spill_stores or row.spill_loads
+    ]
+    serialized = [line for line in log.splitlines() if SERIALIZED.search(line)]
+    if spilled or serialized:
+        raise RuntimeError("\n    ".join([f"{source} compiles to slow kernels:", *spilled, *serialized]))
+
+
+def compile_source(command: list[str], source: str) -> list[KernelUse]:
+    """Run one nvcc call, say how long it took, and return what its kernels use.
+
+    Raises:
+        RuntimeError: nvcc fails, or a kernel does not pass the gate.
+    """
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"nvcc does not compile {source}:\n{done.stdout}{done.stderr}")
+    log = readable_names(done.stderr)
+    gate(source, log)
+    remarks = [line for line in log.splitlines() if REMARK.search(line)]
+    print("\n".join([f"ldmq_kernels: {source} in {time.perf_counter() - start:.1f} s", *remarks]), flush=True)
+    return kernel_rows(log)
+
+
+def jobs() -> int:
+    """How many files are compiled at once: MAX_JOBS, or else as many as there are processors.
+
+    Raises:
+        ValueError: MAX_JOBS is not a number of 1 or more.
+    """
+    asked = os.environ.get("MAX_JOBS", "")
+    if asked and (not asked.isdecimal() or int(asked) < 1):
+        raise ValueError(f"MAX_JOBS is {asked!r}, must be a number of 1 or more")
+    return int(asked) if asked else len(os.sched_getaffinity(0))
+
+
+def kernel_table(rows: list[tuple[str, KernelUse]]) -> str:
+    """One line for each kernel of each file, under a line of titles."""
+    lines = [("file", *KernelUse._fields), *((source, *map(str, use)) for source, use in rows)]
+    *widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "".join("  ".join([*map(str.ljust, line, widths), line[-1]]) + "\n" for line in lines)
+
+
+def build_library(nvcc: str, architectures: list[str], scratch: Path, output: Path) -> None:
+    """Compile each file on its own, several at once, and link them; kernels.txt in `scratch` says what the kernels use.
+
+    Raises:
+        RuntimeError: a file does not compile, or has a kernel that does not pass the gate, or ptxas tells of none.
+    """
+    sources = library_sources(architectures)
+    objects = [scratch / f"{source.stem}.o" for source in sources]
+    commands = [
+        object_command(nvcc, source, architectures, made) for source, made in zip(sources, objects, strict=True)
+    ]
+    names = [source.name for source in sources]
+    scratch.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs()) as pool:
+        uses = list(pool.map(compile_source, commands, names))
+    rows = [(name, use) for name, kernels in zip(names, uses, strict=True) for use in kernels]
+    if not rows:
+        raise RuntimeError(f"{nvcc} -Xptxas=-v tells of no kernel in a form that is known, so that none can be checked")
+    (scratch / "kernels.txt").write_text(kernel_table(rows))
+    link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--no-undefined"]
+    subprocess.run([*link, *map(str, objects), "-o", str(output)], check=True)
 
 
 class BuildCuda(build_ext):
@@ -126,7 +264,7 @@ class BuildCuda(build_ext):
         assert nvcc is not None, "the extension is declared only where nvcc was found"
         folder = Path(self.get_ext_fullpath(ext.name)).parent
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(library_command(nvcc, cuda_architectures(), folder / f"lib{LIBRARY}.so"), check=True)
+        build_library(nvcc, cuda_architectures(), Path(self.build_temp), folder / f"lib{LIBRARY}.so")
         ext.include_dirs.append(pybind11.get_include())
         ext.library_dirs.append(str(folder))
         super().build_extension(ext)
@@ -138,6 +276,11 @@ class BuildCuda(build_ext):
         shutil.copy2(built, ROOT.joinpath(*MODULE.split(".")[:-1]) / built.name)
 
 
+def in_tree(*patterns: str) -> list[str]:
+    """The files of csrc that match, as paths from the root."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
 def cuda_setup() -> dict[str, Any]:
     """Keywords for `setuptools.setup`: the extension where CUDA is asked for, or else none, with the reason printed."""
     architectures = cuda_architectures()
@@ -147,8 +290,8 @@ def cuda_setup() -> dict[str, Any]:
         return {}
     module = Extension(
         MODULE,
-        ["csrc/binding.cpp"],
-        depends=["csrc/ldmq_cuda.h", *(f"csrc/{name}" for name in SOURCES)],
+        in_tree("binding*.cpp"),
+        depends=in_tree("*.h", "*.cuh", "ptx/*", "*.cu"),
         libraries=[LIBRARY],
         runtime_library_dirs=["$ORIGIN"],
         extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden"],

@@ -9,9 +9,61 @@
 extern "C" {
 #endif
 
-typedef enum { LDMQ_FLOAT32 = 0, LDMQ_FLOAT16 = 1, LDMQ_BFLOAT16 = 2 } ldmq_dtype;
+typedef enum { LDMQ_FLOAT32 = 0, LDMQ_FLOAT16 = 1, LDMQ_BFLOAT16 = 2, LDMQ_INT8 = 3 } ldmq_dtype;
 
 enum { LDMQ_MAX_CHANNELS = 1 << 23 };
+
+// A tensor that is added; null where there is none.
+typedef struct {
+  const void* data;
+  ldmq_dtype dtype;
+} ldmq_added;
+
+// An int8 product (rows, columns) = x (rows, taps * depth) * weight (columns, taps * depth)^T in int32, and
+//   out = product * x_scale * weight_scale + bias + sample_vector[sample] + residual
+// in float32, rounded once; an int8 out is out * out_reciprocal, rounded and clamped to [-127, 127].
+// A linear has one tap, and a row for each token; a convolution has rows for the pixels of its output, and
+// kernel_height * kernel_width taps on NHWC pictures.
+typedef struct {
+  const int8_t* x;            // (rows, depth), or (samples, height, width, depth)
+  const void* weight;         // (columns, taps, depth) int8; or (columns, depth / 2), int4 two to a byte, even index low
+  const uint8_t* multiplier;  // (columns, ceil(depth / 64)) of an int4 weight: int4 * multiplier is the int8 weight
+  const float* x_scale;       // one, or one for each `scale_rows` rows
+  int64_t scale_rows;         // 0: one scale for all
+  const float* weight_scale;  // (columns)
+  ldmq_added bias;              // (columns), of any floating dtype
+  const void* sample_vector;    // (samples, columns) of out's dtype, or null
+  const void* residual;         // (rows, columns) of out's dtype, or null
+  const float* out_reciprocal;  // (1) or (columns) of an int8 out, else null
+  int64_t out_reciprocal_count;
+  void* out;  // (rows, columns)
+  ldmq_dtype out_dtype;
+  int64_t rows, columns, depth;
+  // of a convolution; a linear leaves them zero
+  int64_t samples, height, width, out_height, out_width;
+  int kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width;
+  int pad_top, pad_left, upsample;
+} ldmq_product;
+
+// A compiled tile: `op` takes it by its place in ldmq_tiles().
+typedef struct {
+  const char* op;       // "linear_w8a8", "linear_w4a8" or "conv2d_w8a8"
+  int family;           // 80: mma.sync, on every GPU; 90: wgmma and TMA, on compute capability 9.0 alone
+  int rows, columns;    // of the output
+  int depth;            // input channels of a step
+  int stages;           // of shared memory
+  int cluster;          // blocks that share what they load
+  int cooperative;      // on sm90: two warpgroups share a tile, else each has its own
+} ldmq_tile;
+
+// All compiled tiles, and how many.
+const ldmq_tile* ldmq_tiles(int* count);
+
+// Why the tile at this place of ldmq_tiles() cannot take a product, or null where it can.
+const char* ldmq_refusal(const ldmq_product* product, int tile);
+
+// Runs a product that its tile does not refuse.
+int ldmq_run_product(const ldmq_product* product, int tile, int device, void* stream);
 
 // x: (rows, channels), reciprocal: (1) or (channels) float32 -> q: (rows, channels) int8.
 int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* reciprocal, int64_t reciprocal_count,
@@ -26,6 +78,41 @@ int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* smooth
 int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* smoothing, int8_t* q, float* scale,
                              uint32_t* absmax, int64_t samples, int64_t pixels, int64_t channels, int device,
                              void* stream);
+
+// What the result y of a producer becomes: y * reciprocal, of a calibrated scale; or y * smoothing, by a measured one.
+typedef struct {
+  const float* reciprocal;  // (1) or (channels); null where the scale is measured
+  int64_t reciprocal_count;
+  const float* smoothing;  // (channels) or null; for a measured scale
+  int8_t* q;
+  float* scale;  // what was measured; null with a reciprocal
+} ldmq_quantization;
+
+// y = group_norm(x), and silu of that; one scale for each sample, or for each pixel.
+typedef struct {
+  const void* x;  // (samples, pixels, channels)
+  ldmq_dtype dtype;
+  ldmq_added weight, bias;  // (channels) of any floating dtype
+  int64_t samples, pixels, channels;  // at most LDMQ_MAX_PIXELS pixels
+  int64_t groups;                     // divides channels
+  float eps;
+  int silu;
+  int per_token;  // each pixel is measured, and has at most LDMQ_MAX_PIXEL_CHANNELS channels
+  ldmq_quantization to;  // q: (samples, pixels, channels), scale: (samples) or (samples, pixels)
+} ldmq_group_norm;
+
+enum { LDMQ_MAX_PIXELS = 1 << 30, LDMQ_MAX_PIXEL_CHANNELS = 4096, LDMQ_MAX_GEGLU_CHANNELS = 16384 };
+
+// The bytes of scratch that a group norm takes on this device, at a multiple of 8; what they hold does not matter.
+int ldmq_group_norm_scratch(const ldmq_group_norm* norm, int device, int64_t* bytes);
+
+// One launch, of which all blocks run at once.
+int ldmq_group_norm_silu_quantize(const ldmq_group_norm* norm, void* scratch, int device, void* stream);
+
+// x: (rows, 2 channels), values and then gates; y = value * gelu(gate) -> q: (rows, channels), scale: (rows).
+// A measured scale takes at most LDMQ_MAX_GEGLU_CHANNELS.
+int ldmq_geglu_quantize(const void* x, ldmq_dtype dtype, const ldmq_quantization* to, int64_t rows, int64_t channels,
+                        int device, void* stream);
 
 const char* ldmq_error_text(int error);
 

@@ -5,15 +5,15 @@
 //
 // x and q are rows of channels, contiguous: tokens, or the pixels of NHWC pictures. A thread keeps a
 // fixed run of V channels and walks down the rows, so the per-channel factors stay in registers.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
+#include "launch.h"
 #include "ldmq_cuda.h"
+#include "numbers.cuh"
 
 namespace {
+
+using namespace ldmq;
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
@@ -22,20 +22,6 @@ constexpr int64_t kMaxSampleBlocks = 32768;
 constexpr int64_t kMaxTokenBlocks = 1 << 20;
 constexpr float kAbsmaxFloor = 1e-12f;  // ABSMAX_FLOOR of the reference backend
 constexpr float kInt8Max = 127.0f;
-
-template <typename T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T value[V];
-};
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-__device__ __forceinline__ int8_t round_to_int8(float y) {
-  const int rounded = __float2int_rn(y);
-  return static_cast<int8_t>(min(max(rounded, -127), 127));
-}
 
 // Bits of |y|: ordered as the values are, with NaN above infinity, so an integer maximum keeps a NaN.
 __device__ __forceinline__ uint32_t magnitude(float y) { return __float_as_uint(y) & 0x7fffffffu; }
@@ -182,41 +168,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Makes `device` current and gives the caller's device back at the end.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : error(cudaGetDevice(&previous_)) {
-    if (error == cudaSuccess && device != previous_) {
-      error = cudaSetDevice(device);
-      changed_ = error == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  cudaError_t error;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, void* stream, Arguments... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
-
 // Calls `body` with a pointer of the element type and the widest vector that channels and addresses allow.
 template <typename T, typename Body>
 cudaError_t with_width(const void* x, const int8_t* q, int64_t channels, Body body) {
@@ -263,7 +214,7 @@ extern "C" int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float
     constexpr int V = decltype(width)::value;
     const int64_t columns = channels / V;
     const int per_block = static_cast<int>(std::min<int64_t>(columns, kThreads));
-    return launch(static_kernel<T, V>, walk_grid(rows, columns, per_block, 1), stream, typed, reciprocal,
+    return launch(static_kernel<T, V>, Shape{walk_grid(rows, columns, per_block, 1), kThreads}, stream, typed, reciprocal,
                   reciprocal_count == 1 ? 0 : 1, q, rows, channels, per_block);
   });
 }
@@ -276,7 +227,7 @@ extern "C" int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const fl
     constexpr int V = decltype(width)::value;
     const int threads_per_row = row_threads(channels / V);
     const int64_t blocks = std::min(ceil_div(rows, kThreads / threads_per_row), kMaxTokenBlocks);
-    return launch(per_token_kernel<T, V>, dim3(static_cast<unsigned>(blocks)), stream, typed, smoothing, q, scale,
+    return launch(per_token_kernel<T, V>, Shape{dim3(static_cast<unsigned>(blocks)), kThreads}, stream, typed, smoothing, q, scale,
                   rows, channels, threads_per_row);
   });
 }
@@ -293,10 +244,10 @@ extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const f
     const dim3 grid = walk_grid(pixels, columns, per_block, samples);
     cudaError_t error = cudaMemsetAsync(absmax, 0, samples * sizeof(uint32_t), static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return error;
-    error = launch(sample_absmax_kernel<T, V>, grid, stream, typed, smoothing, absmax, samples, pixels, channels,
+    error = launch(sample_absmax_kernel<T, V>, Shape{grid, kThreads}, stream, typed, smoothing, absmax, samples, pixels, channels,
                    per_block);
     if (error != cudaSuccess) return error;
-    return launch(per_sample_kernel<T, V>, grid, stream, typed, smoothing, absmax, q, scale, samples, pixels,
+    return launch(per_sample_kernel<T, V>, Shape{grid, kThreads}, stream, typed, smoothing, absmax, q, scale, samples, pixels,
                   channels, per_block);
   });
 }

@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ldmq_kernels.integrations import hooks
+from ldmq_kernels.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ldmq_kernels.conversion import quantize
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from ldmq_kernels.numerics.sqnr import sqnr_db
     from ldmq_kernels.planning.plan import Plan, PlanError
     from ldmq_kernels.planning.planner import plan
-
-__version__ = "0.1.0"
 
 _EXPORTS = {
     "Plan": "planning.plan",

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "ldmq_kernels"
 LEFT_OUT = (".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "demo_output")
 
 FLOORS = [
-    {"files", "graphs", "numerics", "progress"},
+    {"files", "graphs", "numerics", "progress", "version"},
     {"kernels"},
     {"ops"},
     {"nn", "tuning"},
@@ -116,8 +116,9 @@ def test_an_nvcc_on_the_path_is_no_reason_to_compile(wheel: Path, compiler_trap:
 def test_the_source_distribution_holds_the_kernels_and_the_tests(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir() if path.is_file()}
-    tests = {str(path.relative_to(ROOT)) for path in (ROOT / "python_tests").rglob("*.py")}
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"}
+    endings = (".py", ".h", ".cuh", ".cpp")
+    tests = {str(path.relative_to(ROOT)) for path in (ROOT / "python_tests").rglob("*.*") if path.suffix in endings}
     assert kernels | tests | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "constraints.txt"} <= names
 
 

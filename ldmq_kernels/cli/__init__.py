@@ -177,7 +177,7 @@ def analyze(
 @app.command()
 def bench(
     tune: Annotated[
-        bool, typer.Option("--tune", help="Measure the tiles of the Triton kernels on this GPU and keep the fastest.")
+        bool, typer.Option("--tune", help="Measure kernels' tiles and backends on this GPU and keep the fastest.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="With --tune: the file, in place of the one that the ops read.")
@@ -209,7 +209,10 @@ def bench(
 
 @app.command()
 def doctor() -> None:
-    """Check this installation: versions, devices, backends, and every op against its definition."""
+    """Check this installation: versions, devices, backends, and every op against its definition.
+
+    An op that is wrong on this device with some backend is switched off there, until doctor finds it right again.
+    """
     from ldmq_kernels.cli.checks import run_doctor
 
     raise typer.Exit(0 if run_doctor() else 1)

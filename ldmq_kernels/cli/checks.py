@@ -1,4 +1,8 @@
-"""`ldmq doctor`: does this installation compute what it should, and with which backends?"""
+"""`ldmq doctor`: does this installation compute what it should, and with which backends?
+
+Each op of each backend is compared with the reference on a few small odd shapes. One that is wrong or fails on any
+is switched off for devices of this kind, until a later run of the doctor finds it right (see `kernels.choices`).
+"""
 
 from __future__ import annotations
 
@@ -8,88 +12,103 @@ import importlib.util
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 import ldmq_kernels
 from ldmq_kernels import ops
-from ldmq_kernels.cli.op_cases import Cases
-from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.cli import op_speed
+from ldmq_kernels.cli.op_cases import SIZES, Cases
+from ldmq_kernels.kernels import agreement, choices, dispatch
 from ldmq_kernels.kernels.cpu import onednn
+from ldmq_kernels.kernels.triton import configurations
+from ldmq_kernels.progress import track
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "accelerate", "scipy")
-# of the largest output: float16 and bfloat16 round once at the end, float32 in the order of its sums
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-PRODUCERS = ("group_norm_silu_quantize", "layer_norm_quantize", "geglu_quantize", "silu_quantize")
 WITHOUT_CUDA = "needs an NVIDIA GPU and a torch build with CUDA"
+COLOURS = {"ok": "green", "refuses": "yellow", "not checked": "yellow"}
 
 console = Console()
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One op on one backend: "ok", "wrong", "fails" or "refuses", with the milliseconds or the reason."""
+    """One op on one backend: "ok", "wrong", "fails", "no memory", "refuses" or "not checked".
+
+    detail: the milliseconds, or the reason.
+    speed_up: over torch in float16, where that was timed.
+    """
 
     op: str
     backend: str
     verdict: str
     detail: str
+    speed_up: float | None = None
 
     @property
     def is_bad(self) -> bool:
         """Refusing is allowed: the next backend serves."""
-        return self.verdict in ("wrong", "fails")
+        return self.verdict in ("wrong", "fails", "no memory")
+
+    @property
+    def is_the_kernels_fault(self) -> bool:
+        """Whether the op is to be switched off."""
+        return self.verdict in ("wrong", "fails") and self.backend != "reference"
 
 
-def _as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def _difference(op: str, result: Any, expected: Any) -> str:
-    """Empty where they agree: integers and scales bit for bit, floats to the last rounding.
-
-    A producer's integers may be one step apart, where a float sum turns a tie over.
-    """
-    step = 1.0 if op in PRODUCERS else 0.0
-    for got, wanted in zip(_as_tuple(result), _as_tuple(expected), strict=True):
-        if got.shape != wanted.shape or got.dtype != wanted.dtype:
-            return f"{got.dtype} {tuple(got.shape)} instead of {wanted.dtype} {tuple(wanted.shape)}"
-        error = float((got.double() - wanted.double()).abs().max()) if got.numel() else 0.0
-        exact = wanted.dtype == torch.int8 or len(_as_tuple(expected)) > 1
-        allowed = step if exact else TOLERANCE[wanted.dtype] * float(wanted.double().abs().max())
-        if not error <= allowed:
-            return f"differs by up to {error:.3g}, {allowed:.3g} is allowed"
-    return ""
+def _check_case(op: str, function: Callable[..., Any], device: torch.device, arguments: Any) -> tuple[str, float]:
+    """What is wrong with two calls, or nothing, and the milliseconds of the second."""
+    expected = getattr(importlib.import_module("ldmq_kernels.kernels.reference"), op)(*arguments)
+    first = function(*arguments)
+    _finish(device)
+    start = time.perf_counter()
+    second = function(*arguments)
+    _finish(device)
+    taken = (time.perf_counter() - start) * 1e3
+    return agreement.difference(op, first, expected) or agreement.difference(op, second, expected), taken
 
 
 def check_op(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Finding:
-    """Run one op on a backend and compare it with the reference."""
-    arguments = Cases(device, dtype).of(op)
-    expected = getattr(importlib.import_module("ldmq_kernels.kernels.reference"), op)(*arguments)
+    """Run one op on a backend at every size and compare it with the reference; on a GPU, time it as well."""
     function = getattr(importlib.import_module(f"ldmq_kernels.kernels.{backend}"), op, None)
     if function is None:
         return Finding(op, backend, "refuses", "not written for this backend")
+    times, refusals, where, speed = [], [], "", None
     try:
-        function(*arguments)
+        for sizes in SIZES:
+            where = f"at {sizes.as_picture if op.startswith('conv2d') else sizes}, {dtype}"
+            try:
+                problem, taken = _check_case(op, function, device, Cases(device, dtype, sizes).of(op))
+            except dispatch.Unsupported as refusal:
+                refusals.append(str(refusal))
+                continue
+            if problem:
+                return Finding(op, backend, "wrong", f"{problem}, {where}")
+            times.append(taken)
+        if not times:
+            return Finding(op, backend, "refuses", refusals[0])
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        result = function(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken = time.perf_counter() - start
-        difference = _difference(op, result, expected)
-    except dispatch.Unsupported as refusal:
-        return Finding(op, backend, "refuses", str(refusal))
+            where = "at the size that is timed"
+            speed = op_speed.measure(op, function, device)
+    except torch.OutOfMemoryError as error:
+        return Finding(op, backend, "no memory", f"{error}, {where}")
     except Exception as error:
-        return Finding(op, backend, "fails", f"{type(error).__name__}: {error}")
-    return Finding(op, backend, "wrong" if difference else "ok", difference or f"{taken * 1000:.2f} ms")
+        return Finding(op, backend, "fails", f"{type(error).__name__}: {error}, {where}")
+    taken, speed_up = speed or (times[0], None)
+    partly = f"; refuses {len(refusals)} of {len(SIZES)} shapes: {refusals[0]}" if refusals else ""
+    return Finding(op, backend, "ok", f"{taken:.2f} ms{partly}", speed_up)
 
 
 def _versions() -> Table:
@@ -146,31 +165,97 @@ def served_device(backend: str) -> torch.device | None:
     return next((device for device in [*devices, torch.device("cpu")] if module.serves(device)), None)
 
 
-def run_doctor() -> bool:
-    """Print what was found; whether everything that should work does."""
-    console.print(_versions())
-    findings: list[Finding] = []
-    table = Table("op", "backend", "device", "verdict", "time or reason", title="every op against its definition")
-    served = {backend: served_device(backend) for backend in dispatch.BACKENDS}
-    for backend, device in served.items():
-        if device is None:
+def _file_problem(devices: set[torch.device]) -> str:
+    """A file of measurements that is damaged, as a line; empty where all is well."""
+    try:
+        for device in devices:
+            configurations.measured(configurations.gpu_of(device))
+            choices.read_file(choices.user_file(device))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _is_usable(device: torch.device) -> bool:
+    """Whether anything can still run on a device: an illegal access ends all work of this process on a GPU."""
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1
+    except RuntimeError:
+        return False
+
+
+def _findings(served: dict[str, torch.device]) -> list[Finding]:
+    """Check every op; what is switched off comes last, since it may leave its device unusable."""
+    asked = [(op, backend) for backend in served for op in ops.SCHEMAS]
+    ordered = sorted(asked, key=lambda pair: choices.switched_off(pair[0], pair[1], served[pair[1]]) is not None)
+    found, unusable = {}, ""
+    for op, backend in track(ordered, "ops", len(ordered), show=True):
+        device = served[backend]
+        if unusable and device.type == "cuda":
+            found[op, backend] = Finding(op, backend, "not checked", f"{unusable} left the GPU unusable: run it again")
             continue
-        for op in ops.SCHEMAS:
-            found = check_op(op, backend, device, torch.float16 if device.type == "cuda" else torch.float32)
-            findings.append(found)
-            colour = "red" if found.is_bad else "yellow" if found.verdict == "refuses" else "green"
-            table.add_row(op, backend, device.type, f"[{colour}]{found.verdict}[/]", escape(found.detail))
-        table.add_section()
-    console.print(table)
-    for backend in (name for name, device in served.items() if device is None):
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        found[op, backend] = check_op(op, backend, device, dtype)
+        if found[op, backend].verdict == "fails" and not _is_usable(device):
+            unusable = f"{op} on {backend}"
+    return [found[pair] for pair in asked]
+
+
+def _switch(found: Finding, device: torch.device) -> str:
+    """Switch off what fails, and on again what holds; the line that says so, empty where nothing changes."""
+    name = f"{found.op} on {found.backend}"
+    try:
+        if found.is_the_kernels_fault:
+            choices.switch_off(found.op, found.backend, device, f"{found.verdict}: {found.detail}")
+            return f"switched off: {name}, {found.verdict}: {found.detail}; the next backend serves"
+        if found.verdict in ("ok", "refuses") and choices.switch_on(found.op, found.backend, device):
+            return f"switched on again: {name}"
+    except (OSError, ValueError) as error:
+        return f"{name} could not be switched: {error}; LDMQ_BACKEND=reference computes without it"
+    return ""
+
+
+def _table(findings: list[Finding], served: dict[str, torch.device]) -> Table:
+    table = Table(title="every op against its definition", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("op", "backend", "device"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("verdict")
+    table.add_column("time or reason")
+    table.add_column("over\nfp16", justify="right")
+    for found, following in zip(findings, [*findings[1:], None], strict=True):
+        verdict = f"[{COLOURS.get(found.verdict, 'red')}]{found.verdict}[/]"
+        gain = "-" if found.speed_up is None else f"{found.speed_up:.2f}x"
+        ends = following is None or following.backend != found.backend
+        device = served[found.backend].type
+        table.add_row(found.op, found.backend, device, verdict, escape(found.detail), gain, end_section=ends)
+    return table
+
+
+def run_doctor() -> bool:
+    """Print what was found, and switch off what fails; whether everything that should work does."""
+    console.print(_versions())
+    devices = {backend: served_device(backend) for backend in dispatch.BACKENDS}
+    served = {backend: device for backend, device in devices.items() if device is not None}
+    problem = _file_problem(set(served.values()))
+    if problem:
+        console.print(problem, markup=False)
+        return False
+    findings = _findings(served)
+    console.print(_table(findings, served))
+    on_gpu = any(device.type == "cuda" for device in served.values())
+    console.print(op_speed.LEGEND if on_gpu else "times are of a small call; gains over fp16 are measured on a GPU")
+    for backend in (name for name in devices if name not in served):
         console.print(f"{backend}: does not serve here; {missing_why(backend)}", markup=False)
+    for found in findings:
+        line = _switch(found, served[found.backend])
+        if line:
+            console.print(line, markup=False)
     problem = _override_problem()
     if problem:
         console.print(problem, markup=False)
     bad = [found for found in findings if found.is_bad]
     if bad:
-        names = ", ".join(f"{found.op} on {found.backend}" for found in bad)
-        console.print(f"not right: {names}; LDMQ_BACKEND=reference computes without them", markup=False)
+        console.print(f"not right: {', '.join(f'{found.op} on {found.backend}' for found in bad)}", markup=False)
     elif not problem:
         console.print("all is well")
     return not bad and not problem

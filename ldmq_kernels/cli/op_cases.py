@@ -1,8 +1,9 @@
-"""Arguments for one call of every op, small and odd in every size, for `ldmq doctor`."""
+"""Arguments for a few calls of every op, odd in every size and in what they leave out, for `ldmq doctor`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,16 +12,62 @@ from torch import Tensor
 from ldmq_kernels.numerics import affine
 from ldmq_kernels.numerics.packing import pack_int4
 
-TOKENS, CHANNELS, OUT = 17, 68, 37
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a case, of tokens for the ops on matrices and of pictures for the others.
+
+    full: whether everything optional is there, and dynamic scales are each token's or sample's; otherwise nothing
+        is, and where an op can measure its scale it does.
+    """
+
+    tokens: int
+    channels: int
+    out: int
+    picture: tuple[int, int, int]
+    full: bool = True
+    kernel: int = 3
+    stride: int = 1
+    upsample: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.channels} to {self.out}"
+
+    @property
+    def as_picture(self) -> str:
+        """What a convolution takes and gives."""
+        samples, height, width = self.picture
+        turned = f"kernel {self.kernel}, stride {self.stride}, upsample {self.upsample}"
+        return f"{samples}x{self.channels}x{height}x{width} to {self.out}, {turned}"
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """Kernel size to upsampling, as convolutions take them."""
+        around = (self.kernel // 2,) * 4
+        return (self.kernel,) * 2, (self.stride,) * 2, around, (1, 1), 1, self.upsample
+
+    @property
+    def out_picture(self) -> tuple[int, int]:
+        """Height and width of a convolution's output."""
+        _, height, width = self.picture
+        return (height * self.upsample - 1) // self.stride + 1, (width * self.upsample - 1) // self.stride + 1
+
+
+SIZES = (
+    Sizes(17, 68, 37, (2, 9, 7)),
+    Sizes(63, 20, 4, (1, 5, 6), full=False, upsample=2),
+    Sizes(1, 4, 320, (3, 7, 9), full=False, stride=2),
+    Sizes(130, 320, 320, (2, 9, 7)),
+    Sizes(63, 320, 68, (1, 6, 5), full=False, kernel=1),
+)
 GROUPS, EPS = 4, 1e-5
-KERNEL, GEOMETRY = (3, 3), ((1, 1), (1, 1, 1, 1), (1, 1), 1, 1)
 
 
 class Cases:
     """Random operands from one seed, made on the CPU so that every device gets the same."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, sizes: Sizes = SIZES[0]) -> None:
+        self.device, self.dtype, self.sizes = device, dtype, sizes
         self._random = torch.Generator().manual_seed(0)
 
     def _normal(self, *shape: int) -> Tensor:
@@ -47,84 +94,118 @@ class Cases:
         found = (pack_int4(grouped.integers), grouped.multiplier, grouped.scale)
         return tuple(tensor.to(self.device) for tensor in found)  # type: ignore[return-value]
 
-    def _quantized_tokens(self) -> tuple[Tensor, Tensor]:
-        return self._int8(TOKENS, CHANNELS).to(self.device), self._positive(TOKENS)
+    def _tokens(self) -> Tensor:
+        return self._float(self.sizes.tokens, self.sizes.channels)
 
-    def _quantized_image(self) -> tuple[Tensor, Tensor]:
-        return self._image(self._int8(2, CHANNELS, 9, 7)), self._positive(2)
+    def _picture(self) -> Tensor:
+        samples, height, width = self.sizes.picture
+        return self._image(self._float(samples, self.sizes.channels, height, width))
+
+    def _quantized_tokens(self) -> tuple[Tensor, Tensor]:
+        count = self.sizes.tokens
+        x_q = self._int8(count, self.sizes.channels).to(self.device)
+        return x_q, self._positive(count if self.sizes.full else 1)
+
+    def _quantized_picture(self) -> tuple[Tensor, Tensor]:
+        samples, height, width = self.sizes.picture
+        x_q = self._image(self._int8(samples, self.sizes.channels, height, width))
+        return x_q, self._positive(samples if self.sizes.full else 1)
+
+    def _linear_shape(self) -> tuple[int, int]:
+        return self.sizes.out, self.sizes.channels
+
+    def _taps(self) -> tuple[int, int, int, int]:
+        return self.sizes.out, self.sizes.kernel, self.sizes.kernel, self.sizes.channels
+
+    def _bias(self) -> Tensor | None:
+        return self._float(self.sizes.out) if self.sizes.full else None
+
+    def _residual(self) -> Tensor | None:
+        return self._float(self.sizes.tokens, self.sizes.out) if self.sizes.full else None
+
+    def _picture_added(self) -> tuple[Tensor | None, ...]:
+        """Bias, a time embedding and a residual."""
+        if not self.sizes.full:
+            return None, None, None
+        samples, out = self.sizes.picture[0], self.sizes.out
+        residual = self._image(self._float(samples, out, *self.sizes.out_picture))
+        return self._bias(), self._float(samples, out), residual
+
+    def _output_scale(self) -> tuple[Tensor | None, Tensor | None]:
+        """Calibrated with a smoothing; or measured, without one."""
+        return (1 / self._positive(self.sizes.channels) if self.sizes.full else None), None
 
     def quantize_static(self) -> tuple[Any, ...]:
-        """Tokens, with one reciprocal for each channel."""
-        return self._float(TOKENS, CHANNELS), 1 / self._positive(CHANNELS), -1
+        """Tokens, with one reciprocal for each channel; or a picture, with one for all."""
+        if self.sizes.full:
+            return self._tokens(), 1 / self._positive(self.sizes.channels), -1
+        return self._picture(), 1 / self._positive(1), 1
 
     def quantize_per_token(self) -> tuple[Any, ...]:
-        """Tokens, smoothed."""
-        return self._float(TOKENS, CHANNELS), self._positive(CHANNELS)
+        """Tokens, smoothed or not."""
+        return self._tokens(), self._positive(self.sizes.channels) if self.sizes.full else None
 
     def quantize_per_sample(self) -> tuple[Any, ...]:
-        """A feature map of odd height and width."""
-        return self._image(self._float(2, CHANNELS, 9, 7)), None
+        """A feature map, smoothed or not."""
+        return self._picture(), None if self.sizes.full else self._positive(self.sizes.channels)
 
     def _norm(self) -> tuple[Tensor, Tensor]:
-        return self._float(CHANNELS), self._float(CHANNELS)
+        return self._float(self.sizes.channels), self._float(self.sizes.channels)
 
     def group_norm_silu_quantize(self) -> tuple[Any, ...]:
-        """A feature map of odd height and width, calibrated and smoothed."""
-        x, reciprocal = self._image(self._float(2, CHANNELS, 9, 7)), 1 / self._positive(CHANNELS)
-        return x, *self._norm(), GROUPS, EPS, True, reciprocal, None, False
+        """A feature map; measured, its scale is each pixel's own where a linear would follow."""
+        per_token = not self.sizes.full and self.sizes.kernel == 1
+        return self._picture(), *self._norm(), GROUPS, EPS, not per_token, *self._output_scale(), per_token
 
     def layer_norm_quantize(self) -> tuple[Any, ...]:
-        """Tokens, calibrated and smoothed."""
-        return self._float(TOKENS, CHANNELS), *self._norm(), EPS, 1 / self._positive(CHANNELS), None
+        """Tokens."""
+        return self._tokens(), *self._norm(), EPS, *self._output_scale()
 
     def geglu_quantize(self) -> tuple[Any, ...]:
-        """Tokens, calibrated."""
-        return self._float(TOKENS, 2 * CHANNELS), 1 / self._positive(1), None
+        """Tokens, value and gate side by side."""
+        return self._float(self.sizes.tokens, 2 * self.sizes.channels), *self._output_scale()
 
     def silu_quantize(self) -> tuple[Any, ...]:
-        """Tokens, calibrated."""
-        return self._float(TOKENS, CHANNELS), 1 / self._positive(1), None
+        """Tokens."""
+        return self._tokens(), *self._output_scale()
 
     def linear_static_w8a8(self) -> tuple[Any, ...]:
-        """A smoothed input, bias and residual."""
-        scales = 1 / self._positive(CHANNELS), self._positive(1)
-        added = self._float(OUT), self._float(TOKENS, OUT)
-        return self._float(TOKENS, CHANNELS), *scales, *self._int8_weight(OUT, CHANNELS), *added
+        """An input with a smoothing."""
+        scales = 1 / self._positive(self.sizes.channels), self._positive(1)
+        return self._tokens(), *scales, *self._int8_weight(*self._linear_shape()), self._bias(), self._residual()
 
     def linear_w8a8(self) -> tuple[Any, ...]:
-        """Dynamic scales, bias and residual."""
-        weight = self._int8_weight(OUT, CHANNELS)
-        return *self._quantized_tokens(), *weight, self._float(OUT), self._float(TOKENS, OUT), self.dtype
+        """Int8 tokens."""
+        weight = self._int8_weight(*self._linear_shape())
+        return *self._quantized_tokens(), *weight, self._bias(), self._residual(), self.dtype
 
     def linear_w4a8(self) -> tuple[Any, ...]:
-        """A last group that is short."""
-        return *self._quantized_tokens(), *self._grouped_weight(OUT, CHANNELS), self._float(OUT), None, self.dtype
+        """A last group that is short, or the only one."""
+        weight = self._grouped_weight(*self._linear_shape())
+        return *self._quantized_tokens(), *weight, self._bias(), self._residual(), self.dtype
 
     def linear_w8a16(self) -> tuple[Any, ...]:
         """Float tokens."""
-        return self._float(TOKENS, CHANNELS), *self._int8_weight(OUT, CHANNELS), self._float(OUT)
+        return self._tokens(), *self._int8_weight(*self._linear_shape()), self._bias()
 
     def linear_w4a16(self) -> tuple[Any, ...]:
-        """A last group that is short."""
-        integers, scale = affine.quantize_weight_w4a16(self._normal(OUT, CHANNELS))
-        weight = pack_int4(integers).to(self.device)
-        return self._float(TOKENS, CHANNELS), weight, scale.to(self.device), self._float(OUT)
+        """A last group that is short, or the only one."""
+        integers, scale = affine.quantize_weight_w4a16(self._normal(*self._linear_shape()))
+        return self._tokens(), pack_int4(integers).to(self.device), scale.to(self.device), self._bias()
 
     def conv2d_w8a8(self) -> tuple[Any, ...]:
-        """3x3 with padding, a time embedding and a residual."""
-        weight = self._int8_weight(OUT, *KERNEL, CHANNELS)
-        added = (self._float(OUT), self._float(2, OUT), self._image(self._float(2, OUT, 9, 7)))
-        return *self._quantized_image(), *weight, *added, KERNEL, *GEOMETRY, self.dtype
+        """An int8 feature map."""
+        weight = self._int8_weight(*self._taps())
+        return *self._quantized_picture(), *weight, *self._picture_added(), *self.sizes.geometry, self.dtype
 
     def conv2d_w4a8(self) -> tuple[Any, ...]:
-        """3x3 with padding."""
-        weight = self._grouped_weight(OUT, *KERNEL, CHANNELS)
-        return *self._quantized_image(), *weight, self._float(OUT), None, None, KERNEL, *GEOMETRY, self.dtype
+        """An int8 feature map, by packed weights."""
+        weight = self._grouped_weight(*self._taps())
+        return *self._quantized_picture(), *weight, *self._picture_added(), *self.sizes.geometry, self.dtype
 
     def conv2d_w8a16(self) -> tuple[Any, ...]:
-        """3x3 with padding."""
-        weight = self._int8_weight(OUT, *KERNEL, CHANNELS)
-        return self._image(self._float(2, CHANNELS, 9, 7)), *weight, self._float(OUT), KERNEL, *GEOMETRY
+        """A float feature map."""
+        return self._picture(), *self._int8_weight(*self._taps()), self._bias(), *self.sizes.geometry
 
     def of(self, op: str) -> tuple[Any, ...]:
         """Arguments of an op by its name."""

@@ -2,8 +2,10 @@
 
 A backend is a package beside this file, with a function for each op that it can serve and
 `serves(device)`. A function that cannot take its arguments raises `Unsupported` with the reason;
-the next backend gets them, and `dispatch_report` tells. With an override (`use_backend` or the
-environment variable LDMQ_BACKEND) there is no next one: the reason becomes an error.
+the next backend gets them, and `dispatch_report` tells. Their order is `choices`' business: by measurement on a
+GPU, where the shape was measured. A backend that `ldmq doctor` switched off is passed over in the same way, with
+a warning. With an override (`use_backend` or the environment variable LDMQ_BACKEND) there is no next one: the
+reason becomes an error.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from typing import Any
 
 import torch
 
-PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+from ldmq_kernels.kernels import choices
+from ldmq_kernels.kernels.choices import PREFERENCE as PREFERENCE
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _override: ContextVar[str | None] = ContextVar("ldmq_backend", default=None)
@@ -63,17 +67,27 @@ def forced_backend() -> str | None:
     return _check(name) if name else None
 
 
+def _switched_off(op: str, name: str, reason: str) -> Unsupported:
+    """The refusal of a backend that was found to be wrong here; said once as a warning, too."""
+    told = f"switched off by `ldmq doctor`: {reason}"
+    choices.warn_once(f"ldmq::{op} on {name} is {told}; run `ldmq doctor` again once it is mended")
+    return Unsupported(told)
+
+
 def server(op: str) -> Callable[..., Any]:
     """The implementation of an op: hands the call to the first backend that takes it."""
 
     def serve(*arguments: Any) -> Any:
         device = arguments[0].device
         forced = forced_backend()
-        names = (forced,) if forced else PREFERENCE.get(device.type, ("reference",))
+        choice = choices.choice(op, device)
+        names = (forced,) if forced else choice.order(arguments)
         reasons = []
         for name in names:
             backend = _backend(name)
             try:
+                if name in choice.off:
+                    raise _switched_off(op, name, choice.off[name])
                 if not backend.serves(device):
                     raise Unsupported(f"not available on {device}")
                 function = getattr(backend, op, None)

@@ -1,4 +1,4 @@
-"""A call of every op with a tile, at every shape of the models, on random operands."""
+"""A call of every op that the tuner measures, at every shape of the models, on random operands."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmq_kernels import ops
 from ldmq_kernels.numerics.affine import group_count
-from ldmq_kernels.tuning.shapes import Conv2d, Linear, merged_of, of_models
+from ldmq_kernels.tuning.shapes import Conv2d, Input, Linear, merged_of, of_models
 
 OPS = (
     "linear_w8a8",
@@ -26,13 +25,25 @@ OPS = (
 )
 
 
+# no backend measures tiles for these, but backends are measured against each other
+PRODUCERS = (
+    "quantize_static",
+    "quantize_per_token",
+    "quantize_per_sample",
+    "group_norm_silu_quantize",
+    "geglu_quantize",
+)
+GROUPS, EPS = 32, 1e-5
+STATIC, PER_TOKEN, PER_SAMPLE = "static", "per token", "per sample"
+
+
 @dataclass(frozen=True)
 class Call:
-    """A call of `op` at a shape; `make` gives it operands."""
+    """A call of `op` at a shape; `make` gives its arguments."""
 
     op: str
-    shape: Linear | Conv2d
-    make: Callable[[], Callable[[], Any]]
+    shape: Linear | Conv2d | Input
+    make: Callable[[], tuple[Any, ...]]
 
 
 def calls(names: tuple[str, ...], models: tuple[str, ...], device: torch.device) -> Iterator[Call]:
@@ -45,10 +56,29 @@ def calls(names: tuple[str, ...], models: tuple[str, ...], device: torch.device)
     linears = [*linears, *(Linear(s.count, s.n * s.size**2, s.c, s.k) for s in pointwise), *merged_of(*models)]
     convolutions = [shape for shape in convolutions if shape not in pointwise]
     for op in names:
-        if op.startswith("linear"):
-            yield from (Call(op, shape, partial(_linear, op, shape, device)) for shape in linears)
+        if op in PRODUCERS:
+            inputs = _inputs(op, linears, convolutions)
+            yield from (Call(op, shape, partial(_producer, op, shape, device)) for shape in inputs)
+        elif op.startswith("linear"):
+            yield from (Call(op, shape, partial(linear_arguments, op, shape, device)) for shape in linears)
         else:
-            yield from (Call(op, shape, partial(_conv2d, op, shape, device)) for shape in convolutions)
+            yield from (Call(op, shape, partial(conv2d_arguments, op, shape, device)) for shape in convolutions)
+
+
+def _inputs(op: str, linears: list[Linear], convolutions: list[Conv2d]) -> list[Input]:
+    """What an op quantizes before these layers, each shape once."""
+    tokens = [(s.m, s.k) for s in linears]
+    pictures = [(s.n, s.c, s.size, s.size) for s in convolutions]
+    gated = [(s.m, s.n) for s in linears if s.n == 8 * s.k]  # value and gate of a feed-forward layer four times as wide
+    normed = [sizes for sizes in pictures if sizes[1] % GROUPS == 0]
+    asked: dict[str, list[tuple[list[Any], str]]] = {
+        "quantize_static": [(tokens, STATIC), (pictures, STATIC)],
+        "quantize_per_token": [(tokens, PER_TOKEN)],
+        "quantize_per_sample": [(pictures, PER_SAMPLE)],
+        "group_norm_silu_quantize": [(normed, STATIC), (normed, PER_SAMPLE), (normed, PER_TOKEN)],
+        "geglu_quantize": [(gated, STATIC), (gated, PER_TOKEN)],
+    }
+    return [Input(sizes, scale) for found, scale in asked[op] for sizes in dict.fromkeys(found)]
 
 
 def _int8(device: torch.device, *shape: int) -> Tensor:
@@ -66,28 +96,47 @@ def _int4(device: torch.device, *shape: int) -> tuple[Tensor, Tensor]:
     return ((low & 15) | ((high & 15) << 4)).to(torch.uint8), multiplier
 
 
-def _linear(op: str, shape: Linear, device: torch.device) -> Callable[[], Any]:
+def linear_arguments(op: str, shape: Linear, device: torch.device) -> tuple[Any, ...]:
+    """Random operands of a linear op in half precision."""
     m, k, n, half = shape.m, shape.k, shape.n, torch.float16
     x, scale, bias = torch.randn(m, k, device=device).to(half), _positive(device, n), torch.zeros(n, device=device)
-    one, function = _positive(device, 1), getattr(ops, op)
+    one = _positive(device, 1)
     if op == "linear_w8a16":
-        return partial(function, x, _int8(device, n, k), scale, bias)
+        return x, _int8(device, n, k), scale, bias
     if op == "linear_w4a16":
-        return partial(function, x, _int4(device, n, k)[0], _positive(device, n, group_count(k)), bias)
+        return x, _int4(device, n, k)[0], _positive(device, n, group_count(k)), bias
     if op == "linear_static_w8a8":
-        return partial(function, x, one, one, _int8(device, n, k), scale, bias, None)
+        return x, one, one, _int8(device, n, k), scale, bias, None
     weight = (_int8(device, n, k),) if op == "linear_w8a8" else _int4(device, n, k)
-    return partial(function, _int8(device, m, k), one, *weight, scale, bias, None, half)
+    return _int8(device, m, k), one, *weight, scale, bias, None, half
 
 
-def _conv2d(op: str, shape: Conv2d, device: torch.device) -> Callable[[], Any]:
-    half, function, pad = torch.float16, getattr(ops, op), shape.kernel // 2
+def conv2d_arguments(op: str, shape: Conv2d, device: torch.device) -> tuple[Any, ...]:
+    """Random operands of a convolution in half precision."""
+    half, pad = torch.float16, shape.kernel // 2
     taps = (shape.k, shape.kernel, shape.kernel, shape.c)
     kernel, stride = (shape.kernel, shape.kernel), (shape.stride, shape.stride)
     geometry = (kernel, stride, (pad,) * 4, (1, 1), 1, shape.upsample)
     x_q = _int8(device, shape.n, shape.size, shape.size, shape.c).permute(0, 3, 1, 2)
     scale, bias, one = _positive(device, shape.k), torch.zeros(shape.k, device=device), _positive(device, 1)
     if op == "conv2d_w8a16":
-        return partial(function, x_q.to(half), _int8(device, *taps), scale, bias, *geometry)
+        return x_q.to(half), _int8(device, *taps), scale, bias, *geometry
     weight = (_int8(device, *taps),) if op == "conv2d_w8a8" else _int4(device, *taps)
-    return partial(function, x_q, one, *weight, scale, bias, None, None, *geometry, half)
+    return x_q, one, *weight, scale, bias, None, None, *geometry, half
+
+
+def _producer(op: str, shape: Input, device: torch.device) -> tuple[Any, ...]:
+    x = torch.randn(shape.sizes, device=device).to(torch.float16)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    channel_dim = 1 if x.dim() == 4 else -1
+    reciprocal = 1 / _positive(device, 1) if shape.scale == STATIC else None
+    if op == "quantize_static":
+        return x, reciprocal, channel_dim
+    if op.startswith("quantize"):
+        return x, None
+    if op == "geglu_quantize":
+        return x, reciprocal, None
+    weight = torch.ones(shape.sizes[1], dtype=x.dtype, device=device)
+    is_activated = shape.scale != PER_TOKEN  # before a linear, a norm has no SiLU
+    return x, weight, torch.zeros_like(weight), GROUPS, EPS, is_activated, reciprocal, None, shape.scale == PER_TOKEN

@@ -22,6 +22,11 @@ class Linear:
     k: int
     n: int
 
+    @property
+    def product(self) -> tuple[int, int, int]:
+        """Rows and columns of the output, and the length of each sum."""
+        return self.m, self.n, self.k
+
 
 @dataclass(frozen=True)
 class Conv2d:
@@ -40,6 +45,19 @@ class Conv2d:
     def out_size(self) -> int:
         """Height and width of the output."""
         return (self.upsample * self.size - 1) // self.stride + 1
+
+    @property
+    def product(self) -> tuple[int, int, int]:
+        """Rows and columns of the output as a matrix, and the length of each sum."""
+        return self.n * self.out_size**2, self.k, self.kernel**2 * self.c
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor of these sizes to quantize, by a scale that is "static", or measured "per token" or "per sample"."""
+
+    sizes: tuple[int, ...]
+    scale: str
 
 
 def of_models(*names: str) -> tuple[list[Linear], list[Conv2d]]:

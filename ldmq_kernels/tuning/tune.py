@@ -1,37 +1,43 @@
 """Measures the most promising tiles of every op and shape on this GPU, and keeps the fastest in a file.
 
-The file is written after every shape, so a run that is cut short loses nothing, and the next one goes on with
-what is not in it yet. No op measures anything when it runs; it reads this file.
+Where the CUDA backend serves as well, its tiles are measured at the same calls, and which of the two backends is
+faster is kept, too (see `kernels.choices`). The file is written after every shape, so a run that is cut short loses
+nothing, and the next one goes on with what is not in it yet. No op measures anything when it runs; it reads this file.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterator
+import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ldmq_kernels import ops
 from ldmq_kernels.files import write_whole
-from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.kernels import choices, dispatch
 from ldmq_kernels.kernels import triton as triton_backend
 from ldmq_kernels.progress import track
-from ldmq_kernels.tuning.calls import OPS, Call, calls
+from ldmq_kernels.tuning.calls import OPS, PRODUCERS, Call, calls
+from ldmq_kernels.tuning.contest import RIVAL, compete, rival_runs
+from ldmq_kernels.tuning.fastest import Run, Tiles, Timer, TuningError, fastest
 from ldmq_kernels.tuning.timing import one_call_ms
 
 MODELS = ("sd15", "sdxl", "vae_decoder")
 SHORTLIST = 8  # tiles by estimate, and the persistent forms of the best of them
-ROUNDS = 9
-Timer = Callable[[Callable[[], Any], torch.device], float]
-
-
-class TuningError(ValueError):
-    """There is nothing to tune here, or the file cannot be gone on with."""
+_EMPTY = {
+    "tiles": dict,
+    "milliseconds": dict,
+    "cuda_tiles": dict,
+    "backends": dict,
+    "refused": dict,
+    "seen": list,
+}
 
 
 def tune(
@@ -39,12 +45,14 @@ def tune(
     out: Path | None = None,
     *,
     seconds: float | None = None,
-    names: tuple[str, ...] = OPS,
+    names: tuple[str, ...] = OPS + PRODUCERS,
     models: tuple[str, ...] = MODELS,
     timer: Timer = one_call_ms,
     show: bool = True,
 ) -> tuple[Path, int]:
-    """Measure, and write the fastest tiles for this kind of GPU.
+    """Measure, and write the fastest tiles and backends for this kind of GPU.
+
+    An op whose Triton kernel `ldmq doctor` switched off is left out, with a warning.
 
     Args:
         device: a GPU that the Triton backend serves.
@@ -70,95 +78,110 @@ def tune(
     gpu = configurations.gpu_of(device)
     path = out or configurations.cache_folder() / configurations.file_name(gpu)
     found = _earlier(path, gpu.name)
-    begin, todo = time.monotonic(), list(calls(names, models, device))
-    for call in track(todo, "shapes", len(todo), show=show):
+    begin = time.monotonic()
+    todo = _todo(_tunable(names, device), models, device, found["seen"])
+    for call, parts in track(todo, "shapes", len(todo), show=show):
         if seconds is not None and time.monotonic() - begin > seconds:
             break
-        key = f"{call.op} {call.shape}"
-        if key in found["seen"]:
-            continue
         try:
-            _measure(call, device, timer, found)
-            found["seen"].append(key)
+            _measure(call, parts, device, timer, found)
         finally:
-            head = {**found, "tiles": None, "date": datetime.date.today().isoformat(), "torch": torch.__version__}
-            write_whole(path, configurations.as_file(found["tiles"], head))
+            _write(path, found)
     configurations.forget_measured()
-    return path, len({f"{call.op} {call.shape}" for call in todo} - set(found["seen"]))
+    choices.forget()
+    seen = set(found["seen"])
+    return path, sum(not seen.issuperset(parts.values()) for _, parts in todo)
+
+
+def _tunable(names: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
+    off = {op: choices.switched_off(op, "triton", device) for op in names}
+    for op, reason in off.items():
+        if reason is not None:
+            warnings.warn(f"{op} is not tuned: its Triton kernel is switched off, {reason}", stacklevel=3)
+    return tuple(op for op in names if off[op] is None)
+
+
+def _todo(
+    names: tuple[str, ...], models: tuple[str, ...], device: torch.device, seen: list[str]
+) -> list[tuple[Call, dict[str, str]]]:
+    """Calls, each with the backends that are to be measured and what says so in "seen" afterwards."""
+    todo = []
+    for call in calls(names, models, device):
+        key = f"{call.op} {call.shape}"
+        parts = {"triton": key} if call.op in OPS else {}
+        if rival_runs(call.op, device):
+            parts[RIVAL] = f"{RIVAL} {key}"
+        parts = {backend: part for backend, part in parts.items() if part not in seen}
+        if parts:
+            todo.append((call, parts))
+    return todo
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """Write what was measured; what else the file holds, such as what is switched off, stays as it is now."""
+    from ldmq_kernels.kernels.triton import configurations
+
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    head = {**kept, **found, "date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    write_whole(path, configurations.as_file(found["tiles"], head))
 
 
 def _earlier(path: Path, name: str) -> dict[str, Any]:
-    """What a file holds already."""
+    """What a file holds already; parts that an earlier version did not write are empty."""
     from ldmq_kernels.kernels.triton.candidates import Tile
 
-    empty: dict[str, Any] = {"gpu": name, "tiles": {}, "milliseconds": {}, "refused": {}, "seen": []}
+    empty: dict[str, Any] = {key: kind() for key, kind in _EMPTY.items()}
     if not path.exists():
-        return empty
+        return {"gpu": name, **empty}
     try:
-        found = json.loads(path.read_text())
-        found["tiles"] = {key: Tile(**fields) for key, fields in found["tiles"].items()}
-        if found["gpu"] != name:
-            raise TuningError(f"{path} was measured on {found['gpu']}, this is {name}: choose another file")
-        return {key: found[key] for key in empty}
+        content = json.loads(path.read_text())
+        content["tiles"] = {key: Tile(**fields) for key, fields in content["tiles"].items()}
+        if content["gpu"] != name:
+            raise TuningError(f"{path} was measured on {content['gpu']}, this is {name}: choose another file")
+        found = {key: content.get(key, nothing) for key, nothing in empty.items()}
+        for key, kind in _EMPTY.items():
+            if not isinstance(found[key], kind):
+                raise TypeError(f"{key!r} is {found[key]!r}")
+        return {"gpu": name, **found}
     except TuningError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TuningError(f"{path} is damaged ({error}): remove it to measure anew") from None
 
 
-def _measure(call: Call, device: torch.device, timer: Timer, found: dict[str, Any]) -> None:
-    """Add the fastest tile of each product that a call makes to `found`."""
+def _measure(call: Call, parts: dict[str, str], device: torch.device, timer: Timer, found: dict[str, Any]) -> None:
+    """Add the fastest tile of each product that a call makes, and the faster backend, to `found`."""
+    from ldmq_kernels.kernels.triton import configurations
+
+    arguments = call.make()
+    run = partial(getattr(ops, call.op), *arguments)
+    with torch.inference_mode():
+        if "triton" in parts:
+            with dispatch.use_backend("triton"):
+                _measure_triton(run, device, timer, found)
+            found["seen"].append(parts["triton"])
+        if RIVAL in parts:
+            best = partial(configurations.chosen_by, lambda table, problem: found["tiles"].get(f"{table} {problem}"))
+            compete(call, arguments, run, best, device, timer, found)
+            found["seen"].append(parts[RIVAL])
+
+
+def _measure_triton(run: Run, device: torch.device, timer: Timer, found: dict[str, Any]) -> None:
     from ldmq_kernels.kernels.triton import configurations
     from ldmq_kernels.kernels.triton.configurations import Problem
 
-    run = call.make()
     asked: list[tuple[str, Problem]] = []
-    with dispatch.use_backend("triton"), torch.inference_mode():
-        with configurations.chosen_by(lambda table, problem: asked.append((table, problem))):
-            run()
-        for table, problem in asked:
-            key = f"{table} {problem}"
-            if key in found["tiles"]:
-                continue
-            refused = found["refused"].setdefault(key, [])
-            times: dict[Any, list[float]] = {
-                tile: [] for tile in _launchable(run, _shortlist(table, problem, device), refused, device, key)
-            }
-            for _ in range(ROUNDS):
-                for tile, taken in times.items():
-                    with configurations.forced(tile):
-                        taken.append(timer(run, device))
-            if not refused:
-                del found["refused"][key]
-            if times:
-                medians = {tile: statistics.median(taken) for tile, taken in times.items()}
-                best, first = min(medians, key=lambda tile: medians[tile]), next(iter(medians))
-                found["tiles"][key], found["milliseconds"][key] = best, [medians[best], medians[first]]
-
-
-def _launchable(
-    run: Callable[[], Any], tiles: list[Any], refused: list[list[Any]], device: torch.device, key: str
-) -> Iterator[Any]:
-    """The tiles that launch; the others go to `refused`, each with the reason, and are not tried again."""
-    from ldmq_kernels.kernels.triton import configurations
-
-    for tile in tiles:
-        if any(fields == asdict(tile) for fields, _ in refused):
+    with configurations.chosen_by(lambda table, problem: asked.append((table, problem))):
+        run()
+    for table, problem in asked:
+        key = f"{table} {problem}"
+        if key in found["tiles"]:
             continue
-        try:
-            with configurations.forced(tile):
-                run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except Exception as error:  # a tile that this GPU cannot launch is no reason to stop
-            refused.append([asdict(tile), f"{type(error).__name__}: {error}"[:300]])
-            if "CUDA error" in str(error):
-                raise TuningError(
-                    f"{key} with {tile} ended in a {error}: nothing more can run in this process; the tile is noted, "
-                    "run `ldmq bench --tune` again to go on without it"
-                ) from error
-            continue
-        yield tile
+        tiles = Tiles(key, _shortlist(table, problem, device), configurations.forced, asdict)
+        times = fastest(run, tiles, device, timer, found["refused"])
+        if times:
+            best, first = min(times, key=lambda tile: times[tile]), next(iter(times))
+            found["tiles"][key], found["milliseconds"][key] = best, [times[best], times[first]]
 
 
 def _shortlist(table: str, problem: Any, device: torch.device) -> list[Any]:

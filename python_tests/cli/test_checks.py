@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ldmq_kernels import ops
-from ldmq_kernels.cli import checks, layer_times, main
-from ldmq_kernels.kernels import dispatch, reference
+from ldmq_kernels.cli import checks, layer_times, main, op_speed
+from ldmq_kernels.cli.op_cases import SIZES
+from ldmq_kernels.kernels import choices, dispatch, reference
+from ldmq_kernels.tuning.shapes import Conv2d, Linear
 
 CPU = torch.device("cpu")
+RIGHT = {op: getattr(reference, op) for op in ops.SCHEMAS}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder of measurements, forgotten afterwards; the file of this device in it."""
+    monkeypatch.setenv("LDMQ_CACHE", str(tmp_path / "cache"))
+    choices.forget()
+    yield choices.user_file(CPU)
+    choices.forget()
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed, without its line breaks."""
+    return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.fixture
@@ -73,15 +92,156 @@ def test_refusing_is_allowed_and_crashing_is_not(install: Callable[..., None]) -
     assert checks.check_op("linear_w4a16", "trial", CPU, torch.float32).is_bad
 
 
+def test_a_kernel_that_is_wrong_at_one_size_alone_is_wrong(install: Callable[..., None]) -> None:
+    for sizes in SIZES:
+
+        def wrong_at_one(x: torch.Tensor, *rest: Any, channels: int = sizes.channels) -> torch.Tensor:
+            right = reference.linear_w8a8(x, *rest)
+            return right * 1.01 if x.shape == (sizes.tokens, channels) else right  # noqa: B023
+
+        install(linear_w8a8=wrong_at_one)
+        found = checks.check_op("linear_w8a8", "trial", CPU, torch.float32)
+        assert found.verdict == "wrong"
+        assert f"at {sizes}, torch.float32" in found.detail
+
+
+def test_a_wrong_scale_of_a_producer_is_wrong(install: Callable[..., None]) -> None:
+    def double_scale(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        q, scale = reference.silu_quantize(*arguments)
+        return q, scale * 1.001
+
+    install(silu_quantize=double_scale)
+    assert checks.check_op("silu_quantize", "trial", CPU, torch.float32).verdict == "wrong"
+
+
+def test_refusing_some_sizes_is_told_beside_the_time(install: Callable[..., None]) -> None:
+    def aligned_only(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if x.shape[-1] % 64:
+            raise dispatch.Unsupported("channels must be a multiple of 64")
+        return reference.linear_w8a8(x, *rest)
+
+    install(linear_w8a8=aligned_only)
+    found = checks.check_op("linear_w8a8", "trial", CPU, torch.float32)
+    assert found.verdict == "ok"
+    assert f"refuses 3 of {len(SIZES)} shapes: channels must be a multiple of 64" in found.detail
+
+
 def test_the_exit_code_tells(install: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    right = {op: getattr(reference, op) for op in ops.SCHEMAS}
-    install(**right)
+    install(**RIGHT)
     with pytest.raises(SystemExit, match="0"):
         main(["doctor"])
-    install(**right | {"conv2d_w8a8": lambda *a: reference.conv2d_w8a8(*a) * 1.01})
+    install(**RIGHT | {"conv2d_w8a8": lambda *a: reference.conv2d_w8a8(*a) * 1.01})
     with pytest.raises(SystemExit, match="1"):
         main(["doctor"])
-    assert "conv2d_w8a8 on trial" in " ".join(capsys.readouterr().out.split())
+    assert "not right: conv2d_w8a8 on trial" in told(capsys)
+
+
+def test_what_fails_is_switched_off_until_it_passes(
+    install: Callable[..., None], own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(*_: Any) -> None:
+        raise RuntimeError("illegal instruction")
+
+    install(**RIGHT | {"linear_w8a8": lambda *a: reference.linear_w8a8(*a) * 1.01, "geglu_quantize": crash})
+    assert not checks.run_doctor()
+    out = told(capsys)
+    assert "switched off: linear_w8a8 on trial, wrong: differs by up to" in out
+    assert "switched off: geglu_quantize on trial, fails: RuntimeError: illegal instruction" in out
+    assert set(json.loads(own_cache.read_text())["switched_off"]) == {"linear_w8a8", "geglu_quantize"}
+    assert "illegal instruction" in str(choices.switched_off("geglu_quantize", "trial", CPU))
+    install(**RIGHT | {"geglu_quantize": crash})
+    assert not checks.run_doctor()
+    assert "switched on again: linear_w8a8 on trial" in told(capsys)
+    assert choices.switched_off("linear_w8a8", "trial", CPU) is None
+    install(**RIGHT)
+    assert checks.run_doctor()
+    assert json.loads(own_cache.read_text())["switched_off"] == {}
+
+
+def test_a_full_memory_switches_nothing_off(install: Callable[..., None], own_cache: Path) -> None:
+    def too_large(*_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    install(**RIGHT | {"linear_w8a8": too_large})
+    assert not checks.run_doctor()
+    assert not own_cache.exists()
+
+
+def test_the_reference_is_never_switched_off(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    monkeypatch.setattr(dispatch, "BACKENDS", ("reference",))
+    monkeypatch.setattr(reference, "silu_quantize", lambda *_: torch.full((1,), torch.nan))
+    assert not checks.run_doctor()
+    assert not own_cache.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told(
+    install: Callable[..., None], own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_cache.parent.write_text("a file in the folder's place")
+    install(**RIGHT | {"linear_w8a8": lambda *a: reference.linear_w8a8(*a) * 1.01})
+    assert not checks.run_doctor()
+    assert "linear_w8a8 on trial could not be switched" in told(capsys)
+
+
+@pytest.mark.parametrize("content", ["{", '{"tiles": {"linear_w8a8 1x1x1": {"rows": 1}}}'])
+def test_a_damaged_file_ends_the_check_before_it_blames_the_kernels(
+    install: Callable[..., None], own_cache: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    from ldmq_kernels.kernels.triton import configurations
+
+    own_cache.parent.mkdir()
+    own_cache.write_text(content)
+    configurations.forget_measured()
+    install(**RIGHT)
+    assert not checks.run_doctor()
+    assert "no-gpu.json is damaged" in told(capsys)
+    assert own_cache.read_text() == content
+    configurations.forget_measured()
+
+
+def test_after_a_kernel_that_ends_all_work_on_the_gpu_nothing_else_is_blamed(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The killer is switched off, and comes last in the next run."""
+    checked: list[str] = []
+
+    def check(op: str, backend: str, *_: Any) -> checks.Finding:
+        checked.append(op)
+        return checks.Finding(op, backend, "fails" if op == "linear_w8a8" else "ok", "CUDA error")
+
+    served = {"trial": torch.device("cuda", 0)}
+    monkeypatch.setattr(checks, "check_op", check)
+    monkeypatch.setattr(checks, "_is_usable", lambda _: False)
+    monkeypatch.setattr(choices, "switched_off", lambda *_: None)
+    found = {finding.op: finding for finding in checks._findings(served)}
+    assert [op for op, finding in found.items() if finding.is_bad] == ["linear_w8a8"]
+    assert found["conv2d_w8a8"].verdict == "not checked"
+    assert "linear_w8a8 on trial left the GPU unusable" in found["conv2d_w8a8"].detail
+    monkeypatch.setattr(choices, "switched_off", lambda op, *_: "fails" if op == "linear_w8a8" else None)
+    checked.clear()
+    assert list(found) == [finding.op for finding in checks._findings(served)] == list(ops.SCHEMAS)
+    assert checked[-1] == "linear_w8a8"
+    assert set(checked) == set(ops.SCHEMAS)
+
+
+def test_the_gain_is_over_torch_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_speed, "LINEAR", Linear(1, 32, 16, 24))
+    monkeypatch.setattr(op_speed, "CONVOLUTION", Conv2d(1, 1, 16, 8, 24))
+    outputs: list[torch.Tensor] = []
+
+    def clock(call: Callable[[], torch.Tensor], _device: torch.device) -> float:
+        outputs.append(call())
+        return float(len(outputs) % 2 or 3)
+
+    monkeypatch.setattr(op_speed, "one_call_ms", clock)
+    for op in ops.SCHEMAS:
+        outputs.clear()
+        found = op_speed.measure(op, getattr(reference, op), CPU)
+        if not op.startswith(("linear", "conv2d")):
+            assert found is None
+            continue
+        assert found == (1.0, 3.0)
+        assert len({(out.shape, out.dtype) for out in outputs}) == 1
 
 
 def test_a_backend_that_the_environment_misspells_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +263,6 @@ def test_bench_runs_quantized_kernels_beside_float_ones(
     monkeypatch.setattr(layer_times, "CONVOLUTIONS", ((1, 8, 8, 8, 8),))
     monkeypatch.setattr(layer_times, "ROUNDS", 1)
     layer_times.run_bench()
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     for op in ("linear_w8a8", "linear_w8a16", "conv2d_w8a8", "conv2d_w8a16", "quantize_per_sample"):
-        assert op in told
+        assert op in out

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from python_tests.kernels.operands import Backend
+from python_tests.kernels_cuda.emulation import emulate
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out ops that the CUDA backend does not have."""
+    from ldmq_kernels.kernels import cuda
+
+    def is_missing(item: pytest.Item) -> bool:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        return parameters.get("backend") == "cuda" and not hasattr(cuda, item.path.stem.removeprefix("test_"))
+
+    missing = [item for item in items if item.path.parent == HERE and is_missing(item)]
+    if missing:
+        config.hook.pytest_deselected(items=missing)
+        items[:] = [item for item in items if item not in set(missing)]
 
 
 def _check_interpreter() -> None:
@@ -18,11 +36,15 @@ def _check_interpreter() -> None:
         pytest.fail("triton was imported before TRITON_INTERPRET was set: set TRITON_INTERPRET=1 in the environment")
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """One backend and its device: Triton takes the GPU where there is one, and its interpreter elsewhere."""
-    on_gpu = request.param == "triton" and torch.cuda.is_available()
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """One backend and its device: Triton and CUDA take the GPU where there is one; elsewhere the interpreter and the
+    emulator run them on the CPU.
+    """
+    on_gpu = request.param in ("triton", "cuda") and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
+    if request.param == "cuda" and not on_gpu:
+        emulate(monkeypatch)
     if not importlib.import_module(f"ldmq_kernels.kernels.{request.param}").serves(device):
         pytest.skip(f"backend {request.param} does not serve {device} on this machine")
     if request.param == "triton" and not on_gpu:

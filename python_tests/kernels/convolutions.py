@@ -32,6 +32,9 @@ CASES = {
     "windows upsampled, odd output": ((1, 32, 5, 4), 9, ((3, 3), (1, 1), (0, 1, 2, 0), (1, 1), 1, 2)),
     "windows dilated": ((1, 32, 9, 9), 6, ((3, 2), (1, 1), (2, 1, 0, 2), (2, 3), 1, 1)),
     "windows 1x1": ((2, 64, 5, 3), 70, ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, 1)),
+    # output channels that are multiples of 8 are stored whole
+    "whole": ((2, 48, 7, 5), 40, ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)),
+    "whole, upsampled": ((1, 32, 5, 4), 24, ((3, 3), (1, 1), (0, 1, 2, 0), (1, 1), 1, 2)),
 }
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))

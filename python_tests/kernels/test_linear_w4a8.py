@@ -27,7 +27,8 @@ ONE = torch.ones(1)
 
 
 @pytest.mark.parametrize(
-    ("rows", "depth", "columns"), [(1, 4, 20), (17, 320, 63), (63, 21, 320), (130, 960, 18), (2, 100, 7)]
+    ("rows", "depth", "columns"),
+    [(1, 4, 20), (17, 320, 63), (63, 21, 320), (130, 960, 18), (2, 100, 7), (145, 352, 168)],
 )
 def test_accumulator_is_exact(backend: Backend, rows: int, depth: int, columns: int) -> None:
     x, weight, multiplier = random_int8(rows, depth), random_int4(columns, depth), random_multiplier(columns, depth)

@@ -25,7 +25,7 @@ ONE = torch.ones(1)
 
 @pytest.mark.parametrize(
     ("rows", "depth", "columns"),
-    [(1, 4, 20), (17, 320, 63), (63, 20, 320), (130, 960, 18), (4097, 20, 17), (3, 2560, 4)],
+    [(1, 4, 20), (17, 320, 63), (63, 20, 320), (130, 960, 18), (4097, 20, 17), (3, 2560, 4), (145, 336, 168)],
 )
 def test_accumulator_is_exact(backend: Backend, rows: int, depth: int, columns: int) -> None:
     x, weight = random_int8(rows, depth), random_int8(columns, depth)

@@ -2,64 +2,52 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-EMULATOR = Path(__file__).resolve().parent / "emulator"
-MODULE = "_binding" + sysconfig.get_config_var("EXT_SUFFIX")
-
-
-def load(path: Path) -> ModuleType:
-    """The module of this file, under the name of its folder: pybind11 keeps one module for each name."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._binding", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from ldmq_kernels.kernels.cuda import extension
+from python_tests.kernels_cuda.emulation import MODULE, ROOT, emulate, emulated_binding, load
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def emulated() -> ModuleType:
     """The binding, linked with the kernels compiled for the CPU: addresses are those of CPU tensors."""
-    python_headers = Path(sysconfig.get_path("include"))
-    if sys.platform != "linux" or not shutil.which("g++") or not (python_headers / "Python.h").exists():
-        pytest.skip("needs Linux, g++ and Python's headers")
-    folder = tmp_path_factory.mktemp("emulated")  # the library has its own name: a process loads one of each name
-    compile_shared = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-ffp-contract=off"]
-    kernels = [
-        "-fsanitize=alignment",
-        "-fsanitize-undefined-trap-on-error",
-        '-DLDMQ_ARCHITECTURES="80"',
-        f"-I{EMULATOR}",
-        "-x",
-        "c++",
-        str(ROOT / "csrc/quantize.cu"),
-    ]
-    subprocess.run([*compile_shared, *kernels, "-o", str(folder / "libldmq_emulated.so")], check=True)
-    includes = [f"-I{pybind11.get_include()}", f"-I{python_headers}"]
-    linked = [f"-L{folder}", "-lldmq_emulated", "-Wl,-rpath,$ORIGIN", "-o", str(folder / MODULE)]
-    subprocess.run([*compile_shared, *includes, str(ROOT / "csrc/binding.cpp"), *linked], check=True)
-    return load(folder / MODULE)
+    return emulated_binding()
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernels run: a CPU stands in for a CUDA device in the emulator."""
+    if request.param == "emulator":
+        emulate(monkeypatch)
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    binding = extension.load() or request.getfixturevalue("built")
+    monkeypatch.setattr(extension, "binding", lambda: binding)
+    return torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The real extension, built for two architectures as an install builds it."""
+def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an install for two architectures builds: library and module in lib, objects and kernels.txt in temp."""
     if not shutil.which("nvcc"):
         pytest.skip("needs nvcc")
     folder = tmp_path_factory.mktemp("built")
     places = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
     environment = os.environ | {"LDMQ_CUDA_ARCHS": "80;90"}
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", *places], cwd=ROOT, env=environment, check=True)
-    return load(folder / "lib/ldmq_kernels/kernels/cuda" / MODULE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built(build_folder: Path) -> ModuleType:
+    """The real extension of that build."""
+    return load(build_folder / "lib/ldmq_kernels/kernels/cuda" / MODULE)

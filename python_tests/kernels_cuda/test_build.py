@@ -1,19 +1,56 @@
-"""The extension that nvcc builds: it imports without a GPU, spills nothing and refuses what it cannot take."""
+"""The build of the extension, and what it builds: it imports without a GPU and refuses what it cannot take."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pybind11
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+PLACE = "lib/ldmq_kernels/kernels/cuda"
+
+CLEAN = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN4ldmq4gemmI6__halfLi4EEEvPT_' for 'sm_80'
+ptxas info    : Function properties for _ZN4ldmq4gemmI6__halfLi4EEEvPT_
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 6 registers, used 0 barriers, 360 bytes cmem[0]
+ptxas info    : Compile time = 16.041 ms
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z5callsPfi' for 'sm_90a'
+ptxas info    : Function properties for _Z5callsPfi
+    256 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 34 registers, used 1 barriers, 256 bytes cumulative stack size, 128 bytes smem
+ptxas info    : Compile time = 9.700 ms
+ptxas info    : Function properties for _Z6helperPfi
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+SPILLS = """\
+ptxas info    : Compiling entry function '_Z6spillsPf' for 'sm_90a'
+ptxas info    : Function properties for _Z6spillsPf
+    336 bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 336 bytes cumulative stack size
+"""
+SERIALIZED = """\
+ptxas info    : ({code}) Potential Performance Loss: wgmma.mma_async instructions are serialized due to {why} \
+in the function '_Z6serialPimmi'
+"""
+NVCC = """\
+#!/bin/sh
+for last in "$@"; do :; done
+touch "$last"
+cat "$(dirname "$0")/log" >&2
+"""
 
 TOKENS: dict[str, Any] = {
     "x": 4096, "dtype": "float16", "smoothing": 0, "q": 8192, "scale": 12288, "rows": 3, "channels": 320,
@@ -62,21 +99,227 @@ def test_bad_arguments_are_refused_before_a_launch(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the addresses are not real")
 @pytest.mark.parametrize("op", CALLS)
 def test_without_a_gpu_the_error_names_op_shape_device_and_architectures(built: ModuleType, op: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"{op} of float16 \(.*channels=320\) on cuda:0 failed: .*80;90"):
+    with pytest.raises(RuntimeError, match=rf"{op} of float16 \(.*channels=320\) on cuda:0 failed: .*80;90a"):
         getattr(built, op)(**CALLS[op])
 
 
-def test_no_kernel_spills_registers(tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc")
+@pytest.fixture(scope="module")
+def backend() -> ModuleType:
+    """csrc/build_backend.py, which is no part of the package."""
     spec = importlib.util.spec_from_file_location("build_backend", ROOT / "csrc/build_backend.py")
     assert spec is not None
     assert spec.loader is not None
-    backend = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(backend)
-    command = [*backend.library_command(nvcc, ["80", "90"], tmp_path / "library.so"), "-Xptxas=-v"]
-    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert len(spills) >= 2 * 12, "each op is compiled for three dtypes and both architectures"
-    assert set(spills) == {("0", "0")}
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A checkout with three files to compile, and an nvcc that prints the file named log beside it."""
+    monkeypatch.setattr(backend, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    for name in ("sm90_gemm.cu", "sm80_gemm.cu", "cast.cu"):
+        (tmp_path / "csrc" / name).touch()
+    (tmp_path / "nvcc").write_text(NVCC)
+    (tmp_path / "nvcc").chmod(0o755)
+    (tmp_path / "log").write_text(CLEAN)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("asked", "visible", "architectures"),
+    [
+        ("90", [], ["90a"]),
+        ("80;90", [], ["80", "90a"]),
+        ("90a, 90 100 120a", [], ["90a", "100", "120a"]),
+        ("", ["86", "90"], ["86", "90a"]),
+        ("89", ["90"], ["89"]),
+        ("", [], []),
+    ],
+)
+def test_90_stands_for_90a_wherever_it_comes_from(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str, visible: list[str], architectures: list[str]
+) -> None:
+    monkeypatch.setenv("LDMQ_CUDA_ARCHS", asked)
+    monkeypatch.setattr(backend, "visible_architectures", lambda: visible)
+    assert backend.requested_architectures() == architectures
+
+
+@pytest.mark.parametrize(
+    ("name", "architectures", "code"),
+    [
+        ("sm80_gemm.cu", ["80", "90a"], ["compute_80,sm_80", "compute_90a,sm_90a", "compute_80,compute_80"]),
+        ("cast.cu", ["120", "89"], ["compute_120,sm_120", "compute_89,sm_89", "compute_89,compute_89"]),
+        ("cast.cu", ["90a"], ["compute_90a,sm_90a"]),
+        ("cast.cu", ["90a", "100"], ["compute_90a,sm_90a", "compute_100,sm_100", "compute_100,compute_100"]),
+        ("sm90_gemm.cu", ["80", "90a", "120"], ["compute_90a,sm_90a"]),
+    ],
+)
+def test_a_file_is_compiled_for_what_its_name_allows(
+    tree: Path, backend: ModuleType, name: str, architectures: list[str], code: list[str]
+) -> None:
+    command = backend.object_command("nvcc", tree / "csrc" / name, architectures, tree / "x.o")
+    flags = [flag for flag in command if flag.startswith("-gencode")]
+    assert flags == ["-gencode=arch={},code={}".format(*pair.split(",")) for pair in code]
+
+
+def test_hopper_files_are_left_out_where_90_is_not_asked_for_and_every_file_is_told(
+    tree: Path, backend: ModuleType
+) -> None:
+    def told(architectures: list[str]) -> tuple[list[str], bool]:
+        sources = backend.library_sources(architectures)
+        commands = [backend.object_command("nvcc", source, architectures, tree / "x.o") for source in sources]
+        macros = {flag for command in commands for flag in command if flag.startswith("-DLDMQ_HAS_SM90")}
+        assert len(macros) == 1
+        return [source.name for source in sources], macros == {"-DLDMQ_HAS_SM90=1"}
+
+    assert told(["80", "90a"]) == (["cast.cu", "sm80_gemm.cu", "sm90_gemm.cu"], True)
+    assert told(["80", "120"]) == (["cast.cu", "sm80_gemm.cu"], False)
+    (tree / "csrc/sm90_gemm.cu").unlink()
+    assert told(["90a"]) == (["cast.cu", "sm80_gemm.cu"], False)
+
+
+def test_a_build_says_what_it_compiled_and_what_the_kernels_use(
+    tree: Path, backend: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend.build_library(str(tree / "nvcc"), ["80", "90a"], tree / "temp", tree / "library.so")
+    assert (tree / "library.so").exists()
+    assert {path.name for path in (tree / "temp").iterdir()} == {"cast.o", "sm80_gemm.o", "sm90_gemm.o", "kernels.txt"}
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"ldmq_kernels: {name}.cu in [\d.]+ s\n", printed) for name in ("cast", "sm80_gemm"))
+    titles, *lines = (tree / "temp/kernels.txt").read_text().splitlines()
+    assert titles.split()[:3] == ["file", "architecture", "registers"]
+    assert len(lines) == 3 * 3
+    assert lines[-2].split() == ["sm90_gemm.cu", "90a", "34", "256", "0", "0", "128", lines[-2].split()[-1]]
+
+
+def test_a_build_whose_kernels_spill_fails(tree: Path, backend: ModuleType) -> None:
+    (tree / "log").write_text(CLEAN + SPILLS.format(stores=392, loads=404))
+    with pytest.raises(RuntimeError, match=r"cast.cu compiles to slow kernels"):
+        backend.build_library(str(tree / "nvcc"), ["90a"], tree / "temp", tree / "library.so")
+    assert not (tree / "library.so").exists()
+
+
+def test_a_log_that_tells_of_no_kernel_is_no_clean_log(tree: Path, backend: ModuleType) -> None:
+    (tree / "log").write_text("ptxas of another day\n")
+    with pytest.raises(RuntimeError, match="tells of no kernel"):
+        backend.build_library(str(tree / "nvcc"), ["80"], tree / "temp", tree / "library.so")
+
+
+def test_a_file_that_does_not_compile_is_named_with_what_nvcc_says(tree: Path, backend: ModuleType) -> None:
+    (tree / "nvcc").write_text("#!/bin/sh\necho 'expected a ;' >&2\nexit 2\n")
+    with pytest.raises(RuntimeError, match=r"nvcc does not compile cast.cu:\nexpected a ;"):
+        backend.build_library(str(tree / "nvcc"), ["80"], tree / "temp", tree / "library.so")
+
+
+def test_a_log_becomes_one_row_for_each_kernel(backend: ModuleType) -> None:
+    assert [tuple(row) for row in backend.kernel_rows(CLEAN)] == [
+        ("80", 6, 0, 0, 0, 0, "_ZN4ldmq4gemmI6__halfLi4EEEvPT_"),
+        ("90a", 34, 256, 0, 0, 128, "_Z5callsPfi"),
+        ("90a", 0, 0, 0, 0, 0, "_Z6helperPfi"),
+    ]
+    (spilling,) = backend.kernel_rows(SPILLS.format(stores=392, loads=404))
+    assert tuple(spilling) == ("90a", 32, 336, 392, 404, 0, "_Z6spillsPf")
+    assert backend.kernel_rows("") == []
+
+
+def test_names_are_made_readable_where_a_tool_is_there(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("c++filt") or shutil.which("cu++filt"):
+        names = [row.kernel for row in backend.kernel_rows(backend.readable_names(CLEAN))]
+        assert names == ["ldmq::gemm<__half, 4>", "calls", "helper"]
+    monkeypatch.setenv("PATH", "")
+    assert backend.readable_names(CLEAN) == CLEAN
+
+
+def test_the_gate_lets_clean_kernels_through(backend: ModuleType) -> None:
+    backend.gate("gemm.cu", CLEAN)
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        (SPILLS.format(stores=392, loads=404), r"_Z6spillsPf \(sm_90a\): spill stores 392 bytes, loads 404 bytes"),
+        (SPILLS.format(stores=0, loads=4), "spill stores 0 bytes, loads 4 bytes"),
+        (SERIALIZED.format(code="C7510", why="insufficient register resources"), "serialized .*_Z6serialPimmi"),
+        (SERIALIZED.format(code="C7514", why="the presence of Extern calls"), "serialized .*_Z6serialPimmi"),
+    ],
+)
+def test_the_gate_refuses_slow_kernels_by_file_kernel_and_figures(backend: ModuleType, log: str, why: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"gemm.cu compiles to slow kernels:\n\s+.*{why}"):
+        backend.gate("gemm.cu", CLEAN + log)
+
+
+def test_max_jobs_limits_how_many_files_are_compiled_at_once(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert backend.jobs() == 3
+    monkeypatch.delenv("MAX_JOBS")
+    assert backend.jobs() == len(os.sched_getaffinity(0))
+    for wrong in ("0", "-1", "many"):
+        monkeypatch.setenv("MAX_JOBS", wrong)
+        with pytest.raises(ValueError, match=f"MAX_JOBS is '{wrong}'"):
+            backend.jobs()
+
+
+def test_every_file_has_kernels_for_its_architectures(build_folder: Path) -> None:
+    _, *lines = (build_folder / "temp/kernels.txt").read_text().splitlines()
+    found = {tuple(line.split()[:2]) for line in lines}
+    names = [path.name for path in (ROOT / "csrc").glob("*.cu")]
+    hopper = {(name, "90a") for name in names}
+    assert found <= hopper | {(name, "80") for name in names if not name.startswith("sm90_")}
+    assert {("quantize.cu", "80"), ("quantize.cu", "90a")} <= found
+
+
+def dynamic_section(library: Path) -> set[str]:
+    """The libraries that this one asks the loader for."""
+    if not shutil.which("readelf"):
+        pytest.skip("needs readelf")
+    text = subprocess.run(["readelf", "-d", str(library)], check=True, capture_output=True, text=True).stdout
+    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", text))
+
+
+def test_the_library_needs_neither_torch_nor_python_nor_cuda_and_the_module_only_the_library(
+    build_folder: Path,
+) -> None:
+    system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "ld-linux-x86-64.so.2"}
+    (module,) = (build_folder / PLACE).glob("_binding*.so")
+    assert dynamic_section(build_folder / PLACE / "libldmq_kernels.so") <= system
+    assert dynamic_section(module) - system == {"libldmq_kernels.so"}
+
+
+def test_the_library_hides_its_cuda_runtime_so_that_none_of_torch_takes_its_place(build_folder: Path) -> None:
+    command = ["nm", "-D", "--defined-only", str(build_folder / PLACE / "libldmq_kernels.so")]
+    symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    names = [line.split()[-1] for line in symbols.splitlines()]
+    assert "ldmq_architectures" in names
+    assert [name for name in names if re.match("_*cu", name)] == []
+
+
+def other_python() -> tuple[str, str, str]:
+    """Another version on PATH or installed beside this one, its headers, and the end of its modules' names."""
+    ask = "import sysconfig; print(sysconfig.get_path('include'), sysconfig.get_config_var('EXT_SUFFIX'))"
+    beside = map(str, Path(sys.base_prefix).parent.glob("*/bin"))
+    search = os.pathsep.join([*beside, os.environ["PATH"]])
+    for minor in range(11, 20):
+        python = shutil.which(f"python3.{minor}", path=search)
+        if python is None or minor == sys.version_info.minor:
+            continue
+        told = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=False).stdout.split()
+        if told and (Path(told[0]) / "Python.h").exists():
+            return python, told[0], told[1]
+    pytest.skip("needs another Python with its headers")
+
+
+def test_the_same_library_serves_a_module_of_another_python(build_folder: Path, tmp_path: Path) -> None:
+    python, headers, suffix = other_python()
+    shutil.copy2(build_folder / PLACE / "libldmq_kernels.so", tmp_path)
+    includes = [f"-I{pybind11.get_include()}", f"-I{headers}"]
+    linked = [f"-L{tmp_path}", "-lldmq_kernels", "-Wl,-rpath,$ORIGIN", "-o", str(tmp_path / f"_binding{suffix}")]
+    sources = sorted(str(path) for path in (ROOT / "csrc").glob("binding*.cpp"))
+    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", *includes, *sources, *linked], check=True)
+    call = f"import _binding; _binding.quantize_per_token(**{TOKENS | {'device': 99}})"
+    refused = subprocess.run([python, "-c", call], cwd=tmp_path, capture_output=True, text=True, check=False).stderr
+    why = r"RuntimeError: ldmq cuda quantize_per_token of float16 \(rows=3, channels=320\) on cuda:99 failed: "
+    assert re.search(why, refused), refused

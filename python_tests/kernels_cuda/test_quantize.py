@@ -10,27 +10,11 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels import cuda, reference
-from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.dispatch import Unsupported
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [(17, 320), (3, 5, 20), (63, 1), (2, 2560), (1, 10240), (9, 963), (4, 4)]
 PICTURES = [(2, 320, 5, 3), (3, 4, 8, 8), (1, 20, 1, 1), (2, 963, 2, 3), (1, 2560, 1, 2), (5, 1, 7, 1)]
-
-
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the kernels run: a CPU stands in for a CUDA device in the emulator."""
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
-        binding = extension.load() or request.getfixturevalue("built")
-        monkeypatch.setattr(extension, "binding", lambda: binding)
-        return torch.device("cuda", 0)
-    emulated = request.getfixturevalue("emulated")
-    monkeypatch.setattr(extension, "binding", lambda: emulated)
-    monkeypatch.setattr(extension, "target", lambda _: {"device": 1, "stream": 0})
-    return torch.device("cpu")
 
 
 def hard_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from ldmq_kernels import ops
+from ldmq_kernels.kernels import choices
 from ldmq_kernels.tuning import TuningError, tune
 from ldmq_kernels.tuning import calls as tuner_calls
-from ldmq_kernels.tuning.shapes import Conv2d, Linear, merged_of, of_models
+from ldmq_kernels.tuning.shapes import Conv2d, Input, Linear, merged_of, of_models
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")
@@ -29,8 +31,10 @@ def small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setattr(tuner_calls, "merged_of", lambda *_: [])
     monkeypatch.setenv("LDMQ_CACHE", str(tmp_path / "cache"))
     configurations.forget_measured()
+    choices.forget()
     yield
     configurations.forget_measured()
+    choices.forget()
 
 
 def prefers(rows: int) -> Callable[[Callable[[], Any], torch.device], float]:
@@ -163,6 +167,25 @@ def test_without_a_gpu_it_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -
         tune(CPU)
 
 
+def test_what_else_stands_in_the_file_stays(tmp_path: Path) -> None:
+    path, off = tmp_path / "tiles.json", {"linear_w4a8": {"triton": "wrong"}}
+    path.write_text(json.dumps({"gpu": "no GPU", "tiles": {}, "switched_off": off}))
+    tune(CPU, path, timer=lambda *_: 1.0, names=("linear_w8a8",), show=False)
+    found = json.loads(path.read_text())
+    assert found["switched_off"] == off
+    assert len(found["tiles"]) == 2
+
+
+def test_an_op_whose_triton_kernel_is_switched_off_is_left_out_and_told(tmp_path: Path) -> None:
+    choices.switch_off("linear_w8a8", "triton", CPU, "wrong: differs by 3")
+    with pytest.warns(UserWarning, match="linear_w8a8 is not tuned: .*differs by 3"):
+        path, left = tune(
+            CPU, tmp_path / "t.json", timer=lambda *_: 1.0, names=("linear_w8a8", "linear_w8a16"), show=False
+        )
+    assert left == 0
+    assert {key.split()[0] for key in json.loads(path.read_text())["tiles"]} == {"linear_w8a16"}
+
+
 def test_pointwise_convolutions_and_merged_projections_are_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     pointwise = Conv2d(3, 2, 32, 5, 64, kernel=1)
     monkeypatch.setattr(tuner_calls, "of_models", lambda *_: ([], [pointwise, CONVOLUTIONS[0]]))
@@ -182,3 +205,18 @@ def test_the_models_have_the_work_that_is_known_of_them() -> None:
             sum(2e-12 * s.count * s.n * s.out_size**2 * s.c * s.k * s.kernel**2 for s in convolutions),
         )
         assert counted == pytest.approx(work, abs=0.001)
+
+
+def test_what_is_quantized_is_what_layers_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner_calls, "of_models", lambda *_: ([Linear(1, 9, 32, 256), *LINEARS], CONVOLUTIONS))
+    found = {op: [call.shape for call in tuner_calls.calls((op,), ("sd15",), CPU)] for op in tuner_calls.PRODUCERS}
+    assert found["geglu_quantize"] == [Input((9, 256), "static"), Input((9, 256), "per token")]
+    assert {shape.scale for shape in found["group_norm_silu_quantize"]} == {"static", "per sample", "per token"}
+    assert {shape.sizes for shape in found["group_norm_silu_quantize"]} == {(1, 32, 6, 6)}
+    assert {shape.sizes for shape in found["quantize_per_sample"]} == {(1, 32, 6, 6), (1, 4, 5, 5)}
+    assert {shape.sizes for shape in found["quantize_per_token"]} == {(9, 32), (70, 64), (20, 48)}
+    assert len(found["quantize_static"]) == 5
+    for call in tuner_calls.calls(tuner_calls.PRODUCERS, ("sd15",), CPU):
+        arguments = call.make()
+        getattr(ops, call.op)(*arguments)
+        assert choices.shape_text(call.op, arguments).startswith("x".join(map(str, call.shape.sizes)))

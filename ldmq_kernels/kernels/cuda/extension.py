@@ -41,12 +41,17 @@ def binding() -> ModuleType:
 
 
 @functools.cache
-def lowest_capability() -> tuple[int, int] | None:
-    """The oldest compute capability that the extension runs on; newer ones have machine code or PTX."""
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether the extension holds code for this compute capability: its own, or PTX of an older one.
+
+    Code with an "a" in its architecture's name runs on that one alone.
+    """
     module = load()
     if module is None:
-        return None
-    return divmod(min(int(name.rstrip("a")) for name in module.architectures().split(";")), 10)
+        return False
+    number = capability[0] * 10 + capability[1]
+    names = module.architectures().split(";")
+    return any(number == int(name.rstrip("a")) or (name.isdigit() and number > int(name)) for name in names)
 
 
 def target(x: Tensor) -> dict[str, Any]:

@@ -1,0 +1,171 @@
+// What happens to the int32 accumulators of a tile: scales, bias, sample vector, residual, and one rounding.
+//
+// The tensor cores leave a lane with two neighbouring columns of every eight. Lanes trade them by shuffles until each
+// has eight neighbouring columns of one row, so that memory is read and written 16 bytes at a time.
+#pragma once
+
+#include <type_traits>
+
+#include "numbers.cuh"
+
+namespace ldmq {
+
+constexpr int kRun = 8;  // neighbouring columns that a lane reads and writes at once
+
+// The part of ldmq_product that the epilogue reads, in the kernel's own parameters.
+struct Epilogue {
+  const float* x_scale;
+  const float* weight_scale;
+  ldmq_added bias;
+  const void* sample_vector;
+  const void* residual;
+  const float* out_reciprocal;
+  void* out;
+  int rows, columns, scale_rows, sample_rows, out_reciprocal_step;
+};
+
+// The terms of eight columns that all rows share.
+struct ColumnTerms {
+  float scale[kRun], bias[kRun];
+  int first;
+
+  __device__ __forceinline__ ColumnTerms(const Epilogue& epilogue, int first) : first(first) {
+    if (first >= epilogue.columns) return;
+    load_run(scale, epilogue.weight_scale + first);
+    if (!epilogue.bias.data) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) bias[i] = 0.0f;
+    } else if (epilogue.bias.dtype == LDMQ_FLOAT32) {
+      load_run(bias, static_cast<const float*>(epilogue.bias.data) + first);
+    } else if (epilogue.bias.dtype == LDMQ_FLOAT16) {
+      load_run(bias, static_cast<const __half*>(epilogue.bias.data) + first);
+    } else {
+      load_run(bias, static_cast<const __nv_bfloat16*>(epilogue.bias.data) + first);
+    }
+  }
+};
+
+// The terms of a row that all columns share.
+struct RowTerms {
+  float scale;
+  int sample;
+  int64_t at;
+  bool valid;
+
+  __device__ __forceinline__ RowTerms(const Epilogue& epilogue, int row) : sample(0), valid(row < epilogue.rows) {
+    if (!valid) return;
+    at = static_cast<int64_t>(row) * epilogue.columns;
+    scale = epilogue.x_scale[epilogue.scale_rows == 0 ? 0 : epilogue.scale_rows == 1 ? row : row / epilogue.scale_rows];
+    if (epilogue.sample_vector) sample = row / epilogue.sample_rows;
+  }
+};
+
+// Eight columns of one row, from accumulators to memory. T: what is stored, and what is added.
+template <typename T>
+__device__ __forceinline__ void finish_run(const Epilogue& epilogue, const ColumnTerms& column, const RowTerms& row,
+                                           const int (&accumulator)[kRun]) {
+  if (!row.valid || column.first >= epilogue.columns) return;
+  float value[kRun];
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    value[i] = __int2float_rn(accumulator[i]) * row.scale * column.scale[i] + column.bias[i];
+  }
+  T* out = static_cast<T*>(epilogue.out) + row.at + column.first;
+  if constexpr (std::is_same_v<T, int8_t>) {
+    const float* reciprocal = epilogue.out_reciprocal + column.first * epilogue.out_reciprocal_step;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) value[i] = __fmul_rn(value[i], reciprocal[i * epilogue.out_reciprocal_step]);
+  } else {
+    float added[kRun];
+    if (epilogue.sample_vector) {
+      load_run(added, static_cast<const T*>(epilogue.sample_vector) +
+                          static_cast<int64_t>(row.sample) * epilogue.columns + column.first);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) value[i] += added[i];
+    }
+    if (epilogue.residual) {
+      load_run(added, static_cast<const T*>(epilogue.residual) + row.at + column.first);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) value[i] += added[i];
+    }
+  }
+  store_run(value, out);
+}
+
+// Lanes that differ in this bit of their number trade halves, as one step of a transposition.
+__device__ __forceinline__ void trade(int& low, int& high, int lane_bit) {
+  const bool upper = threadIdx.x & lane_bit;
+  const int sent = upper ? low : high;
+  const int received = __shfl_xor_sync(0xffffffffu, sent, lane_bit);
+  (upper ? low : high) = received;
+}
+
+// In: of four blocks of eight columns, the two that this lane has of a row. Out: eight neighbours of the row, of the
+// block whose number is the lane's place among the four lanes of the row.
+__device__ __forceinline__ void gather_columns(int (&run)[kRun]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+      if (block & bit) continue;
+      trade(run[2 * block], run[2 * (block + bit)], bit);
+      trade(run[2 * block + 1], run[2 * (block + bit) + 1], bit);
+    }
+  }
+}
+
+// In: of eight columns, the values that this lane has in its row of eight. Out: all eight rows of one of the columns,
+// that whose number is lane / 4.
+__device__ __forceinline__ void gather_rows(int (&run)[kRun]) {
+#pragma unroll
+  for (int bit = 1; bit < 8; bit *= 2) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (!(i & bit)) trade(run[i], run[i + bit], 4 * bit);
+    }
+  }
+}
+
+// The accumulators of 16 rows x BLOCKS * 8 columns of a warp, as multiply_m16n8k32 leaves them: four of a block.
+template <typename T, int BLOCKS, typename Accumulator>
+__device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_row, int first_column,
+                                            const Accumulator& accumulator) {
+  static_assert(BLOCKS % 4 == 0, "runs are gathered from four blocks");
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const RowTerms rows[2] = {{epilogue, first_row + lane / 4}, {epilogue, first_row + lane / 4 + 8}};
+#pragma unroll
+  for (int group = 0; group < BLOCKS; group += 4) {
+    const ColumnTerms column(epilogue, first_column + (group + lane % 4) * 8);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int run[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) run[i] = accumulator((group + i / 2) * 4 + half * 2 + i % 2);
+      gather_columns(run);
+      finish_run<T>(epilogue, column, rows[half], run);
+    }
+  }
+}
+
+// The same for a transposed product: the accumulators' 16 rows are columns of the output, and their columns its rows.
+template <typename T, int BLOCKS, typename Accumulator>
+__device__ __forceinline__ void finish_transposed(const Epilogue& epilogue, int first_row, int first_column,
+                                                  const Accumulator& accumulator) {
+  static_assert(BLOCKS % 4 == 0, "runs are gathered from four blocks");
+  const int lane = static_cast<int>(threadIdx.x) % 32, place = lane / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const ColumnTerms column(epilogue, first_column + half * 8);
+#pragma unroll
+    for (int group = 0; group < BLOCKS; group += 4) {
+      const RowTerms row(epilogue, first_row + (group + place / 2) * 8 + lane % 4 * 2 + place % 2);
+      int run[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) run[i] = accumulator((group + i / 2) * 4 + half * 2 + i % 2);
+      gather_rows(run);
+      finish_run<T>(epilogue, column, row, run);
+    }
+  }
+}
+
+}  // namespace ldmq

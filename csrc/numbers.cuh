@@ -1,0 +1,54 @@
+// Floating numbers to and from memory, and the rounding to int8 that every backend shares.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "ldmq_cuda.h"
+
+namespace ldmq {
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T value[V];
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ __forceinline__ void from_float(float& x, float value) { x = value; }
+__device__ __forceinline__ void from_float(__half& x, float value) { x = __float2half_rn(value); }
+__device__ __forceinline__ void from_float(__nv_bfloat16& x, float value) { x = __float2bfloat16_rn(value); }
+
+__device__ __forceinline__ int8_t round_to_int8(float y) {
+  const int rounded = __float2int_rn(y);
+  return static_cast<int8_t>(min(max(rounded, -127), 127));
+}
+__device__ __forceinline__ void from_float(int8_t& x, float value) { x = round_to_int8(value); }
+
+// V neighbours, in accesses of 16 bytes or less; addresses are aligned to that.
+template <int V, typename T>
+__device__ __forceinline__ void load_run(float (&value)[V], const T* data) {
+  constexpr int kPart = sizeof(T) * V > 16 ? 16 / sizeof(T) : V;
+#pragma unroll
+  for (int part = 0; part < V; part += kPart) {
+    const auto pack = *reinterpret_cast<const Pack<T, kPart>*>(data + part);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) value[part + i] = to_float(pack.value[i]);
+  }
+}
+template <int V, typename T>
+__device__ __forceinline__ void store_run(const float (&value)[V], T* data) {
+  constexpr int kPart = sizeof(T) * V > 16 ? 16 / sizeof(T) : V;
+#pragma unroll
+  for (int part = 0; part < V; part += kPart) {
+    Pack<T, kPart> pack;
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) from_float(pack.value[i], value[part + i]);
+    *reinterpret_cast<Pack<T, kPart>*>(data + part) = pack;
+  }
+}
+
+}  // namespace ldmq

@@ -1,0 +1,100 @@
+// The tiles of all ops in one list, what each can take, and the call of one of them.
+#include <algorithm>
+#include <string>
+
+#include "launch.h"
+#include "tiles.h"
+
+namespace {
+
+using namespace ldmq;
+
+constexpr int64_t kMostRows = (1ll << 31) - 1024;  // row numbers are 32 bits, with room for the last tile
+constexpr int64_t kMostDepth = 1 << 23;            // of all taps: 127 * 127 * depth stays in an int32 up to 2^17 only,
+                                                   // and wraps around beyond, as in every backend
+
+const TileList& tiles() {
+  static const TileList all = [] {
+    TileList list;
+    const auto add = [&](const TileList& more) { list.insert(list.end(), more.begin(), more.end()); };
+#if LDMQ_HAS_SM90
+    add(sm90_linear_w8a8());
+    add(sm90_conv2d_w8a8());
+    add(sm90_linear_w4a8());
+#endif
+    add(sm80_linear_w8a8());
+    add(sm80_conv2d_w8a8());
+    add(sm80_linear_w4a8());
+    return list;
+  }();
+  return all;
+}
+
+bool is_multiple(int64_t value, int64_t of) { return value % of == 0; }
+
+const char* refusal_of_operands(const ldmq_product& product, bool int4) {
+  if (product.depth < 1 || !is_multiple(product.depth, int4 ? 32 : 16)) {
+    return int4 ? "input channels must be a multiple of 32" : "input channels must be a multiple of 16";
+  }
+  if (!is_multiple(product.columns, 8)) return "output channels must be a multiple of 8";
+  if (product.rows > kMostRows || product.columns > kMostRows) return "there are too many rows or output channels";
+  if (product.depth > kMostDepth / std::max(1, product.kernel_height * product.kernel_width)) {
+    return "there are too many input channels";
+  }
+  const void* vectors[] = {product.x,       product.weight,        product.weight_scale, product.bias.data,
+                           product.residual, product.sample_vector, product.out};
+  for (const void* pointer : vectors) {
+    if (!is_aligned(pointer, 16)) return "tensors must begin at a multiple of 16 bytes";
+  }
+  if (product.out_dtype == LDMQ_INT8 && (product.residual || product.sample_vector)) {
+    return "an int8 output takes no residual and no sample vector";
+  }
+  return nullptr;
+}
+
+const char* refusal_of_pictures(const ldmq_product& product, int family) {
+  if (product.upsample != 1 && product.upsample != 2) return "upsample must be 1 or 2";
+  if (family < 90) return nullptr;
+  if (product.upsample != 1) return "TMA does not enlarge its input";
+  const int64_t far_x = (product.out_width - 1) * product.stride_width - product.pad_left - (product.width - 1);
+  const int64_t far_y = (product.out_height - 1) * product.stride_height - product.pad_top - (product.height - 1);
+  const auto is_corner = [](int64_t value) { return value >= -128 && value < 128; };
+  if (!is_corner(-product.pad_left) || !is_corner(-product.pad_top) || !is_corner(far_x) || !is_corner(far_y)) {
+    return "TMA takes a padding below 128";
+  }
+  if (product.stride_width > 8 || product.stride_height > 8) return "TMA takes a stride of at most 8";
+  if ((product.kernel_width - 1) * product.dilation_width > 255 ||
+      (product.kernel_height - 1) * product.dilation_height > 255) {
+    return "TMA takes taps at most 255 pixels apart";
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+extern "C" const ldmq_tile* ldmq_tiles(int* count) {
+  static const std::vector<ldmq_tile> plain = [] {
+    std::vector<ldmq_tile> list;
+    for (const CompiledTile& compiled : tiles()) list.push_back(compiled.tile);
+    return list;
+  }();
+  *count = static_cast<int>(plain.size());
+  return plain.data();
+}
+
+extern "C" const char* ldmq_refusal(const ldmq_product* product, int tile) {
+  if (tile < 0 || tile >= static_cast<int>(tiles().size())) return "there is no such tile";
+  const CompiledTile& compiled = tiles()[static_cast<size_t>(tile)];
+  const std::string op = compiled.tile.op;
+  const char* why = refusal_of_operands(*product, op == "linear_w4a8");
+  if (!why && op == "conv2d_w8a8") why = refusal_of_pictures(*product, compiled.tile.family);
+  return why;
+}
+
+extern "C" int ldmq_run_product(const ldmq_product* product, int tile, int device, void* stream) {
+  if (ldmq_refusal(product, tile)) return cudaErrorInvalidValue;
+  if (product->rows == 0 || product->columns == 0) return cudaSuccess;
+  const DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return guard.error;
+  return tiles()[static_cast<size_t>(tile)].run(*product, stream);
+}

@@ -1,0 +1,151 @@
+// Instructions of sm_90a: barriers in shared memory, the tensor memory accelerator (TMA), warpgroups.
+// python_tests/kernels_cuda/emulator has the same functions for a CPU.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <ptx_sm80.cuh>
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of all blocks of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// A barrier's phase ends when `count` arrivals and all expected bytes have come.
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// One arrival, and bytes to wait for.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+// One arrival at the barrier of the same place in a block of the cluster. It orders what was read before it, not what
+// was written: a release at the scope of a cluster would cost a fence of the whole GPU in the main loop.
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+// Returns once the phase of this parity has ended; a new barrier is in phase 0.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra ready;\n"
+      "bra again;\n"
+      "ready:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// A box of a matrix, from column x and row y on, into shared memory.
+__device__ __forceinline__ void load_tile(void* target, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+               ::"r"(shared_address(target)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+               : "memory");
+}
+// The same into the same place of every block of `mask`; each one's own barrier counts the bytes.
+__device__ __forceinline__ void load_tile_multicast(void* target, const CUtensorMap* map, uint64_t* barrier, int x,
+                                                    int y, uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(target)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(mask)
+      : "memory");
+}
+// Pixels of NHWC pictures in im2col mode: from the base pixel (w, h, n) on, each moved by the tap's offset.
+__device__ __forceinline__ void load_pixels(void* target, const CUtensorMap* map, uint64_t* barrier, int c, int w,
+                                            int h, int n, uint16_t tap_w, uint16_t tap_h) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(shared_address(target)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c), "r"(w), "r"(h), "r"(n), "h"(tap_w), "h"(tap_h)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Moves registers from the warpgroup that loads to those that multiply.
+template <int Count>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+}
+template <int Count>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+}
+
+// Before the first product on registers that were written otherwise.
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int Left>  // the newest groups that may still be under way
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
+}
+
+// multiply_m64k32<N>(d, a, b, accumulate): d (64, N) int32 = a (64, 32) * b (N, 32)^T, plus d where it accumulates.
+// a and b are descriptors of shared memory, or a is four registers as of multiply_m16n8k32; warp w of the
+// warpgroup has rows 16 w to 16 w + 15, and a lane holds of every 8 columns what it holds of multiply_m16n8k32's d.
+template <int N>
+__device__ __forceinline__ void multiply_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
+template <int N>
+__device__ __forceinline__ void multiply_m64k32(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
+
+// Ten registers in the text of the instruction, and as its operands.
+#define LDMQ_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define LDMQ_TWO(i) "+r"(d[i]), "+r"(d[i + 1])
+#define LDMQ_EIGHT(i) LDMQ_TWO(i), LDMQ_TWO(i + 2), LDMQ_TWO(i + 4), LDMQ_TWO(i + 6)
+#define LDMQ_32(i) LDMQ_EIGHT(i), LDMQ_EIGHT(i + 8), LDMQ_EIGHT(i + 16), LDMQ_EIGHT(i + 24)
+
+#define LDMQ_TEXT_64 LDMQ_TEN() LDMQ_TEN(1) LDMQ_TEN(2) "%30, %31"
+#define LDMQ_TEXT_128 LDMQ_TEN() LDMQ_TEN(1) LDMQ_TEN(2) LDMQ_TEN(3) LDMQ_TEN(4) LDMQ_TEN(5) "%60, %61, %62, %63"
+#define LDMQ_TEXT_160                                                                                     \
+  LDMQ_TEN() LDMQ_TEN(1) LDMQ_TEN(2) LDMQ_TEN(3) LDMQ_TEN(4) LDMQ_TEN(5) LDMQ_TEN(6) "%70, %71, %72, %73, " \
+  "%74, %75, %76, %77, %78, %79"
+#define LDMQ_TEXT_256                                                                                          \
+  LDMQ_TEN() LDMQ_TEN(1) LDMQ_TEN(2) LDMQ_TEN(3) LDMQ_TEN(4) LDMQ_TEN(5) LDMQ_TEN(6) LDMQ_TEN(7) LDMQ_TEN(8) \
+  LDMQ_TEN(9) LDMQ_TEN(10) LDMQ_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define LDMQ_LIST_64 LDMQ_32(0)
+#define LDMQ_LIST_128 LDMQ_32(0), LDMQ_32(32)
+#define LDMQ_LIST_160 LDMQ_32(0), LDMQ_32(32), LDMQ_EIGHT(64), LDMQ_EIGHT(72)
+#define LDMQ_LIST_256 LDMQ_32(0), LDMQ_32(32), LDMQ_32(64), LDMQ_32(96)
+
+// r0 to r5 are the numbers of the operands after the N / 2 registers of d.
+#define LDMQ_PRODUCT(N, r0, r1, r2, r3, r4, r5)                                                                    \
+  template <>                                                                                                      \
+  __device__ __forceinline__ void multiply_m64k32<N>(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {   \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #r2 ", 0;\n"                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" LDMQ_TEXT_##N "}, %" #r0 ", %" #r1       \
+                 ", add;\n}"                                                                                       \
+                 : LDMQ_LIST_##N                                                                                   \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                             \
+  }                                                                                                                \
+  template <>                                                                                                      \
+  __device__ __forceinline__ void multiply_m64k32<N>(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,          \
+                                                     bool accumulate) {                                            \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #r5 ", 0;\n"                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" LDMQ_TEXT_##N "}, {%" #r0 ", %" #r1      \
+                 ", %" #r2 ", %" #r3 "}, %" #r4 ", add;\n}"                                                        \
+                 : LDMQ_LIST_##N                                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));         \
+  }
+
+LDMQ_PRODUCT(64, 32, 33, 34, 35, 36, 37)
+LDMQ_PRODUCT(128, 64, 65, 66, 67, 68, 69)
+LDMQ_PRODUCT(160, 80, 81, 82, 83, 84, 85)
+LDMQ_PRODUCT(256, 128, 129, 130, 131, 132, 133)

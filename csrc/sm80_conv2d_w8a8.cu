@@ -1,0 +1,16 @@
+// The int8 convolution on mma.sync: rows, columns, rows and columns of a warp, stages.
+#include "sm80_product.cuh"
+
+namespace ldmq {
+
+TileList sm80_conv2d_w8a8() {
+  using namespace sm80;
+  return {
+      compiled<Tile<Kind::kConv2d, 128, 160, 64, 32, 4>>("conv2d_w8a8"),
+      compiled<Tile<Kind::kConv2d, 128, 128, 64, 32, 4>>("conv2d_w8a8"),
+      compiled<Tile<Kind::kConv2d, 64, 128, 32, 64, 4>>("conv2d_w8a8"),
+      compiled<Tile<Kind::kConv2d, 64, 64, 32, 32, 6>>("conv2d_w8a8"),
+  };
+}
+
+}  // namespace ldmq

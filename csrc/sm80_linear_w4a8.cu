@@ -1,0 +1,16 @@
+// The int8 linear with an int4 weight on mma.sync: rows, columns, rows and columns of a warp, stages.
+#include "sm80_product.cuh"
+
+namespace ldmq {
+
+TileList sm80_linear_w4a8() {
+  using namespace sm80;
+  return {
+      compiled<Tile<Kind::kLinearInt4, 128, 160, 64, 32, 4>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, 128, 128, 64, 32, 4>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, 64, 128, 32, 64, 4>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, 64, 64, 32, 32, 6>>("linear_w4a8"),
+  };
+}
+
+}  // namespace ldmq

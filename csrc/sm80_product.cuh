@@ -1,0 +1,237 @@
+// int8 products on mma.sync, for every GPU from sm_80 on.
+//
+// A block makes one tile of the output. cp.async brings its operands into a ring of STAGES steps of 64 input channels,
+// with zeros for what lies outside: the padding of a convolution, and rows, columns and channels beyond the end. Each
+// warp reads its rows of x and its columns of the weight by ldmatrix, and multiplies. An int4 weight stays packed in
+// shared memory, and becomes int8 in registers.
+#pragma once
+
+#include <ptx_sm80.cuh>
+
+#include "product.cuh"
+#include "tiles.h"
+
+namespace ldmq::sm80 {
+
+constexpr int kDepth = 64, kChunk = 16;  // bytes of a step, and of a copy
+
+template <Kind KIND, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES>
+struct Tile {
+  static constexpr Kind kKind = KIND;
+  static constexpr int kRows = ROWS, kColumns = COLUMNS, kStages = STAGES;
+  static constexpr int kWarpRows = WARP_ROWS, kWarpColumns = WARP_COLUMNS;
+  static constexpr int kWarpsAlong = ROWS / WARP_ROWS, kThreads = 32 * kWarpsAlong * (COLUMNS / WARP_COLUMNS);
+  static constexpr int kWeightBytes = KIND == Kind::kLinearInt4 ? kDepth / 2 : kDepth;  // of a column and step
+  static constexpr int kStageBytes = ROWS * kDepth + COLUMNS * kWeightBytes;
+  static constexpr int kSharedBytes = STAGES * kStageBytes;
+  static_assert(WARP_ROWS % 16 == 0 && WARP_COLUMNS % 32 == 0, "a warp has whole runs of the epilogue");
+};
+
+struct Parameters {
+  const int8_t* x;
+  const uint8_t* weight;
+  const uint8_t* multiplier;
+  int depth, taps, groups;
+  Order order;
+  Pictures pictures;
+  Epilogue epilogue;
+};
+
+// Byte of a chunk of 16 in rows of 64 (or 32) bytes, permuted so that eight rows of one chunk meet no bank twice.
+template <int ROW_BYTES>
+__device__ __forceinline__ int chunk_at(int row, int chunk) {
+  return ROW_BYTES == 64 ? row * 64 + (chunk ^ (row >> 1 & 3)) * kChunk : row * 32 + (chunk ^ (row >> 2 & 1)) * kChunk;
+}
+
+// What a thread copies of x in every step: a chunk of each of a few rows.
+template <typename Tile>
+class RowCopies {
+  static constexpr int kChunks = kDepth / kChunk;
+  static constexpr int kCount = (Tile::kRows * kChunks + Tile::kThreads - 1) / Tile::kThreads;
+
+ public:
+  __device__ __forceinline__ RowCopies(const Parameters& parameters, int first_row) {
+    const int thread = static_cast<int>(threadIdx.x);
+    chunk_ = thread % kChunks;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int row = (thread + i * Tile::kThreads) / kChunks, at = first_row + row;
+      valid_[i] = row < Tile::kRows && at < parameters.epilogue.rows;
+      if constexpr (Tile::kKind == Kind::kConv2d) {
+        const Pictures& p = parameters.pictures;
+        const int sample = at / (p.out_height * p.out_width), pixel = at - sample * (p.out_height * p.out_width);
+        const int out_y = pixel / p.out_width;
+        y_[i] = out_y * p.stride_height - p.pad_top;
+        x_[i] = (pixel - out_y * p.out_width) * p.stride_width - p.pad_left;
+        base_[i] = static_cast<int64_t>(sample) * p.height * p.width * parameters.depth;
+      } else {
+        base_[i] = static_cast<int64_t>(at) * parameters.depth;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void start(const Parameters& parameters, char* target, int tap, int channel) const {
+    const int offset = channel + chunk_ * kChunk;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int row = (static_cast<int>(threadIdx.x) + i * Tile::kThreads) / kChunks;
+      if (row >= Tile::kRows) continue;
+      bool valid = valid_[i] && offset < parameters.depth;
+      int64_t at = base_[i] + offset;
+      if constexpr (Tile::kKind == Kind::kConv2d) {
+        const Pictures& p = parameters.pictures;
+        const int tap_y = tap / p.kernel_width, tap_x = tap - tap_y * p.kernel_width;
+        const int y = y_[i] + tap_y * p.dilation_height, x = x_[i] + tap_x * p.dilation_width;
+        valid = valid && y >= 0 && x >= 0 && y < p.height * p.upsample && x < p.width * p.upsample;
+        const int source_y = p.upsample == 2 ? y >> 1 : y, source_x = p.upsample == 2 ? x >> 1 : x;
+        at += (static_cast<int64_t>(source_y) * p.width + source_x) * parameters.depth;
+      }
+      copy_async_16(target + chunk_at<kDepth>(row, chunk_), parameters.x + (valid ? at : 0), valid);
+    }
+  }
+
+ private:
+  int chunk_;
+  bool valid_[kCount];
+  int64_t base_[kCount];
+  int y_[kCount], x_[kCount];
+};
+
+// The same of the weight, whose rows are columns of the output.
+template <typename Tile>
+__device__ __forceinline__ void start_columns(const Parameters& parameters, char* target, int first_column, int tap,
+                                              int channel) {
+  constexpr bool kInt4 = Tile::kKind == Kind::kLinearInt4;
+  constexpr int kChunks = Tile::kWeightBytes / kChunk, kPacked = kInt4 ? 2 : 1;
+  const int row_bytes = parameters.depth / kPacked;
+#pragma unroll
+  for (int i = static_cast<int>(threadIdx.x); i < Tile::kColumns * kChunks; i += Tile::kThreads) {
+    const int column = i / kChunks, chunk = i % kChunks, offset = channel / kPacked + chunk * kChunk;
+    const bool valid = first_column + column < parameters.epilogue.columns && offset < row_bytes;
+    const int64_t at = (static_cast<int64_t>(first_column + column) * parameters.taps + tap) * row_bytes + offset;
+    copy_async_16(target + chunk_at<Tile::kWeightBytes>(column, chunk), parameters.weight + (valid ? at : 0), valid);
+  }
+}
+
+// The registers of 32 columns of the weight for one half of a step, as operand b: two of every eight columns.
+template <typename Tile>
+__device__ __forceinline__ void load_columns(uint32_t (&b)[4][2], const char* columns, int first, int half,
+                                             const uint32_t (&multiplier)[4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int block = 0; block < 4; ++block) {
+    if constexpr (Tile::kKind == Kind::kLinearInt4) {
+      const char* chunk = columns + chunk_at<32>(first + block * 8 + lane / 4, half) + lane % 4 * 2;
+      unpack_lane(b[block][0], b[block][1], *reinterpret_cast<const uint16_t*>(chunk),
+                  *reinterpret_cast<const uint16_t*>(chunk + 8), multiplier[block]);
+    } else if (block % 2 == 0) {
+      uint32_t value[4];
+      load_matrices(value, columns + chunk_at<64>(first + block * 8 + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2));
+      b[block][0] = value[0], b[block][1] = value[1], b[block + 1][0] = value[2], b[block + 1][1] = value[3];
+    }
+  }
+}
+
+template <typename Tile, typename Out>
+__global__ void __launch_bounds__(Tile::kThreads) product_kernel(const __grid_constant__ Parameters parameters) {
+  constexpr int kBands = Tile::kWarpRows / 16, kRuns = Tile::kWarpColumns / 32;
+  char* shared = shared_memory();
+  int tile_row, tile_column;
+  parameters.order.place(static_cast<int>(blockIdx.x), tile_row, tile_column);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int row_in_tile = warp % Tile::kWarpsAlong * Tile::kWarpRows;
+  const int column_in_tile = warp / Tile::kWarpsAlong * Tile::kWarpColumns;
+  const int first_row = tile_row * Tile::kRows, first_column = tile_column * Tile::kColumns;
+
+  const RowCopies<Tile> rows(parameters, first_row);
+  const int steps_of_tap = (parameters.depth + kDepth - 1) / kDepth, steps = steps_of_tap * parameters.taps;
+  int next = 0, next_tap = 0, next_channel = 0;
+  const auto start_next = [&] {
+    if (next < steps) {
+      char* stage = shared + next % Tile::kStages * Tile::kStageBytes;
+      rows.start(parameters, stage, next_tap, next_channel);
+      start_columns<Tile>(parameters, stage + Tile::kRows * kDepth, first_column, next_tap, next_channel);
+      next_channel += kDepth;
+      if (next_channel >= parameters.depth) {
+        next_channel = 0;
+        ++next_tap;
+      }
+    }
+    ++next;
+    commit_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < Tile::kStages - 1; ++i) start_next();
+
+  int sum[kBands][kRuns * 4][4] = {};
+  for (int step = 0; step < steps; ++step) {
+    wait_copies<Tile::kStages - 2>();
+    __syncthreads();  // this step is there for all, and all are done with the one before, which is now filled anew
+    start_next();
+    const char* x = shared + step % Tile::kStages * Tile::kStageBytes;
+    const char* columns = x + Tile::kRows * kDepth;
+    uint32_t multiplier[kRuns][4] = {};
+    if constexpr (Tile::kKind == Kind::kLinearInt4) {  // a step is one group
+#pragma unroll
+      for (int block = 0; block < kRuns * 4; ++block) {
+        const int column = first_column + column_in_tile + block * 8 + lane / 4;
+        if (column < parameters.epilogue.columns) {
+          multiplier[block / 4][block % 4] =
+              __ldg(parameters.multiplier + static_cast<int64_t>(column) * parameters.groups + step);
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t a[kBands][4];
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+        load_matrices(a[band], x + chunk_at<64>(row_in_tile + band * 16 + lane % 16, half * 2 + lane / 16));
+      }
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run) {
+        uint32_t b[4][2];
+        load_columns<Tile>(b, columns, column_in_tile + run * 32, half, multiplier[run]);
+#pragma unroll
+        for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+          for (int block = 0; block < 4; ++block) {
+            multiply_m16n8k32(sum[band][run * 4 + block], a[band], b[block][0], b[block][1]);
+          }
+        }
+      }
+    }
+  }
+  wait_copies<0>();
+#pragma unroll
+  for (int band = 0; band < kBands; ++band) {
+    finish_rows<Out, kRuns * 4>(parameters.epilogue, first_row + row_in_tile + band * 16, first_column + column_in_tile,
+                           [&](int i) { return sum[band][i / 4][i % 4]; });
+  }
+}
+
+template <typename Tile>
+int run(const ldmq_product& product, void* stream) {
+  Parameters parameters = {};
+  parameters.x = product.x;
+  parameters.weight = static_cast<const uint8_t*>(product.weight);
+  parameters.multiplier = product.multiplier;
+  parameters.depth = static_cast<int>(product.depth);
+  parameters.taps = taps_of(product);
+  parameters.groups = static_cast<int>(ceil_div(product.depth, kGroup));
+  parameters.order = {static_cast<int>(ceil_div(product.rows, Tile::kRows)),
+                      static_cast<int>(ceil_div(product.columns, Tile::kColumns))};
+  parameters.pictures = pictures_of(product);
+  parameters.epilogue = epilogue_of(product);
+  const Shape shape = {dim3(static_cast<unsigned>(parameters.order.count())), Tile::kThreads, Tile::kSharedBytes};
+  return with_out_type(product.out_dtype, [&](auto out) {
+    return launch(product_kernel<Tile, decltype(out)>, shape, stream, parameters);
+  });
+}
+
+template <typename Tile>
+CompiledTile compiled(const char* op) {
+  return {{op, 80, Tile::kRows, Tile::kColumns, kDepth, Tile::kStages, 1, 0}, run<Tile>};
+}
+
+}  // namespace ldmq::sm80

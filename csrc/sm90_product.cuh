@@ -1,0 +1,346 @@
+// int8 products on wgmma for sm_90a: persistent blocks whose warpgroups have one task each.
+//
+// One warp loads: the tensor memory accelerator brings the steps of one tile after the other into a ring in shared
+// memory. Two warpgroups multiply straight from there. Either each has tiles of its own, and one multiplies while the
+// other stores (ping-pong), or both share the rows of a tile that is too large for one (cooperative). The two blocks of
+// a cluster have tiles one below the other, which need the same columns: each loads half of them for both.
+//
+// Operand a is x, operand b the weight. With an int4 weight they change places: the packed weight is unpacked into
+// registers, which wgmma takes as operand a alone, and the output is transposed in the epilogue.
+#pragma once
+
+#include <ptx_sm90.cuh>
+
+#include "product.cuh"
+#include "tensor_map.h"
+#include "tiles.h"
+
+namespace ldmq::sm90 {
+
+constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup, kAlignment = 1024;
+constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;  // of a thread: 504 for three, of 512
+
+template <Kind KIND, int A_ROWS, int B_ROWS, int DEPTH, int STAGES, bool COOPERATIVE, int CLUSTER>
+struct Tile {
+  static constexpr Kind kKind = KIND;
+  static constexpr bool kInt4 = KIND == Kind::kLinearInt4, kCooperative = COOPERATIVE;
+  static constexpr int kARows = A_ROWS, kBRows = B_ROWS, kDepth = DEPTH, kStages = STAGES, kCluster = CLUSTER;
+  static constexpr int kRows = kInt4 ? B_ROWS : A_ROWS, kColumns = kInt4 ? A_ROWS : B_ROWS;  // of the output
+  static constexpr int kGroupRows = COOPERATIVE ? A_ROWS / 2 : A_ROWS;                       // of a warpgroup
+  static constexpr int kARowBytes = kInt4 ? DEPTH / 2 : DEPTH;
+  static constexpr int kABytes = A_ROWS * kARowBytes, kBBytes = B_ROWS * DEPTH, kStageBytes = kABytes + kBBytes;
+  static constexpr int kSharedBytes = STAGES * kStageBytes + (2 * STAGES + 2) * 8;
+  static_assert(kGroupRows % 64 == 0 && B_ROWS % 32 == 0 && kABytes % kAlignment == 0);
+  static_assert(kBBytes / CLUSTER % kAlignment == 0, "each part of operand b begins where a swizzle does");
+  static_assert(kSharedBytes <= 227 << 10 && A_ROWS <= 256 && B_ROWS <= 256);
+};
+
+struct Parameters {
+  CUtensorMap a, b;
+  const uint8_t* multiplier;
+  int depth, taps, groups, a_rows;
+  Order order;  // rows of tiles are those of a cluster
+  Pictures pictures;
+  Epilogue epilogue;
+};
+
+// Where a warp stands in the ring: steps come in the same order for those that load and those that multiply.
+template <int STAGES>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance(int steps) {
+    const int beyond = stage + steps;
+    parity ^= static_cast<uint32_t>(beyond / STAGES) & 1u;
+    stage = beyond % STAGES;
+  }
+};
+
+// A matrix in shared memory as wgmma reads it: K-major, rows of `row_bytes`, swizzled as they were loaded.
+__device__ __forceinline__ uint64_t describe(const char* rows, int row_bytes) {
+  const uint64_t layout = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+  return static_cast<uint64_t>(shared_address(rows) >> 4 & 0x3fff) | 1ull << 16 |
+         static_cast<uint64_t>(row_bytes * 8 >> 4) << 32 | layout << 62;
+}
+
+template <typename Tile>
+struct Shared {
+  char* stages = shared_memory();
+  uint64_t* full = reinterpret_cast<uint64_t*>(stages + Tile::kStages * Tile::kStageBytes);
+  uint64_t* empty = full + Tile::kStages;
+  uint64_t* turn = empty + Tile::kStages;  // of each warpgroup, where each has its own tiles
+  __device__ __forceinline__ char* a(int stage) const { return stages + stage * Tile::kStageBytes; }
+  __device__ __forceinline__ char* b(int stage) const { return a(stage) + Tile::kABytes; }
+};
+
+// One thread: loads every step of every tile of this block.
+template <typename Tile>
+__device__ __forceinline__ void load_tiles(const Parameters& parameters, const Shared<Tile>& shared, int rank) {
+  constexpr int kPart = Tile::kBRows / Tile::kCluster;  // of operand b, loaded by this block for all of its cluster
+  const int cluster = static_cast<int>(blockIdx.x) / Tile::kCluster;
+  const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.order.count();
+  prefetch_map(&parameters.a);
+  prefetch_map(&parameters.b);
+  Ring<Tile::kStages> ring;
+  for (int tile = cluster; tile < tiles; tile += clusters) {
+    int a_tile, b_tile;
+    parameters.order.place(tile, a_tile, b_tile);
+    const int a_row = (a_tile * Tile::kCluster + rank) * Tile::kARows, b_row = b_tile * Tile::kBRows + rank * kPart;
+    int base_w = 0, base_h = 0, sample = 0;
+    if constexpr (Tile::kKind == Kind::kConv2d) {
+      const Pictures& p = parameters.pictures;
+      const int row = a_row / p.out_width;
+      sample = row / p.out_height;
+      base_w = (a_row - row * p.out_width) * p.stride_width - p.pad_left;
+      base_h = (row - sample * p.out_height) * p.stride_height - p.pad_top;
+    }
+    for (int tap = 0; tap < parameters.taps; ++tap) {
+      for (int channel = 0; channel < parameters.depth; channel += Tile::kDepth) {
+        uint64_t* full = shared.full + ring.stage;
+        barrier_wait(shared.empty + ring.stage, ring.parity ^ 1u);
+        barrier_expect(full, Tile::kStageBytes);
+        if constexpr (Tile::kKind == Kind::kConv2d) {
+          const Pictures& p = parameters.pictures;
+          const int tap_y = tap / p.kernel_width, tap_x = tap - tap_y * p.kernel_width;
+          load_pixels(shared.a(ring.stage), &parameters.a, full, channel, base_w, base_h, sample,
+                      static_cast<uint16_t>(tap_x * p.dilation_width), static_cast<uint16_t>(tap_y * p.dilation_height));
+        } else {
+          load_tile(shared.a(ring.stage), &parameters.a, full, Tile::kInt4 ? channel / 2 : channel, a_row);
+        }
+        char* target = shared.b(ring.stage) + rank * kPart * Tile::kDepth;
+        const int b_column = tap * parameters.depth + channel;
+        if constexpr (Tile::kCluster > 1) {
+          load_tile_multicast(target, &parameters.b, full, b_column, b_row, (1 << Tile::kCluster) - 1);
+        } else {
+          load_tile(target, &parameters.b, full, b_column, b_row);
+        }
+        ring.advance(1);
+      }
+    }
+  }
+}
+
+// An int4 operand a of 64 rows and 32 channels, from packed bytes in shared memory to registers.
+template <int ROW_BYTES>
+__device__ __forceinline__ void unpack_rows(uint32_t (&a)[4], const char* rows, int first_row, int offset,
+                                            const uint32_t (&multiplier)[2]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + half * 8 + lane / 4;
+    const int chunk = (offset ^ (row * ROW_BYTES >> 3 & (ROW_BYTES / 16 - 1) << 4)) + lane % 4 * 2;
+    const char* bytes = rows + row * ROW_BYTES + chunk;
+    unpack_lane(a[half], a[half + 2], *reinterpret_cast<const uint16_t*>(bytes),
+                *reinterpret_cast<const uint16_t*>(bytes + 8), multiplier[half]);
+  }
+}
+
+// The products of one step with an int8 operand a, issued and committed. `first_row` is of the warpgroup in the tile.
+template <typename Tile, int BANDS>
+__device__ __forceinline__ void multiply_step(const Shared<Tile>& shared, int stage, int first_row, bool accumulate,
+                                              int (&sum)[BANDS][Tile::kBRows / 2]) {
+  const uint64_t a = describe(shared.a(stage) + first_row * Tile::kDepth, Tile::kDepth);
+  const uint64_t b = describe(shared.b(stage), Tile::kDepth);
+  products_begin();
+#pragma unroll
+  for (int k = 0; k < Tile::kDepth / 32; ++k) {
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      const auto row = static_cast<uint64_t>(band * 64 * Tile::kDepth >> 4), column = static_cast<uint64_t>(k * 2);
+      multiply_m64k32<Tile::kBRows>(sum[band], a + row + column, b + column, accumulate || k > 0);
+    }
+  }
+  commit_products();
+}
+
+// The multipliers of one step that a lane needs: of its two rows of each band, and of each group of input channels.
+template <typename Tile, int BANDS>
+struct Multipliers {
+  static constexpr int kGroups = Tile::kDepth / kGroup;
+  uint32_t value[BANDS][kGroups][2];
+
+  __device__ __forceinline__ Multipliers(const Parameters& parameters, int lane_row, int channel) {
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+#pragma unroll
+      for (int i = 0; i < kGroups * 2; ++i) {
+        const int row = lane_row + band * 64 + i % 2 * 8, group = channel / kGroup + i / 2;
+        const bool valid = row < parameters.a_rows && group < parameters.groups;
+        const int64_t at = static_cast<int64_t>(row) * parameters.groups + group;
+        value[band][i / 2][i % 2] = valid ? __ldg(parameters.multiplier + at) : 0;
+      }
+    }
+  }
+};
+
+// The same products with an int4 operand a, unpacked first.
+template <typename Tile, int BANDS>
+__device__ __forceinline__ void multiply_int4_step(const Shared<Tile>& shared, int stage, int first_row,
+                                                   const Multipliers<Tile, BANDS>& multipliers, bool accumulate,
+                                                   int (&sum)[BANDS][Tile::kBRows / 2]) {
+  constexpr int kSteps = Tile::kDepth / 32;
+  const int warp_row = first_row + static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16;
+  uint32_t a[BANDS][kSteps][4];
+#pragma unroll
+  for (int band = 0; band < BANDS; ++band) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      unpack_rows<Tile::kARowBytes>(a[band][k], shared.a(stage), warp_row + band * 64, k * 16,
+                                    multipliers.value[band][k * 32 / kGroup]);
+    }
+  }
+  const uint64_t b = describe(shared.b(stage), Tile::kDepth);
+  products_begin();
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+    for (int band = 0; band < BANDS; ++band) {
+      multiply_m64k32<Tile::kBRows>(sum[band], a[band][k], b + static_cast<uint64_t>(k * 2), accumulate || k > 0);
+    }
+  }
+  commit_products();
+}
+
+// One warpgroup: multiplies and stores the tiles, or the rows of tiles, that are its own.
+template <typename Tile, typename Out>
+__device__ __forceinline__ void multiply_tiles(const Parameters& parameters, const Shared<Tile>& shared, int rank,
+                                               int group) {
+  constexpr int kBands = Tile::kGroupRows / 64;
+  const int cluster = static_cast<int>(blockIdx.x) / Tile::kCluster;
+  const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.order.count();
+  const int steps_of_tap = (parameters.depth + Tile::kDepth - 1) / Tile::kDepth, steps = steps_of_tap * parameters.taps;
+  const int warp_row = static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16;
+  const int group_row = Tile::kCooperative ? group * Tile::kGroupRows : 0;
+  const auto release = [&](int stage) {  // to all blocks that load into it
+    if (threadIdx.x % kWarpgroup < Tile::kCluster) barrier_arrive(shared.empty + stage, threadIdx.x % kWarpgroup);
+  };
+  Ring<Tile::kStages> ring;
+  int round = 0;
+  for (int tile = cluster; tile < tiles; tile += clusters, ++round) {
+    if (!Tile::kCooperative && round % 2 != group) {
+      ring.advance(steps);
+      continue;
+    }
+    // A barrier tells one phase from the next alone: whose turn it is not yet would take an old phase for its own.
+    if (!Tile::kCooperative) barrier_wait(shared.turn + group, static_cast<uint32_t>(round / 2 + group + 1) & 1u);
+    int a_tile, b_tile;
+    parameters.order.place(tile, a_tile, b_tile);
+    const int a_row = (a_tile * Tile::kCluster + rank) * Tile::kARows;
+    int sum[kBands][Tile::kBRows / 2];
+    int before = 0;
+    for (int step = 0; step < steps; ++step) {
+      if constexpr (Tile::kInt4) {
+        const int lane_row = a_row + group_row + warp_row + static_cast<int>(threadIdx.x) % 32 / 4;
+        const Multipliers<Tile, kBands> multipliers(parameters, lane_row, step * Tile::kDepth);  // while it waits
+        barrier_wait(shared.full + ring.stage, ring.parity);
+        multiply_int4_step<Tile, kBands>(shared, ring.stage, group_row, multipliers, step > 0, sum);
+      } else {
+        barrier_wait(shared.full + ring.stage, ring.parity);
+        multiply_step<Tile, kBands>(shared, ring.stage, group_row, step > 0, sum);
+      }
+      if (step > 0) {
+        wait_products<1>();
+        release(before);
+      }
+      before = ring.stage;
+      ring.advance(1);
+    }
+    if (!Tile::kCooperative && threadIdx.x % kWarpgroup == 0) barrier_arrive(shared.turn + 1 - group, rank);
+    wait_products<0>();
+    release(before);
+#pragma unroll
+    for (int band = 0; band < kBands; ++band) {
+      const int a_first = a_row + group_row + band * 64 + warp_row, b_first = b_tile * Tile::kBRows;
+      const auto accumulator = [&](int i) { return sum[band][i]; };
+      if constexpr (Tile::kInt4) {
+        finish_transposed<Out, Tile::kBRows / 8>(parameters.epilogue, b_first, a_first, accumulator);
+      } else {
+        finish_rows<Out, Tile::kBRows / 8>(parameters.epilogue, a_first, b_first, accumulator);
+      }
+    }
+  }
+}
+
+template <typename Tile, typename Out>
+__global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_constant__ Parameters parameters) {
+  const Shared<Tile> shared;
+  const int rank = Tile::kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      barrier_init(shared.full + stage, 1);
+      barrier_init(shared.empty + stage, (Tile::kCooperative ? 2 : 1) * Tile::kCluster);
+    }
+    barrier_init(shared.turn, 1);
+    barrier_init(shared.turn + 1, 1);
+    barrier_init_fence();
+  }
+  if constexpr (Tile::kCluster > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    give_registers<kLoadRegisters>();
+    if (threadIdx.x == 0) load_tiles(parameters, shared, rank);
+  } else {
+    take_registers<kMultiplyRegisters>();
+    multiply_tiles<Tile, Out>(parameters, shared, rank, warpgroup - 1);
+  }
+  // a block stays until nobody loads into it or arrives at its barriers any more
+  if constexpr (Tile::kCluster > 1) {
+    __syncwarp();
+    cluster_sync();
+  }
+}
+
+template <typename Tile>
+int run(const ldmq_product& product, void* stream) {
+  Parameters parameters = {};
+  const int taps = taps_of(product);
+  cudaError_t error;
+  if constexpr (Tile::kInt4) {
+    error = encode_matrix(&parameters.a, product.weight, product.columns, product.depth / 2, Tile::kARows,
+                          Tile::kARowBytes);
+  } else if constexpr (Tile::kKind == Kind::kConv2d) {
+    error = encode_pictures(&parameters.a, product, Tile::kARows, Tile::kDepth);
+  } else {
+    error = encode_matrix(&parameters.a, product.x, product.rows, product.depth, Tile::kARows, Tile::kDepth);
+  }
+  if (error != cudaSuccess) return error;
+  const void* b = Tile::kInt4 ? static_cast<const void*>(product.x) : product.weight;
+  const int64_t a_rows = Tile::kInt4 ? product.columns : product.rows;
+  const int64_t b_rows = Tile::kInt4 ? product.rows : product.columns;
+  error = encode_matrix(&parameters.b, b, b_rows, taps * product.depth, Tile::kBRows / Tile::kCluster, Tile::kDepth);
+  if (error != cudaSuccess) return error;
+  parameters.multiplier = product.multiplier;
+  parameters.depth = static_cast<int>(product.depth);
+  parameters.taps = taps;
+  parameters.groups = static_cast<int>(ceil_div(product.depth, kGroup));
+  parameters.a_rows = static_cast<int>(a_rows);
+  parameters.order = {static_cast<int>(ceil_div(a_rows, Tile::kARows * Tile::kCluster)),
+                      static_cast<int>(ceil_div(b_rows, Tile::kBRows))};
+  parameters.pictures = pictures_of(product);
+  parameters.epilogue = epilogue_of(product);
+  int device = 0, multiprocessors = 0;
+  error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) return error;
+  const int clusters = std::max(1, std::min(parameters.order.count(), multiprocessors / Tile::kCluster));
+  const Shape shape = {dim3(static_cast<unsigned>(clusters * Tile::kCluster)), kThreads, Tile::kSharedBytes,
+                       Tile::kCluster};
+  return with_out_type(product.out_dtype, [&](auto out) {
+    return launch(product_kernel<Tile, decltype(out)>, shape, stream, parameters);
+  });
+}
+
+template <typename Tile>
+CompiledTile compiled(const char* op) {
+  return {{op, 90, Tile::kRows, Tile::kColumns, Tile::kDepth, Tile::kStages, Tile::kCluster, Tile::kCooperative},
+          run<Tile>};
+}
+
+}  // namespace ldmq::sm90

@@ -1,0 +1,23 @@
+// The compiled tiles of each op and family, one list a source file.
+#pragma once
+
+#include <vector>
+
+#include "ldmq_cuda.h"
+
+namespace ldmq {
+
+struct CompiledTile {
+  ldmq_tile tile;
+  int (*run)(const ldmq_product& product, void* stream);
+};
+using TileList = std::vector<CompiledTile>;
+
+TileList sm80_linear_w8a8();
+TileList sm80_linear_w4a8();
+TileList sm80_conv2d_w8a8();
+TileList sm90_linear_w8a8();
+TileList sm90_linear_w4a8();
+TileList sm90_conv2d_w8a8();
+
+}  // namespace ldmq

@@ -1,0 +1,67 @@
+"""How long an op takes at a size that keeps a GPU busy, and torch in float16 for the same layer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.tuning.calls import conv2d_arguments, linear_arguments
+from ldmq_kernels.tuning.shapes import Conv2d, Linear
+from ldmq_kernels.tuning.timing import one_call_ms
+
+LINEAR = Linear(1, 4096, 1280, 1280)
+CONVOLUTION = Conv2d(1, 2, 320, 64, 320)
+ROUNDS = 9
+LEGEND = (
+    f"linears and convolutions are timed at {LINEAR.m}x{LINEAR.k} to {LINEAR.n} and, with a 3x3 kernel, at "
+    f"{CONVOLUTION.n}x{CONVOLUTION.c}x{CONVOLUTION.size}x{CONVOLUTION.size} to {CONVOLUTION.k}, in turns with torch's "
+    "in float16; quantizing what they take is not part of it. Other ops are timed at a small size"
+)
+
+
+def _rivals(op: str, device: torch.device) -> tuple[tuple[Any, ...], Callable[[], Any]]:
+    """An op's arguments, and the same layer in float16."""
+    half: dict[str, Any] = {"dtype": torch.float16, "device": device}
+    if op.startswith("linear"):
+        x, weight = torch.randn(LINEAR.m, LINEAR.k, **half), torch.randn(LINEAR.n, LINEAR.k, **half)
+        return linear_arguments(op, LINEAR, device), partial(
+            torch.nn.functional.linear, x, weight, x.new_zeros(LINEAR.n)
+        )
+    s = CONVOLUTION
+    picture, weight = torch.randn(s.n, s.c, s.size, s.size, **half), torch.randn(s.k, s.c, s.kernel, s.kernel, **half)
+    picture, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (picture, weight))
+    bias = picture.new_zeros(s.k)
+    call = partial(torch.nn.functional.conv2d, picture, weight, bias, s.stride, s.kernel // 2)
+    return conv2d_arguments(op, s, device), call
+
+
+@torch.inference_mode()
+def measure(op: str, function: Callable[..., Any], device: torch.device) -> tuple[float, float] | None:
+    """Time a backend's linear or convolution.
+
+    Args:
+        op: its name.
+        function: the backend's.
+        device: a GPU.
+
+    Returns:
+        Median milliseconds, and how many times as fast as torch's in float16 that is; None for other ops, and where
+        the backend refuses the size.
+    """
+    if not op.startswith(("linear", "conv2d")):
+        return None
+    arguments, rival = _rivals(op, device)
+    call = partial(function, *arguments)
+    try:
+        call()
+    except Unsupported:
+        return None
+    rival()
+    times = [(one_call_ms(call, device), one_call_ms(rival, device)) for _ in range(ROUNDS)]
+    ours, theirs = (statistics.median(taken) for taken in zip(*times, strict=True))
+    return ours, theirs / ours

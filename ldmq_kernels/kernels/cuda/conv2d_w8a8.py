@@ -1,0 +1,76 @@
+"""NHWC convolution as an implicit int8 product, zero padding; csrc/products.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cuda import product
+from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.geometry import conv2d_output_size
+
+
+def conv2d_w8a8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    sample_vector: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    upsample: int,
+    out_dtype: torch.dtype,
+    out_reciprocal: Tensor | None = None,
+) -> Tensor:
+    """Convolution on int8 activations and int8 weights.
+
+    Args:
+        x_q: (N, C, H, W) int8, C a multiple of 16.
+        x_scale: (1,) or (N,) float32.
+        weight: (K, R, S, C) int8, K a multiple of 8.
+        weight_scale: (K,) float32.
+        bias: (K,) floating.
+        sample_vector: (N, K) of `out_dtype`, added to every position (the time embedding).
+        residual: (N, K, P, Q) of `out_dtype`, added last.
+        kernel_size: (R, S).
+        padding: zeros at (top, bottom, left, right).
+        groups: 1.
+        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
+        out_dtype: float16, bfloat16 or float32; int8 with `out_reciprocal`.
+        out_reciprocal: (1,) or (K,) float32: the output is quantized for the next int8 layer.
+
+    Returns:
+        (N, K, P, Q) of `out_dtype`, channels_last.
+
+    Raises:
+        Unsupported: groups, a packed weight, or an operand of another dtype or size.
+    """
+    if groups != 1:
+        raise Unsupported(f"groups is {groups}, must be 1")
+    samples, channels, height, width = x_q.shape
+    columns = weight_scale.shape[0]
+    size = conv2d_output_size((height, width), kernel_size, stride, padding, dilation, upsample)
+    weight = product.plain(weight, torch.int8, (columns, *kernel_size, channels))
+    x = product.int8(x_q).contiguous(memory_format=torch.channels_last)
+    out = torch.empty((samples, columns, *size), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
+    top, _, left, _ = padding
+    return product.run(
+        "conv2d_w8a8",
+        x,
+        x_scale,
+        weight,
+        None,
+        weight_scale,
+        bias,
+        sample_vector,
+        residual,
+        out,
+        depth=channels,
+        pictures=product.Pictures(samples, height, width, *size, *kernel_size, *stride, *dilation, top, left, upsample),
+        out_reciprocal=out_reciprocal,
+    )

@@ -1,0 +1,38 @@
+"""linear_w8a8 of quantize_static, in two launches; csrc/quantize.cu and csrc/products.cu."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ldmq_kernels.kernels.cuda.linear_w8a8 import linear_w8a8
+from ldmq_kernels.kernels.cuda.quantize_static import quantize_static
+
+
+def linear_static_w8a8(
+    x: Tensor,
+    reciprocal: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Linear layer on floating activations with a calibrated scale.
+
+    Args:
+        x: (..., K) floating.
+        reciprocal: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
+        x_scale: (1,) float32.
+        weight: (N, K) int8.
+        weight_scale: (N,) float32.
+        bias: (N,) floating.
+        residual: (..., N) of x's dtype, added last.
+
+    Returns:
+        (..., N) of x's dtype.
+
+    Raises:
+        Unsupported: a packed weight, or an operand of another dtype or size.
+    """
+    x_q = quantize_static(x.contiguous(), reciprocal, -1)
+    return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, x.dtype)

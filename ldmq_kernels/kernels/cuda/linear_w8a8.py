@@ -1,0 +1,56 @@
+"""out = (x_q @ weight^T) * x_scale * weight_scale + bias + residual, the product in exact int32; csrc/products.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cuda import product
+
+
+def linear_w8a8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    out_reciprocal: Tensor | None = None,
+) -> Tensor:
+    """Linear layer on int8 activations and int8 weights.
+
+    Args:
+        x_q: (..., K) int8, K a multiple of 16.
+        x_scale: (1,) or (...) float32.
+        weight: (N, K) int8, N a multiple of 8.
+        weight_scale: (N,) float32.
+        bias: (N,) floating.
+        residual: (..., N) of `out_dtype`, added last.
+        out_dtype: float16, bfloat16 or float32; int8 with `out_reciprocal`.
+        out_reciprocal: (1,) or (N,) float32: the output is quantized for the next int8 layer.
+
+    Returns:
+        (..., N) of `out_dtype`.
+
+    Raises:
+        Unsupported: a packed weight, or an operand of another dtype or size.
+    """
+    depth, columns = x_q.shape[-1], weight_scale.shape[0]
+    weight = product.plain(weight, torch.int8, (columns, depth))
+    x = product.int8(x_q).reshape(-1, depth).contiguous()
+    out = torch.empty((*x_q.shape[:-1], columns), dtype=out_dtype, device=x.device)
+    return product.run(
+        "linear_w8a8",
+        x,
+        x_scale,
+        weight,
+        None,
+        weight_scale,
+        bias,
+        None,
+        residual,
+        out,
+        depth=depth,
+        out_reciprocal=out_reciprocal,
+    )

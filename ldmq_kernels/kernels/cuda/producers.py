@@ -1,0 +1,47 @@
+"""What the producers share: the arguments that say how their result becomes int8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cuda import extension
+from ldmq_kernels.kernels.dispatch import Unsupported
+
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def factors(reciprocal: Tensor | None, smoothing: Tensor | None, x: Tensor, channels: int) -> dict[str, Any]:
+    """The arguments of a calibrated reciprocal, or of a smoothing vector for a measured scale.
+
+    Raises:
+        Unsupported: another dtype, device, layout or count.
+    """
+    chosen, name = (smoothing, "smoothing") if reciprocal is None else (reciprocal, "reciprocal")
+    arguments = {"reciprocal": 0, "reciprocal_count": 0, "smoothing": 0}
+    if chosen is not None:
+        extension.check_factors(chosen, name, x, channels)
+        arguments[name] = chosen.data_ptr()
+    if reciprocal is not None:
+        arguments["reciprocal_count"] = reciprocal.numel()
+    return arguments
+
+
+def vector(name: str, operand: Tensor | None, x: Tensor, channels: int) -> dict[str, Any]:
+    """The arguments of a floating vector over the channels, which may be missing.
+
+    Raises:
+        Unsupported: another dtype, device, layout or shape.
+    """
+    if operand is None:
+        return {name: 0, f"{name}_dtype": "float32"}
+    dtype = _DTYPES.get(operand.dtype)
+    if dtype is None or operand.device != x.device or not operand.is_contiguous():
+        raise Unsupported(
+            f"the {name} is {operand.dtype} on {operand.device}, must be contiguous floating on {x.device}"
+        )
+    if operand.shape != (channels,):
+        raise Unsupported(f"the {name} is {tuple(operand.shape)}, must be ({channels},)")
+    return {name: operand.data_ptr(), f"{name}_dtype": dtype}

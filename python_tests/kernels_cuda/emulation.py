@@ -1,0 +1,90 @@
+"""The kernels of csrc/ compiled for a CPU (emulator/), and the binding over them."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import pytest
+import torch
+
+from ldmq_kernels.kernels.cuda import extension, tiles
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = Path(__file__).resolve().parent / "emulator"
+MODULE = "_binding" + sysconfig.get_config_var("EXT_SUFFIX")
+COMPILE = ("g++", "-std=c++20", "-O1", "-fPIC", "-Wno-psabi")
+KERNELS = (  # no product and sum in one rounding, as torch; an address that is not aligned ends the process
+    "-ffp-contract=off",
+    "-fsanitize=alignment",
+    "-fsanitize-undefined-trap-on-error",
+    '-DLDMQ_ARCHITECTURES="80;90a"',
+    "-DLDMQ_HAS_SM90=1",
+    f"-I{EMULATOR}",
+    f"-I{ROOT / 'csrc'}",
+    "-x",
+    "c++",
+)
+
+
+def load(path: Path) -> ModuleType:
+    """The module of this file, under the name of its folder: pybind11 keeps one module for each name."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._binding", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compiled(source: Path, options: Sequence[str], folder: Path) -> str:
+    target = folder / f"{source.name}.o"
+    subprocess.run([*COMPILE, *options, "-c", str(source), "-o", str(target)], check=True)
+    return str(target)
+
+
+@functools.cache
+def emulated_binding() -> ModuleType:
+    """The binding, linked with the kernels for the CPU: addresses are those of CPU tensors. Skips without g++."""
+    python_headers = Path(sysconfig.get_path("include"))
+    if sys.platform != "linux" or not shutil.which("g++") or not (python_headers / "Python.h").exists():
+        pytest.skip("needs Linux, g++ and Python's headers")
+    folder = Path(tempfile.mkdtemp(prefix="emulated"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    kernels = [*sorted((ROOT / "csrc").glob("*.cu")), EMULATOR / "emulator.cpp"]
+    modules = sorted((ROOT / "csrc").glob("binding*.cpp"))
+    includes = [f"-I{pybind11.get_include()}", f"-I{python_headers}"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(_compiled, source, KERNELS, folder) for source in kernels]
+        module_jobs = [pool.submit(_compiled, source, includes, folder) for source in modules]
+        objects, module_objects = ([job.result() for job in started] for started in (jobs, module_jobs))
+    library = folder / "libldmq_emulated.so"  # a name of its own: a process loads one library of each name
+    subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True)
+    linked = [f"-L{folder}", "-lldmq_emulated", "-Wl,-rpath,$ORIGIN"]
+    subprocess.run(["g++", "-shared", *module_objects, *linked, "-o", str(folder / MODULE)], check=True)
+    module = load(folder / MODULE)
+    module.set_eager = ctypes.CDLL(str(library)).emulator_set_eager
+    return module
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Let the CUDA backend serve CPU tensors by the emulator, until the end of the test; the binding."""
+    binding = emulated_binding()
+    monkeypatch.setattr(extension, "binding", lambda: binding)
+    monkeypatch.setattr(extension, "target", lambda _: {"device": 1, "stream": 0})
+    monkeypatch.setattr("ldmq_kernels.kernels.cuda.serves", lambda device: device == torch.device("cpu"))
+    tiles.forget()
+    return binding

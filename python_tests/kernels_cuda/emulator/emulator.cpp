@@ -1,0 +1,5 @@
+// What tests set of the emulator, through ctypes.
+#include "fibers.h"
+
+// Whether asynchronous copies and products happen when they are issued, or as late as they may.
+extern "C" void emulator_set_eager(int eager) { emulator::eager = eager != 0; }

@@ -1,0 +1,132 @@
+// The threads of one block, or of blocks that run together (a cluster, a cooperative grid), as fibers that take
+// turns: each runs until it has to wait. A round in which nothing moves is a deadlock, and ends the launch.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+constexpr unsigned kWarp = 32, kLaneWords = 6, kIdleRounds = 64;
+constexpr size_t kStackBytes = 64 << 10, kSharedBytes = 256 << 10;
+
+inline bool eager = false;  // asynchronous copies and products happen when issued; else when waited for
+inline ucontext_t scheduler;
+inline bool moved;  // something happened in this round
+
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+};
+
+struct Block {
+  dim3 index;
+  Barrier all;
+  std::vector<Barrier> warps;
+  std::vector<uint32_t> lanes;  // kLaneWords of each thread
+};
+
+// Asynchronous work of a thread, in groups as it commits them; the last one is still open.
+using Groups = std::vector<std::vector<std::function<void()>>>;
+
+inline void finish_groups(Groups& groups, size_t left) {
+  while (groups.size() > left + 1) {
+    for (auto& work : groups.front()) work();
+    groups.erase(groups.begin());
+  }
+}
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  unsigned thread, rank;
+  bool done;
+  Groups copies, products;
+};
+
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline std::vector<Block> blocks;  // those that run together
+inline Barrier together;           // of all their threads
+inline std::vector<char> arena;    // their shared memory, one after the other
+inline Fiber* current;
+inline std::function<void()> body;
+
+inline Block& block() { return blocks[current->rank]; }
+inline char* shared_base() {
+  const auto address = reinterpret_cast<uintptr_t>(arena.data());
+  return arena.data() + (1024 - address % 1024) % 1024;
+}
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+
+inline void entry() {
+  body();
+  current->done = moved = true;
+}
+
+inline void wait(Barrier& barrier, unsigned count) {
+  const unsigned mine = barrier.generation;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    moved = true;
+  }
+  while (barrier.generation == mine) yield();
+}
+inline void sync_warp() { wait(block().warps[threadIdx.x / kWarp], kWarp); }
+
+// Runs blocks together; false where they wait for each other forever.
+inline bool run(const std::vector<dim3>& indices, unsigned threads) {
+  blocks.clear();
+  for (const dim3& index : indices) {
+    Block made;
+    made.index = index;
+    made.warps.resize((threads + kWarp - 1) / kWarp);
+    made.lanes.resize(threads * kLaneWords);
+    blocks.push_back(std::move(made));
+  }
+  together = Barrier();
+  arena.assign(indices.size() * kSharedBytes + 1024, 0x5a);  // shared memory starts as rubbish
+  const unsigned count = threads * static_cast<unsigned>(indices.size());
+  while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
+  for (unsigned i = 0; i < count; ++i) {
+    Fiber& fiber = *fibers[i];
+    fiber.thread = i % threads;
+    fiber.rank = i / threads;
+    fiber.done = false;
+    fiber.copies.assign(1, {});
+    fiber.products.assign(1, {});
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, entry, 0);
+  }
+  unsigned idle = 0;
+  for (bool running = true; running;) {
+    running = moved = false;
+    for (unsigned i = 0; i < count; ++i) {
+      if (fibers[i]->done) continue;
+      running = true;
+      current = fibers[i].get();
+      threadIdx = dim3(current->thread, 0, 0);
+      blockIdx = blocks[current->rank].index;
+      swapcontext(&scheduler, &current->context);
+    }
+    idle = moved ? 0 : idle + 1;
+    if (idle > kIdleRounds) return false;
+  }
+  return true;
+}
+
+}  // namespace emulator

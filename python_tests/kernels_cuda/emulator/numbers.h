@@ -1,0 +1,76 @@
+// Numbers as a GPU computes them: bit casts, conversions and products with their rounding.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+template <typename To, typename From>
+To bits(From value) {
+  static_assert(sizeof(To) == sizeof(From), "bits keeps the size");
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+inline uint32_t __float_as_uint(float value) { return bits<uint32_t>(value); }
+inline float __uint_as_float(uint32_t value) { return bits<float>(value); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __expf(float a) { return std::exp(a); }
+inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
+inline float __int2float_rn(int value) { return static_cast<float>(value); }
+inline int __float2int_rn(float value) {
+  if (std::isnan(value)) return 0;
+  const float rounded = std::nearbyint(value);
+  if (rounded >= 2147483648.0f) return std::numeric_limits<int>::max();
+  return rounded < -2147483648.0f ? std::numeric_limits<int>::min() : static_cast<int>(rounded);
+}
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return result;
+}
+
+struct __nv_bfloat16 {
+  uint16_t raw;
+};
+struct __half {
+  uint16_t raw;
+};
+inline float __bfloat162float(__nv_bfloat16 value) { return bits<float>(static_cast<uint32_t>(value.raw) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  const uint32_t raw = bits<uint32_t>(value);
+  if (std::isnan(value)) return {0x7fff};
+  return {static_cast<uint16_t>((raw + 0x7fff + (raw >> 16 & 1)) >> 16)};
+}
+inline float __half2float(__half value) {
+  const int exponent = value.raw >> 10 & 31, mantissa = value.raw & 1023;
+  float size = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
+  if (exponent == 31) size = mantissa ? NAN : INFINITY;
+  return value.raw & 0x8000 ? -size : size;
+}
+inline __half __float2half_rn(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float size = std::fabs(value);
+  if (std::isnan(value)) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (size < 6.103515625e-05f) return {static_cast<uint16_t>(sign | std::lrint(std::ldexp(size, 24)))};
+  const int exponent = std::ilogb(size);
+  const long mantissa = std::lrint(std::ldexp(size, 10 - exponent));  // 1024..2048, and 2048 carries by itself
+  return {static_cast<uint16_t>(sign | (static_cast<long>(exponent + 14) << 10) + mantissa)};
+}

@@ -1,0 +1,103 @@
+"""The machine code of the products: the tensor cores' instructions, fed by the copies that each family has."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+DESIGNED = re.compile(r"sm(80|90)14product_kernelINS0_4TileILNS_4KindE([012])E")
+KINDS = {"0": "linear_w8a8", "1": "conv2d_w8a8", "2": "linear_w4a8"}
+
+
+def _cuobjdump() -> str | None:
+    """That of the toolkit, or the one inside triton."""
+    spec = importlib.util.find_spec("triton")
+    inside = [Path(spec.origin).parent / "backends/nvidia/bin"] if spec and spec.origin else []
+    return next((found for place in [None, *inside] if (found := shutil.which("cuobjdump", path=place))), None)
+
+
+@pytest.fixture(scope="session")
+def kernels(build_folder: Path) -> dict[tuple[str, str, str], str]:
+    """Text of each product kernel by architecture, mangled name and op."""
+    tool = _cuobjdump()
+    if tool is None:
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
+    library = build_folder / "lib/ldmq_kernels/kernels/cuda/libldmq_kernels.so"
+    text = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in re.split(r"^\s*arch = ", text, flags=re.MULTILINE)[1:]:
+        architecture = part.split()[0]
+        for function in re.split(r"^\s*Function : ", part, flags=re.MULTILINE)[1:]:
+            name, _, body = function.partition("\n")
+            if designed := DESIGNED.search(name):
+                found[architecture, name, KINDS[designed.group(2)]] = body
+    return found
+
+
+def opcodes(text: str) -> Counter[str]:
+    """How often each instruction stands in a text, with its modifiers."""
+    return Counter(OPCODE.findall(text))
+
+
+def starting(counts: Counter[str], prefix: str) -> int:
+    return sum(count for name, count in counts.items() if name.startswith(prefix))
+
+
+def main_loop(text: str) -> str:
+    """From the first product of the tensor cores to the last."""
+    lines = text.splitlines()
+    at = [index for index, line in enumerate(lines) if re.search(r"\bI[G]?MMA\.", line)]
+    return "\n".join(lines[at[0] : at[-1] + 1])
+
+
+def test_every_op_has_kernels_of_both_families(kernels: dict) -> None:
+    have = {(architecture, op) for architecture, _, op in kernels}
+    assert have == {(a, op) for a in ("sm_80", "sm_90a") for op in KINDS.values()}
+
+
+def test_hopper_multiplies_by_warpgroups_what_tma_loads(kernels: dict) -> None:
+    hopper = {key: text for key, text in kernels.items() if "4sm90" in key[1]}
+    assert {architecture for architecture, _, _ in hopper} == {"sm_90a"}
+    for (_, name, op), text in hopper.items():
+        counts = opcodes(text)
+        assert starting(counts, "IGMMA") >= 4, name
+        assert starting(counts, "IMMA") == 0, name
+        im2col, multicast = (sum(n for o, n in counts.items() if w in o) for w in ("IM2COL", "MULTICAST"))
+        assert starting(counts, "UTMALDG") >= 2, name
+        assert (im2col > 0) == (op == "conv2d_w8a8"), name
+        assert (multicast > 0) == bool(re.search(r"ELi2EEE\w*$|ELb[01]ELi2EEE", name)), name
+        assert starting(counts, "LDL") == starting(counts, "STL") == 0, name
+
+
+def test_the_main_loop_on_hopper_waits_for_no_fence(kernels: dict) -> None:
+    """A release at cluster scope would put a fence of the whole GPU between the products."""
+    for (_, name, op), text in kernels.items():
+        if "4sm90" in name:
+            counts = opcodes(main_loop(text))
+            assert starting(counts, "MEMBAR") == 0, name
+            assert op == "linear_w4a8" or starting(counts, "LDS") == 0, name
+
+
+def test_the_int4_weight_reaches_the_tensor_cores_from_registers(kernels: dict) -> None:
+    for (_, name, op), text in kernels.items():
+        if "4sm90" in name:
+            from_registers = re.findall(r"IGMMA\S* R\d+, (R\d+), gdesc", text)
+            assert bool(from_registers) == (op == "linear_w4a8"), name
+
+
+def test_other_gpus_multiply_what_asynchronous_copies_bring(kernels: dict) -> None:
+    others = {key: text for key, text in kernels.items() if "4sm80" in key[1]}
+    assert {architecture for architecture, _, _ in others} == {"sm_80", "sm_90a"}
+    for (architecture, name, _), text in others.items():
+        counts = opcodes(text)
+        assert starting(counts, "IMMA.16832") >= 16, name
+        assert starting(counts, "LDGSTS") >= 2, name
+        assert starting(counts, "LDSM") >= 1, name
+        assert starting(counts, "LDL") == starting(counts, "STL") == 0, (architecture, name)

@@ -1,0 +1,335 @@
+"""Every tile of the int8 products: exact integers, one rounding, and refusals that say why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels import cuda
+from ldmq_kernels.kernels.cuda import extension, tiles
+from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.numerics.packing import pack_int4
+from python_tests.kernels.operands import (
+    DTYPES,
+    assert_rounded_once,
+    exact_conv2d,
+    exact_epilogue,
+    exact_linear,
+    folded,
+    random_int4,
+    random_int8,
+    random_multiplier,
+    random_scale,
+)
+
+NAMES = {
+    "linear_w8a8": [
+        "sm90 256x160x128x4 cooperative cluster 2",
+        "sm90 256x128x128x4 cooperative cluster 2",
+        "sm90 128x256x128x4 cooperative cluster 2",
+        "sm90 128x160x128x6 cluster 2",
+        "sm90 128x160x128x6",
+        "sm90 128x160x64x10 cluster 2",
+        "sm90 128x128x128x7",
+        "sm90 64x160x128x7",
+        "sm90 128x64x128x8 cooperative",
+        "sm80 128x160x64x4",
+        "sm80 128x128x64x4",
+        "sm80 256x128x64x3",
+        "sm80 64x128x64x4",
+        "sm80 64x64x64x6",
+    ],
+    "conv2d_w8a8": [
+        "sm90 256x160x128x4 cooperative cluster 2",
+        "sm90 128x256x128x4 cooperative cluster 2",
+        "sm90 128x160x128x6 cluster 2",
+        "sm90 128x160x64x10 cluster 2",
+        "sm90 128x128x128x7",
+        "sm90 64x160x128x7",
+        "sm90 128x64x128x8 cooperative",
+        "sm80 128x160x64x4",
+        "sm80 128x128x64x4",
+        "sm80 64x128x64x4",
+        "sm80 64x64x64x6",
+    ],
+    "linear_w4a8": [
+        "sm90 160x128x128x7 cooperative cluster 2",
+        "sm90 256x128x128x5 cooperative cluster 2",
+        "sm90 256x128x128x5 cooperative",
+        "sm90 128x128x128x8 cooperative",
+        "sm90 64x128x128x8 cooperative",
+        "sm80 128x160x64x4",
+        "sm80 128x128x64x4",
+        "sm80 64x128x64x4",
+        "sm80 64x64x64x6",
+    ],
+}
+ONE = torch.ones(1)
+# (input (N, C, H, W), output channels, (kernel, stride, padding, dilation, groups, upsample))
+CONVOLUTIONS = {
+    "3x3": ((3, 48, 9, 7), 168, ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)),
+    "wide": ((1, 320, 17, 9), 8, ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)),
+    "downsample": ((2, 144, 8, 5), 40, ((3, 3), (2, 2), (0, 1, 0, 1), (1, 1), 1, 1)),
+    "1x1": ((2, 32, 6, 7), 24, ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, 1)),
+    "uneven": ((1, 16, 11, 10), 16, ((3, 2), (1, 2), (2, 0, 1, 3), (2, 3), 1, 1)),
+    "one pixel": ((2, 16, 1, 1), 8, ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)),
+}
+UPSAMPLED = ((2, 32, 5, 4), 24, ((3, 3), (1, 1), (0, 1, 2, 0), (1, 1), 1, 2))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill every torch.empty with NaN or the largest integer, so that what a kernel leaves out is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tiles_of(op: str) -> pytest.MarkDecorator:
+    """The test for every tile of an op."""
+    return pytest.mark.parametrize("tile", [(op, name) for name in NAMES[op]], ids=NAMES[op], indirect=True)
+
+
+@pytest.fixture
+def tile(request: pytest.FixtureRequest, device: torch.device) -> Iterator[tiles.Tile]:
+    """A tile that every product of the test takes."""
+    op, name = request.param
+    found = [tile for tile in tiles.candidates(op, 64, 64, 64, device) if tile.name == name]
+    if not found:
+        pytest.skip(f"this GPU has no tile {name}")
+    with tiles.forced(found[0]):
+        yield found[0]
+
+
+@pytest.fixture(params=["late", "eager"])
+def timing(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
+    """In the emulator: asynchronous work as late, and as early, as the rules allow."""
+    if device.type == "cuda":
+        if request.param == "eager":
+            pytest.skip("a GPU has its own time")
+        yield
+        return
+    set_eager = extension.binding().set_eager
+    set_eager(request.param == "eager")
+    yield
+    set_eager(False)
+
+
+def on(device: torch.device, *operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if operand is None else operand.to(device) for operand in operands)
+
+
+def image(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def test_the_extension_has_these_tiles(device: torch.device) -> None:
+    built = {(tile.op, tile.name) for tile in map(tiles.Tile._make, enumerated(extension.binding().tiles()))}
+    families = {tile[1] for tile in extension.binding().tiles()}
+    wanted = {(op, name) for op, names in NAMES.items() for name in names if int(name[2:4]) in families}
+    assert built == wanted
+
+
+def enumerated(fields: list[tuple]) -> list[tuple]:
+    return [(index, *rest) for index, rest in enumerate(fields)]
+
+
+@tiles_of("linear_w8a8")
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(17, 320, 168), (545, 144, 328), (1, 16, 8)])
+def test_linear_sums_are_exact(
+    device: torch.device, timing: None, tile: tiles.Tile, rows: int, depth: int, columns: int
+) -> None:
+    x, weight = random_int8(rows, depth), random_int8(columns, depth)
+    operands = on(device, x, ONE, weight, torch.ones(columns))
+    out = cuda.linear_w8a8(*operands, None, None, torch.float32)
+    assert torch.equal(out.cpu().long(), exact_linear(x, weight))
+
+
+@tiles_of("linear_w4a8")
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(17, 320, 168), (545, 160, 296), (1, 32, 8)])
+def test_int4_sums_are_exact(
+    device: torch.device, timing: None, tile: tiles.Tile, rows: int, depth: int, columns: int
+) -> None:
+    x, weight, multiplier = random_int8(rows, depth), random_int4(columns, depth), random_multiplier(columns, depth)
+    operands = on(device, x, ONE, pack_int4(weight), multiplier, torch.ones(columns))
+    out = cuda.linear_w4a8(*operands, None, None, torch.float32)
+    assert torch.equal(out.cpu().long(), exact_linear(x, folded(weight, multiplier)))
+
+
+@tiles_of("linear_w4a8")
+def test_unit_vectors_read_every_int4_with_every_multiplier(device: torch.device, tile: tiles.Tile) -> None:
+    weight = torch.arange(-7, 8).repeat(18 * 128)[: 18 * 128].view(18, 128).to(torch.int8).repeat(4, 1)
+    weight = torch.stack([row.roll(index) for index, row in enumerate(weight)])
+    multiplier = torch.arange(1, 19, dtype=torch.uint8).repeat(4)[:, None].expand(-1, 2).contiguous()
+    operands = on(device, torch.eye(128, dtype=torch.int8), ONE, pack_int4(weight), multiplier, torch.ones(72))
+    out = cuda.linear_w4a8(*operands, None, None, torch.float32)
+    assert torch.equal(out.cpu().long(), folded(weight, multiplier).T)
+
+
+@tiles_of("conv2d_w8a8")
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolution_sums_are_exact(device: torch.device, timing: None, tile: tiles.Tile, case: str) -> None:
+    shape, columns, geometry = CONVOLUTIONS[case]
+    x, weight = image(random_int8(*shape)), random_int8(columns, *geometry[0], shape[1])
+    operands = on(device, x, ONE, weight, torch.ones(columns))
+    out = cuda.conv2d_w8a8(*operands, None, None, None, *geometry, torch.float32)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out.cpu().long(), exact_conv2d(x, weight, geometry))
+
+
+@tiles_of("conv2d_w8a8")
+def test_convolution_of_an_enlarged_input(device: torch.device, tile: tiles.Tile) -> None:
+    shape, columns, geometry = UPSAMPLED
+    x, weight = image(random_int8(*shape)), random_int8(columns, *geometry[0], shape[1])
+    operands = on(device, x, ONE, weight, torch.ones(columns))
+    call = lambda: cuda.conv2d_w8a8(*operands, None, None, None, *geometry, torch.float32)  # noqa: E731
+    if tile.family == tiles.HOPPER:
+        with pytest.raises(Unsupported, match="TMA does not enlarge its input"):
+            call()
+    else:
+        assert torch.equal(call().cpu().long(), exact_conv2d(x, weight, geometry))
+
+
+def test_what_hopper_refuses_goes_to_a_tile_for_every_gpu(device: torch.device) -> None:
+    shape, columns, geometry = UPSAMPLED
+    x, weight = image(random_int8(*shape)), random_int8(columns, *geometry[0], shape[1])
+    operands = on(device, x, ONE, weight, torch.ones(columns))
+    out = cuda.conv2d_w8a8(*operands, None, None, None, *geometry, torch.float32)
+    assert torch.equal(out.cpu().long(), exact_conv2d(x, weight, geometry))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@tiles_of("linear_w8a8")
+def test_no_sum_of_extremes_saturates(device: torch.device, tile: tiles.Tile, sign: int) -> None:
+    x, weight = torch.full((3, 960), 127, dtype=torch.int8), torch.full((24, 960), sign * 127, dtype=torch.int8)
+    operands = on(device, x, ONE, weight, torch.ones(24))
+    out = cuda.linear_w8a8(*operands, None, None, torch.float32)
+    assert (out == sign * 960 * 127 * 127).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias_dtype", [None, *DTYPES])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("op", ["linear_w8a8", "linear_w4a8"])
+def test_linear_epilogue_rounds_once(
+    device: torch.device, op: str, dtype: torch.dtype, bias_dtype: torch.dtype | None, per_token: bool
+) -> None:
+    x, weight, weight_scale = random_int8(2, 35, 96), random_int4(72, 96), random_scale(72)
+    x_scale = random_scale(2, 35) if per_token else random_scale(1)
+    bias = None if bias_dtype is None else torch.randn(72).to(bias_dtype)
+    residual = torch.randn(2, 35, 72).to(dtype) if per_token else None
+    multiplier = random_multiplier(72, 96)
+    weights = (weight,) if op == "linear_w8a8" else (pack_int4(weight), multiplier)
+    out = getattr(cuda, op)(*on(device, x, x_scale, *weights, weight_scale, bias, residual), dtype)
+    sums = exact_linear(x, weight if op == "linear_w8a8" else folded(weight, multiplier))
+    factors = x_scale.unsqueeze(-1), weight_scale
+    assert_rounded_once(out.cpu(), *exact_epilogue(sums, *factors, terms=(bias, residual)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_convolution_epilogue_rounds_once(
+    device: torch.device, dtype: torch.dtype, per_sample: bool, upsample: int
+) -> None:
+    geometry = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, upsample)
+    x, weight, weight_scale = image(random_int8(3, 32, 5, 4)), random_int8(40, 3, 3, 32), random_scale(40)
+    x_scale, bias = random_scale(3 if per_sample else 1), torch.randn(40).to(dtype)
+    vector, residual = torch.randn(3, 40).to(dtype), image(torch.randn(3, 40, 5 * upsample, 4 * upsample).to(dtype))
+    operands = on(device, x, x_scale, weight, weight_scale, bias, vector, residual)
+    out = cuda.conv2d_w8a8(*operands, *geometry, dtype)
+    factors = x_scale[:, None, None, None], weight_scale[:, None, None]
+    terms = (bias[:, None, None], vector[:, :, None, None], residual)
+    assert_rounded_once(out.cpu(), *exact_epilogue(exact_conv2d(x, weight, geometry), *factors, terms=terms))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_an_output_is_quantized_for_the_next_layer(device: torch.device, per_channel: bool) -> None:
+    x, weight, bias = random_int8(70, 64), random_int8(48, 64), torch.randn(48)
+    x_scale, weight_scale = random_scale(70), random_scale(48)
+    reciprocal = torch.rand(48 if per_channel else 1) * 20 + 30
+    operands = on(device, x, x_scale, weight, weight_scale, bias)
+    out = cuda.linear_w8a8(*operands, None, torch.int8, out_reciprocal=reciprocal.to(device))
+    value = (exact_linear(x, weight).double() * x_scale[:, None] * weight_scale + bias) * reciprocal
+    wanted = value.round().clamp(-127, 127)
+    assert (wanted.abs() == 127).any()
+    assert (wanted.abs() < 127).any()
+    ties = (value - value.floor() - 0.5).abs() < 1e-3
+    assert torch.equal(out.cpu().double()[~ties], wanted[~ties])
+    assert out.dtype == torch.int8
+
+
+def test_a_static_linear_is_its_two_halves(device: torch.device) -> None:
+    x, reciprocal, scale = torch.randn(33, 64), torch.rand(64) * 40 + 1, random_scale(1)
+    weight, weight_scale = random_int8(24, 64), random_scale(24)
+    operands = on(device, x, reciprocal, scale, weight, weight_scale)
+    out = cuda.linear_static_w8a8(*operands, None, None)
+    x_q = cuda.quantize_static(operands[0], operands[1], -1)
+    assert torch.equal(out, cuda.linear_w8a8(x_q, *operands[2:], None, None, torch.float32))
+
+
+def test_nothing_is_launched_for_nothing(device: torch.device) -> None:
+    weight, scale = random_int8(8, 32).to(device), torch.ones(8, device=device)
+    none = torch.empty(0, 32, dtype=torch.int8, device=device)
+    assert cuda.linear_w8a8(none, ONE.to(device), weight, scale, None, None, torch.float16).shape == (0, 8)
+    pictures = image(torch.empty(0, 32, 4, 4, dtype=torch.int8, device=device))
+    geometry = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, 1)
+    out = cuda.conv2d_w8a8(
+        pictures, ONE.to(device), weight.view(8, 1, 1, 32), scale, None, None, None, *geometry, torch.float16
+    )
+    assert out.shape == (0, 8, 4, 4)
+
+
+def linear(x: Tensor, weight: Tensor, **changes: object) -> object:
+    columns = weight.shape[0]
+    arguments = {
+        "x_scale": torch.ones(1),
+        "weight_scale": torch.ones(columns),
+        "bias": None,
+        "residual": None,
+        "out_dtype": torch.float16,
+    } | changes
+    moved = {k: v.to(x.device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    return cuda.linear_w8a8(x, weight=weight, **moved)
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda i: linear(i(4, 20), i(8, 20)), "depth=20.: input channels must be a multiple of 16"),
+        (lambda i: linear(i(4, 32), i(12, 32)), "columns=12.*output channels must be a multiple of 8"),
+        (lambda i: linear(i(4, 32)[:, 1:], i(8, 31)), "input channels"),
+        (lambda i: linear(i(65)[1:].view(2, 32), i(8, 32)), "must begin at a multiple of 16 bytes"),
+        (lambda i: linear(i(4, 32), i(8, 32), x_scale=torch.ones(3)), "3 activation scales; one is taken"),
+        (
+            lambda i: linear(i(4, 32), i(8, 32), residual=torch.ones(4, 8)),
+            "residual is torch.float32, must be torch.fl",
+        ),
+        (lambda i: linear(i(4, 32), i(8, 32), out_dtype=torch.float64), "output is torch.float64"),
+        (lambda i: linear(i(4, 32).float(), i(8, 32)), "activations are torch.float32"),
+        (
+            lambda i: linear(i(4, 32), i(8, 16)),
+            r"weight is torch.int8 \(8, 16\); this layer takes",
+        ),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_refused_with_the_reason(
+    device: torch.device, call: Callable[[Callable[..., Tensor]], object], why: str
+) -> None:
+    with pytest.raises(Unsupported, match=why):
+        call(lambda *shape: random_int8(*shape).to(device))
+
+
+def test_the_least_estimate_fills_the_gpu(device: torch.device) -> None:
+    """A few rows take small tiles, so that every multiprocessor has one; many take large ones that share loads."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the figures are Hopper's")
+    small = tiles.candidates("linear_w8a8", 512, 1280, 1280, device)[0]
+    large = tiles.candidates("linear_w8a8", 8192, 8192, 8192, device)[0]
+    assert small.rows * small.columns < 128 * 160
+    assert large.rows * large.columns >= 128 * 160
+    assert large.cluster == 2
