@@ -37,6 +37,7 @@ def summary(rows: list[dict]) -> dict[str, float | None]:
     return {
         "conv2d_w8a8/geomean_vs_cudnn_fp16": common.geometric_mean(square, "cudnn_fp16"),
         "conv2d_w8a8/worst_vs_cudnn_fp16": min(ratios, default=None),
+        **common.cuda_over_triton("conv2d_w8a8", rows),
     }
 
 

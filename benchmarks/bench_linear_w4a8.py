@@ -38,7 +38,10 @@ def cases() -> Iterator[common.Case]:
 
 def summary(rows: list[dict]) -> dict[str, float | None]:
     """The weighted ratio to the int8 linear."""
-    return {"linear_w4a8/geomean_vs_w8a8": common.geometric_mean(rows, "ldmq_w8a8")}
+    return {
+        "linear_w4a8/geomean_vs_w8a8": common.geometric_mean(rows, "ldmq_w8a8"),
+        **common.cuda_over_triton("linear_w4a8", rows),
+    }
 
 
 test_linear_w4a8 = common.benchmark_test(cases)

@@ -83,7 +83,9 @@ def summary(rows: list[dict]) -> dict[str, float | None]:
         "linear_w8a8/geomean_vs_fp16_with_quantize": fp16 / own if fp16 and own else None,
         "linear_w8a8/geomean_vs_int_mm": common.geometric_mean(rows, "int_mm"),
         "linear_w8a8/geomean_vs_fp8": common.geometric_mean(rows, "scaled_mm_fp8"),
-    } | {f"linear_w8a8/tops_{row['shape']['M']}": row["tops"] for row in rows if row["count"] == 0}
+        **{f"linear_w8a8/tops_{row['shape']['M']}": row["tops"] for row in rows if row["count"] == 0},
+        **common.cuda_over_triton("linear_w8a8", rows),
+    }
 
 
 test_linear_w8a8 = common.benchmark_test(cases)

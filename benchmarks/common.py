@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -98,6 +99,32 @@ def row(case: Case, ms: dict[str, float], notes: dict[str, str]) -> dict[str, An
     return found | {"rivals": rivals} | ({"notes": notes} if notes else {})
 
 
+def own_backends(op: str) -> tuple[str, ...]:
+    """Our backends that are measured one beside the other on a GPU; "ldmq" is whichever of them serves."""
+    if not torch.cuda.is_available():
+        return ()
+    backends = {name: importlib.import_module(f"ldmq_kernels.kernels.{name}") for name in ("triton", "cuda")}
+    have = tuple(name for name, module in backends.items() if module.serves(device()) and hasattr(module, op))
+    return have if len(have) > 1 else ()
+
+
+def with_own_backends(case: Case) -> Variants:
+    """What the case makes, and "ldmq" by each of our backends."""
+    variants = case.make()
+
+    def by(name: str) -> Any:
+        with dispatch.use_backend(name):
+            return variants["ldmq"]()
+
+    return variants | {name: functools.partial(by, name) for name in own_backends(case.op)}
+
+
+def cuda_over_triton(op: str, rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The weighted ratio of Triton's time to the CUDA backend's, where both were measured."""
+    cuda, triton = geometric_mean(rows, "cuda"), geometric_mean(rows, "triton")
+    return {f"{op}_cuda/geomean_vs_triton": triton / cuda if cuda and triton else None}
+
+
 def working(variants: Variants) -> tuple[Variants, dict[str, str]]:
     """The variants that run here, each called once, and why the others do not; ours has to run."""
     kept: Variants = {}
@@ -119,7 +146,7 @@ def measure(cases: Iterable[Case], rounds: int = 9) -> Iterator[dict[str, Any]]:
     """A row for each case as soon as it is measured, its variants interleaved, with the GPU's state after it."""
     for case in cases:
         with torch.inference_mode():
-            kept, notes = working(case.make())
+            kept, notes = working(with_own_backends(case))
             measured = interleaved_ms(kept, rounds)
         yield row(case, measured, notes) | gpu_state()
 
@@ -153,12 +180,12 @@ def producer_summary(rows: list[dict[str, Any]]) -> dict[str, float | None]:
 def benchmark_test(cases: Callable[[], Iterable[Case]]) -> Callable[..., None]:
     """A pytest-benchmark test of every variant of every case, grouped by shape."""
 
-    pairs = [(case, name) for case in cases() for name in ("ldmq", *case.rivals)]
+    pairs = [(case, name) for case in cases() for name in ("ldmq", *case.rivals, *own_backends(case.op))]
 
     @pytest.mark.parametrize(("case", "variant"), pairs, ids=lambda value: str(value))
     def test(benchmark: Any, case: Case, variant: str) -> None:
         benchmark.group = f"{case.op} {case}"
-        call = case.make()[variant]
+        call = with_own_backends(case)[variant]
         with torch.inference_mode():
             benchmark(lambda: (call(), synchronize()))
 

@@ -3,12 +3,13 @@
     python benchmarks/on_gpu.py --seconds 540                 # a first run
     python benchmarks/on_gpu.py --seconds 540 --resume DIR    # goes on where the run that left DIR stopped
 
-First whether every tile is exact, then the machine's ceilings and the two main ops beside their rivals, the tests
-that need a GPU, the models, all other tests and ops, and tuning, after which ops and models are measured again with
-the tiles that it found. It runs from a plain copy of the tree, without network, git, diffusers or an installed
-package; `make wheels`, run just before, leaves what the models need in build/wheels, and the commit. Below $OUT (or
-beside this file, in results/run) it keeps four files: rows.jsonl, to which every result is appended as soon as it is
-there; log.txt; state.json; and tuned.json. `benchmarks/collect.py` makes results files of the rows.
+First the CUDA kernels are built, and every tile is proved exact; then the machine's ceilings and the two main ops
+beside their rivals, the tests that need a GPU, the models, all other tests and ops, and tuning, after which ops and
+models are measured again with the tiles that it found. It runs from a plain copy of the tree, without network, git,
+diffusers or an installed package; `make wheels`, run just before, leaves what the models need in build/wheels, and
+the commit. Below $OUT (or beside this file, in results/run) it keeps four files: rows.jsonl, to which every result is
+appended as soon as it is there; log.txt; state.json; and tuned.json. `benchmarks/collect.py` makes results files of
+the rows.
 """
 
 from __future__ import annotations
@@ -71,13 +72,16 @@ def _model(name: str, again: str = "") -> Stage:
 AGAIN = ", tuned"
 STAGES = (
     Stage("packages", ("-m", "benchmarks.on_gpu", "--install"), 60),
+    Stage("CUDA kernels", ("setup.py", "-q", "build_ext", "--inplace"), 200),
     Stage("every tile", (*PYTEST, "python_tests/kernels/test_triton_backend.py", "-k", "tile or split"), 120),
+    Stage("every CUDA tile", (*PYTEST, "python_tests/kernels_cuda/test_products.py", "-k", "gpu"), 60),
     Stage("ceilings", ("-m", "benchmarks.ceilings", "--rows", "{rows}"), 60),
     _op("linear_w8a8", 120),
     _op("conv2d_w8a8", 120),
     Stage("truth on the GPU", (*PYTEST, "python_tests/gpu"), 200),
     _model("sdxl"),
-    Stage("ops on the GPU", (*PYTEST, "python_tests/kernels", "-k", "triton and not compiles"), 300),
+    Stage("ops on the GPU", (*PYTEST, "python_tests/kernels", "-k", "(triton or cuda) and not compiles"), 300),
+    Stage("doctor", ("-m", "ldmq_kernels.cli", "doctor"), 200),
     _model("sd15"),
     *(_op(name) for name in OPS[2:6]),
     Stage("host time", ("-m", "benchmarks.host_time", "--rows", "{rows}"), 60),
@@ -89,6 +93,7 @@ STAGES = (
     _model("sdxl", AGAIN),
     _model("sd15", AGAIN),
     *(_op(name) for name in OPS[6:]),
+    Stage("sanitizer", (*PYTEST, "python_tests/gpu/test_sanitizer_on_gpu.py"), 400),
     Stage("ops of the reference", (*PYTEST, "python_tests/kernels", "-k", "reference"), 200),
 )
 

@@ -57,7 +57,8 @@ SIZES = (
     Sizes(17, 68, 37, (2, 9, 7)),
     Sizes(63, 20, 4, (1, 5, 6), full=False, upsample=2),
     Sizes(1, 4, 320, (3, 7, 9), full=False, stride=2),
-    Sizes(130, 320, 320, (2, 9, 7)),
+    Sizes(145, 352, 168, (2, 9, 7)),
+    Sizes(63, 96, 40, (1, 5, 6), full=False, stride=2),
     Sizes(63, 320, 68, (1, 6, 5), full=False, kernel=1),
 )
 GROUPS, EPS = 4, 1e-5

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels import ops
+from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.triton import configurations
 from ldmq_kernels.kernels.triton.candidates import Tile
 from ldmq_kernels.numerics.affine import group_count
@@ -24,6 +26,7 @@ class Call:
     """A call of an op; calling it gives the op's results as a tuple.
 
     tile: taken instead of the tables' choice.
+    backend: that serves it; None for the usual one.
     intermediate: bytes of what one launch leaves for the next, beside splits and partial sums.
     """
 
@@ -31,6 +34,7 @@ class Call:
     arguments: tuple[Any, ...]
     tile: Tile | None = None
     intermediate: int = 0
+    backend: str | None = None
 
     def __call__(self, chooser: configurations.Chooser | None = None) -> tuple[Tensor, ...]:
         with configurations.chosen_by(chooser or (lambda _op, _problem: self.tile)):
@@ -38,7 +42,8 @@ class Call:
 
     def results(self) -> tuple[Tensor, ...]:
         """The op's results, with whatever tile is chosen around this."""
-        out = getattr(ops, self.op)(*self.arguments)
+        with dispatch.use_backend(self.backend) if self.backend else contextlib.nullcontext():
+            out = getattr(ops, self.op)(*self.arguments)
         return out if isinstance(out, tuple) else (out,)
 
 
@@ -225,4 +230,33 @@ CALLS: dict[str, Maker] = {
     "silu_quantize": partial(producer, "silu_quantize", (2, 1280), "measured"),
     **{name: partial(product, name) for name in (*LINEARS, *CONVOLUTIONS)},
 }
+IN_CUDA = (  # what the CUDA backend takes of these
+    "linear_w8a8",
+    "linear_static_w8a8",
+    "linear_w4a8",
+    "conv2d_w8a8",
+    "conv2d_w8a8 stride 2",
+    "conv2d_w8a8 padded at the far sides",
+    "conv2d_w8a8 upsampled",
+    "conv2d_w8a8 odd extent",
+    "quantize_static",
+    "quantize_per_token",
+    "quantize_per_sample",
+    "group_norm_silu_quantize",
+    "group_norm_silu_quantize static",
+    "group_norm_silu_quantize per token",
+    "group_norm_silu_quantize 8x8",
+    "geglu_quantize",
+    "geglu_quantize static",
+)
+
+
+def by_cuda(name: str, device: torch.device) -> Call:
+    """A call of CALLS by the CUDA backend; its static linear is in two launches."""
+    call = CALLS[name](device)
+    first = call.arguments[0].numel() if call.op == "linear_static_w8a8" else call.intermediate
+    return replace(call, backend="cuda", intermediate=first)
+
+
+CALLS |= {f"{name} by CUDA": partial(by_cuda, name) for name in IN_CUDA}
 EXACT = tuple(name for name in (*LINEARS, *CONVOLUTIONS) if "a8" in name.split()[0])
