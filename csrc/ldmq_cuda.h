@@ -101,7 +101,7 @@ typedef struct {
   ldmq_quantization to;  // q: (samples, pixels, channels), scale: (samples) or (samples, pixels)
 } ldmq_group_norm;
 
-enum { LDMQ_MAX_PIXELS = 1 << 30, LDMQ_MAX_PIXEL_CHANNELS = 4096, LDMQ_MAX_GEGLU_CHANNELS = 16384 };
+enum { LDMQ_MAX_PIXELS = 1 << 30, LDMQ_MAX_PIXEL_CHANNELS = 4096, LDMQ_MAX_GEGLU_CHANNELS = 8192 };
 
 // The bytes of scratch that a group norm takes on this device, at a multiple of 8; what they hold does not matter.
 int ldmq_group_norm_scratch(const ldmq_group_norm* norm, int device, int64_t* bytes);

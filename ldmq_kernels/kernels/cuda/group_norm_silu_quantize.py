@@ -1,0 +1,85 @@
+"""q = quantize(silu(group_norm(x))), in float32 up to the int8 rounding; csrc/group_norm_silu_quantize.cu.
+
+One launch: statistics, and then the quantization, which reads memory again, mostly from the second-level cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cuda import extension
+from ldmq_kernels.kernels.cuda.producers import factors, vector
+from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.reference.producers import no_scale
+
+
+def group_norm_silu_quantize(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    reciprocal: Tensor | None,
+    smoothing: Tensor | None,
+    per_token: bool,
+) -> tuple[Tensor, Tensor]:
+    """Group normalization, SiLU where asked for, and the quantization of the result.
+
+    Args:
+        x: (N, C, H, W) float32, float16 or bfloat16; copied where it is not channels_last.
+        norm_weight: (C,) of any of these dtypes, or None for ones.
+        norm_bias: (C,) of any of these dtypes, or None for zeros.
+        num_groups: divides C.
+        eps: added to the variance.
+        silu: whether SiLU follows.
+        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        per_token: whether a measured scale is each pixel's own, and not each sample's.
+
+    Returns:
+        (N, C, H, W) int8, channels_last, and the scales, float32: (N,), (N, H, W) if `per_token`, or (0,) with a
+        `reciprocal`.
+
+    Raises:
+        Unsupported: another dtype, device or size of an operand, groups that do not divide the channels, or too many
+            channels for a scale of each pixel.
+    """
+    if x.dim() != 4:
+        raise Unsupported(f"x has {x.dim()} axes, must be (N, C, H, W)")
+    x = x.contiguous(memory_format=torch.channels_last)
+    arguments = extension.source(x, torch.channels_last) | extension.target(x)
+    samples, channels, height, width = x.shape
+    if num_groups < 1 or channels % num_groups:
+        raise Unsupported(f"{num_groups} groups for {channels} channels")
+    arguments |= vector("weight", norm_weight, x, channels) | vector("bias", norm_bias, x, channels)
+    arguments |= factors(reciprocal, smoothing, x, channels)
+    per_token = per_token and reciprocal is None
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
+    if reciprocal is not None:
+        scale = no_scale(x)
+    else:
+        scale = x.new_empty((samples, height, width) if per_token else (samples,), dtype=torch.float32)
+    if x.numel() == 0:
+        return q, scale
+    binding = extension.binding()
+    sizes = {"samples": samples, "pixels": height * width, "channels": channels, "groups": num_groups}
+    try:
+        scratch_bytes = binding.group_norm_scratch(
+            has_reciprocal=reciprocal is not None, per_token=per_token, device=arguments["device"], **sizes
+        )
+        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=x.device)
+        binding.group_norm_silu_quantize(
+            **arguments,
+            **sizes,
+            eps=eps,
+            silu=silu,
+            per_token=per_token,
+            q=q.data_ptr(),
+            scale=scale.data_ptr(),
+            scratch=scratch.data_ptr(),
+        )
+    except binding.Refusal as refusal:
+        raise Unsupported(str(refusal)) from None
+    return q, scale
