@@ -1,12 +1,19 @@
 """Fixtures that several rooms share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which diffusers does
+
+if "LDMQ_CACHE" not in os.environ:  # what a user measured or switched off on this machine is no part of the tests
+    os.environ["LDMQ_CACHE"] = tempfile.mkdtemp(prefix="ldmq-cache-")
+    atexit.register(shutil.rmtree, os.environ["LDMQ_CACHE"], ignore_errors=True)
 
 # python_tests.tiny imports diffusers, which a machine for kernels alone may lack: the fixtures import it
 
