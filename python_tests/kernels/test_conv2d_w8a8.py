@@ -80,7 +80,7 @@ def test_a_packed_weight_gives_the_same_or_is_refused(backend: Backend) -> None:
     x, weight = random_int8(*shape), random_int8(*weight_shape(shape, channels, geometry))
     rest = random_scale(channels), torch.randn(channels), None, None, *geometry, torch.float32
     packed = pack_conv2d(weight)
-    if backend.name == "triton":
+    if backend.name in ("triton", "cuda"):
         with pytest.raises(RuntimeError, match="packed"):
             backend.call("conv2d_w8a8", x, ONE, packed, *rest)
     else:

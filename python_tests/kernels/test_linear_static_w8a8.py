@@ -72,7 +72,7 @@ def test_ties_round_to_even_and_values_clamp(backend: Backend) -> None:
 
 def test_a_packed_weight_gives_the_same_or_is_refused(backend: Backend) -> None:
     x, weight, rest = torch.randn(5, 32), random_int8(7, 32), (random_scale(7), None, None)
-    if backend.name == "triton":
+    if backend.name in ("triton", "cuda"):
         with pytest.raises(RuntimeError, match="packed"):
             backend.call("linear_static_w8a8", x, ONE, ONE, pack_linear(weight), *rest)
     else:

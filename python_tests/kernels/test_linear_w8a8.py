@@ -88,7 +88,7 @@ def test_a_packed_weight_gives_the_same_or_is_refused(backend: Backend) -> None:
     x, weight, scale = random_int8(5, 20), random_int8(7, 20), random_scale(7)
     arguments = x, random_scale(1), weight, scale, None, None, torch.float32
     packed = *arguments[:2], pack_linear(weight), *arguments[3:]
-    if backend.name == "triton":
+    if backend.name in ("triton", "cuda"):
         with pytest.raises(RuntimeError, match="packed"):
             backend.call("linear_w8a8", *packed)
     else:
