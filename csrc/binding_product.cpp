@@ -44,7 +44,7 @@ class ProductCall {
                                                           {"out", product_.out}};
     for (const auto& [name, pointer] : needed) require(!launches || pointer, std::string(name) + " is null");
     require(op_ != "linear_w4a8" || !launches || product_.multiplier, "multiplier is null");
-    const int64_t scales = product_.scale_rows > 0 ? (product_.rows + product_.scale_rows - 1) / product_.scale_rows : 1;
+    const int64_t step = product_.scale_rows, scales = step > 0 ? (product_.rows + step - 1) / step : 1;
     require(product_.scale_rows >= 0 && (scale_count == scales || product_.rows == 0),
             "x_scale has " + std::to_string(scale_count) + " elements, must have " + std::to_string(scales));
     if (product_.out_dtype == LDMQ_INT8) {

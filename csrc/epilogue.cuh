@@ -24,13 +24,14 @@ struct Epilogue {
   int rows, columns, scale_rows, sample_rows, out_reciprocal_step;
 };
 
-// The terms of eight columns that all rows share.
+// The terms of eight columns that all rows share. Columns beyond the end get those of the last ones.
+template <typename T>
 struct ColumnTerms {
-  float scale[kRun], bias[kRun];
-  int first;
+  static constexpr bool kInt8 = std::is_same_v<T, int8_t>;
+  float scale[kRun], bias[kRun], reciprocal[kInt8 ? kRun : 1];
 
-  __device__ __forceinline__ ColumnTerms(const Epilogue& epilogue, int first) : first(first) {
-    if (first >= epilogue.columns) return;
+  __device__ __forceinline__ ColumnTerms(const Epilogue& epilogue, int first) {
+    first = min(first, epilogue.columns - kRun);
     load_run(scale, epilogue.weight_scale + first);
     if (!epilogue.bias.data) {
 #pragma unroll
@@ -42,10 +43,18 @@ struct ColumnTerms {
     } else {
       load_run(bias, static_cast<const __nv_bfloat16*>(epilogue.bias.data) + first);
     }
+    if constexpr (kInt8) {
+      if (epilogue.out_reciprocal_step == 0) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) reciprocal[i] = *epilogue.out_reciprocal;
+      } else {
+        load_run(reciprocal, epilogue.out_reciprocal + first);
+      }
+    }
   }
 };
 
-// The terms of a row that all columns share.
+// The terms of a row that all columns share. A row beyond the end gets those of the last one.
 struct RowTerms {
   float scale;
   int sample;
@@ -53,43 +62,53 @@ struct RowTerms {
   bool valid;
 
   __device__ __forceinline__ RowTerms(const Epilogue& epilogue, int row) : sample(0), valid(row < epilogue.rows) {
-    if (!valid) return;
+    row = min(row, epilogue.rows - 1);
     at = static_cast<int64_t>(row) * epilogue.columns;
     scale = epilogue.x_scale[epilogue.scale_rows == 0 ? 0 : epilogue.scale_rows == 1 ? row : row / epilogue.scale_rows];
     if (epilogue.sample_vector) sample = row / epilogue.sample_rows;
   }
 };
 
-// Eight columns of one row, from accumulators to memory. T: what is stored, and what is added.
+// Eight columns of the residual, which come from memory while lanes trade.
 template <typename T>
-__device__ __forceinline__ void finish_run(const Epilogue& epilogue, const ColumnTerms& column, const RowTerms& row,
-                                           const int (&accumulator)[kRun]) {
-  if (!row.valid || column.first >= epilogue.columns) return;
+struct Residual {
+  Run<kRun, T> run;
+
+  __device__ __forceinline__ Residual(const Epilogue& epilogue, const RowTerms& row, int first) {
+    if constexpr (!std::is_same_v<T, int8_t>) {
+      if (!epilogue.residual) return;
+      run.load(static_cast<const T*>(epilogue.residual) + row.at + min(first, epilogue.columns - kRun));
+    }
+  }
+};
+
+// Eight columns of one row from `first` on, from accumulators to memory. T: what is stored, and what is added.
+template <typename T>
+__device__ __forceinline__ void finish_run(const Epilogue& epilogue, const ColumnTerms<T>& column, const RowTerms& row,
+                                           int first, const Residual<T>& residual, const int (&accumulator)[kRun]) {
+  if (!row.valid || first >= epilogue.columns) return;
   float value[kRun];
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
     value[i] = __int2float_rn(accumulator[i]) * row.scale * column.scale[i] + column.bias[i];
   }
-  T* out = static_cast<T*>(epilogue.out) + row.at + column.first;
   if constexpr (std::is_same_v<T, int8_t>) {
-    const float* reciprocal = epilogue.out_reciprocal + column.first * epilogue.out_reciprocal_step;
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) value[i] = __fmul_rn(value[i], reciprocal[i * epilogue.out_reciprocal_step]);
+    for (int i = 0; i < kRun; ++i) value[i] = __fmul_rn(value[i], column.reciprocal[i]);
   } else {
-    float added[kRun];
     if (epilogue.sample_vector) {
+      float added[kRun];
       load_run(added, static_cast<const T*>(epilogue.sample_vector) +
-                          static_cast<int64_t>(row.sample) * epilogue.columns + column.first);
+                          static_cast<int64_t>(row.sample) * epilogue.columns + first);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) value[i] += added[i];
     }
     if (epilogue.residual) {
-      load_run(added, static_cast<const T*>(epilogue.residual) + row.at + column.first);
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) value[i] += added[i];
+      for (int i = 0; i < kRun; ++i) value[i] += residual.run.at(i);
     }
   }
-  store_run(value, out);
+  store_run(value, static_cast<T*>(epilogue.out) + row.at + first);
 }
 
 // Lanes that differ in this bit of their number trade halves, as one step of a transposition.
@@ -135,36 +154,45 @@ __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_
   const RowTerms rows[2] = {{epilogue, first_row + lane / 4}, {epilogue, first_row + lane / 4 + 8}};
 #pragma unroll
   for (int group = 0; group < BLOCKS; group += 4) {
-    const ColumnTerms column(epilogue, first_column + (group + lane % 4) * 8);
+    const int first = first_column + (group + lane % 4) * 8;
+    const Residual<T> residual[2] = {{epilogue, rows[0], first}, {epilogue, rows[1], first}};
+    const ColumnTerms<T> column(epilogue, first);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int run[kRun];
 #pragma unroll
       for (int i = 0; i < kRun; ++i) run[i] = accumulator((group + i / 2) * 4 + half * 2 + i % 2);
       gather_columns(run);
-      finish_run<T>(epilogue, column, rows[half], run);
+      finish_run<T>(epilogue, column, rows[half], first, residual[half], run);
     }
   }
 }
 
 // The same for a transposed product: the accumulators' 16 rows are columns of the output, and their columns its rows.
+// Two neighbouring lanes have the 16 columns of the same two rows, so that they write whole sectors.
 template <typename T, int BLOCKS, typename Accumulator>
 __device__ __forceinline__ void finish_transposed(const Epilogue& epilogue, int first_row, int first_column,
                                                   const Accumulator& accumulator) {
   static_assert(BLOCKS % 4 == 0, "runs are gathered from four blocks");
   const int lane = static_cast<int>(threadIdx.x) % 32, place = lane / 4;
+  const int first = first_column + lane % 2 * 8;
+  const ColumnTerms<T> column(epilogue, first);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const ColumnTerms column(epilogue, first_column + half * 8);
+  for (int group = 0; group < BLOCKS; group += 4) {
+    const int row = first_row + (group + place / 2) * 8 + lane / 2 % 2 * 4 + place % 2;
+    const RowTerms rows[2] = {{epilogue, row}, {epilogue, row + 2}};
+    const Residual<T> residual[2] = {{epilogue, rows[0], first}, {epilogue, rows[1], first}};
+    int run[2][kRun];
 #pragma unroll
-    for (int group = 0; group < BLOCKS; group += 4) {
-      const RowTerms row(epilogue, first_row + (group + place / 2) * 8 + lane % 4 * 2 + place % 2);
-      int run[kRun];
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) run[i] = accumulator((group + i / 2) * 4 + half * 2 + i % 2);
-      gather_rows(run);
-      finish_run<T>(epilogue, column, row, run);
+      for (int i = 0; i < kRun; ++i) run[half][i] = accumulator((group + i / 2) * 4 + half * 2 + i % 2);
+      gather_rows(run[half]);
     }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) trade(run[0][i], run[1][i], 1);  // halves of the columns for rows
+#pragma unroll
+    for (int i = 0; i < 2; ++i) finish_run<T>(epilogue, column, rows[i], first, residual[i], run[i]);
   }
 }
 

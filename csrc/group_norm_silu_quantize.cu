@@ -270,12 +270,8 @@ cudaError_t launch_all(const T* x, const Task& task, int multiprocessors, void* 
   const auto kernel = group_norm_kernel<T, V, kMode>;
   Shape shape{dim3(), kThreads, shared_bytes(plan, kMode, V)};
   shape.cooperative = true;
-  cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > 48 << 10) {  // what fits depends on it
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
-  }
-  if (error != cudaSuccess) return error;
+  cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
+  if (error != cudaSuccess) return error;  // what fits depends on it
   int fit = 0;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, shape.shared_bytes);
   if (error != cudaSuccess) return error;

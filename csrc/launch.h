@@ -4,17 +4,19 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace ldmq {
 
-// Makes `device` current, and gives the caller's device back at the end.
+// Makes `device` current, and gives the caller's device back at the end. The call is made even where it is current
+// already: it binds the device's context to this thread, which the driver's own functions need.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : error(cudaGetDevice(&previous_)) {
-    if (error == cudaSuccess && device != previous_) {
-      error = cudaSetDevice(device);
-      changed_ = error == cudaSuccess;
-    }
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+    changed_ = error == cudaSuccess && device != previous_;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);
@@ -31,7 +33,26 @@ class DeviceGuard {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline bool is_aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool is_aligned(const void* pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// Lets a kernel take so many bytes of dynamic shared memory on the current device, which is told once.
+inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
+  constexpr size_t kAlways = 48 << 10;
+  if (bytes <= kAlways) return cudaSuccess;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;  // by kernel and device
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
 
 // Blocks, their threads, their dynamic shared memory, and what runs together: a cluster, or the whole grid.
 struct Shape {
@@ -44,11 +65,8 @@ struct Shape {
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, Arguments... arguments) {
-  if (shape.shared_bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;

@@ -26,7 +26,7 @@ typedef struct {
 // kernel_height * kernel_width taps on NHWC pictures.
 typedef struct {
   const int8_t* x;            // (rows, depth), or (samples, height, width, depth)
-  const void* weight;         // (columns, taps, depth) int8; or (columns, depth / 2), int4 two to a byte, even index low
+  const void* weight;         // (columns, taps, depth) int8; or (columns, depth / 2), int4 in -7..7, even index low
   const uint8_t* multiplier;  // (columns, ceil(depth / 64)) of an int4 weight: int4 * multiplier is the int8 weight
   const float* x_scale;       // one, or one for each `scale_rows` rows
   int64_t scale_rows;         // 0: one scale for all
@@ -118,6 +118,10 @@ const char* ldmq_error_text(int error);
 
 // The architectures that this build holds machine code for, such as "80;90".
 const char* ldmq_architectures(void);
+
+// The CUDA version that the driver serves, 0 without one, and that of this build, such as 13000. A driver runs builds
+// of its own major version and of older ones.
+int ldmq_versions(int* driver, int* build);
 
 #ifdef __cplusplus
 }

@@ -28,16 +28,25 @@ __device__ __forceinline__ int8_t round_to_int8(float y) {
 }
 __device__ __forceinline__ void from_float(int8_t& x, float value) { x = round_to_int8(value); }
 
-// V neighbours, in accesses of 16 bytes or less; addresses are aligned to that.
+// V neighbours as they lie in memory, in accesses of 16 bytes or less; addresses are aligned to that.
+template <int V, typename T>
+struct Run {
+  static constexpr int kPart = sizeof(T) * V > 16 ? 16 / sizeof(T) : V;
+  Pack<T, kPart> parts[V / kPart];
+
+  __device__ __forceinline__ void load(const T* data) {
+#pragma unroll
+    for (int i = 0; i < V / kPart; ++i) parts[i] = *reinterpret_cast<const Pack<T, kPart>*>(data + i * kPart);
+  }
+  __device__ __forceinline__ float at(int i) const { return to_float(parts[i / kPart].value[i % kPart]); }
+};
+
 template <int V, typename T>
 __device__ __forceinline__ void load_run(float (&value)[V], const T* data) {
-  constexpr int kPart = sizeof(T) * V > 16 ? 16 / sizeof(T) : V;
+  Run<V, T> run;
+  run.load(data);
 #pragma unroll
-  for (int part = 0; part < V; part += kPart) {
-    const auto pack = *reinterpret_cast<const Pack<T, kPart>*>(data + part);
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) value[part + i] = to_float(pack.value[i]);
-  }
+  for (int i = 0; i < V; ++i) value[i] = run.at(i);
 }
 template <int V, typename T>
 __device__ __forceinline__ void store_run(const float (&value)[V], T* data) {
@@ -49,6 +58,14 @@ __device__ __forceinline__ void store_run(const float (&value)[V], T* data) {
     for (int i = 0; i < kPart; ++i) from_float(pack.value[i], value[part + i]);
     *reinterpret_cast<Pack<T, kPart>*>(data + part) = pack;
   }
+}
+
+// Bits of |y|: ordered as the values are, with NaN above infinity, so an integer maximum keeps a NaN.
+__device__ __forceinline__ uint32_t magnitude(float y) { return __float_as_uint(y) & 0x7fffffffu; }
+
+// scale = max(absmax, floor) / 127, by IEEE division; the floor is ABSMAX_FLOOR of the reference backend.
+__device__ __forceinline__ float measured_scale(uint32_t absmax) {
+  return __fdiv_rn(__uint_as_float(max(absmax, __float_as_uint(1e-12f))), 127.0f);
 }
 
 }  // namespace ldmq

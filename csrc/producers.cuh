@@ -12,14 +12,6 @@ namespace ldmq {
 constexpr int kLanes = 32;  // of a warp
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Bits of |y|: ordered as the values are, with NaN above infinity, so an integer maximum keeps a NaN.
-__device__ __forceinline__ uint32_t magnitude(float y) { return __float_as_uint(y) & 0x7fffffffu; }
-
-// scale = max(absmax, floor) / 127, by IEEE division; the floor is ABSMAX_FLOOR of the reference backend.
-__device__ __forceinline__ float measured_scale(uint32_t absmax) {
-  return __fdiv_rn(__uint_as_float(max(absmax, __float_as_uint(1e-12f))), 127.0f);
-}
-
 // What a result is multiplied by in each channel: a calibrated reciprocal, a smoothing vector, or one.
 struct Factors {
   const float* data;  // null: one

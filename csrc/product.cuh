@@ -74,21 +74,19 @@ struct Order {
   __host__ __device__ int count() const { return tile_rows * tile_columns; }
 };
 
-// Four int4 in the low halves of four bytes, in two's complement, times a multiplier of 1 to 18: four int8.
-// With u = value + 7 in 0..14 each byte of u * multiplier stays below 256, so one product serves four bytes; what is
-// subtracted for it, 7 * multiplier, is subtracted byte by byte without borrowing.
-__device__ __forceinline__ uint32_t times_multiplier(uint32_t nibbles, uint32_t multiplier) {
-  const uint32_t shifted = ((nibbles & 0x0f0f0f0fu) ^ 0x08080808u) - 0x01010101u;
-  const uint32_t product = shifted * multiplier;
-  const uint32_t seven = 7u * 0x01010101u * multiplier;
+// Four int4 in -7..7, with 7 added to each, in four bytes, times a multiplier of 1 to 18: four int8.
+// Each byte of the product stays below 256, so one multiplication serves four bytes; what is subtracted for the added,
+// 7 * multiplier, is subtracted byte by byte without borrowing.
+__device__ __forceinline__ uint32_t times_multiplier(uint32_t raised, uint32_t multiplier) {
+  const uint32_t product = raised * multiplier, seven = 7u * 0x01010101u * multiplier;
   return ((product | 0x80808080u) - seven) ^ (~product & 0x80808080u);
 }
 
 // The packed bytes 2 and 2 of a lane (four int4, and the four that are 16 further) to registers of the tensor cores.
 __device__ __forceinline__ void unpack_lane(uint32_t& low, uint32_t& high, uint32_t near, uint32_t far,
                                             uint32_t multiplier) {
-  const uint32_t bytes = near | far << 16;
-  const uint32_t even = bytes & 0x0f0f0f0fu, odd = bytes >> 4 & 0x0f0f0f0fu;
+  const uint32_t raised = ((near | far << 16) ^ 0x88888888u) - 0x11111111u;  // by 7, in each half of a byte
+  const uint32_t even = raised & 0x0f0f0f0fu, odd = raised >> 4 & 0x0f0f0f0fu;
   low = times_multiplier(__byte_perm(even, odd, 0x5140), multiplier);
   high = times_multiplier(__byte_perm(even, odd, 0x7362), multiplier);
 }

@@ -41,8 +41,9 @@ const char* refusal_of_operands(const ldmq_product& product, bool int4) {
   if (product.depth > kMostDepth / std::max(1, product.kernel_height * product.kernel_width)) {
     return "there are too many input channels";
   }
-  const void* vectors[] = {product.x,       product.weight,        product.weight_scale, product.bias.data,
-                           product.residual, product.sample_vector, product.out};
+  const void* reciprocals = product.out_reciprocal_count > 1 ? product.out_reciprocal : nullptr;
+  const void* vectors[] = {product.x,        product.weight,        product.weight_scale, product.bias.data,
+                           product.residual, product.sample_vector, product.out,          reciprocals};
   for (const void* pointer : vectors) {
     if (!is_aligned(pointer, 16)) return "tensors must begin at a multiple of 16 bytes";
   }

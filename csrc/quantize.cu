@@ -20,15 +20,6 @@ constexpr int kWarp = 32;
 constexpr int64_t kMaxRowBlocks = 1024;  // blocks of one sample: enough to fill a GPU, few atomics
 constexpr int64_t kMaxSampleBlocks = 32768;
 constexpr int64_t kMaxTokenBlocks = 1 << 20;
-constexpr float kAbsmaxFloor = 1e-12f;  // ABSMAX_FLOOR of the reference backend
-constexpr float kInt8Max = 127.0f;
-
-// Bits of |y|: ordered as the values are, with NaN above infinity, so an integer maximum keeps a NaN.
-__device__ __forceinline__ uint32_t magnitude(float y) { return __float_as_uint(y) & 0x7fffffffu; }
-
-__device__ __forceinline__ float dynamic_scale(uint32_t absmax) {
-  return __fdiv_rn(__uint_as_float(max(absmax, __float_as_uint(kAbsmaxFloor))), kInt8Max);
-}
 
 template <int V>
 __device__ __forceinline__ void load_factors(float (&factor)[V], const float* source, int64_t column, int64_t step) {
@@ -113,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int warp = 0; warp < warps_per_row; ++warp) largest = max(largest, warp_largest[first_warp + warp]);
       __syncthreads();
     }
-    const float row_scale = dynamic_scale(largest);
+    const float row_scale = measured_scale(largest);
     const float inverse = __fdiv_rn(1.0f, row_scale);
     if (lane == 0 && row < rows) scale[row] = row_scale;
     for (int64_t column = static_cast<int64_t>(lane) * V; column < end; column += threads_per_row * V) {
@@ -158,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
   float factor[V];
   load_factors(factor, smoothing, walk.column, 1);
   for (int64_t sample = blockIdx.z; sample < samples; sample += gridDim.z) {
-    const float sample_scale = dynamic_scale(absmax[sample]);
+    const float sample_scale = measured_scale(absmax[sample]);
     const float inverse = __fdiv_rn(1.0f, sample_scale);
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale[sample] = sample_scale;
     for (int64_t row = walk.row; row < pixels; row += walk.row_step) {
@@ -214,8 +205,9 @@ extern "C" int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float
     constexpr int V = decltype(width)::value;
     const int64_t columns = channels / V;
     const int per_block = static_cast<int>(std::min<int64_t>(columns, kThreads));
-    return launch(static_kernel<T, V>, Shape{walk_grid(rows, columns, per_block, 1), kThreads}, stream, typed, reciprocal,
-                  reciprocal_count == 1 ? 0 : 1, q, rows, channels, per_block);
+    const Shape shape{walk_grid(rows, columns, per_block, 1), kThreads};
+    return launch(static_kernel<T, V>, shape, stream, typed, reciprocal, reciprocal_count == 1 ? 0 : 1, q, rows,
+                  channels, per_block);
   });
 }
 
@@ -227,8 +219,8 @@ extern "C" int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const fl
     constexpr int V = decltype(width)::value;
     const int threads_per_row = row_threads(channels / V);
     const int64_t blocks = std::min(ceil_div(rows, kThreads / threads_per_row), kMaxTokenBlocks);
-    return launch(per_token_kernel<T, V>, Shape{dim3(static_cast<unsigned>(blocks)), kThreads}, stream, typed, smoothing, q, scale,
-                  rows, channels, threads_per_row);
+    const Shape shape{dim3(static_cast<unsigned>(blocks)), kThreads};
+    return launch(per_token_kernel<T, V>, shape, stream, typed, smoothing, q, scale, rows, channels, threads_per_row);
   });
 }
 
@@ -241,17 +233,22 @@ extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const f
     constexpr int V = decltype(width)::value;
     const int64_t columns = channels / V;
     const int per_block = static_cast<int>(std::min<int64_t>(columns, kThreads));
-    const dim3 grid = walk_grid(pixels, columns, per_block, samples);
+    const Shape shape{walk_grid(pixels, columns, per_block, samples), kThreads};
     cudaError_t error = cudaMemsetAsync(absmax, 0, samples * sizeof(uint32_t), static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return error;
-    error = launch(sample_absmax_kernel<T, V>, Shape{grid, kThreads}, stream, typed, smoothing, absmax, samples, pixels, channels,
+    error = launch(sample_absmax_kernel<T, V>, shape, stream, typed, smoothing, absmax, samples, pixels, channels,
                    per_block);
     if (error != cudaSuccess) return error;
-    return launch(per_sample_kernel<T, V>, Shape{grid, kThreads}, stream, typed, smoothing, absmax, q, scale, samples, pixels,
-                  channels, per_block);
+    return launch(per_sample_kernel<T, V>, shape, stream, typed, smoothing, absmax, q, scale, samples, pixels, channels,
+                  per_block);
   });
 }
 
 extern "C" const char* ldmq_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 extern "C" const char* ldmq_architectures() { return LDMQ_ARCHITECTURES; }
+
+extern "C" int ldmq_versions(int* driver, int* build) {
+  *build = CUDART_VERSION;
+  return cudaDriverGetVersion(driver);
+}

@@ -43,6 +43,21 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) {
   return ROW_BYTES == 64 ? row * 64 + (chunk ^ (row >> 1 & 3)) * kChunk : row * 32 + (chunk ^ (row >> 2 & 1)) * kChunk;
 }
 
+// A step of the product: a tap, and some of its input channels.
+struct Step {
+  int tap = 0, tap_y = 0, tap_x = 0, channel = 0;
+
+  __device__ __forceinline__ void advance(const Parameters& parameters) {
+    channel += kDepth;
+    if (channel < parameters.depth) return;
+    channel = 0;
+    ++tap;
+    if (++tap_x < parameters.pictures.kernel_width) return;
+    tap_x = 0;
+    ++tap_y;
+  }
+};
+
 // What a thread copies of x in every step: a chunk of each of a few rows.
 template <typename Tile>
 class RowCopies {
@@ -70,8 +85,8 @@ class RowCopies {
     }
   }
 
-  __device__ __forceinline__ void start(const Parameters& parameters, char* target, int tap, int channel) const {
-    const int offset = channel + chunk_ * kChunk;
+  __device__ __forceinline__ void start(const Parameters& parameters, char* target, const Step& step) const {
+    const int offset = step.channel + chunk_ * kChunk;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int row = (static_cast<int>(threadIdx.x) + i * Tile::kThreads) / kChunks;
@@ -80,8 +95,7 @@ class RowCopies {
       int64_t at = base_[i] + offset;
       if constexpr (Tile::kKind == Kind::kConv2d) {
         const Pictures& p = parameters.pictures;
-        const int tap_y = tap / p.kernel_width, tap_x = tap - tap_y * p.kernel_width;
-        const int y = y_[i] + tap_y * p.dilation_height, x = x_[i] + tap_x * p.dilation_width;
+        const int y = y_[i] + step.tap_y * p.dilation_height, x = x_[i] + step.tap_x * p.dilation_width;
         valid = valid && y >= 0 && x >= 0 && y < p.height * p.upsample && x < p.width * p.upsample;
         const int source_y = p.upsample == 2 ? y >> 1 : y, source_x = p.upsample == 2 ? x >> 1 : x;
         at += (static_cast<int64_t>(source_y) * p.width + source_x) * parameters.depth;
@@ -99,19 +113,43 @@ class RowCopies {
 
 // The same of the weight, whose rows are columns of the output.
 template <typename Tile>
-__device__ __forceinline__ void start_columns(const Parameters& parameters, char* target, int first_column, int tap,
-                                              int channel) {
-  constexpr bool kInt4 = Tile::kKind == Kind::kLinearInt4;
-  constexpr int kChunks = Tile::kWeightBytes / kChunk, kPacked = kInt4 ? 2 : 1;
-  const int row_bytes = parameters.depth / kPacked;
-#pragma unroll
-  for (int i = static_cast<int>(threadIdx.x); i < Tile::kColumns * kChunks; i += Tile::kThreads) {
-    const int column = i / kChunks, chunk = i % kChunks, offset = channel / kPacked + chunk * kChunk;
-    const bool valid = first_column + column < parameters.epilogue.columns && offset < row_bytes;
-    const int64_t at = (static_cast<int64_t>(first_column + column) * parameters.taps + tap) * row_bytes + offset;
-    copy_async_16(target + chunk_at<Tile::kWeightBytes>(column, chunk), parameters.weight + (valid ? at : 0), valid);
+class ColumnCopies {
+  static constexpr int kChunks = Tile::kWeightBytes / kChunk, kPacked = Tile::kKind == Kind::kLinearInt4 ? 2 : 1;
+  static constexpr int kColumnStep = Tile::kThreads / kChunks;
+  static constexpr int kCount = (Tile::kColumns + kColumnStep - 1) / kColumnStep;
+  static_assert(Tile::kThreads % kChunks == 0, "a thread has the same chunk of all its columns");
+
+ public:
+  __device__ __forceinline__ ColumnCopies(const Parameters& parameters, int first_column) {
+    const int thread = static_cast<int>(threadIdx.x);
+    column_ = thread / kChunks;
+    chunk_ = thread % kChunks;
+    row_bytes_ = parameters.depth / kPacked;
+    left_ = parameters.epilogue.columns - first_column;
+    const int64_t column_bytes = static_cast<int64_t>(parameters.taps) * row_bytes_;
+    from_ = parameters.weight + (first_column + column_) * column_bytes + chunk_ * kChunk;
+    step_bytes_ = kColumnStep * column_bytes;
   }
-}
+
+  __device__ __forceinline__ void start(const Parameters& parameters, char* target, const Step& step) const {
+    const int offset = step.channel / kPacked;
+    const uint8_t* from = from_ + static_cast<int64_t>(step.tap) * row_bytes_ + offset;
+    const bool inside = offset + chunk_ * kChunk < row_bytes_;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int column = column_ + i * kColumnStep;
+      if (Tile::kColumns % kColumnStep != 0 && column >= Tile::kColumns) continue;
+      const bool valid = inside && column < left_;
+      copy_async_16(target + chunk_at<Tile::kWeightBytes>(column, chunk_),
+                    valid ? from + i * step_bytes_ : parameters.weight, valid);
+    }
+  }
+
+ private:
+  int column_, chunk_, row_bytes_, left_;
+  const uint8_t* from_;
+  int64_t step_bytes_;
+};
 
 // The registers of 32 columns of the weight for one half of a step, as operand b: two of every eight columns.
 template <typename Tile>
@@ -126,7 +164,8 @@ __device__ __forceinline__ void load_columns(uint32_t (&b)[4][2], const char* co
                   *reinterpret_cast<const uint16_t*>(chunk + 8), multiplier[block]);
     } else if (block % 2 == 0) {
       uint32_t value[4];
-      load_matrices(value, columns + chunk_at<64>(first + block * 8 + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2));
+      const int column = first + block * 8 + lane / 16 * 8 + lane % 8;
+      load_matrices(value, columns + chunk_at<64>(column, half * 2 + lane / 8 % 2));
       b[block][0] = value[0], b[block][1] = value[1], b[block + 1][0] = value[2], b[block + 1][1] = value[3];
     }
   }
@@ -144,18 +183,16 @@ __global__ void __launch_bounds__(Tile::kThreads) product_kernel(const __grid_co
   const int first_row = tile_row * Tile::kRows, first_column = tile_column * Tile::kColumns;
 
   const RowCopies<Tile> rows(parameters, first_row);
+  const ColumnCopies<Tile> weights(parameters, first_column);
   const int steps_of_tap = (parameters.depth + kDepth - 1) / kDepth, steps = steps_of_tap * parameters.taps;
-  int next = 0, next_tap = 0, next_channel = 0;
+  int next = 0;
+  Step next_step;
   const auto start_next = [&] {
     if (next < steps) {
       char* stage = shared + next % Tile::kStages * Tile::kStageBytes;
-      rows.start(parameters, stage, next_tap, next_channel);
-      start_columns<Tile>(parameters, stage + Tile::kRows * kDepth, first_column, next_tap, next_channel);
-      next_channel += kDepth;
-      if (next_channel >= parameters.depth) {
-        next_channel = 0;
-        ++next_tap;
-      }
+      rows.start(parameters, stage, next_step);
+      weights.start(parameters, stage + Tile::kRows * kDepth, next_step);
+      next_step.advance(parameters);
     }
     ++next;
     commit_copies();

@@ -96,15 +96,19 @@ __device__ __forceinline__ void load_tiles(const Parameters& parameters, const S
       base_h = (row - sample * p.out_height) * p.stride_height - p.pad_top;
     }
     for (int tap = 0; tap < parameters.taps; ++tap) {
+      uint16_t tap_w = 0, tap_h = 0;
+      if constexpr (Tile::kKind == Kind::kConv2d) {
+        const Pictures& p = parameters.pictures;
+        const int tap_y = tap / p.kernel_width, tap_x = tap - tap_y * p.kernel_width;
+        tap_w = static_cast<uint16_t>(tap_x * p.dilation_width);
+        tap_h = static_cast<uint16_t>(tap_y * p.dilation_height);
+      }
       for (int channel = 0; channel < parameters.depth; channel += Tile::kDepth) {
         uint64_t* full = shared.full + ring.stage;
         barrier_wait(shared.empty + ring.stage, ring.parity ^ 1u);
         barrier_expect(full, Tile::kStageBytes);
         if constexpr (Tile::kKind == Kind::kConv2d) {
-          const Pictures& p = parameters.pictures;
-          const int tap_y = tap / p.kernel_width, tap_x = tap - tap_y * p.kernel_width;
-          load_pixels(shared.a(ring.stage), &parameters.a, full, channel, base_w, base_h, sample,
-                      static_cast<uint16_t>(tap_x * p.dilation_width), static_cast<uint16_t>(tap_y * p.dilation_height));
+          load_pixels(shared.a(ring.stage), &parameters.a, full, channel, base_w, base_h, sample, tap_w, tap_h);
         } else {
           load_tile(shared.a(ring.stage), &parameters.a, full, Tile::kInt4 ? channel / 2 : channel, a_row);
         }
@@ -155,48 +159,75 @@ __device__ __forceinline__ void multiply_step(const Shared<Tile>& shared, int st
 }
 
 // The multipliers of one step that a lane needs: of its two rows of each band, and of each group of input channels.
+// What lies outside gets those of the last row and group: the products there are with zeros, or are not stored.
 template <typename Tile, int BANDS>
-struct Multipliers {
+class Multipliers {
   static constexpr int kGroups = Tile::kDepth / kGroup;
+
+ public:
   uint32_t value[BANDS][kGroups][2];
 
-  __device__ __forceinline__ Multipliers(const Parameters& parameters, int lane_row, int channel) {
+  __device__ __forceinline__ Multipliers(const Parameters& parameters, int lane_row) : last_(parameters.groups - 1) {
 #pragma unroll
-    for (int band = 0; band < BANDS; ++band) {
-#pragma unroll
-      for (int i = 0; i < kGroups * 2; ++i) {
-        const int row = lane_row + band * 64 + i % 2 * 8, group = channel / kGroup + i / 2;
-        const bool valid = row < parameters.a_rows && group < parameters.groups;
-        const int64_t at = static_cast<int64_t>(row) * parameters.groups + group;
-        value[band][i / 2][i % 2] = valid ? __ldg(parameters.multiplier + at) : 0;
-      }
+    for (int i = 0; i < BANDS * 2; ++i) {
+      const int row = min(lane_row + i / 2 * 64 + i % 2 * 8, parameters.a_rows - 1);
+      row_[i / 2][i % 2] = parameters.multiplier + static_cast<int64_t>(row) * parameters.groups;
     }
+    load(0);
+  }
+
+  __device__ __forceinline__ void load(int step) {
+#pragma unroll
+    for (int i = 0; i < BANDS * kGroups * 2; ++i) {
+      const int band = i / 2 / kGroups, group = i / 2 % kGroups;
+      value[band][group][i % 2] = __ldg(row_[band][i % 2] + min(step * kGroups + group, last_));
+    }
+  }
+
+ private:
+  const uint8_t* row_[BANDS][2];
+  int last_;
+};
+
+// The registers of operand a for one step.
+template <typename Tile, int BANDS>
+struct Unpacked {
+  uint32_t value[BANDS][Tile::kDepth / 32][4];
+
+  __device__ __forceinline__ void keep() {
+#pragma unroll
+    for (int i = 0; i < BANDS * (Tile::kDepth / 32); ++i) keep_registers(value[i % BANDS][i / BANDS]);
   }
 };
 
-// The same products with an int4 operand a, unpacked first.
 template <typename Tile, int BANDS>
-__device__ __forceinline__ void multiply_int4_step(const Shared<Tile>& shared, int stage, int first_row,
-                                                   const Multipliers<Tile, BANDS>& multipliers, bool accumulate,
-                                                   int (&sum)[BANDS][Tile::kBRows / 2]) {
+__device__ __forceinline__ void unpack_step(const Shared<Tile>& shared, int stage, int first_row,
+                                            const Multipliers<Tile, BANDS>& multipliers, Unpacked<Tile, BANDS>& a) {
   constexpr int kSteps = Tile::kDepth / 32;
   const int warp_row = first_row + static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16;
-  uint32_t a[BANDS][kSteps][4];
 #pragma unroll
   for (int band = 0; band < BANDS; ++band) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      unpack_rows<Tile::kARowBytes>(a[band][k], shared.a(stage), warp_row + band * 64, k * 16,
+      unpack_rows<Tile::kARowBytes>(a.value[band][k], shared.a(stage), warp_row + band * 64, k * 16,
                                     multipliers.value[band][k * 32 / kGroup]);
     }
   }
+}
+
+// The same products as multiply_step, with an operand a in registers, which must stay as they are until it is done.
+template <typename Tile, int BANDS>
+__device__ __forceinline__ void multiply_unpacked_step(const Shared<Tile>& shared, int stage, bool accumulate,
+                                                       const Unpacked<Tile, BANDS>& a,
+                                                       int (&sum)[BANDS][Tile::kBRows / 2]) {
+  constexpr int kSteps = Tile::kDepth / 32;
   const uint64_t b = describe(shared.b(stage), Tile::kDepth);
   products_begin();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
     for (int band = 0; band < BANDS; ++band) {
-      multiply_m64k32<Tile::kBRows>(sum[band], a[band][k], b + static_cast<uint64_t>(k * 2), accumulate || k > 0);
+      multiply_m64k32<Tile::kBRows>(sum[band], a.value[band][k], b + static_cast<uint64_t>(k * 2), accumulate || k > 0);
     }
   }
   commit_products();
@@ -222,35 +253,56 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
       ring.advance(steps);
       continue;
     }
-    // A barrier tells one phase from the next alone: whose turn it is not yet would take an old phase for its own.
-    if (!Tile::kCooperative) barrier_wait(shared.turn + group, static_cast<uint32_t>(round / 2 + group + 1) & 1u);
     int a_tile, b_tile;
     parameters.order.place(tile, a_tile, b_tile);
     const int a_row = (a_tile * Tile::kCluster + rank) * Tile::kARows;
+    // A barrier tells one phase from the next alone: whose turn it is not yet would take an old phase for its own.
+    if (!Tile::kCooperative) barrier_wait(shared.turn + group, static_cast<uint32_t>(round / 2 + group + 1) & 1u);
     int sum[kBands][Tile::kBRows / 2];
+    [[maybe_unused]] Unpacked<Tile, kBands> even, odd;  // products read one of them while the other is written
     int before = 0;
-    for (int step = 0; step < steps; ++step) {
-      if constexpr (Tile::kInt4) {
-        const int lane_row = a_row + group_row + warp_row + static_cast<int>(threadIdx.x) % 32 / 4;
-        const Multipliers<Tile, kBands> multipliers(parameters, lane_row, step * Tile::kDepth);  // while it waits
-        barrier_wait(shared.full + ring.stage, ring.parity);
-        multiply_int4_step<Tile, kBands>(shared, ring.stage, group_row, multipliers, step > 0, sum);
-      } else {
-        barrier_wait(shared.full + ring.stage, ring.parity);
-        multiply_step<Tile, kBands>(shared, ring.stage, group_row, step > 0, sum);
-      }
-      if (step > 0) {
-        wait_products<1>();
-        release(before);
-      }
+    const auto end_step = [&](int step) {  // while its products are under way, those of the step before are done
+      wait_products<1>();
+      if (step > 0) release(before);
       before = ring.stage;
       ring.advance(1);
+    };
+    if constexpr (Tile::kInt4) {
+      const int lane_row = a_row + group_row + warp_row + static_cast<int>(threadIdx.x) % 32 / 4;
+      Multipliers<Tile, kBands> multipliers(parameters, lane_row);
+      const auto make_step = [&](int step, Unpacked<Tile, kBands>& a, Unpacked<Tile, kBands>& a_before) {
+        barrier_wait(shared.full + ring.stage, ring.parity);
+        unpack_step(shared, ring.stage, group_row, multipliers, a);
+        multipliers.load(step + 1);
+        multiply_unpacked_step(shared, ring.stage, step > 0, a, sum);
+        end_step(step);
+        a_before.keep();
+      };
+#pragma unroll 1
+      for (int step = 0;;) {
+        make_step(step, even, odd);
+        if (++step == steps) break;
+        make_step(step, odd, even);
+        if (++step == steps) break;
+      }
+    } else {
+      for (int step = 0; step < steps; ++step) {
+        barrier_wait(shared.full + ring.stage, ring.parity);
+        multiply_step<Tile, kBands>(shared, ring.stage, group_row, step > 0, sum);
+        end_step(step);
+      }
     }
-    if (!Tile::kCooperative && threadIdx.x % kWarpgroup == 0) barrier_arrive(shared.turn + 1 - group, rank);
+    // Of every warp, so that none is still before its turn when the next one begins.
+    if (!Tile::kCooperative && threadIdx.x % 32 == 0) barrier_arrive(shared.turn + 1 - group, rank);
     wait_products<0>();
+    if constexpr (Tile::kInt4) {
+      even.keep();
+      odd.keep();
+    }
     release(before);
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
+      keep_registers(sum[band]);
       const int a_first = a_row + group_row + band * 64 + warp_row, b_first = b_tile * Tile::kBRows;
       const auto accumulator = [&](int i) { return sum[band][i]; };
       if constexpr (Tile::kInt4) {
@@ -271,12 +323,12 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_const
       barrier_init(shared.full + stage, 1);
       barrier_init(shared.empty + stage, (Tile::kCooperative ? 2 : 1) * Tile::kCluster);
     }
-    barrier_init(shared.turn, 1);
-    barrier_init(shared.turn + 1, 1);
+    barrier_init(shared.turn, kWarpgroup / 32);
+    barrier_init(shared.turn + 1, kWarpgroup / 32);
     barrier_init_fence();
   }
   if constexpr (Tile::kCluster > 1) {
-    cluster_sync();
+    cluster_meet();
   } else {
     __syncthreads();
   }

@@ -35,7 +35,7 @@ inline cudaError_t encode_matrix(CUtensorMap* map, const void* data, int64_t row
       encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(data), size, stride, box, step,
              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(box_bytes), CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return static_cast<cudaError_t>(result);  // both have the same numbers for the same errors
 }
 
 // Runs of `pixels` input pixels under one tap of a convolution, in the order of the output's pixels. The base pixels
@@ -59,7 +59,7 @@ inline cudaError_t encode_pictures(CUtensorMap* map, const ldmq_product& product
       encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, const_cast<int8_t*>(product.x), size, stride, lower, upper,
              static_cast<cuuint32_t>(channels), static_cast<cuuint32_t>(pixels), step, CU_TENSOR_MAP_INTERLEAVE_NONE,
              swizzle_of(channels), CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return static_cast<cudaError_t>(result);  // both have the same numbers for the same errors
 }
 
 }  // namespace ldmq

@@ -12,6 +12,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// All threads of all blocks of the cluster, once their barriers are initialized and fenced: it orders nothing else.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // All threads of all blocks of the cluster.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -98,6 +102,14 @@ __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
 }
 
+// Products under way may read or write these registers up to here: nothing else takes their place before, and what
+// stands after this is not moved before it.
+template <typename T, int N>
+__device__ __forceinline__ void keep_registers(T (&value)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(value[i])::"memory");
+}
+
 // multiply_m64k32<N>(d, a, b, accumulate): d (64, N) int32 = a (64, 32) * b (N, 32)^T, plus d where it accumulates.
 // a and b are descriptors of shared memory, or a is four registers as of multiply_m16n8k32; warp w of the
 // warpgroup has rows 16 w to 16 w + 15, and a lane holds of every 8 columns what it holds of multiply_m16n8k32's d.
@@ -107,7 +119,8 @@ template <int N>
 __device__ __forceinline__ void multiply_m64k32(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
 // Ten registers in the text of the instruction, and as its operands.
-#define LDMQ_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define LDMQ_FIVE(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, "
+#define LDMQ_TEN(t) LDMQ_FIVE(t) "%" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define LDMQ_TWO(i) "+r"(d[i]), "+r"(d[i + 1])
 #define LDMQ_EIGHT(i) LDMQ_TWO(i), LDMQ_TWO(i + 2), LDMQ_TWO(i + 4), LDMQ_TWO(i + 6)
 #define LDMQ_32(i) LDMQ_EIGHT(i), LDMQ_EIGHT(i + 8), LDMQ_EIGHT(i + 16), LDMQ_EIGHT(i + 24)

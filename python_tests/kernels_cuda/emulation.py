@@ -76,7 +76,9 @@ def emulated_binding() -> ModuleType:
     linked = [f"-L{folder}", "-lldmq_emulated", "-Wl,-rpath,$ORIGIN"]
     subprocess.run(["g++", "-shared", *module_objects, *linked, "-o", str(folder / MODULE)], check=True)
     module = load(folder / MODULE)
-    module.set_eager = ctypes.CDLL(str(library)).emulator_set_eager
+    emulator = ctypes.CDLL(str(library))
+    for setting in ("set_eager", "set_slow_warp"):
+        setattr(module, setting, getattr(emulator, f"emulator_{setting}"))
     return module
 
 

@@ -160,6 +160,21 @@ def test_int4_sums_are_exact(
     assert torch.equal(out.cpu().long(), exact_linear(x, folded(weight, multiplier)))
 
 
+@tiles_of("linear_w8a8")
+@pytest.mark.parametrize("slow", [0, 3])
+def test_warpgroups_take_turns_though_a_warp_is_slow(device: torch.device, tile: tiles.Tile, slow: int) -> None:
+    """Tiles of one step: a warp that has not begun its turn must not be two turns behind the others."""
+    if device.type == "cuda" or tile.family < tiles.HOPPER:
+        pytest.skip("only the emulator slows a warp, and only Hopper's have warpgroups")
+    x, weight = random_int8(1300, 32), random_int8(168, 32)
+    extension.binding().set_slow_warp(slow)
+    try:
+        out = cuda.linear_w8a8(x, ONE, weight, torch.ones(168), None, None, torch.float32)
+    finally:
+        extension.binding().set_slow_warp(-1)
+    assert torch.equal(out.long(), exact_linear(x, weight))
+
+
 @tiles_of("linear_w4a8")
 def test_unit_vectors_read_every_int4_with_every_multiplier(device: torch.device, tile: tiles.Tile) -> None:
     weight = torch.arange(-7, 8).repeat(18 * 128)[: 18 * 128].view(18, 128).to(torch.int8).repeat(4, 1)

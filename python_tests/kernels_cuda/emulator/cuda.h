@@ -7,7 +7,7 @@
 #include <cstring>
 
 using CUresult = int;
-constexpr CUresult CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1;
+constexpr CUresult CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_INVALID_CONTEXT = 201;
 using cuuint64_t = uint64_t;
 using cuuint32_t = uint32_t;
 enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0 };
@@ -33,14 +33,15 @@ struct alignas(64) CUtensorMap {
 
 namespace emulator {
 
-inline bool is_valid_map(const CUtensorMap& map, uint32_t inner) {
+inline CUresult check_map(const CUtensorMap& map, uint32_t inner, bool valid) {
+  if (!has_context) return CUDA_ERROR_INVALID_CONTEXT;
   const uint32_t limit = map.swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 256 : 16u << map.swizzle;
-  bool valid = reinterpret_cast<uintptr_t>(map.base) % 16 == 0 && inner <= limit && inner % 16 == 0;
+  valid = valid && reinterpret_cast<uintptr_t>(map.base) % 16 == 0 && inner <= limit && inner % 16 == 0;
   for (uint32_t i = 0; i < map.rank; ++i) {
     valid = valid && map.size[i] > 0 && map.size[i] <= 1ull << 32 && map.step[i] >= 1 && map.step[i] <= 8;
     if (i > 0) valid = valid && map.stride[i] % 16 == 0 && map.stride[i] < 1ull << 40;
   }
-  return valid;
+  return valid ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 }  // namespace emulator
@@ -62,7 +63,7 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
     if (i > 0) map->stride[i] = stride[i - 1];
     valid = valid && box[i] >= 1 && box[i] <= 256;
   }
-  return valid && emulator::is_valid_map(*map, box[0]) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+  return emulator::check_map(*map, box[0], valid);
 }
 
 inline CUresult cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* base,
@@ -89,7 +90,7 @@ inline CUresult cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType, c
     map->upper[i] = upper[i];
     valid = valid && lower[i] >= -128 && lower[i] < 128 && upper[i] >= -128 && upper[i] < 128;
   }
-  return valid && emulator::is_valid_map(*map, channels) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+  return emulator::check_map(*map, channels, valid);
 }
 
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };

@@ -25,7 +25,8 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101,
-                      cudaErrorNotSupported = 801, cudaErrorLaunchTimeout = 702;
+                      cudaErrorNotSupported = 801, cudaErrorLaunchTimeout = 702,
+                      cudaErrorDeviceUninitialized = 201;
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeCooperative = 2 };
 struct cudaLaunchAttribute {
@@ -53,7 +54,9 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 namespace emulator {
-inline int device = 0;
+inline thread_local int device = 0;
+inline thread_local bool has_context = false;  // the driver's functions need one, which cudaSetDevice binds
+inline int told_shared = 0;                    // calls that allow a kernel its shared memory
 constexpr int kMultiprocessors = 3;  // few, so that persistent blocks take several tiles and an odd number
 }  // namespace emulator
 
@@ -91,6 +94,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulator::device, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
   if (device > 1) return cudaErrorInvalidDevice;
+  emulator::has_context = true;
   return emulator::device = device, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -98,8 +102,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
                                                        : attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
   return cudaSuccess;
 }
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  ++emulator::told_shared;
   return bytes <= 227 << 10 ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <typename Kernel>
@@ -112,6 +116,7 @@ inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaS
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidDevice ? "invalid device ordinal"
          : error == cudaErrorLaunchTimeout ? "the threads wait for each other forever"
+         : error == cudaErrorDeviceUninitialized ? "invalid device context"
                                            : "invalid argument";
 }
 

@@ -18,10 +18,11 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-constexpr unsigned kWarp = 32, kLaneWords = 6, kIdleRounds = 64;
+constexpr unsigned kWarp = 32, kWarpgroup = 128, kLaneWords = 6, kIdleRounds = 64;
 constexpr size_t kStackBytes = 64 << 10, kSharedBytes = 256 << 10;
 
 inline bool eager = false;  // asynchronous copies and products happen when issued; else when waited for
+inline int slow_warp = -1;  // of every warpgroup: runs only when nothing else moves
 inline ucontext_t scheduler;
 inline bool moved;  // something happened in this round
 
@@ -32,7 +33,7 @@ struct Barrier {
 struct Block {
   dim3 index;
   Barrier all;
-  std::vector<Barrier> warps;
+  std::vector<Barrier> warps, warpgroups;
   std::vector<uint32_t> lanes;  // kLaneWords of each thread
 };
 
@@ -84,6 +85,7 @@ inline void wait(Barrier& barrier, unsigned count) {
   while (barrier.generation == mine) yield();
 }
 inline void sync_warp() { wait(block().warps[threadIdx.x / kWarp], kWarp); }
+inline void sync_warpgroup() { wait(block().warpgroups[threadIdx.x / kWarpgroup], kWarpgroup); }
 
 // Runs blocks together; false where they wait for each other forever.
 inline bool run(const std::vector<dim3>& indices, unsigned threads) {
@@ -92,6 +94,7 @@ inline bool run(const std::vector<dim3>& indices, unsigned threads) {
     Block made;
     made.index = index;
     made.warps.resize((threads + kWarp - 1) / kWarp);
+    made.warpgroups.resize((threads + kWarpgroup - 1) / kWarpgroup);
     made.lanes.resize(threads * kLaneWords);
     blocks.push_back(std::move(made));
   }
@@ -118,6 +121,7 @@ inline bool run(const std::vector<dim3>& indices, unsigned threads) {
     for (unsigned i = 0; i < count; ++i) {
       if (fibers[i]->done) continue;
       running = true;
+      if (idle == 0 && static_cast<int>(fibers[i]->thread % kWarpgroup / kWarp) == slow_warp) continue;
       current = fibers[i].get();
       threadIdx = dim3(current->thread, 0, 0);
       blockIdx = blocks[current->rank].index;

@@ -145,6 +145,7 @@ inline uint32_t cluster_rank() { return emulator::current->rank; }
 inline void cluster_sync() {
   emulator::wait(emulator::together, blockDim.x * static_cast<unsigned>(emulator::blocks.size()));
 }
+inline void cluster_meet() { cluster_sync(); }
 
 inline void barrier_init(uint64_t* barrier, uint32_t count) {
   const uint32_t address = shared_address(barrier);
@@ -198,10 +199,14 @@ void take_registers() {}
 
 inline void products_begin() { emulator::sync_warp(); }
 inline void commit_products() { emulator::current->products.emplace_back(); }
+// The products of a warpgroup's four warps are one instruction, which is done for all of them at once.
 template <int Left>
 void wait_products() {
   emulator::finish_groups(emulator::current->products, Left);
+  emulator::sync_warpgroup();
 }
+template <typename T, size_t N>
+void keep_registers(T (&)[N]) {}
 
 template <int N>
 void multiply_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
@@ -216,8 +221,8 @@ void multiply_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
 }
 template <int N>
 void multiply_m64k32(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  const auto lanes = of_warp(a);
-  auto work = [=, &d] {
+  auto work = [=, &d, &a] {
+    const auto lanes = of_warp(a);  // what the registers hold when the product happens
     emulator::multiply<N>(d, b, accumulate, [&](int half, int k) {
       return static_cast<int8_t>(lanes[threadIdx.x % 32 / 4 * 4 + k % 16 / 4][half + 2 * (k / 16)] >> 8 * (k % 4));
     });
