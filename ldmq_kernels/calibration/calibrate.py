@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, RangeObserver, calibrated_absmax
+from ldmq_kernels.calibration import ranges
+from ldmq_kernels.calibration.concatenations import concatenated_inputs
+from ldmq_kernels.calibration.ranges import FIRST_STEP, MODES, RangeObserver
 from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, denoiser, record_trajectory
 from ldmq_kernels.nn import QuantizedLayer
 
@@ -18,9 +20,12 @@ class Calibration:
     """What was seen: the float trajectory, and ranges by layer, step and channel.
 
     Attributes:
-        mode: which steps static scales come from, "first-step" (the paper's way) or "all-steps".
+        mode: which steps static scales come from: "first-step" (the paper's way), "sampled-steps" or "all-steps".
         absmax: layer -> (steps, C) float32.
         operations: layer -> multiply-accumulates in one call of the UNet.
+        text_layers: layers that read the text; their ranges leave its first token out.
+        concatenations: layer -> channels of the first part, where the input is a concatenation of two.
+        step_groups: descending timesteps between the groups that a stepped scale has.
     """
 
     mode: str
@@ -29,33 +34,69 @@ class Calibration:
     trajectory: Trajectory
     absmax: dict[str, Tensor]
     operations: dict[str, int]
+    text_layers: frozenset[str] = frozenset()
+    concatenations: dict[str, int] = field(default_factory=dict)
+    step_groups: tuple[float, ...] = ()
 
     def input_absmax(self, layer: str) -> Tensor:
         """(C,) float32, over the steps that the mode calibrates on."""
-        return calibrated_absmax(self.absmax[layer], self.mode)
+        return ranges.calibrated_absmax(self.absmax[layer], self.mode)
+
+    def grouped_absmax(self, layer: str) -> Tensor:
+        """(groups, C) float32, over all steps of each step group."""
+        return ranges.grouped_absmax(self.absmax[layer], self.trajectory.timesteps(), self.step_groups)
+
+
+def _check(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.scheme.quantizes:
+            raise ValueError("the model is quantized already: calibrate and plan on the full-precision model")
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{name} carries a LoRA, and a plan names the layers of the model without it: call "
+                "pipe.fuse_lora() and pipe.unload_lora_weights() first, or load the LoRA after quantizing"
+            )
 
 
 def calibrate(
-    pipe: Any, prompts: Sequence[str], settings: SamplingSettings, *, mode: str = FIRST_STEP, show: bool = False
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: SamplingSettings,
+    *,
+    mode: str = FIRST_STEP,
+    whole: bool = True,
+    show: bool = False,
 ) -> Calibration:
     """Run the pipeline once on the prompts and observe every linear and convolution of its UNet.
 
     Args:
-        mode: "first-step" or "all-steps". All steps are observed in both, so that the drift can be
-            told; the mode says which of them make the static scales.
+        mode: "first-step", "sampled-steps" or "all-steps": which steps make the static scales.
+        whole: observe all steps in every mode, which an analysis needs, so that the drift can be told. False
+            stops the pipeline after the last step that the mode needs: one step instead of all.
 
     Raises:
-        ValueError: no prompts, an unknown mode, a quantized model, or values that are not finite
-            (naming the layer).
+        ValueError: no prompts, an unknown mode, a model that is quantized or carries a LoRA, or values that are
+            not finite (naming the layer).
     """
-    if mode not in (FIRST_STEP, ALL_STEPS):
-        raise ValueError(f"unknown calibration {mode!r}: choose {FIRST_STEP} or {ALL_STEPS}")
+    if mode not in MODES:
+        raise ValueError(f"unknown calibration {mode!r}: choose {', '.join(MODES[:-1])} or {MODES[-1]}")
     model = denoiser(pipe)
-    if any(isinstance(m, QuantizedLayer) and m.scheme.quantizes for m in model.modules()):
-        raise ValueError("the model is quantized already: calibrate and plan on the full-precision model")
+    _check(model)
+    last = None if whole or mode != FIRST_STEP else 0
     observer = RangeObserver(model)
     try:
-        trajectory = record_trajectory(pipe, prompts, settings, show=show, on_step=observer.at_step)
+        trajectory = record_trajectory(pipe, prompts, settings, last_step=last, show=show, on_step=observer.at_step)
     finally:
         observer.close()
-    return Calibration(mode, settings, tuple(prompts), trajectory, observer.absmax(), observer.operations)
+    first = trajectory.calls[0].of_prompts([0])
+    return Calibration(
+        mode,
+        settings,
+        tuple(prompts),
+        trajectory,
+        observer.absmax(),
+        observer.operations,
+        frozenset(observer.text_layers),
+        concatenated_inputs(model, first.args, first.kwargs),
+        ranges.group_boundaries(trajectory.timesteps()),
+    )

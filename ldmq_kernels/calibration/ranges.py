@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from ldmq_kernels.numerics.affine import INT8_MAX
 from ldmq_kernels.planning.plan import quantizable_layers
 
 FIRST_STEP = "first-step"
+SAMPLED_STEPS = "sampled-steps"
 ALL_STEPS = "all-steps"
+MODES = (FIRST_STEP, SAMPLED_STEPS, ALL_STEPS)
+SAMPLED = 4  # sampling steps that "sampled-steps" calibrates on, the first and the last among them
+STEP_GROUPS = 4  # of a stepped scale: each holds as many of the calibration's steps
 
 
 def channel_absmax(layer: nn.Module, x: Tensor) -> Tensor:
@@ -26,21 +31,35 @@ class RangeObserver:
     Attributes:
         step: the sampling step that the model is called for.
         operations: layer -> multiply-accumulates in one call of the model, of the last call.
+        text_layers: linears whose input is the text (batch, tokens, C). Their first token is the beginning of
+            the text, whose values are far larger than the rest, and it is left out of their ranges.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.step = 0
         self.operations: dict[str, int] = {}
+        self.text_layers: set[str] = set()
+        self._text: Tensor | None = None
         self._absmax: dict[str, list[Tensor]] = {}
         self._handles = [
             layer.register_forward_hook(self._hook(name)) for name, layer in quantizable_layers(model).items()
         ]
+        self._handles.append(model.register_forward_pre_hook(self._remember_text, with_kwargs=True))
+
+    def _remember_text(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        self._text = text if isinstance(text, Tensor) and text.dim() == 3 and text.shape[1] > 1 else None
 
     def _hook(self, name: str) -> Any:
         def observe(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen = channel_absmax(layer, args[0])
-            if not bool(torch.isfinite(seen).all()):
+            x = args[0]
+            if not bool(torch.isfinite(x).all()):
                 raise ValueError(f"{name}: its input holds NaN or infinite values at sampling step {self.step}")
+            text = self._text
+            if text is not None and x.shape == text.shape and x.data_ptr() == text.data_ptr():
+                self.text_layers.add(name)
+                x = x[:, 1:]
+            seen = channel_absmax(layer, x)
             steps = self._absmax.setdefault(name, [])
             while len(steps) <= self.step:
                 steps.append(torch.zeros_like(seen))
@@ -64,9 +83,45 @@ class RangeObserver:
             handle.remove()
 
 
+def spread_steps(steps: int, count: int) -> list[int]:
+    """`count` sampling steps spread evenly, the first and the last among them."""
+    if count >= steps:
+        return list(range(steps))
+    if count == 1:
+        return [0]
+    return sorted({round(i * (steps - 1) / (count - 1)) for i in range(count)})
+
+
+def calibrated_steps(steps: int, mode: str) -> list[int]:
+    """The sampling steps that a mode takes ranges from: the first alone, as in the paper, some, or all."""
+    return {FIRST_STEP: [0], SAMPLED_STEPS: spread_steps(steps, SAMPLED), ALL_STEPS: list(range(steps))}[mode]
+
+
 def calibrated_absmax(by_step: Tensor, mode: str) -> Tensor:
-    """(steps, C) to (C,): the first step alone, as in the paper, or the largest over all steps."""
-    return by_step[0] if mode == FIRST_STEP else by_step.amax(0)
+    """(steps, C) to (C,): the largest over the steps that the mode takes ranges from."""
+    return by_step[calibrated_steps(by_step.shape[0], mode)].amax(0)
+
+
+def group_boundaries(timesteps: Sequence[float], groups: int = STEP_GROUPS) -> tuple[float, ...]:
+    """Descending timesteps between groups of equally many steps, midway between their neighbours.
+
+    Args:
+        timesteps: of the sampling steps, descending.
+    """
+    count = len(timesteps)
+    starts = sorted({round(count * group / groups) for group in range(1, groups)} - {0, count})
+    return tuple((timesteps[start - 1] + timesteps[start]) / 2 for start in starts)
+
+
+def group_of(timestep: float, boundaries: Sequence[float]) -> int:
+    """The step group of a timestep: how many boundaries lie above it."""
+    return sum(timestep < boundary for boundary in boundaries)
+
+
+def grouped_absmax(by_step: Tensor, timesteps: Sequence[float], boundaries: Sequence[float]) -> Tensor:
+    """(steps, C) to (groups, C): the largest over the steps of each group."""
+    groups = torch.tensor([group_of(timestep, boundaries) for timestep in timesteps])
+    return torch.stack([by_step[groups == group].amax(0) for group in range(len(boundaries) + 1)])
 
 
 def static_scale(absmax: Tensor, smoothing: Tensor | None) -> float | None:

@@ -7,7 +7,7 @@ the noise of different layers can be added and compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,16 +26,54 @@ class SamplingSettings:
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
     seed: int = 0
+    height: int | None = None  # pixels; None as the pipeline draws by default
+    width: int | None = None
 
 
 @dataclass(frozen=True)
 class UNetCall:
-    """One call: `step` counts sampling steps from 0 (the noisiest); tensors lie where the model does."""
+    """One call: `step` counts sampling steps from 0 (the noisiest); tensors lie where the model does.
+
+    Attributes:
+        prompts: the indices of the prompts drawn. With classifier-free guidance the batch is twice as many,
+            the unconditional half first.
+    """
 
     step: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
+    prompts: tuple[int, ...] = ()
+
+    @property
+    def guided(self) -> bool:
+        """Whether the batch holds both halves of classifier-free guidance."""
+        return self.output.shape[0] == 2 * len(self.prompts)
+
+    @property
+    def timestep(self) -> float:
+        """What the model was told of the time."""
+        value = self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
+        return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+
+    def of_prompts(self, wanted: Sequence[int]) -> UNetCall:
+        """The same call for some of its prompts only, both halves of each.
+
+        Raises:
+            ValueError: the call draws none of them.
+        """
+        kept = [place for place, prompt in enumerate(self.prompts) if prompt in set(wanted)]
+        if not kept:
+            raise ValueError(f"a call of prompts {self.prompts} draws none of {tuple(wanted)}")
+        rows, count = self.output.shape[0], len(self.prompts)
+        index = torch.tensor([place + half for half in range(0, rows, count) for place in kept])
+
+        def cut(value: Any) -> Any:
+            batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+            return value[index.to(value.device)] if batched else value
+
+        args, kwargs = pytree.tree_map(cut, (self.args, self.kwargs))
+        return UNetCall(self.step, args, kwargs, cut(self.output), tuple(self.prompts[place] for place in kept))
 
 
 @dataclass(frozen=True)
@@ -50,6 +88,10 @@ class Trajectory:
         """Only the calls of some steps."""
         wanted = set(steps)
         return Trajectory([call for call in self.calls if call.step in wanted], self.latents, self.steps)
+
+    def timesteps(self) -> list[float]:
+        """What the model was told of the time, by step."""
+        return [next(call.timestep for call in self.calls if call.step == step) for step in range(self.steps)]
 
 
 def output_tensor(output: Any) -> Tensor:
@@ -70,20 +112,75 @@ def denoiser(pipe: Any) -> nn.Module:
     raise TypeError(f"{type(pipe).__name__} has neither a unet nor a transformer: nothing to quantize")
 
 
+class _Enough(Exception):
+    """Ends a pipeline's run before its last step."""
+
+
 def run_pipeline(pipe: Any, prompts: Sequence[str], settings: SamplingSettings, output_type: str) -> Any:
     """Draw one picture for each prompt, its noise seeded by its index, and return `images`."""
     generators = [torch.Generator().manual_seed(settings.seed + index) for index in range(len(prompts))]
+    size = {name: value for name in ("height", "width") if (value := getattr(settings, name)) is not None}
     return pipe(
         prompt=list(prompts),
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         generator=generators,
         output_type=output_type,
+        **size,
     ).images
 
 
 def _detached(value: Any) -> Any:
     return pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, value)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Prompts that are drawn together, and their place among all."""
+
+    first: int
+    prompts: Sequence[str]
+
+
+def _chunks(prompts: Sequence[str]) -> list[_Chunk]:
+    return [_Chunk(i, prompts[i : i + PROMPTS_AT_ONCE]) for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
+
+
+def _record(
+    pipe: Any, chunk: _Chunk, settings: SamplingSettings, last_step: int | None, on_step: Callable[[int], None]
+) -> tuple[list[UNetCall], Tensor | None]:
+    """One run of the pipeline; the latents are None where it ended early."""
+    calls: list[UNetCall] = []
+    indices = tuple(range(chunk.first, chunk.first + len(chunk.prompts)))
+
+    def before(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
+        on_step(len(calls))
+
+    def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tensor = output_tensor(output).detach().clone()
+        step = len(calls)
+        if not bool(torch.isfinite(tensor).all()):
+            wrong = ", ".join(repr(text) for text in chunk.prompts)
+            raise ValueError(
+                f"the full-precision UNet's output is not finite at sampling step {step}, prompts {wrong}: "
+                "leave the prompt out, or run the pipeline in bfloat16 or float32"
+            )
+        calls.append(UNetCall(step, _detached(args), _detached(kwargs), tensor, indices))
+        if step == last_step:
+            raise _Enough
+
+    model = denoiser(pipe)
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        return calls, run_pipeline(pipe, chunk.prompts, replace(settings, seed=settings.seed + chunk.first), "latent")
+    except _Enough:
+        return calls, None
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -92,6 +189,7 @@ def record_trajectory(
     prompts: Sequence[str],
     settings: SamplingSettings,
     *,
+    last_step: int | None = None,
     show: bool = False,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Trajectory:
@@ -100,6 +198,7 @@ def record_trajectory(
     Args:
         pipe: a diffusers text-to-image pipeline in full precision.
         prompts: one picture each, seeds counting up from `settings.seed`.
+        last_step: stop after this sampling step, without pictures; None runs to the end.
         on_step: told the step number before each call.
 
     Raises:
@@ -107,39 +206,15 @@ def record_trajectory(
     """
     if not prompts:
         raise ValueError("calibration needs at least one prompt")
-    model = denoiser(pipe)
     calls: list[UNetCall] = []
-    step = 0
-
-    def before(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
-        on_step(step)
-
-    def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        nonlocal step
-        tensor = output_tensor(output).detach().clone()
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"the full-precision UNet's output is not finite at sampling step {step}")
-        calls.append(UNetCall(step, _detached(args), _detached(kwargs), tensor))
-        step += 1
-
-    chunks = [prompts[i : i + PROMPTS_AT_ONCE] for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True),
-    ]
-    latents = []
-    try:
-        for index, chunk in enumerate(track(chunks, "float trajectory", len(chunks), show=show)):
-            step = 0
-            offset = SamplingSettings(
-                settings.num_inference_steps, settings.guidance_scale, settings.seed + index * PROMPTS_AT_ONCE
-            )
-            latents.append(run_pipeline(pipe, chunk, offset, "latent"))
-    finally:
-        for handle in handles:
-            handle.remove()
+    latents: list[Tensor] = []
+    chunks = _chunks(prompts)
+    for chunk in track(chunks, "float trajectory", len(chunks), show=show):
+        recorded, images = _record(pipe, chunk, settings, last_step, on_step)
+        calls += recorded
+        latents += [] if images is None else [images]
     steps = max(call.step for call in calls) + 1
-    return Trajectory(calls, torch.cat(latents), steps)
+    return Trajectory(calls, torch.cat(latents) if latents else torch.empty(0), steps)
 
 
 @torch.no_grad()

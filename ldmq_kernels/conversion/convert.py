@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
+from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, step_groups
 from ldmq_kernels.planning.plan import LayerPlan, Plan, quantizable_layers
 
 _listeners: list[Callable[[nn.Module, Plan], None]] = []
@@ -23,33 +23,53 @@ def on_conversion(listener: Callable[[nn.Module, Plan], None]) -> None:
         _listeners.append(listener)
 
 
-def convert(model: nn.Module, plan: Plan) -> None:
+def convert(
+    model: nn.Module, plan: Plan, second_moments: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None
+) -> None:
     """Replace every layer that the plan quantizes, in place; the others stay as they are.
 
     All quantized layers are built before the first one is put in, so an error leaves the model untouched.
 
+    Args:
+        second_moments: layer -> (K, K) float32 for the layers that the plan rounds by GPTQ, asked for in the
+            model's order; see `calibration.second_moments`. `ldmq.quantize` makes them of a pipeline.
+
     Raises:
         PlanError: the plan does not fit the model.
-        ConversionError: the model is quantized already, or one of its layers cannot be quantized.
+        ConversionError: the model is quantized already, has adapters on its layers, is not called with the time
+            step that stepped layers need, or one of its layers cannot be quantized.
     """
-    check_not_quantized(model)
+    check_convertible(model)
     layers = quantizable_layers(model)
+    choices = {name: choice for name, choice in plan.layers(model).items() if choice.scheme.quantizes}
+    if any(choice.scheme.is_stepped for choice in choices.values()):
+        try:
+            step_groups.timestep_position(model)
+        except ValueError as error:
+            raise ConversionError(str(error)) from None
+    moments = second_moments.get if isinstance(second_moments, Mapping) else second_moments
     built: dict[nn.Module, nn.Module] = {}
-    for name, choice in plan.layers(model).items():
-        if choice.scheme.quantizes:
-            built[layers[name]] = quantize_layer(name, layers[name], choice)
+    for name, choice in choices.items():
+        hessian = moments(name) if moments is not None and choice.rounding == "gptq" else None
+        built[layers[name]] = quantize_layer(name, layers[name], choice, hessian)
     replace_modules(model, built)
+    step_groups.attach(model, plan.step_groups)
     for listener in _listeners:
         listener(model, plan)
 
 
-def check_not_quantized(model: nn.Module) -> None:
-    """Refuse a model that this package or another one has quantized.
+def check_convertible(model: nn.Module) -> None:
+    """Refuse a model that this package or another one has quantized, or whose layers have adapters on them.
 
     Raises:
-        ConversionError: it is quantized.
+        ConversionError: it is quantized, or PEFT has wrapped a layer.
     """
     for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise ConversionError(
+                f"{name} has an adapter on it, such as LoRA: unload it with `pipe.unload_lora_weights()`, after "
+                "`pipe.fuse_lora()` if its weights are to stay, then quantize; it can be loaded again afterwards"
+            )
         if isinstance(module, QuantizedLayer) and module.scheme.quantizes:
             raise ConversionError(
                 f"this {type(model).__name__} is quantized already ({name} is {module.scheme}): "
@@ -69,12 +89,17 @@ def quantized_class(layer: nn.Module) -> type[QuantLinear] | type[QuantConv2d]:
     return QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
 
 
-def quantize_layer(name: str, layer: nn.Linear | nn.Conv2d, choice: LayerPlan) -> QuantLinear | QuantConv2d:
+def quantize_layer(
+    name: str, layer: nn.Linear | nn.Conv2d, choice: LayerPlan, hessian: Tensor | None = None
+) -> QuantLinear | QuantConv2d:
     """The quantized layer that takes the place of `layer`; see `QuantizedLayer.from_float`.
+
+    Args:
+        hessian: (K, K) float32, the second moments of the layer's inputs, where the choice is gptq rounding.
 
     Raises:
         ConversionError: the layer computes something of its own, has hooks that would be lost, holds no
-            weight yet, or its weight is not finite.
+            weight yet, its weight is not finite, or gptq rounding has no second moments.
     """
     kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     keep = "give it fp16 in the plan's exceptions to leave it as it is"
@@ -91,13 +116,25 @@ def quantize_layer(name: str, layer: nn.Linear | nn.Conv2d, choice: LayerPlan) -
         raise ConversionError(f"{name}: its weight is not in memory (meta device): quantize before offloading")
     if not layer.weight.is_floating_point():
         raise ConversionError(f"{name}: its weight is {layer.weight.dtype}, a floating dtype is needed: {keep}")
-    scale = choice.input_scale
+    needs_hessian = choice.rounding == "gptq"
+    if needs_hessian and hessian is None:
+        raise ConversionError(
+            f"{name}: the plan rounds it by GPTQ, which takes the layer's inputs: quantize it within its pipeline, "
+            "`ldmq.quantize(pipe, plan)`, or set its rounding to nearest in the plan's details"
+        )
+    device = layer.weight.device
+    # a plan keeps the scales of schemes that it did not choose
+    scales = choice.scales if choice.scheme.is_static else ()
     try:
         return quantized_class(layer).from_float(
             layer,
             choice.scheme,
-            input_scale=None if scale is None else layer.weight.new_full((1,), scale, dtype=torch.float32),
-            smoothing=None if choice.smoothing is None else choice.smoothing.to(layer.weight.device),
+            input_scale=torch.tensor(scales, dtype=torch.float32, device=device) if scales else None,
+            smoothing=None if choice.smoothing is None else choice.smoothing.to(device),
+            first_token=choice.first_token,
+            bias_correction=choice.bias_correction,
+            rank=choice.rank,
+            hessian=hessian if needs_hessian else None,
         )
     except ValueError as error:
         raise ConversionError(f"{name}: {error}") from None

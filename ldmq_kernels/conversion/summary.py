@@ -10,7 +10,7 @@ from torch import nn
 
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
-from ldmq_kernels.planning.cost import FLOAT_BYTES, weight_bytes
+from ldmq_kernels.planning.cost import FLOAT_BYTES, choice_bytes, weight_bytes
 from ldmq_kernels.planning.plan import Plan, kind_of, quantizable_layers
 
 if TYPE_CHECKING:
@@ -116,28 +116,39 @@ def summarize(model: nn.Module, plan: Plan | None = None) -> Summary:
         PlanError: the plan does not fit the model.
     """
     layers = quantizable_layers(model)
-    if plan is not None:
-        schemes = {name: choice.scheme for name, choice in plan.layers(model).items()}
-        smoothed = set(plan.smoothing)
-    else:
-        schemes = {name: m.scheme if isinstance(m, QuantizedLayer) else FLOAT for name, m in layers.items()}
-        smoothed = {name for name, m in layers.items() if getattr(m, "smoothing", None) is not None}
+    choices = {} if plan is None else plan.layers(model)
     counts: Counter[tuple[Scheme, str]] = Counter()
     before: Counter[Scheme] = Counter()
     after: Counter[Scheme] = Counter()
     for name, layer in layers.items():
-        scheme = schemes[name]
+        choice = choices.get(name)
+        scheme = choice.scheme if choice else layer.scheme if isinstance(layer, QuantizedLayer) else FLOAT
         counts[scheme, kind_of(layer)] += 1
         before[scheme] += weight_bytes(layer, FLOAT)
-        after[scheme] += weight_bytes(layer, scheme, smoothed=name in smoothed)
+        after[scheme] += choice_bytes(layer, choice) if choice else _stored_bytes(layer)
     shares = {
         str(s): SchemeShare(counts[s, "conv2d"], counts[s, "linear"], before[s], after[s])
         for s in SCHEMES.values()
         if s in before
     }
-    weights = {id(layer._parameters.get("weight")) for layer in layers.values()}
-    other = sum(p.numel() for p in model.parameters() if id(p) not in weights)
+    counted = {id(layer._parameters.get("weight")) for layer in layers.values()}
+    counted |= {id(m.bias) for m in layers.values() if isinstance(m, QuantizedLayer) and m.adds_bias}
+    other = sum(p.numel() for p in model.parameters() if id(p) not in counted)
     return Summary(shares, FLOAT_BYTES * other)
+
+
+def _stored_bytes(layer: nn.Linear | nn.Conv2d) -> int:
+    """Of a layer as it is."""
+    if not (isinstance(layer, QuantizedLayer) and layer.scheme.quantizes):
+        return weight_bytes(layer, FLOAT)
+    return weight_bytes(
+        layer,
+        layer.scheme,
+        smoothed=layer.smoothing is not None,
+        step_groups=0 if layer.input_scale is None else layer.input_scale.numel(),
+        rank=layer.rank,
+        adds_bias=layer.adds_bias,
+    )
 
 
 def _megabytes(count: int) -> str:

@@ -57,10 +57,14 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         left, right, top, bottom = self._reversed_padding_repeated_twice
         return (top, bottom, left, right) if self.padding_mode == "zeros" else (0, 0, 0, 0)
 
+    @property
+    def weight_channels(self) -> int:
+        """Of one group."""
+        return self.in_channels // self.groups
+
     def _pack(self, weight: Tensor) -> Tensor:
-        channels = self.in_channels // self.groups
         if self.multiplier is not None:
-            weight = fold_multiplier(unpack_int4(weight, channels), self.multiplier)
+            weight = fold_multiplier(unpack_int4(weight, self.weight_channels), self.multiplier)
         if self.is_pointwise:
             return pack_linear(weight.flatten(1))
         return pack_conv2d(weight)
@@ -75,11 +79,21 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             return nn.Conv2d.forward(self, x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        low_rank = self._convolve_low_rank(x) if self.rank else None
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         if self.scheme.format.activation_bits == 16:
-            return ops.conv2d_w8a16(x, self.weight, self.weight_scale, self.bias, *self.geometry())
-        return self.convolve(*self.quantize(x), x.dtype)
+            out = ops.conv2d_w8a16(x, self.weight, self.weight_scale, self.bias, *self.geometry())
+            return out if low_rank is None else out + low_rank
+        x_q, x_scale = self.quantize(x)
+        if self.scheme.is_paired:
+            low_rank = self.convolve(self.second_of_pair(x, x_q, 1), None, x.dtype, residual=low_rank, second=True)
+        return self.convolve(x_q, x_scale, x.dtype, residual=low_rank)
+
+    def _convolve_low_rank(self, x: Tensor) -> Tensor:
+        """The correction (N, K, P, Q): a convolution to `rank` channels, and a 1x1 one from there."""
+        thin = self._conv_forward(x, self.low_rank_down.permute(0, 3, 1, 2), None)
+        return nn.functional.conv2d(thin, self.low_rank_up[:, :, None, None])
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (N, C, H, W) as the scheme says: int8, and the scales of a dynamic one, (N, H, W) where pointwise."""
@@ -104,6 +118,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         residual: Tensor | None = None,
         padding: tuple[int, int, int, int] | None = None,
         upsample: int = 1,
+        second: bool = False,
     ) -> Tensor:
         """The integer convolution alone, of an input that is quantized already.
 
@@ -115,22 +130,31 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             residual: (N, K, P, Q) floating, added in the epilogue.
             padding: zeros at (top, bottom, left, right) in place of the layer's own.
             upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
+            second: these are the second values of pairs: scaled down, and without the bias.
         """
         if self.is_pointwise:
             pixels = None if residual is None else residual.permute(0, 2, 3, 1)
-            return self.linear(x_q.permute(0, 2, 3, 1), x_scale, out_dtype, pixels).permute(0, 3, 1, 2)
-        scale = self.input_scale if self.scheme.is_static else x_scale
-        terms = (self.weight_scale, self.bias, sample_vector, residual)
+            return self.linear(x_q.permute(0, 2, 3, 1), x_scale, out_dtype, pixels, second=second).permute(0, 3, 1, 2)
+        scale, bias = self.scale_and_bias(x_scale, second)
+        terms = (self.weight_scale, bias, sample_vector, residual)
         rest = (*terms, *self.geometry(padding, upsample), out_dtype)
         if self.multiplier is None:
             return ops.conv2d_w8a8(x_q, scale, self.kernel_weight, *rest)
         return ops.conv2d_w4a8(x_q, scale, self.kernel_weight, self.multiplier, *rest)
 
-    def linear(self, x_q: Tensor, x_scale: Tensor | None, out_dtype: Any, residual: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor | None,
+        out_dtype: Any,
+        residual: Tensor | None = None,
+        *,
+        second: bool = False,
+    ) -> Tensor:
         """A pointwise layer's product over (..., C) int8, as QuantLinear.linear."""
-        scale = self.input_scale if self.scheme.is_static else x_scale
+        scale, bias = self.scale_and_bias(x_scale, second)
         weight = self.kernel_weight if self.packed_weight is not None else self.kernel_weight.flatten(1)
-        rest = (self.weight_scale, self.bias, residual, out_dtype)
+        rest = (self.weight_scale, bias, residual, out_dtype)
         if self.multiplier is None:
             return ops.linear_w8a8(x_q, scale, weight, *rest)
         return ops.linear_w4a8(x_q, scale, weight, self.multiplier.flatten(1), *rest)

@@ -37,6 +37,11 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             dtype=module.weight.dtype if module.weight.is_floating_point() else None,
         )
 
+    @property
+    def weight_channels(self) -> int:
+        """in_features."""
+        return self.in_features
+
     def _pack(self, weight: Tensor) -> Tensor:
         if self.multiplier is not None:
             weight = fold_multiplier(unpack_int4(weight, self.in_features), self.multiplier)
@@ -52,18 +57,41 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def project(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same, and a residual (..., out_features) added: in the epilogue where activations are quantized."""
-        scheme = self.scheme
-        if scheme.format.activation_bits == 16:
+        if self.rank:
+            low_rank = nn.functional.linear(nn.functional.linear(x, self.low_rank_down), self.low_rank_up)
+            residual = low_rank if residual is None else residual + low_rank
+        if self.scheme.format.activation_bits == 16:
             out = self._project_float(x)
             return out if residual is None else out + residual
-        if not scheme.is_static:
+        out = self._project_int8(x, residual)
+        if self.first_token:
+            first = self._project_first_token(x)
+            out[:, :1] = first if residual is None else first + residual[:, :1]
+        return out
+
+    def _project_int8(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if not self.scheme.is_static:
             x_q, x_scale = ops.quantize_per_token(x, self.smoothing)
             return self.linear(x_q, x_scale, x.dtype, residual)
+        if self.scheme.is_paired:
+            x_q = ops.quantize_static(x, self.input_reciprocal, -1)
+            residual = self.linear(self.second_of_pair(x, x_q, -1), None, x.dtype, residual, second=True)
+            return self.linear(x_q, None, x.dtype, residual)
         if self.multiplier is not None:
             return self.linear(ops.quantize_static(x, self.input_reciprocal, -1), None, x.dtype, residual)
         return ops.linear_static_w8a8(
-            x, self.input_reciprocal, self.input_scale, self.kernel_weight, self.weight_scale, self.bias, residual
+            x, self.input_reciprocal, self.call_scale, self.kernel_weight, self.weight_scale, self.bias, residual
         )
+
+    def _project_first_token(self, x: Tensor) -> Tensor:
+        """(B, 1, out_features) from the first token's 16-bit values and the same weight."""
+        if x.dim() != 3:
+            raise ValueError(f"a layer with first_token takes an input (B, T, C), this one has shape {tuple(x.shape)}")
+        first = x[:, :1] if self.smoothing is None else (x[:, :1] * self.smoothing).to(x.dtype)
+        weight = self.weight if self.first_token_weight is None else self.first_token_weight
+        if self.multiplier is None:
+            return ops.linear_w8a16(first, weight, self.weight_scale, self.bias)
+        return ops.linear_w4a16(first, weight, self.first_token_scale, self.bias)
 
     def _project_float(self, x: Tensor) -> Tensor:
         if not self.scheme.quantizes:
@@ -72,7 +100,15 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             return ops.linear_w8a16(x, self.weight, self.weight_scale, self.bias)
         return ops.linear_w4a16(x, self.weight, self.group_scale, self.bias)
 
-    def linear(self, x_q: Tensor, x_scale: Tensor | None, out_dtype: Any, residual: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor | None,
+        out_dtype: Any,
+        residual: Tensor | None = None,
+        *,
+        second: bool = False,
+    ) -> Tensor:
         """The integer product alone, of an input that is quantized already.
 
         Args:
@@ -80,9 +116,10 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             x_scale: (...) float32; not needed by a static scheme.
             out_dtype: float16, bfloat16 or float32.
             residual: (..., out_features) floating, added in the epilogue.
+            second: these are the second values of pairs: scaled down, and without the bias.
         """
-        scale = self.input_scale if self.scheme.is_static else x_scale
-        rest = (self.weight_scale, self.bias, residual, out_dtype)
+        scale, bias = self.scale_and_bias(x_scale, second)
+        rest = (self.weight_scale, bias, residual, out_dtype)
         if self.multiplier is None:
             return ops.linear_w8a8(x_q, scale, self.kernel_weight, *rest)
         return ops.linear_w4a8(x_q, scale, self.kernel_weight, self.multiplier, *rest)

@@ -8,18 +8,22 @@ the layer, the weight is held only in that backend's packed form; anything that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.kernels import cpu
+from ldmq_kernels.nn.stored import BUFFERS, FLOAT32_BUFFERS, check_stored
 from ldmq_kernels.numerics import affine
-from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
-from ldmq_kernels.numerics.packing import pack_int4
+from ldmq_kernels.numerics.formats import FLOAT, Scheme, schemes_of
+from ldmq_kernels.numerics.low_rank import low_rank_correction
+from ldmq_kernels.numerics.packing import pack_int4, unpack_int4
+from ldmq_kernels.numerics.paired import FINER, quantize_pair
+from ldmq_kernels.numerics.smoothing import smoothed_moments
 
-FLOAT32_BUFFERS = ("weight_scale", "group_scale", "input_scale", "smoothing")
-BUFFERS = ("weight", "multiplier", *FLOAT32_BUFFERS)
+if TYPE_CHECKING:
+    from ldmq_kernels.nn.step_groups import Slot
 
 
 class QuantizedLayer(nn.Module):
@@ -30,14 +34,26 @@ class QuantizedLayer(nn.Module):
         weight: int8 (N, K) or (K, R, S, C), or uint8 with two int4 to a byte of the last axis.
         weight_scale: (out,) float32; with w4a8 beside `multiplier` (uint8).
         group_scale: (out, groups) float32, w4a16 only.
-        input_scale: (1,) float32, static activations only.
+        input_scale: float32 of calibrated activations: (1,), or (step groups,) of a stepped scheme.
         smoothing: (C,) float32, the reciprocal that inputs are multiplied with, or None.
+        low_rank_down, low_rank_up: (rank, ...) and (out, rank) in the model's dtype, with a rank only.
+        first_token: whether the row of the first token is computed from its 16-bit input.
+        rank: of the low-rank correction, which is added in 16 bit; 0 for none.
+        adds_bias: whether the float layer had no bias, and a correction gave this one its own.
+        slot: where a stepped layer finds the scale of the current call; None until a model's call set it.
     """
 
     kind: str
+    bias: Any
     scheme: Scheme = FLOAT
+    first_token: bool = False
+    rank: int = 0
+    adds_bias: bool = False
     packed_weight: Tensor | None = None
+    slot: Slot | None = None
     revision: int = 0  # of the buffers: grows whenever they are filled, loaded or moved
+    _call_scale: Tensor | None = None
+    _call_reciprocal: Tensor | None = None
 
     # -- to be given by the layer ------------------------------------------------------------------
 
@@ -52,6 +68,11 @@ class QuantizedLayer(nn.Module):
     def _unpack(self, packed: Tensor) -> Tensor:
         raise TypeError("a quantized layer knows its packed form")
 
+    @property
+    def weight_channels(self) -> int:
+        """Input channels of one output's weight."""
+        raise TypeError("a quantized layer knows its channels")
+
     @classmethod
     def structure_of(cls, module: Any) -> Self:
         """A float layer of this class on the meta device, shaped as `module`."""
@@ -61,54 +82,105 @@ class QuantizedLayer(nn.Module):
 
     @classmethod
     def from_float(
-        cls, module: nn.Module, scheme: Scheme, *, input_scale: Tensor | None = None, smoothing: Tensor | None = None
+        cls,
+        module: nn.Module,
+        scheme: Scheme,
+        *,
+        input_scale: Tensor | None = None,
+        smoothing: Tensor | None = None,
+        first_token: bool = False,
+        bias_correction: Tensor | None = None,
+        rank: int = 0,
+        hessian: Tensor | None = None,
     ) -> Self:
-        """Quantize a float layer; the bias is shared with it, the weight is not.
+        """Quantize a float layer; the bias is shared with it unless it is corrected, the weight is not.
 
         Args:
             module: nn.Linear or nn.Conv2d.
             scheme: what to compute in, of `numerics.formats.SCHEMES`.
-            input_scale: (1,) float32, required by a static scheme.
-            smoothing: (C,) float32 reciprocal of the smoothing vector; the weight takes the vector itself.
+            input_scale: (1,) float32, required by a static scheme; (step groups,) by a stepped one.
+            smoothing: (C,) float32 reciprocal of the smoothing vector; the weight takes the vector itself. Of
+                8-bit activations only.
+            first_token: compute the row x[:, :1] of an input (B, T, C) from its 16-bit values; linears only.
+            bias_correction: (out,) float32, added to the bias.
+            rank: of the correction of the weight's rounding that is added in 16 bit.
+            hessian: (K, K) float32, the sum of x x^T over the layer's inputs without smoothing: round by GPTQ.
 
         Raises:
-            ValueError: the scheme does not exist for this kind of layer or lacks its input scale, the weight
-                is not finite, or a scale is not finite and positive.
+            ValueError: the scheme does not exist for this kind of layer or lacks its input scale, the layer is
+                grouped or no linear where that is needed, the weight is not finite, or a scale is not finite and
+                positive.
         """
-        layer = cls.empty(module, scheme, smoothed=smoothing is not None)
-        layer.bias = module.bias
-        layer.train(module.training)
         if not scheme.quantizes:
-            layer.weight = module.weight  # type: ignore[assignment]
-            return layer
-        if scheme.is_static and input_scale is None:
-            raise ValueError(f"{scheme} needs a calibrated input scale: calibrate first, or choose a dynamic scheme")
+            layer = cls.empty(module, scheme)
+            layer.weight, layer.bias = module.weight, module.bias  # type: ignore[assignment]
+            return layer.train(module.training)
+        scales = 1 if input_scale is None else input_scale.numel()
+        if scheme.is_static and (input_scale is None or (scales != 1 and not scheme.is_stepped)):
+            found = "no scale" if input_scale is None else f"{scales} scales"
+            raise ValueError(
+                f"{scheme} needs a calibrated input scale, this has {found}: calibrate first, or choose a dynamic "
+                "scheme"
+            )
+        layer = cls.empty(
+            module,
+            scheme,
+            smoothed=smoothing is not None,
+            step_groups=scales,
+            first_token=first_token,
+            rank=rank,
+            corrected=bias_correction is not None,
+        ).train(module.training)
         float_weight: Any = module.weight
-        weight = cls.to_channels_last(float_weight.detach())
-        if smoothing is not None:
-            weight = weight.float() / smoothing
-        device = weight.device
-        layer._fill(weight)
-        if scheme.is_static and input_scale is not None:
-            layer.input_scale = input_scale.detach().float().reshape(1).to(device)
-        if smoothing is not None:
+        layer.bias = module.bias
+        if bias_correction is not None:
+            layer.correct_bias(bias_correction, float_weight)
+        original = cls.to_channels_last(float_weight.detach())
+        device, weight, weighted = original.device, original, hessian
+        if layer._buffers["smoothing"] is not None:
+            assert smoothing is not None
             layer.smoothing = smoothing.detach().float().to(device)
+            weight = original.float() / layer.smoothing
+            weighted = None if hessian is None else smoothed_moments(hessian, layer.smoothing)
+        layer._fill(weight, weighted)
+        if scheme.is_static and input_scale is not None:
+            layer.input_scale = input_scale.detach().float().reshape(-1).to(device)
         for name in FLOAT32_BUFFERS:
-            layer.check_stored(name, getattr(layer, name))
+            check_stored(scheme, name, getattr(layer, name))
+        if rank:
+            down, up = low_rank_correction(original, layer.real_weight(), rank, hessian)
+            layer.low_rank_down = down.view(rank, *original.shape[1:]).to(original.dtype)
+            layer.low_rank_up = up.to(original.dtype)
         layer.finish()
         return layer
 
     @classmethod
-    def empty(cls, module: nn.Module, scheme: Scheme, *, smoothed: bool) -> Self:
-        """The layer with all its buffers on the meta device, for a loader to fill."""
+    def empty(
+        cls,
+        module: nn.Module,
+        scheme: Scheme,
+        *,
+        smoothed: bool = False,
+        step_groups: int = 1,
+        first_token: bool = False,
+        rank: int = 0,
+        corrected: bool = False,
+    ) -> Self:
+        """The layer with all its buffers on the meta device, for a loader to fill; `corrected` says of the bias."""
         layer = cls.structure_of(module)
         if layer.kind not in scheme.format.layers:
-            raise ValueError(f"there is no {scheme} for a {layer.kind}: choose {', '.join(_schemes_of(layer.kind))}")
+            raise ValueError(f"there is no {scheme} for a {layer.kind}: choose {', '.join(schemes_of(layer.kind))}")
         if not scheme.quantizes:
             return layer
-        if smoothed and getattr(layer, "groups", 1) != 1:
-            raise ValueError("a grouped convolution cannot be smoothed: its channels are not those of its weight")
-        layer.scheme = scheme
+        eight_bit_input = scheme.format.activation_bits == 8
+        smoothed = smoothed and eight_bit_input
+        if (smoothed or rank) and getattr(layer, "groups", 1) != 1:
+            what = "smoothed" if smoothed else "given a low-rank correction"
+            raise ValueError(f"a grouped convolution cannot be {what}: its channels are not those of its weight")
+        if first_token and layer.kind != "linear":
+            raise ValueError(f"first_token is for linears, this is a {layer.kind}: leave it out")
+        layer.scheme, layer.rank, layer.first_token = scheme, rank, first_token and eight_bit_input
+        float_dtype = layer.weight.dtype
         shape = cls.to_channels_last(layer.weight).shape
         out_channels, channels = shape[0], shape[-1]
         groups = (*shape[:-1], affine.group_count(channels))
@@ -125,61 +197,120 @@ class QuantizedLayer(nn.Module):
         buffer("multiplier", groups, torch.uint8, two_level)
         buffer("weight_scale", (out_channels,), torch.float32, not four_bit or two_level)
         buffer("group_scale", groups, torch.float32, four_bit and not two_level)
-        buffer("input_scale", (1,), torch.float32, scheme.is_static)
+        buffer("input_scale", (step_groups if scheme.is_stepped else 1,), torch.float32, scheme.is_static)
         buffer("smoothing", (channels,), torch.float32, smoothed)
-        layer.register_buffer("input_reciprocal", None, persistent=False)
+        if rank:
+            buffer("low_rank_down", (rank, *shape[1:]), float_dtype)
+            buffer("low_rank_up", (out_channels, rank), float_dtype)
+        if corrected and layer.bias is None:
+            layer.bias = nn.Parameter(torch.empty(out_channels, dtype=float_dtype, device=meta), requires_grad=False)
+            layer.adds_bias = True
+        layer._derive_for_call()
         return layer
 
-    def _fill(self, weight: Tensor) -> None:
+    def _fill(self, weight: Tensor, hessian: Tensor | None) -> None:
         if self.scheme.format.weight_bits == 8:
-            self.weight, self.weight_scale = affine.quantize_weight_int8(weight)
+            self.weight, self.weight_scale = affine.quantize_weight_int8(weight, hessian)
         elif self.scheme.format.activation_bits == 8:
-            grouped = affine.quantize_weight_w4a8(weight)
+            grouped = affine.quantize_weight_w4a8(weight, hessian)
             self.weight, self.multiplier = pack_int4(grouped.integers), grouped.multiplier
             self.weight_scale = grouped.scale
         else:
-            integers, self.group_scale = affine.quantize_weight_w4a16(weight)
+            integers, self.group_scale = affine.quantize_weight_w4a16(weight, hessian)
             self.weight = pack_int4(integers)
 
-    def check_stored(self, name: str, stored: Tensor | None) -> None:
-        """Refuse a tensor that this layer never stores; None and meta tensors hold nothing to check.
+    def correct_bias(self, correction: Tensor, like: Tensor | None = None) -> None:
+        """Put a bias of the layer's own in place of the one that it shares: (out,) `correction` more.
 
         Args:
-            name: one of BUFFERS.
-            stored: its tensor in a checkpoint.
-
-        Raises:
-            ValueError: it has another dtype, a scale is not finite and positive, or integers are out of range.
+            like: of the new bias's dtype and device; without, as the bias that is there.
         """
-        if stored is None or stored.is_meta:
-            return
-        four_bit = self.scheme.format.weight_bits == 4
-        integers = {"weight": torch.uint8 if four_bit else torch.int8, "multiplier": torch.uint8}
-        expected = integers.get(name, torch.float32)
-        if stored.dtype != expected:
-            raise ValueError(f"{name} is {stored.dtype}, {expected} is needed: is this a checkpoint of another plan?")
-        if name in FLOAT32_BUFFERS:
-            wrong, accepted = ~(torch.isfinite(stored) & (stored > 0)), "finite and positive"
-        elif name == "multiplier":
-            wrong, accepted = (stored < 1) | (stored > affine.MULTIPLIER_MAX), f"in 1..{affine.MULTIPLIER_MAX}"
-        elif four_bit:
-            wrong, accepted = ((stored & 0xF) == 8) | ((stored >> 4) == 8), "a pair of int4 in [-7, 7]"
+        shared = self.bias
+        like = shared if like is None else like
+        assert like is not None
+        added = correction.detach().to(like.device)
+        if shared is not None:
+            added = shared.detach().float() + added
+        self.bias = nn.Parameter(added.to(like.dtype), requires_grad=shared is not None and shared.requires_grad)
+
+    def real_weight(self) -> Tensor:
+        """(out, ..., C) float32: what the stored integers and scales stand for, for an input without smoothing."""
+        weight = self.weight
+        if self.scheme.format.weight_bits == 4:
+            weight = unpack_int4(weight, self.weight_channels)
+        if self.scheme.format.weight_bits == 4 and self.scheme.format.activation_bits == 16:
+            real = weight * affine.expand_groups(self.group_scale, self.weight_channels)
         else:
-            wrong, accepted = stored == -128, "in [-127, 127]"
-        if bool(wrong.any()):
-            raise ValueError(f"{name} holds a value that is not {accepted}: the checkpoint is damaged")
+            if self.multiplier is not None:
+                weight = affine.fold_multiplier(weight, self.multiplier)
+            real = weight * self.weight_scale.view(-1, *[1] * (weight.dim() - 1))
+        return real if self.smoothing is None else real * self.smoothing
 
     def finish(self) -> None:
         """Derive what is not stored and pack for the device, once all buffers are filled."""
         self.revision += 1
-        if not self.scheme.quantizes or self._buffers["weight"] is None or self.weight.is_meta:
+        if not self.scheme.quantizes or self._buffers["weight"] is None:
             return
-        if self.input_scale is not None:
-            inverse = 1 / self.input_scale
-            self.input_reciprocal = inverse if self.smoothing is None else self.smoothing * inverse
+        self._derive_for_call()
         if self.scheme.format.activation_bits == 8 and cpu.serves(self.weight.device):
-            self.packed_weight = self._pack(self.weight)
+            packed = self._pack(self.weight)
+            if self.first_token:
+                self.first_token_weight = self._buffers["weight"]
+            self.packed_weight = packed
             self._buffers["weight"] = None
+
+    def _derive_for_call(self) -> None:
+        self.use_step_group(0)
+        if self.first_token:
+            scale = self.weight_scale[:, None] * self.multiplier if self.multiplier is not None else None
+            self.register_buffer("first_token_scale", scale, persistent=False)
+            self.register_buffer("first_token_weight", None, persistent=False)
+
+    # -- the scale of the current call ---------------------------------------------------------------
+
+    def use_step_group(self, index: int) -> None:
+        """Take a step group's input scale, until the next call of a model that it is attached to.
+
+        Args:
+            index: 0 for the noisiest steps, and for static schemes; of no meaning for dynamic ones.
+        """
+        if self.input_scale is None:
+            return
+        if self.slot is not None:
+            self.slot.groups.is_stale = True
+            self.slot = None
+        self._call_scale = self.input_scale[index : index + 1]
+        inverse = 1 / self._call_scale
+        self._call_reciprocal = inverse if self.smoothing is None else self.smoothing * inverse
+
+    @property
+    def call_scale(self) -> Tensor | None:
+        """(1,) float32, the calibrated input scale of the current call; None where it is measured."""
+        if self.slot is not None and torch.compiler.is_compiling():
+            return self.slot.traced_scale(self._call_scale)
+        return self._call_scale
+
+    @property
+    def input_reciprocal(self) -> Tensor | None:
+        """(1,) or (C,) float32: what a calibrated input of the current call is multiplied with to be rounded."""
+        if self.slot is not None and torch.compiler.is_compiling():
+            return self.slot.traced_reciprocal(self._call_reciprocal)
+        return self._call_reciprocal
+
+    def second_of_pair(self, x: Tensor, x_q: Tensor, axis: int) -> Tensor:
+        """Of a paired scheme: the second int8 value of each activation."""
+        reciprocal: Any = self.input_reciprocal
+        return quantize_pair(x, x_q, reciprocal, axis)
+
+    def scale_and_bias(self, x_scale: Tensor | None, second: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Of a product: the input's scale, and the bias, which the product of a pair's second values leaves out."""
+        scale: Any = self.call_scale if self.scheme.is_static else x_scale
+        return (scale / FINER, None) if second else (scale, self.bias)
+
+    @property
+    def takes_int8(self) -> bool:
+        """Whether an input that is quantized already is all that the layer needs."""
+        return self.scheme.format.activation_bits == 8 and not (self.first_token or self.rank or self.scheme.is_paired)
 
     # -- the packed weight stays out of sight --------------------------------------------------------
 
@@ -205,12 +336,18 @@ class QuantizedLayer(nn.Module):
             return super()._apply(fn, recurse)
         self.unpack()
         kept = {name: self._buffers[name] for name in FLOAT32_BUFFERS}
+        scale, reciprocal = self._call_scale, self._call_reciprocal
         super()._apply(fn, recurse)
         for name, original in kept.items():
             moved = self._buffers[name]
             if original is not None and moved is not None and moved.dtype != original.dtype:
                 self._buffers[name] = original.to(moved.device)
         self.finish()
+        if self.scheme.is_stepped and scale is not None and not (scale.is_meta or self.input_scale.is_meta):
+            # the model may be moved between the hook that chose the step group and the call: the group stays
+            assert reciprocal is not None
+            device = self.input_scale.device
+            self._call_scale, self._call_reciprocal = scale.to(device), reciprocal.to(device)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -222,7 +359,7 @@ class QuantizedLayer(nn.Module):
         if self.scheme.quantizes:
             for name in BUFFERS:
                 try:
-                    self.check_stored(name, state_dict.get(prefix + name))
+                    check_stored(self.scheme, name, state_dict.get(prefix + name))
                 except ValueError as error:
                     raise ValueError(f"{prefix}{error}") from None
         self.unpack()
@@ -232,8 +369,13 @@ class QuantizedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if self.packed_weight is not None:
-            state["_buffers"] = {**self._buffers, "weight": self._unpack(self.packed_weight)}
+            state["_buffers"] = {
+                **self._buffers,
+                "weight": self._unpack(self.packed_weight),
+                "first_token_weight": None,
+            }
             state["packed_weight"] = None
+        state["slot"] = state["_call_scale"] = state["_call_reciprocal"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -247,13 +389,13 @@ class QuantizedLayer(nn.Module):
         words = [super().extra_repr(), str(self.scheme)]
         if self.scheme.quantizes:
             if self.input_scale is not None and not self.input_scale.is_meta:
-                words.append(f"input_scale={float(self.input_scale):.4g}")
+                words.append("input_scale=" + "/".join(f"{scale:.4g}" for scale in self.input_scale.tolist()))
             if self.smoothing is not None:
                 words.append("smoothed")
+            if self.rank:
+                words.append(f"rank={self.rank}")
+            if self.first_token:
+                words.append("first token in 16 bit")
             if self.packed_weight is not None:
                 words.append("packed for oneDNN")
         return ", ".join(words)
-
-
-def _schemes_of(kind: str) -> list[str]:
-    return [name for name, scheme in SCHEMES.items() if kind in scheme.format.layers]

@@ -5,17 +5,23 @@ A weight is (out, C) or, for a convolution, (out, R, S, C). All scales are float
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ldmq_kernels.numerics.formats import GROUP_SIZE
+from ldmq_kernels.numerics.gptq import RoundingOrder, gptq_round, rounding_order
 
 INT8_MAX = 127
 INT4_MAX = 7
 MULTIPLIER_MAX = 18  # 7 * 18 = 126 still fits int8
 SMALLEST_SCALE = 1e-30  # of an all-zero channel, whose integers are all zero
+GROUP_SHRINKS = tuple(1 - step / 50 for step in range(21))  # of a w4a16 scale, down to 0.6
+CHANNEL_SHRINKS = (1.0, 0.9, 0.8)  # of a w4a8 channel's scale
+ERROR_POWER = 3  # a UNet's output bears clipped weights less well than squares say: 1 dB less SQNR with a power of 2
+SEARCHED_AT_ONCE = 1 << 18  # values whose scales are searched together: 1 MiB
 
 
 @dataclass(frozen=True)
@@ -39,23 +45,35 @@ def _per_channel(scale: Tensor, weight: Tensor) -> Tensor:
     return scale.view(-1, *[1] * (weight.dim() - 1))
 
 
-def quantize_weight_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to int8 in [-127, 127] with one scale for each output channel.
+def _inputs(weight: Tensor, hessian: Tensor | None) -> RoundingOrder | None:
+    return None if hessian is None else rounding_order(hessian, weight[0].numel())
+
+
+def _rounded(weight: Tensor, steps: Tensor, largest: int, inputs: RoundingOrder | None) -> Tensor:
+    """int8 integers of a weight on the grid of steps: to nearest or, where the inputs are known, as GPTQ does."""
+    if inputs is None:
+        return torch.round(weight / steps).clamp_(-largest, largest).to(torch.int8)
+    flat_steps = steps.expand_as(weight).flatten(1)
+    return gptq_round(weight.flatten(1), flat_steps, largest, inputs).view_as(weight)
+
+
+def quantize_weight_int8(weight: Tensor, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Round to int8 in [-127, 127] with one scale for each output channel, which its largest value sets.
 
     Args:
         weight: (out, ..., C) floating.
+        hessian: (K, K) float32, K = weight[0].numel(): the sum of x x^T over the layer's inputs, for GPTQ rounding.
 
     Returns:
         integers (out, ..., C) int8, and scale (out,) float32.
 
     Raises:
-        ValueError: the weight is not finite.
+        ValueError: the weight or the hessian is not finite, or the hessian does not fit.
     """
     _check_finite(weight)
     weight = weight.float()
     scale = (weight.flatten(1).abs().amax(1) / INT8_MAX).clamp_min(SMALLEST_SCALE)
-    integers = torch.round(weight / _per_channel(scale, weight)).clamp_(-INT8_MAX, INT8_MAX)
-    return integers.to(torch.int8), scale
+    return _rounded(weight, _per_channel(scale, weight), INT8_MAX, _inputs(weight, hessian)), scale
 
 
 def group_count(channels: int, group_size: int = GROUP_SIZE) -> int:
@@ -79,33 +97,68 @@ def _group_sum(values: Tensor, group_size: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, short)).unflatten(-1, (-1, group_size)).sum(-1)
 
 
-def quantize_weight_w4a8(weight: Tensor, group_size: int = GROUP_SIZE) -> GroupedWeight:
+def _cached_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    """The weight a few channels at a time, which a search that passes over them many times keeps in cache."""
+    return weight.split(max(1, SEARCHED_AT_ONCE // weight[0].numel()))
+
+
+def _best_steps(
+    on_grid: Tensor, candidates: Sequence[float], inputs: RoundingOrder | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Of the candidates, each group's step of least error when rounded to nearest, and that error.
+
+    The error is sum |difference|^ERROR_POWER, counted by the importance of the inputs where they are known.
+    Both are (out, ..., groups) float32; of equals the first is taken.
+    """
+    least = torch.full_like(_group_absmax(on_grid, group_size), torch.inf)
+    best = torch.empty_like(least)
+    for step in candidates:
+        error = torch.round(on_grid / step).clamp_(-INT4_MAX, INT4_MAX).mul_(step).sub_(on_grid)
+        error = error.abs_().pow_(ERROR_POWER)
+        if inputs is not None:
+            error *= inputs.importance.view(on_grid.shape[1:])
+        error = _group_sum(error, group_size)
+        best = torch.where(error < least, step, best)
+        least = torch.minimum(error, least)
+    return best, least
+
+
+def quantize_weight_w4a8(weight: Tensor, hessian: Tensor | None = None, group_size: int = GROUP_SIZE) -> GroupedWeight:
     """Round to int4 in two levels, so that integers * multiplier is an exact int8.
 
-    Each group takes, of the multipliers near its largest value, the one with the least squared error.
+    Each channel takes, of a few scales, and each of its groups, of all multipliers, the one with the
+    least error; with a hessian, errors count by their share in the output, and rounding is GPTQ's.
+
+    Args:
+        weight: (out, ..., C) floating.
+        hessian: (K, K) float32, K = weight[0].numel(): the sum of x x^T over the layer's inputs.
 
     Raises:
-        ValueError: the weight is not finite.
+        ValueError: the weight or the hessian is not finite, or the hessian does not fit.
     """
     _check_finite(weight)
     weight = weight.float()
-    channels = weight.shape[-1]
-    scale = (weight.flatten(1).abs().amax(1) / (INT4_MAX * MULTIPLIER_MAX)).clamp_min(SMALLEST_SCALE)
-    on_grid = weight / _per_channel(scale, weight)
-    ideal = _group_absmax(on_grid, group_size) / INT4_MAX
-    best = torch.ones_like(ideal)
-    best_error = torch.full_like(ideal, torch.inf)
-    for shrink in (1.0, 0.92, 0.84, 0.76):
-        for candidate in (torch.floor(ideal * shrink), torch.ceil(ideal * shrink)):
-            candidate = candidate.clamp_(1, MULTIPLIER_MAX)
-            step = expand_groups(candidate, channels, group_size)
-            rounded = torch.round(on_grid / step).clamp_(-INT4_MAX, INT4_MAX) * step
-            error = _group_sum((rounded - on_grid).square(), group_size)
-            better = error < best_error
-            best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)
-    step = expand_groups(best, channels, group_size)
-    integers = torch.round(on_grid / step).clamp_(-INT4_MAX, INT4_MAX).to(torch.int8)
-    return GroupedWeight(integers, best.to(torch.uint8), scale)
+    inputs = _inputs(weight, hessian)
+    found = [_two_level_scales(rows, inputs, group_size) for rows in _cached_rows(weight)]
+    scale, multiplier = (torch.cat(parts) for parts in zip(*found, strict=True))
+    steps = expand_groups(multiplier, weight.shape[-1], group_size) * _per_channel(scale, weight)
+    return GroupedWeight(_rounded(weight, steps, INT4_MAX, inputs), multiplier.to(torch.uint8), scale)
+
+
+def _two_level_scales(weight: Tensor, inputs: RoundingOrder | None, group_size: int) -> tuple[Tensor, Tensor]:
+    """The scale of each channel, (out,), and the multiplier of each group, as a float."""
+    largest = (weight.flatten(1).abs().amax(1) / (INT4_MAX * MULTIPLIER_MAX)).clamp_min(SMALLEST_SCALE)
+    scale, least = largest, torch.full_like(largest, torch.inf)
+    multiplier = torch.ones_like(_group_absmax(weight, group_size))
+    for shrink in CHANNEL_SHRINKS:
+        tried = largest * shrink
+        on_grid = weight / _per_channel(tried, weight)
+        multipliers, errors = _best_steps(on_grid, range(1, MULTIPLIER_MAX + 1), inputs, group_size)
+        error = errors.flatten(1).sum(1) * shrink**ERROR_POWER
+        better = error < least
+        scale, least = torch.where(better, tried, scale), torch.minimum(error, least)
+        multiplier = torch.where(_per_channel(better, weight), multipliers, multiplier)
+    return scale, multiplier
 
 
 def fold_multiplier(integers: Tensor, multiplier: Tensor, group_size: int = GROUP_SIZE) -> Tensor:
@@ -113,23 +166,33 @@ def fold_multiplier(integers: Tensor, multiplier: Tensor, group_size: int = GROU
     return integers * expand_groups(multiplier, integers.shape[-1], group_size).to(torch.int8)
 
 
-def quantize_weight_w4a16(weight: Tensor, group_size: int = GROUP_SIZE) -> tuple[Tensor, Tensor]:
+def quantize_weight_w4a16(
+    weight: Tensor, hessian: Tensor | None = None, group_size: int = GROUP_SIZE
+) -> tuple[Tensor, Tensor]:
     """Round to int4 with one float32 scale for each output channel and group.
+
+    Each group takes, of the scales at and below the one that its largest value sets, the one with the
+    least error; with a hessian, errors count by their share in the output, and rounding is GPTQ's.
 
     Args:
         weight: (out, K) floating.
+        hessian: (K, K) float32: the sum of x x^T over the layer's inputs.
 
     Returns:
         integers (out, K) int8 in [-7, 7], and scale (out, groups) float32.
 
     Raises:
-        ValueError: the weight is not finite.
+        ValueError: the weight or the hessian is not finite, or the hessian does not fit.
     """
     _check_finite(weight)
     weight = weight.float()
-    scale = (_group_absmax(weight, group_size) / INT4_MAX).clamp_min(SMALLEST_SCALE)
-    steps = expand_groups(scale, weight.shape[-1], group_size)
-    return torch.round(weight / steps).clamp_(-INT4_MAX, INT4_MAX).to(torch.int8), scale
+    channels = weight.shape[-1]
+    inputs = _inputs(weight, hessian)
+    largest = (_group_absmax(weight, group_size) / INT4_MAX).clamp_min(SMALLEST_SCALE)
+    on_grid = weight / expand_groups(largest, channels, group_size)
+    shrinks = [_best_steps(rows, GROUP_SHRINKS, inputs, group_size)[0] for rows in _cached_rows(on_grid)]
+    scale = (largest * torch.cat(shrinks)).clamp_min(SMALLEST_SCALE)
+    return _rounded(weight, expand_groups(scale, channels, group_size), INT4_MAX, inputs), scale
 
 
 def divide_multiplier(folded: Tensor, multiplier: Tensor, group_size: int = GROUP_SIZE) -> Tensor:

@@ -27,14 +27,17 @@ FORMATS = {
         Format("fp16", 16, 16),
     )
 }
-ACTIVATIONS = ("static", "dynamic")
+ACTIVATIONS = ("static", "stepped", "dynamic", "paired")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A format, and for 8-bit activations whether their scale is calibrated or measured in each call.
+    """A format, and for 8-bit activations where their scale comes from.
 
-    Its text form is "w8a8-static", "w4a8-dynamic", "w8a16", "fp16" and so on.
+    "static" is one calibrated scale, "stepped" a calibrated one for each group of sampling steps, "dynamic" is
+    measured in each call. "paired" is static with two int8 values for each activation, the second for what the
+    first leaves: as exact as 16 bits, at the price of two products, for few and small layers. The text form is
+    "w8a8-static", "w4a8-dynamic", "w8a16", "fp16" and so on.
     """
 
     format: Format
@@ -45,8 +48,18 @@ class Scheme:
 
     @property
     def is_static(self) -> bool:
-        """Whether a calibrated activation scale is needed."""
-        return self.activations == "static"
+        """Whether calibrated activation scales are needed, one or one a step group: none is measured in a call."""
+        return self.activations in ("static", "stepped", "paired")
+
+    @property
+    def is_stepped(self) -> bool:
+        """Whether there is an activation scale for each group of sampling steps."""
+        return self.activations == "stepped"
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether each activation is two int8 values."""
+        return self.activations == "paired"
 
     @property
     def quantizes(self) -> bool:
@@ -62,8 +75,13 @@ SCHEMES = {
 FLOAT = SCHEMES["fp16"]
 
 
+def schemes_of(kind: str) -> list[str]:
+    """The schemes that a "linear" or a "conv2d" can have."""
+    return [name for name, scheme in SCHEMES.items() if kind in scheme.format.layers]
+
+
 def parse_schemes(names: list[str] | tuple[str, ...]) -> list[Scheme]:
-    """Schemes by name; "w8a8" stands for its static and its dynamic form.
+    """Schemes by name; "w8a8" stands for its static, stepped, dynamic and paired forms.
 
     Raises:
         ValueError: a name is neither a format nor a scheme.

@@ -6,6 +6,8 @@ Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,26 @@ def smoothing_vector(input_absmax: Tensor, weight: Tensor, alpha: float) -> Tens
     logarithm = torch.where(alive, logarithm - logarithm[alive].mean() if bool(alive.any()) else logarithm, 0.0)
     bound = torch.log2(torch.tensor(LARGEST_RATIO))
     return torch.exp2(torch.round(logarithm.clamp(-bound, bound)))
+
+
+def parts_vector(input_absmax: Tensor, first: int) -> Tensor:
+    """One factor for each of two parts of the channels, a power of two that brings their ranges together.
+
+    Args:
+        input_absmax: (C,) largest absolute value of each input channel.
+        first: channels of the first part.
+
+    Returns:
+        (C,) float32: the part of the larger range is divided by its factor, the other has 1.
+    """
+    largest = torch.stack([part.amax() for part in input_absmax.float().tensor_split([first])])
+    alive = bool((largest > 0).all())
+    exponents = torch.log2(largest / largest.amin()).round().clamp_max(math.log2(LARGEST_RATIO))
+    factors = torch.exp2(exponents) if alive else torch.ones_like(largest)
+    return factors.repeat_interleave(torch.tensor([first, input_absmax.numel() - first], device=factors.device))
+
+
+def smoothed_moments(moments: Tensor, reciprocal: Tensor) -> Tensor:
+    """The second moments (K, K) of a smoothed input; the reciprocal (C,) holds at each position of a kernel."""
+    factors = reciprocal.to(moments.device).repeat(moments.shape[0] // reciprocal.numel())
+    return (moments * factors[:, None]).mul_(factors)

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from ldmq_kernels.numerics.affine import group_count
 from ldmq_kernels.numerics.formats import Scheme
-from ldmq_kernels.planning.plan import layer_shape
+from ldmq_kernels.planning.plan import LayerPlan, layer_shape
 
 FLOAT_BYTES = 2
 # Cost of a multiply-accumulate relative to int8 with a static scale. 16-bit ones run at half the rate
 # of int8 on tensor cores and on AMX; a dynamic scale adds a pass over the activations.
-OPERATION_COST = {"w8a8-static": 1.0, "w8a8-dynamic": 1.1, "w4a8-static": 1.0, "w4a8-dynamic": 1.1}
+OPERATION_COST = {
+    "static": 1.0,
+    "stepped": 1.0,
+    "dynamic": 1.1,
+    "paired": 2.2,
+}  # by where the activation scale comes from
 FLOAT_OPERATION_COST = 2.0
 WEIGHT_ONLY_OPERATION_COST = 2.1
 
 
-def weight_bytes(layer: nn.Linear | nn.Conv2d, scheme: Scheme, *, smoothed: bool = False) -> int:
-    """Bytes of a layer's weight in a checkpoint, with its scales; the bias is the same in all schemes."""
+def choice_bytes(layer: nn.Linear | nn.Conv2d, choice: LayerPlan) -> int:
+    """Bytes that a float layer takes in a checkpoint as a plan would have it, beside the bias that it has."""
+    return weight_bytes(
+        layer,
+        choice.scheme,
+        smoothed=choice.smoothing is not None,
+        step_groups=len(choice.scales),
+        rank=choice.rank,
+        adds_bias=choice.bias_correction is not None and layer.bias is None,
+    )
+
+
+def weight_bytes(
+    layer: nn.Linear | nn.Conv2d,
+    scheme: Scheme,
+    *,
+    smoothed: bool = False,
+    step_groups: int = 1,
+    rank: int = 0,
+    adds_bias: bool = False,
+) -> int:
+    """Bytes of a layer's weight in a checkpoint, with its scales and corrections; low ranks are of 16 bit.
+
+    A bias that the float layer has is the same in all schemes, and not counted.
+    """
     shape = layer_shape(layer)
     rows, channels = shape[0], shape[1]
-    positions = 1
-    for size in shape[2:]:
-        positions *= size
+    positions = math.prod(shape[2:])
     if not scheme.quantizes:
         return FLOAT_BYTES * rows * channels * positions
     groups = rows * positions * group_count(channels)
@@ -32,11 +60,23 @@ def weight_bytes(layer: nn.Linear | nn.Conv2d, scheme: Scheme, *, smoothed: bool
         total = rows * positions * -(-channels // 2) + groups + 4 * rows
     else:
         total = rows * positions * -(-channels // 2) + 4 * groups
-    return total + (4 if scheme.is_static else 0) + (4 * channels if smoothed else 0)
+    if scheme.is_static:
+        total += 4 * (step_groups if scheme.is_stepped else 1)
+    if smoothed and scheme.format.activation_bits == 8:
+        total += 4 * channels
+    return total + FLOAT_BYTES * (rank * (rows + positions * channels) + (rows if adds_bias else 0))
+
+
+def choice_cost(layer: nn.Linear | nn.Conv2d, operations: int, choice: LayerPlan) -> float:
+    """`operation_cost` of a layer as a plan would have it, with its low-rank correction in 16 bit."""
+    shape = layer_shape(layer)
+    width = math.prod(shape[1:])
+    low_rank = operations * choice.rank * (shape[0] + width) / (shape[0] * width)
+    return operation_cost(operations, choice.scheme) + low_rank * FLOAT_OPERATION_COST
 
 
 def operation_cost(operations: int, scheme: Scheme) -> float:
     """Multiply-accumulates of a layer, weighted by how dear the scheme makes them."""
     if not scheme.quantizes:
         return operations * FLOAT_OPERATION_COST
-    return operations * OPERATION_COST.get(str(scheme), WEIGHT_ONLY_OPERATION_COST)
+    return operations * OPERATION_COST.get(scheme.activations or "", WEIGHT_ONLY_OPERATION_COST)

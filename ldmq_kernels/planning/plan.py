@@ -1,22 +1,27 @@
 """The plan: which precision each layer of a UNet gets, as a JSON file that a person can read and edit.
 
     {
-      "ldmq_plan": 1,
+      "ldmq_plan": 2,
       "model": {"class": "UNet2DConditionModel", "layers": 93, "fingerprint": "..."},
-      "calibration": {...}, "target": {...}, "measured": {...},
+      "calibration": {"texts": ["a prompt", ...], ...}, "target": {...}, "measured": {...},
       "rules": [{"pattern": "*", "scheme": "w8a8-static"}],
       "exceptions": {"conv_in": {"scheme": "fp16", "reason": "..."}},
-      "input_scales": {"conv_in": 0.0231, ...},
-      "smoothing": {"mid_block.attentions.0...": "<base64 of float32>"}
+      "step_groups": [750.0, 400.0],
+      "input_scales": {"conv_in": 0.0231, "conv_out": [0.041, 0.033, 0.029], ...},
+      "smoothing": {"mid_block.attentions.0...": "<base64 of float32>"},
+      "bias_correction": {"down_blocks.0...": "<base64 of float32>"},
+      "details": {"mid_block...to_k": {"first_token": true, "rounding": "gptq", "rank": 16}}
     }
 
-The last rule whose pattern (fnmatch) fits a layer's name holds for it; an exception beats all rules.
+The last rule whose pattern (fnmatch) fits a layer's name holds for it; an exception beats all rules. `step_groups`
+are time steps, descending: a call belongs to the group of as many boundaries as are above its time step.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -33,7 +38,9 @@ from torch import Tensor, nn
 from ldmq_kernels.files import write_whole
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
 
-VERSION = 1
+VERSION = 2  # version 1 is read too: it had no step groups, bias corrections and details
+ROUNDINGS = ("nearest", "gptq")
+DETAILS = ("first_token", "rounding", "rank")  # what an entry of `details` may say
 
 
 class PlanError(ValueError):
@@ -42,12 +49,31 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer becomes. `input_scale` is a float, `smoothing` the (C,) float32 reciprocal vector."""
+    """What one layer becomes.
+
+    Attributes:
+        input_scale: of a static scheme; one for each step group where it is stepped.
+        smoothing: (C,) float32, the reciprocal that inputs are multiplied with.
+        first_token: whether the first token's row is computed from its 16-bit input.
+        bias_correction: (out,) float32, added to the bias.
+        rounding: of the weight, "nearest" or "gptq", which needs the inputs of a calibration.
+        rank: of the low-rank correction in 16 bit, 0 for none.
+    """
 
     scheme: Scheme
     reason: str = ""
-    input_scale: float | None = None
+    input_scale: float | tuple[float, ...] | None = None
     smoothing: Tensor | None = None
+    first_token: bool = False
+    bias_correction: Tensor | None = None
+    rounding: str = "nearest"
+    rank: int = 0
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The input scales: none, the one, or one for each step group."""
+        scale = self.input_scale
+        return () if scale is None else scale if isinstance(scale, tuple) else (scale,)
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -80,30 +106,69 @@ class Plan:
     model: dict[str, Any]
     rules: list[dict[str, str]]
     exceptions: dict[str, dict[str, str]] = field(default_factory=dict)
-    input_scales: dict[str, float] = field(default_factory=dict)
+    input_scales: dict[str, float | list[float]] = field(default_factory=dict)
     smoothing: dict[str, Tensor] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
+    step_groups: list[float] = field(default_factory=list)
+    bias_correction: dict[str, Tensor] = field(default_factory=dict)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     # -- what it says --------------------------------------------------------------------------------
 
     def layer(self, name: str) -> LayerPlan:
         """What the layer of this name becomes."""
+        scheme, reason = self._by_rule(name)
+        if name in self.exceptions:
+            scheme, reason = self.exceptions[name]["scheme"], self.exceptions[name].get("reason", "exception")
+        scale = self.input_scales.get(name)
+        return LayerPlan(
+            SCHEMES[scheme],
+            reason,
+            tuple(scale) if isinstance(scale, list) else scale,
+            self.smoothing.get(name),
+            bias_correction=self.bias_correction.get(name),
+            **self.details.get(name, {}),
+        )
+
+    def _by_rule(self, name: str) -> tuple[str, str]:
         scheme, reason = str(FLOAT), "no rule"
         for rule in self.rules:
             if fnmatchcase(name, rule["pattern"]):
                 scheme, reason = rule["scheme"], f"rule {rule['pattern']}"
-        if name in self.exceptions:
-            scheme, reason = self.exceptions[name]["scheme"], self.exceptions[name].get("reason", "exception")
-        return LayerPlan(SCHEMES[scheme], reason, self.input_scales.get(name), self.smoothing.get(name))
+        return scheme, reason
+
+    def set(self, name: str, choice: LayerPlan) -> None:
+        """Write what one layer becomes in place of what was said of it: an exception only where no rule says it."""
+        for entries in (self.exceptions, self.input_scales, self.smoothing, self.bias_correction, self.details):
+            entries.pop(name, None)
+        if self._by_rule(name)[0] != str(choice.scheme):
+            self.exceptions[name] = {"scheme": str(choice.scheme), "reason": choice.reason}
+        scale = choice.input_scale
+        if scale is not None:
+            self.input_scales[name] = list(scale) if isinstance(scale, tuple) else scale
+        if choice.smoothing is not None:
+            self.smoothing[name] = choice.smoothing.detach().cpu()
+        if choice.bias_correction is not None:
+            self.bias_correction[name] = choice.bias_correction.detach().cpu()
+        plain = LayerPlan(choice.scheme)
+        details = {key: getattr(choice, key) for key in DETAILS if getattr(choice, key) != getattr(plain, key)}
+        if details:
+            self.details[name] = details
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a layer's weight is rounded by GPTQ, which takes the layer's inputs in a calibration."""
+        gptq = [name for name, details in self.details.items() if details.get("rounding") == "gptq"]
+        return any(self.layer(name).scheme.quantizes for name in gptq)
 
     def layers(self, model: nn.Module) -> dict[str, LayerPlan]:
         """What each quantizable layer of the model becomes, after checking that the plan fits it.
 
         Raises:
-            PlanError: the plan was made for another model, names layers that are not there, gives a
-                layer a scheme that its kind does not have, or lacks a scale that a static scheme needs.
+            PlanError: the plan was made for another model, names layers that are not there, or gives a layer
+                what it cannot have: a scheme, scales, vectors or details of another kind or size.
         """
         found = quantizable_layers(model)
         if self.model["fingerprint"] != fingerprint(model):
@@ -112,47 +177,44 @@ class Plan:
                 f"{self.model['fingerprint']}), the model is a {type(model).__name__} with {len(found)} "
                 f"({fingerprint(model)}): make a plan for this model with `ldmq plan`"
             )
-        for group in (self.exceptions, self.input_scales, self.smoothing):
+        for group in (self.exceptions, self.input_scales, self.smoothing, self.bias_correction, self.details):
             for name in group:
                 if name not in found:
                     raise PlanError(f"the plan names a layer {name!r} that the model does not have: remove it")
+        _check_step_groups(self.step_groups, "the plan")
         chosen = {name: self.layer(name) for name in found}
         for name, choice in chosen.items():
-            kind = kind_of(found[name])
-            if kind not in choice.scheme.format.layers:
-                accepted = ", ".join(n for n, s in SCHEMES.items() if kind in s.format.layers)
-                raise PlanError(f"{name}: there is no {choice.scheme} for a {kind}: choose one of {accepted}")
-            if choice.scheme.is_static and choice.input_scale is None:
-                raise PlanError(
-                    f"{name}: {choice.scheme} needs an entry in input_scales, which only a calibration gives: "
-                    "plan again, or choose the dynamic scheme"
-                )
-            channels = layer_shape(found[name])[1]
-            if choice.smoothing is not None and choice.smoothing.shape != (channels,):
-                raise PlanError(
-                    f"{name}: smoothing has {choice.smoothing.numel()} values, the layer {channels} channels"
-                )
+            try:
+                _check_choice(found[name], choice, len(self.step_groups) + 1)
+            except PlanError as error:
+                raise PlanError(f"{name}: {error}") from None
         return chosen
 
     # -- file ----------------------------------------------------------------------------------------
 
-    def to_dict(self, *, with_smoothing: bool = True) -> dict[str, Any]:
-        """The JSON object; `with_smoothing=False` leaves out what a checkpoint's tensors hold anyway."""
-        plan = {
+    def to_dict(self, *, with_vectors: bool = True) -> dict[str, Any]:
+        """The JSON object; `with_vectors=False` leaves out what a checkpoint holds, or needs no more."""
+
+        def encoded(vectors: dict[str, Tensor]) -> dict[str, str]:
+            return {name: _encode(vector) if with_vectors else "" for name, vector in vectors.items()}
+
+        calibration = self.calibration
+        if not with_vectors:
+            calibration = {key: value for key, value in calibration.items() if key != "texts"}
+        return {
             "ldmq_plan": VERSION,
             "model": self.model,
-            "calibration": self.calibration,
+            "calibration": calibration,
             "target": self.target,
             "measured": self.measured,
             "rules": self.rules,
             "exceptions": self.exceptions,
+            "step_groups": self.step_groups,
             "input_scales": self.input_scales,
-            "smoothing": {
-                name: base64.b64encode(vector.cpu().numpy().astype("<f4").tobytes()).decode() if with_smoothing else ""
-                for name, vector in self.smoothing.items()
-            },
+            "smoothing": encoded(self.smoothing),
+            "bias_correction": encoded(self.bias_correction),
+            "details": self.details,
         }
-        return plan
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "plan") -> Plan:
@@ -173,11 +235,18 @@ class Plan:
         if errors:
             raise PlanError(f"{source}, at {errors[0].json_path}: {errors[0].message}")
         for name, scale in data["input_scales"].items():
-            if not (math.isfinite(scale) and scale > 0):
-                raise PlanError(f"{source}: the input scale of {name} is {scale}, it must be positive and finite")
-        fields = {key: value for key, value in data.items() if key not in ("ldmq_plan", "smoothing")}
-        smoothing = {name: _decode(text, name, source) for name, text in data["smoothing"].items()}
-        return cls(**fields, smoothing=smoothing)
+            for value in scale if isinstance(scale, list) else [scale]:
+                if not (math.isfinite(value) and value > 0):
+                    raise PlanError(f"{source}: the input scale of {name} is {value}, it must be positive and finite")
+        _check_step_groups(data.get("step_groups", []), source)
+        vectors: dict[str, dict[str, Tensor]] = {"smoothing": {}, "bias_correction": {}}
+        for key, decoded in vectors.items():
+            for name, text in data.get(key, {}).items():
+                decoded[name] = _decode(text, f"{source}: the {key.replace('_', ' ')} of {name}")
+        for name, vector in vectors["smoothing"].items():
+            if not bool((vector > 0).all()):
+                raise PlanError(f"{source}: the smoothing of {name} holds values that are not positive")
+        return cls(**{key: value for key, value in data.items() if key != "ldmq_plan"} | vectors)
 
     def save(self, path: str | Path) -> None:
         """Write the plan, whole or not at all."""
@@ -200,15 +269,60 @@ class Plan:
         return cls.from_dict(data, str(path))
 
 
-def _decode(text: str, name: str, source: str) -> Tensor:
+def _encode(vector: Tensor) -> str:
+    return base64.b64encode(vector.cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _decode(text: str, what: str) -> Tensor:
     try:
         values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
     except ValueError as error:
-        raise PlanError(f"{source}: the smoothing of {name} is not base64 of float32: {error}") from None
+        raise PlanError(f"{what} is not base64 of float32: {error}") from None
     vector = torch.from_numpy(values.astype(np.float32))
-    if not bool((torch.isfinite(vector) & (vector > 0)).all()):
-        raise PlanError(f"{source}: the smoothing of {name} holds values that are not positive and finite")
+    if not bool(torch.isfinite(vector).all()):
+        raise PlanError(f"{what} holds values that are not finite")
     return vector
+
+
+def _check_step_groups(boundaries: list[float], source: str) -> None:
+    descending = all(later < earlier for earlier, later in itertools.pairwise(boundaries))
+    if not (descending and all(math.isfinite(boundary) for boundary in boundaries)):
+        raise PlanError(f"{source} has the step groups {boundaries}: time steps must be finite and descending")
+
+
+def _check_choice(layer: nn.Linear | nn.Conv2d, choice: LayerPlan, groups: int) -> None:
+    """Refuse what a layer cannot become; `groups` is the number of step groups."""
+    scheme, kind, (out, channels) = choice.scheme, kind_of(layer), layer_shape(layer)[:2]
+    if kind not in scheme.format.layers:
+        accepted = ", ".join(n for n, s in SCHEMES.items() if kind in s.format.layers)
+        raise PlanError(f"there is no {scheme} for a {kind}: choose one of {accepted}")
+    scale = choice.input_scale
+    if scheme.is_static and scale is None:
+        raise PlanError(
+            f"{scheme} needs an entry in input_scales, which only a calibration gives: "
+            "plan again, or choose the dynamic scheme"
+        )
+    if scheme.is_stepped and len(choice.scales) != groups:
+        raise PlanError(
+            f"input_scales has {len(choice.scales)} values, {scheme} takes one for each of the {groups} step "
+            "groups: plan again, or choose the static or dynamic scheme"
+        )
+    if scheme.is_static and not scheme.is_stepped and isinstance(scale, tuple):
+        raise PlanError(f"input_scales has a list of {len(scale)} values, {scheme} takes one number: give its largest")
+    for what, vector, size in (
+        ("smoothing", choice.smoothing, channels),
+        ("bias_correction", choice.bias_correction, out),
+    ):
+        if vector is not None and vector.shape != (size,):
+            raise PlanError(f"{what} has {vector.numel()} values, the layer takes {size}: plan again, or remove it")
+    if choice.first_token and kind != "linear":
+        raise PlanError(f"details has first_token, which only a linear has, this is a {kind}: remove it")
+    if choice.rounding not in ROUNDINGS:
+        raise PlanError(f"details has rounding {choice.rounding!r}: choose one of {', '.join(ROUNDINGS)}")
+    if choice.rank < 0:
+        raise PlanError(f"details has rank {choice.rank}: it is 0 or more")
+    if not scheme.quantizes and (choice.rank or choice.rounding != "nearest"):
+        raise PlanError(f"details has a rounding or a rank, but {scheme} has no quantized weight: remove the entry")
 
 
 def model_record(model: nn.Module) -> dict[str, Any]:

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from ldmq_kernels.calibration import SamplingSettings, calibrate
-from ldmq_kernels.calibration.ranges import channel_absmax, range_drift, static_scale
+from ldmq_kernels.calibration.ranges import (
+    channel_absmax,
+    group_boundaries,
+    group_of,
+    grouped_absmax,
+    range_drift,
+    static_scale,
+)
 from ldmq_kernels.calibration.trajectory import replay
 from ldmq_kernels.conversion import convert
 from ldmq_kernels.planning.plan import quantizable_layers, uniform_plan
@@ -95,3 +102,96 @@ def test_scale_and_drift_are_ratios_of_largest_values():
     assert static_scale(torch.tensor([1.0, 254.0]), None) == pytest.approx(2.0)
     assert static_scale(torch.tensor([1.0, 254.0]), torch.tensor([1.0, 0.5])) == pytest.approx(1.0)
     assert static_scale(torch.zeros(2), None) is None
+
+
+def test_a_first_step_calibration_can_stop_there(shared_pipe, calibration):
+    short = calibrate(shared_pipe, PROMPTS, SETTINGS, whole=False)
+    assert [call.step for call in short.trajectory.calls] == [0]
+    assert not any(m._forward_hooks for m in shared_pipe.unet.modules())
+    for name in calibration.absmax:
+        assert torch.equal(short.input_absmax(name), calibration.input_absmax(name))
+
+
+def test_sampled_steps_lie_between_the_first_and_all(shared_pipe):
+    settings = SamplingSettings(num_inference_steps=7, guidance_scale=4.0)
+    sampled = calibrate(shared_pipe, PROMPTS, settings, mode="sampled-steps")
+    for name, by_step in sampled.absmax.items():
+        assert torch.equal(sampled.input_absmax(name), by_step[[0, 2, 4, 6]].amax(0))
+
+
+def test_the_first_token_is_left_out_of_the_ranges_of_layers_that_read_the_text(pipe):
+    encode = pipe.encode_prompt
+
+    def with_a_large_first_token(*args, **kwargs):
+        texts = encode(*args, **kwargs)
+        for text in texts:
+            text[:, 0] = 500.0
+        return texts
+
+    pipe.encode_prompt = with_a_large_first_token
+    seen = calibrate(pipe, PROMPTS, SETTINGS)
+    expected = {n for n in quantizable_layers(pipe.unet) if n.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert seen.text_layers == expected
+    assert expected
+    assert all(float(seen.input_absmax(name).amax()) < 100 for name in expected)
+
+
+def test_inputs_that_are_concatenations_are_found_with_the_place_of_the_cut(shared_pipe, calibration):
+    channels = {n: m.weight.shape[1] for n, m in quantizable_layers(shared_pipe.unet).items()}
+    found = calibration.concatenations
+    expected = {n for n in channels if n.startswith("up_blocks") and n.endswith(("conv1", "conv_shortcut"))}
+    assert set(found) == expected
+    assert expected
+    for name, first in found.items():
+        block = shared_pipe.unet.get_submodule(name.rsplit(".", 1)[0])
+        assert 0 < first < channels[name] == block.norm1.num_channels
+    assert found["up_blocks.0.resnets.0.conv1"] == 64  # the middle's channels; the skip's follow
+
+
+def test_a_model_with_a_lora_is_refused_with_the_way_out(pipe):
+    from peft import LoraConfig
+
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"to_q carries a LoRA.*unload_lora_weights"):
+        calibrate(pipe, PROMPTS, SETTINGS)
+
+
+def test_the_prompt_that_gives_nan_is_named(pipe):
+    forward = pipe.unet.forward
+
+    def broken(sample, *args, **kwargs):
+        out = forward(sample, *args, **kwargs)
+        out[0][:] = float("nan")
+        return out
+
+    pipe.unet.forward = broken
+    with pytest.raises(ValueError, match=r"not finite at sampling step 0, prompts 'a red circle'"):
+        calibrate(pipe, ["a red circle"], SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "groups", "expected"),
+    [([900, 700, 500, 300], 2, (600.0,)), ([900, 700, 500, 300], 4, (800.0, 600.0, 400.0)), ([5], 4, ())],
+)
+def test_step_groups_hold_equally_many_steps(timesteps, groups, expected):
+    assert group_boundaries(timesteps, groups) == expected
+
+
+def test_a_boundary_belongs_to_the_group_before_it():
+    assert [group_of(t, (600.0, 300.0)) for t in (999, 600, 599.9, 300, 299, 0)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_grouped_ranges_are_the_largest_of_each_group():
+    by_step = torch.tensor([[1.0], [4.0], [2.0], [3.0]])
+    assert grouped_absmax(by_step, [900, 700, 500, 300], (600.0,)).tolist() == [[4.0], [3.0]]
+
+
+def test_a_call_cut_to_some_prompts_keeps_both_halves(calibration):
+    call = calibration.trajectory.calls[1]
+    cut = call.of_prompts([1])
+    assert cut.prompts == (1,)
+    assert cut.guided
+    assert torch.equal(cut.args[0], call.args[0][[1, 3]])
+    assert torch.equal(cut.output, call.output[[1, 3]])
+    with pytest.raises(ValueError, match="draws none"):
+        call.of_prompts([7])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldmq_kernels.conversion import ConversionError, convert, quantize
+from ldmq_kernels.conversion import moments as moments_module
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.planning.plan import Plan, PlanError, fingerprint, model_record, quantizable_layers, uniform_plan
@@ -36,7 +37,7 @@ def test_each_layer_gets_the_scheme_the_plan_gives_it_and_float_ones_stay_the_sa
             assert now.bias is before[name].bias
             assert (now.smoothing is not None) == (name in plan.smoothing)
             if choice.scheme.is_static:
-                assert now.input_scale.item() == torch.tensor(plan.input_scales[name]).item()
+                assert torch.equal(now.input_scale, torch.tensor(plan.input_scales[name]).reshape(-1))
     assert fingerprint(unet) == plan.model["fingerprint"]
 
 
@@ -59,6 +60,8 @@ def test_a_layer_used_in_two_places_stays_one_layer():
     assert isinstance(model.first, QuantLinear)
     assert model.blocks[1] is model.first
     assert model.blocks[0] is not model.first
+    assert list(quantizable_layers(model)) == ["first", "blocks.0"]
+    assert model.state_dict()["blocks.1.weight"].equal(model.state_dict()["first.weight"])
 
 
 def spoil_last_layer(unet: nn.Module) -> None:
@@ -168,3 +171,66 @@ def test_a_plan_with_nothing_to_quantize_leaves_the_output_bit_identical():
     reference = run_unet(unet)
     convert(unet, Plan(model_record(unet), [{"pattern": "*", "scheme": "fp16"}]))
     assert torch.equal(run_unet(unet), reference)
+
+
+def test_second_moments_are_asked_for_in_order_and_only_where_rounding_is_gptq():
+    unet = tiny_unet()
+    plan = uniform_plan(unet, "w8a8-dynamic")
+    wanted = ["conv_in", "mid_block.resnets.0.conv1", "conv_out"]
+    wanted.sort(key=list(quantizable_layers(unet)).index)
+    plan.details = {name: {"rounding": "gptq"} for name in wanted}
+    asked = []
+
+    def moments(name: str) -> torch.Tensor:
+        asked.append(name)
+        width = quantizable_layers(unet)[name].weight[0].numel()
+        x = torch.randn(2 * width, 5) @ torch.randn(5, width)
+        return x.T @ x
+
+    plain = copy.deepcopy(unet)
+    convert(plain, uniform_plan(plain, "w8a8-dynamic"))
+    convert(unet, plan, moments)
+    assert asked == wanted
+    differ = [n for n in quantized_names(unet) if not torch.equal(*(m.get_submodule(n).weight for m in (unet, plain)))]
+    assert differ == wanted
+
+
+def test_recorded_moments_come_in_chunks_that_fit_and_are_those_of_all_layers_at_once(tmp_path, monkeypatch):
+    pipe = tiny_pipeline(tmp_path / "tokenizer")
+    plan = uniform_plan(pipe.unet, "w8a8-dynamic")
+    layers = quantizable_layers(pipe.unet)
+    names = [name for name, layer in layers.items() if layer.weight[0].numel() <= 64][:7]
+    plan.details = {name: {"rounding": "gptq"} for name in names}
+    plan.calibration = {"texts": ["a red circle"], "num_inference_steps": 2, "guidance_scale": 5.0, "seed": 1}
+    chunks = []
+    real = moments_module.second_moments
+
+    def spied(model, trajectory, chunk):
+        chunks.append(list(chunk))
+        return real(model, trajectory, chunk)
+
+    monkeypatch.setattr(moments_module, "second_moments", spied)
+    most = 4 * (64**2 + 32**2)
+    few = moments_module.RecordedMoments(pipe, plan, bytes_at_once=most)
+    found = {name: few(name) for name in names}
+    assert [name for chunk in chunks for name in chunk] == names
+    assert len(chunks) == 2
+    assert all(sum(4 * layers[n].weight[0].numel() ** 2 for n in c) <= most or len(c) == 1 for c in chunks)
+    chunks.clear()
+    whole = moments_module.RecordedMoments(pipe, plan)
+    assert all(torch.equal(whole(name), found[name]) for name in names)
+    assert chunks == [names]
+
+
+def test_smoothing_and_scales_of_a_scheme_that_was_edited_by_hand_do_no_harm():
+    """A plan keeps scales and smoothing that 16-bit activations have no use for."""
+    unet = tiny_unet()
+    plan = uniform_plan(unet, "w8a8-dynamic")
+    for name, layer in quantizable_layers(unet).items():
+        plan.smoothing[name] = torch.full((layer.weight.shape[1],), 0.25)
+        plan.input_scales[name] = 0.1
+    plan.rules[0]["scheme"] = "w8a16"
+    plain = copy.deepcopy(unet)
+    convert(unet, plan)
+    convert(plain, uniform_plan(plain, "w8a16"))
+    assert torch.equal(run_unet(unet), run_unet(plain))

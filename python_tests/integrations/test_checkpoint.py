@@ -56,7 +56,7 @@ def test_the_folder_holds_safetensors_and_config_and_nothing_else(saved):
     ]
     config = json.loads((saved / "unet" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "ldmq"
-    assert config["plan"]["ldmq_plan"] == 1
+    assert config["plan"]["ldmq_plan"] == 2
     assert set(config["plan"]["smoothing"].values()) == {""}
 
 

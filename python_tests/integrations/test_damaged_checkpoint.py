@@ -129,8 +129,8 @@ def test_a_truncated_file_is_named(folder, part):
 
 
 def test_a_plan_of_a_newer_version_is_refused(folder):
-    edit_plan(folder, lambda plan: plan.update(ldmq_plan=2))
-    with pytest.raises(PlanError, match=r"quantization_config has plan version 2, .*upgrade ldmq_kernels"):
+    edit_plan(folder, lambda plan: plan.update(ldmq_plan=3))
+    with pytest.raises(PlanError, match=r"quantization_config has plan version 3, .*upgrade ldmq_kernels"):
         load(folder)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import ldmq_kernels as ldmq
+from ldmq_kernels.conversion import ConversionError
+from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.planning.plan import uniform_plan
 from python_tests.tiny import draw, mixed_plan, run_unet, tiny_pipeline, tiny_unet
@@ -69,3 +71,29 @@ def test_fusing_an_adapter_into_integer_weights_is_refused_and_changes_nothing(l
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         unet.fuse_lora()
     assert torch.equal(run_unet(unet), before)
+
+
+def test_quantizing_under_a_loaded_adapter_is_refused_by_name_and_works_once_it_is_fused_or_gone(lora_folder, tmp_path):
+    pipe = tiny_pipeline(tmp_path / "tokenizer")
+    plan = mixed_plan(pipe.unet)
+    pipe.unet.load_lora_adapter(lora_folder, **FILE)
+    before = draw(pipe)
+    with pytest.raises(ConversionError, match=r"down_blocks.*has an adapter on it.*unload_lora_weights.*fuse_lora"):
+        ldmq.quantize(pipe, plan)
+    assert torch.equal(draw(pipe), before)
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    fused = run_unet(pipe.unet)
+    ldmq.quantize(pipe, uniform_plan(pipe.unet, "w8a16"))
+    assert sqnr_db(fused, run_unet(pipe.unet)) > 30
+
+
+def test_an_adapter_loads_onto_stepped_layers_that_still_follow_the_time_step(lora_folder):
+    unet = tiny_unet()
+    plan = mixed_plan(unet)
+    ldmq.quantize(unet, plan)
+    unet.load_lora_adapter(lora_folder, **FILE)
+    run_unet(unet)
+    stepped = [m for m in unet.modules() if isinstance(m, QuantizedLayer) and m.scheme.is_stepped]
+    assert any(name.endswith("base_layer") and m in stepped for name, m in unet.named_modules())
+    assert all(torch.equal(layer.call_scale, layer.input_scale[1:2]) for layer in stepped)

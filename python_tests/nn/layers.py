@@ -10,7 +10,7 @@ from ldmq_kernels.numerics.affine import expand_groups, fold_multiplier
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.packing import unpack_int4
 
-LINEAR_SCHEMES = [name for name, s in SCHEMES.items() if s.quantizes]
+LINEAR_SCHEMES = [name for name, s in SCHEMES.items() if s.quantizes and not s.is_paired]
 INT8_SCHEMES = [name for name in LINEAR_SCHEMES if SCHEMES[name].format.activation_bits == 8]
 SMOOTHED_OR_NOT = [
     (name, smooth) for name in LINEAR_SCHEMES for smooth in (False, True) if name in INT8_SCHEMES or not smooth

@@ -4,13 +4,15 @@ import pytest
 
 from ldmq_kernels.numerics.formats import SCHEMES, parse_schemes
 
+W8A8 = ["w8a8-static", "w8a8-stepped", "w8a8-dynamic", "w8a8-paired"]
 
-def test_w8a8_stands_for_its_static_and_its_dynamic_form():
-    assert [str(s) for s in parse_schemes(["w8a8", "fp16"])] == ["w8a8-static", "w8a8-dynamic", "fp16"]
+
+def test_w8a8_stands_for_all_its_ways_of_scaling():
+    assert [str(s) for s in parse_schemes(["w8a8", "fp16"])] == [*W8A8, "fp16"]
 
 
 def test_a_name_comes_once():
-    assert [str(s) for s in parse_schemes(["w8a8-static", "w8a8"])] == ["w8a8-static", "w8a8-dynamic"]
+    assert [str(s) for s in parse_schemes(["w8a8-static", "w8a8"])] == W8A8
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
@@ -18,5 +20,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         parse_schemes(["int3"])
 
 
-def test_only_static_schemes_need_a_scale():
-    assert {name for name, s in SCHEMES.items() if s.is_static} == {"w8a8-static", "w4a8-static"}
+def test_all_but_dynamic_schemes_of_8_bit_activations_need_scales():
+    assert {name for name, s in SCHEMES.items() if s.is_stepped} == {"w8a8-stepped", "w4a8-stepped"}
+    assert {name for name, s in SCHEMES.items() if s.is_paired} == {"w8a8-paired", "w4a8-paired"}
+    static = {f"{f}-{a}" for f in ("w8a8", "w4a8") for a in ("static", "stepped", "paired")}
+    assert {name for name, s in SCHEMES.items() if s.is_static} == static

@@ -1,12 +1,15 @@
 """The planner's bytes are the bytes of the tensors that a checkpoint holds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from ldmq_kernels.nn import QuantConv2d, QuantLinear
-from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.cost import weight_bytes
+from ldmq_kernels.conversion.convert import quantize_layer
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
+from ldmq_kernels.planning.cost import FLOAT_OPERATION_COST, choice_bytes, choice_cost, operation_cost, weight_bytes
+from ldmq_kernels.planning.plan import LayerPlan
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if s.quantizes], ids=str)
@@ -14,14 +17,41 @@ from ldmq_kernels.planning.cost import weight_bytes
     "layer", [nn.Linear(130, 20, bias=False), nn.Conv2d(70, 12, 3, bias=False)], ids=["linear", "conv2d"]
 )
 @pytest.mark.parametrize("smoothed", [False, True])
-def test_bytes_match_the_state_dict(layer, scheme, smoothed):
-    kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
-    if kind.kind not in scheme.format.layers:
+@pytest.mark.parametrize("bias", [False, True])
+def test_bytes_match_the_state_dict(layer, scheme, smoothed, bias):
+    kind = "linear" if isinstance(layer, nn.Linear) else "conv2d"
+    scales = (0.3, 0.2, 0.1) if scheme.is_stepped else 0.1
+    choice = LayerPlan(scheme, "", scales)
+    if kind not in scheme.format.layers:
         with pytest.raises(ValueError, match=str(scheme)):
-            kind.empty(layer, scheme, smoothed=False)
+            quantize_layer("layer", layer, choice)
         return
-    channels = layer.weight.shape[1]
-    smoothing = torch.ones(channels) if smoothed else None
-    quantized = kind.from_float(layer, scheme, input_scale=torch.tensor([0.1]), smoothing=smoothing)
+    if smoothed:
+        choice = replace(choice, smoothing=torch.ones(layer.weight.shape[1]))
+    if bias:
+        choice = replace(choice, bias_correction=torch.ones(layer.weight.shape[0]), rank=5)
+    half = layer.half()
+    quantized = quantize_layer("layer", half, choice)
     stored = sum(t.numel() * t.element_size() for t in quantized.state_dict().values())
-    assert stored == weight_bytes(layer, scheme, smoothed=smoothed)
+    assert stored == choice_bytes(half, choice)
+
+
+def test_a_bias_that_is_there_costs_nothing_more_and_float_is_two_bytes_a_weight():
+    layer = nn.Linear(130, 20)
+    choice = LayerPlan(SCHEMES["w8a16"], bias_correction=torch.ones(20))
+    assert choice_bytes(layer, choice) == weight_bytes(layer, SCHEMES["w8a16"]) == 130 * 20 + 4 * 20
+    assert weight_bytes(layer, FLOAT) == 2 * 130 * 20
+
+
+def test_a_low_rank_correction_costs_its_operations_in_16_bit():
+    layer, tokens = nn.Conv2d(70, 12, 3), 17
+    operations = tokens * 12 * 70 * 9
+    plain, corrected = (LayerPlan(SCHEMES["w8a8-static"], "", 0.1, rank=rank) for rank in (0, 4))
+    assert choice_cost(layer, operations, plain) == operation_cost(operations, plain.scheme)
+    more = choice_cost(layer, operations, corrected) - choice_cost(layer, operations, plain)
+    assert more == pytest.approx(FLOAT_OPERATION_COST * tokens * 4 * (12 + 70 * 9))
+
+
+def test_no_scheme_is_dearer_than_float_but_weight_only_ones():
+    costs = {name: operation_cost(1000, scheme) for name, scheme in SCHEMES.items()}
+    assert costs["w8a8-static"] == costs["w8a8-stepped"] < costs["w8a8-dynamic"] < costs["fp16"] < costs["w8a16"]

@@ -1,11 +1,13 @@
 """The plan file: what it accepts, what it refuses and how it says so."""
 
 import json
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from ldmq_kernels.planning.plan import Plan, PlanError, fingerprint, uniform_plan
+from ldmq_kernels.numerics.formats import SCHEMES
+from ldmq_kernels.planning.plan import LayerPlan, Plan, PlanError, fingerprint, model_record, uniform_plan
 from python_tests.tiny import mixed_plan, tiny_unet
 
 
@@ -82,7 +84,7 @@ def test_smoothing_of_the_wrong_length_names_the_layer(unet):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"ldmq_plan": 2}, "upgrade"),
+        ({"ldmq_plan": 3}, "upgrade"),
         ({"ldmq_plan": "one"}, "ldmq_plan"),
         ({"rules": [{"pattern": "*", "scheme": "int3"}]}, "int3"),
         ({"exceptions": {"conv_in": {"bits": 3}}}, "conv_in"),
@@ -90,7 +92,20 @@ def test_smoothing_of_the_wrong_length_names_the_layer(unet):
         ({"input_scales": {"conv_in": float("inf")}}, "conv_in"),
         ({"input_scales": {"conv_in": "wide"}}, "conv_in"),
         ({"smoothing": {"conv_in": "not base64!"}}, "conv_in"),
-        ({"smoothing": {"conv_in": "AAAAAA=="}}, "conv_in"),
+        ({"smoothing": {"conv_in": "AAAAAA=="}}, "conv_in holds values that are not positive"),
+        ({"smoothing": {"conv_in": "AADAfw=="}}, "conv_in holds values that are not finite"),
+        ({"bias_correction": {"conv_in": "not base64!"}}, "bias correction of conv_in"),
+        ({"bias_correction": {"conv_in": "AADAfw=="}}, "bias correction of conv_in holds values that are not finite"),
+        ({"input_scales": {"conv_in": []}}, "conv_in"),
+        ({"input_scales": {"conv_in": [0.1, 0.0]}}, "conv_in"),
+        ({"input_scales": {"conv_in": [0.1, float("inf")]}}, "conv_in"),
+        ({"step_groups": [300.0, 600.0]}, "descending"),
+        ({"step_groups": [300.0, 300.0]}, "descending"),
+        ({"step_groups": [float("inf"), 300.0]}, "finite"),
+        ({"step_groups": ["late"]}, "step_groups"),
+        ({"details": {"conv_in": {"rank": -1}}}, "rank"),
+        ({"details": {"conv_in": {"rounding": "up"}}}, "rounding"),
+        ({"details": {"conv_in": {"bits": 4}}}, "bits"),
         ({"surprise": 1}, "surprise"),
     ],
 )
@@ -115,3 +130,116 @@ def test_a_missing_file_says_how_to_make_one(tmp_path):
 def test_a_uniform_plan_takes_no_static_scheme(unet):
     with pytest.raises(PlanError, match="w8a8-dynamic"):
         uniform_plan(unet, "w8a8-static")
+
+
+LINEAR = "time_embedding.linear_1"
+RICH = LayerPlan(
+    SCHEMES["w4a8-stepped"],
+    "by hand",
+    (0.3, 0.2, 0.1),
+    torch.full((32,), 0.5),
+    first_token=True,
+    bias_correction=torch.linspace(-1, 1, 128),
+    rounding="gptq",
+    rank=7,
+)
+
+
+def assert_same_choice(found, wanted):
+    for part in fields(LayerPlan):
+        a, b = getattr(found, part.name), getattr(wanted, part.name)
+        assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b, part.name
+
+
+def rich_plan(unet):
+    plan = uniform_plan(unet, "w8a8-dynamic")
+    plan.step_groups = [700.0, 300.0]
+    plan.calibration = {"texts": ["a red circle"], "prompts": 1}
+    plan.set(LINEAR, RICH)
+    return plan
+
+
+def test_what_is_set_is_what_a_layer_becomes_also_after_the_file(unet, tmp_path):
+    plan = rich_plan(unet)
+    plan.save(tmp_path / "plan.json")
+    for found in (plan, Plan.load(tmp_path / "plan.json")):
+        assert_same_choice(found.layers(unet)[LINEAR], RICH)
+        assert found.needs_inputs
+        assert found.to_dict() == plan.to_dict()
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["ldmq_plan"] == 2
+    assert written["input_scales"] == {LINEAR: [0.3, 0.2, 0.1]}
+    assert written["details"] == {LINEAR: {"first_token": True, "rounding": "gptq", "rank": 7}}
+
+
+def test_setting_again_leaves_nothing_of_before(unet):
+    plan, untouched = rich_plan(unet), uniform_plan(unet, "w8a8-dynamic")
+    plan.set(LINEAR, LayerPlan(SCHEMES["w8a8-dynamic"], "as all"))
+    untouched.step_groups, untouched.calibration = plan.step_groups, plan.calibration
+    assert plan.to_dict() == untouched.to_dict()
+    assert not plan.needs_inputs
+
+
+def test_a_scale_is_kept_for_the_scheme_that_was_not_chosen(unet):
+    plan = uniform_plan(unet, "w8a8-dynamic")
+    plan.set(LINEAR, LayerPlan(SCHEMES["w8a8-dynamic"], "", 0.25))
+    plan.rules[0]["scheme"] = "w8a8-static"
+    assert plan.layer(LINEAR).input_scale == 0.25
+
+
+def test_gptq_of_a_layer_that_stays_float_needs_no_inputs(unet):
+    plan = rich_plan(unet)
+    plan.exceptions[LINEAR] = {"scheme": "fp16"}
+    assert not plan.needs_inputs
+
+
+def test_a_config_leaves_out_vectors_and_texts_but_names_who_has_them(unet):
+    plan = rich_plan(unet).to_dict(with_vectors=False)
+    assert plan["smoothing"] == plan["bias_correction"] == {LINEAR: ""}
+    assert plan["calibration"] == {"prompts": 1}
+    assert plan["details"] == {LINEAR: {"first_token": True, "rounding": "gptq", "rank": 7}}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        (LINEAR, {"input_scale": (0.3, 0.2)}, r"linear_1: input_scales has 2 values.*each of the 3 step groups"),
+        (LINEAR, {"input_scale": 0.3}, r"linear_1: input_scales has 1 values.*each of the 3 step groups"),
+        (LINEAR, {"input_scale": None}, "linear_1: w4a8-stepped needs an entry in input_scales"),
+        (LINEAR, {"scheme": SCHEMES["w8a8-static"]}, "linear_1: input_scales has a list of 3.*takes one number"),
+        (LINEAR, {"smoothing": torch.ones(31)}, "linear_1: smoothing has 31 values, the layer takes 32"),
+        (LINEAR, {"bias_correction": torch.ones(32)}, "linear_1: bias_correction has 32 values, the layer takes 128"),
+        (LINEAR, {"rank": -1}, "linear_1: details has rank -1"),
+        (LINEAR, {"rounding": "up"}, "linear_1: details has rounding 'up': choose one of nearest, gptq"),
+        (LINEAR, {"scheme": SCHEMES["fp16"]}, "linear_1: details has a rounding or a rank.*remove"),
+        ("conv_in", {"smoothing": None, "bias_correction": None}, "conv_in: details has first_token.*only a linear"),
+    ],
+)
+def test_a_layer_that_cannot_become_what_is_set_is_named(unet, name, changes, said):
+    plan = rich_plan(unet)
+    plan.set(name, replace(RICH, **changes))
+    with pytest.raises(PlanError, match=said):
+        plan.layers(unet)
+
+
+def test_step_groups_out_of_order_are_refused(unet):
+    plan = rich_plan(unet)
+    plan.step_groups = [300.0, 700.0]
+    with pytest.raises(PlanError, match=r"step groups \[300.0, 700.0\]"):
+        plan.layers(unet)
+
+
+def test_a_file_of_version_1_still_loads(unet, tmp_path):
+    plan = uniform_plan(unet, "w8a16")
+    plan.set("conv_in", LayerPlan(SCHEMES["w8a8-static"], "by hand", 0.02, torch.full((4,), 2.0)))
+    old = plan.to_dict() | {"ldmq_plan": 1}
+    for new in ("step_groups", "bias_correction", "details"):
+        del old[new]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    loaded = Plan.load(tmp_path / "old.json")
+    assert loaded.to_dict() == plan.to_dict()
+    assert_same_choice(loaded.layers(unet)["conv_in"], plan.layer("conv_in"))
+
+
+def test_a_plan_records_the_model_it_was_made_for(unet):
+    assert rich_plan(unet).model == model_record(unet)

@@ -56,11 +56,11 @@ class LdmqConfig(QuantizationConfigMixin):
         return uniform_plan(model, self.scheme)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds; smoothing vectors are among the checkpoint's tensors."""
+        """What config.json holds; vectors are among the checkpoint's tensors."""
         method = self.quant_method.value
         if self.plan is None:
             return {"quant_method": method, "scheme": self.scheme}
-        return {"quant_method": method, "plan": self.plan.to_dict(with_smoothing=False)}
+        return {"quant_method": method, "plan": self.plan.to_dict(with_vectors=False)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: there are no defaults to leave out."""

@@ -14,10 +14,10 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from ldmq_kernels.conversion.convert import quantize_layer, quantized_class, replace_modules
+from ldmq_kernels.conversion.convert import ConversionError, quantize_layer, quantized_class, replace_modules
 from ldmq_kernels.integrations.diffusers.config import LdmqConfig
-from ldmq_kernels.nn import QuantizedLayer
-from ldmq_kernels.nn.quantized import BUFFERS
+from ldmq_kernels.nn import QuantizedLayer, step_groups
+from ldmq_kernels.nn.stored import BUFFERS, check_stored
 from ldmq_kernels.planning.plan import LayerPlan, quantizable_layers
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class LdmqQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: LdmqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._awaited: dict[str, LayerPlan] = {}
+        self._corrections: dict[str, Tensor] = {}  # of biases, which come apart from the weights
 
     # -- before the weights --------------------------------------------------------------------------
 
@@ -65,13 +66,24 @@ class LdmqQuantizer(DiffusersQuantizer):
         self.quantization_config = LdmqConfig(plan=plan)
         layers = quantizable_layers(model)
         if not self.pre_quantized:
+            if plan.needs_inputs:
+                raise ConversionError(
+                    "this plan rounds weights by GPTQ, which takes the inputs of their layers: load the pipeline in "
+                    "full precision and call `ldmq.quantize(pipe, plan)`; what it saves then loads as it is"
+                )
             self._awaited = {name: choice for name, choice in plan.layers(model).items() if choice.scheme.quantizes}
             return
-        # config.json names the smoothed layers; their vectors come with the tensors
-        named = dataclasses.replace(plan, smoothing={})
+        # config.json names the layers that have vectors; the vectors come with the tensors
+        named = dataclasses.replace(plan, smoothing={}, bias_correction={})
         replacements: dict[nn.Module, nn.Module] = {
             layers[name]: quantized_class(layers[name]).empty(
-                layers[name], choice.scheme, smoothed=name in plan.smoothing
+                layers[name],
+                choice.scheme,
+                smoothed=name in plan.smoothing,
+                step_groups=len(choice.scales),
+                first_token=choice.first_token,
+                rank=choice.rank,
+                corrected=name in plan.bias_correction,
             )
             for name, choice in named.layers(model).items()
             if choice.scheme.quantizes
@@ -137,12 +149,16 @@ class LdmqQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
-            model.set_submodule(name, quantize_layer(name, layer, self._awaited.pop(name)))
+            choice = self._awaited.pop(name)
+            if layer.bias is not None and choice.bias_correction is not None:
+                self._corrections[name] = choice.bias_correction
+                choice = dataclasses.replace(choice, bias_correction=None)
+            model.set_submodule(name, quantize_layer(name, layer, choice))
             return
         assert isinstance(layer, QuantizedLayer)
         stored: Tensor = state_dict[param_name]  # param_value is rounded to the model's dtype
         try:
-            layer.check_stored(leaf, stored)
+            check_stored(layer.scheme, leaf, stored)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
         layer.register_buffer(leaf, stored.to(target_device))
@@ -153,6 +169,12 @@ class LdmqQuantizer(DiffusersQuantizer):
         for layer in model.modules():
             if isinstance(layer, QuantizedLayer):
                 layer.finish()
+        for name, correction in self._corrections.items():
+            model.get_submodule(name).correct_bias(correction)
+        self._corrections = {}
+        plan = self.quantization_config.plan
+        assert plan is not None
+        step_groups.attach(model, plan.step_groups)
         self.attach(model)
         from ldmq_kernels.integrations.diffusers.fused import fuse  # not while diffusers is being imported
 

@@ -21,9 +21,9 @@ def is_bare(module: Any, kind: type) -> bool:
 
 
 def takes_int8(layer: Any) -> bool:
-    """Whether a layer is bare and computes on int8 activations, which a producer can give it."""
+    """Whether a layer is bare and needs no more than int8 activations, which a producer can give it."""
     kind = type(layer)
-    return kind in (QuantLinear, QuantConv2d) and is_bare(layer, kind) and layer.scheme.format.activation_bits == 8
+    return kind in (QuantLinear, QuantConv2d) and is_bare(layer, kind) and layer.takes_int8
 
 
 def is_inactive(dropout: Any) -> bool:

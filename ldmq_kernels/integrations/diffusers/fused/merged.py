@@ -43,7 +43,7 @@ class MergedLinears:
     def products(self, x_q: Tensor, x_scale: Tensor | None, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The layers' outputs for a quantized input, views of one tensor."""
         first = self.layers[0]
-        scale = first.input_scale if first.scheme.is_static else x_scale
+        scale = first.call_scale if first.scheme.is_static else x_scale
         rest = (self.weight_scale, self.bias, None, out_dtype)
         if self.multiplier is None:
             out = ops.linear_w8a8(x_q, scale, self.weight, *rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.resnet import ResnetBlock2D
@@ -9,33 +10,86 @@ from torch import Tensor, nn
 
 from ldmq_kernels import ops
 from ldmq_kernels.integrations.diffusers.fused.bare import is_bare, is_inactive, quantized_norm, takes_int8
-from ldmq_kernels.nn import QuantConv2d
+from ldmq_kernels.nn import QuantConv2d, QuantLinear
+
+
+@dataclass(frozen=True)
+class TimeColumns:
+    """Where a block finds its share of a table's row: [time embedding | projection of each block]; see `step_cache`."""
+
+    row: int  # width of the whole
+    embedding: int  # width of the time embedding
+    start: int  # of the block's own projection; start == stop: it has none there
+    stop: int
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    """ResnetBlock2D whose quantized convolutions take their input from a fused norm and add in their epilogue."""
+    """ResnetBlock2D whose quantized convolutions take their input from a fused norm and add in their epilogue.
+
+    Attributes:
+        time_columns: its place in the rows of a step table, which may come in place of `temb`; or None.
+    """
+
+    time_columns: TimeColumns | None = None
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        """As ResnetBlock2D's."""
-        if args or kwargs or not self._is_fusible():
-            return super().forward(input_tensor, temb, *args, **kwargs)
-        vector = None if self.time_emb_proj is None or temb is None else self._embed(temb)
+        """As ResnetBlock2D's; `temb` (N, E), or rows of a step table."""
+        vector = self._tabulated(temb)
+        if args or kwargs or not (self.can_add_vector() and (vector is not None or self._has_fused_convolution())):
+            return super().forward(input_tensor, self._embedding(temb), *args, **kwargs)
+        if vector is None and self.time_emb_proj is not None and temb is not None:
+            vector = self.project_time(self._embedding(temb))
         hidden = self._convolve(self.norm1, self.conv1, input_tensor, vector, None)
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return self._convolve(self.norm2, self.conv2, hidden, None, shortcut)
 
-    def _is_fusible(self) -> bool:
+    def can_add_vector(self) -> bool:
+        """Whether the block is two convolutions of SiLU of norms, and adds its time embedding after the first."""
         plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default"
         return (
             plain
             and self.output_scale_factor == 1
             and is_bare(self.nonlinearity, nn.SiLU)
             and is_inactive(self.dropout)
-            and (takes_int8(self.conv1) or takes_int8(self.conv2))
         )
 
-    def _embed(self, temb: Tensor) -> Tensor:
-        """The time embedding's share of each channel, (N, K)."""
+    def _has_fused_convolution(self) -> bool:
+        return takes_int8(self.conv1) or takes_int8(self.conv2)
+
+    # -- rows of a step table ------------------------------------------------------------------------
+
+    def _tabulated(self, temb: Tensor | None) -> Tensor | None:
+        """The block's projection out of a row, (N, K); None where `temb` is no row or the block is not in it."""
+        columns = self.time_columns
+        if columns is None or temb is None or temb.shape[-1] != columns.row or columns.start == columns.stop:
+            return None
+        return temb[:, columns.start : columns.stop] if is_bare_linear(self.time_emb_proj) else None
+
+    def _embedding(self, temb: Tensor | None) -> Tensor | None:
+        """The time embedding itself, (N, E)."""
+        columns = self.time_columns
+        if columns is None or temb is None or temb.shape[-1] != columns.row:
+            return temb
+        return temb[:, : columns.embedding].contiguous()
+
+    def _leave_table(self) -> None:
+        """From now on project the time embedding: the projection is no longer what was tabulated."""
+        if self.time_columns is not None:
+            self.time_columns = TimeColumns(self.time_columns.row, self.time_columns.embedding, 0, 0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "time_emb_proj":
+            self._leave_table()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._leave_table()
+
+    # -- parts of the block --------------------------------------------------------------------------
+
+    def project_time(self, temb: Any) -> Tensor:
+        """The time embedding's share of each channel, (N, K); temb (N, E)."""
         projection = self.time_emb_proj
         if self.skip_time_act:
             return projection(temb)
@@ -55,6 +109,12 @@ class FusedResnetBlock2D(ResnetBlock2D):
         if vector is not None:
             out = out + vector[:, :, None, None]
         return out if residual is None else out + residual
+
+
+def is_bare_linear(layer: Any) -> bool:
+    """Whether a layer is a linear, floating or quantized, with nothing on top."""
+    kind = type(layer)
+    return kind in (nn.Linear, QuantLinear) and is_bare(layer, kind)
 
 
 def _has_room(conv: QuantConv2d) -> bool:

@@ -1,0 +1,63 @@
+"""Second moments for GPTQ rounding, of a pipeline's own inputs: a few layers at a time, as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ldmq_kernels.calibration.second_moments import second_moments
+from ldmq_kernels.calibration.trajectory import SamplingSettings, denoiser, record_trajectory
+from ldmq_kernels.planning.plan import Plan, PlanError, quantizable_layers
+from ldmq_kernels.progress import track
+
+BYTES_AT_ONCE = 2 << 30
+SETTINGS = ("num_inference_steps", "guidance_scale", "seed", "height", "width")
+
+
+class RecordedMoments:
+    """Gives the second moments of one layer after the other; each chunk of layers is one pass over the calibration.
+
+    Args:
+        pipe: a full-precision pipeline.
+        plan: whose calibration is run again, and whose layers with gptq rounding are asked for in their order.
+        bytes_at_once: of the moments in memory; a layer that needs more comes alone.
+
+    Raises:
+        PlanError: the plan does not fit, or holds no calibration texts.
+    """
+
+    def __init__(self, pipe: Any, plan: Plan, *, bytes_at_once: int = BYTES_AT_ONCE, show: bool = False) -> None:
+        self._model = denoiser(pipe)
+        layers = quantizable_layers(self._model)
+        names = [n for n, c in plan.layers(self._model).items() if c.scheme.quantizes and c.rounding == "gptq"]
+        texts = plan.calibration.get("texts")
+        if not texts:
+            raise PlanError(
+                f"the plan rounds {names[0]} by GPTQ, but holds no calibration texts to run again: plan again with "
+                "`ldmq plan`, or set the rounding to nearest in its details"
+            )
+        recorded = {key: plan.calibration[key] for key in SETTINGS if key in plan.calibration}
+        chunks = list(_chunks(names, {n: 4 * layers[n].weight[0].numel() ** 2 for n in names}, bytes_at_once))
+        self._trajectory = record_trajectory(pipe, texts, SamplingSettings(**recorded), show=show)
+        self._chunks = iter(track(chunks, "inputs for GPTQ rounding", len(chunks), show=show))
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        """(K, K) float32 of the next layer, which is forgotten then."""
+        while name not in self._held:
+            self._held = {}  # before the next ones are made
+            self._held = second_moments(self._model, self._trajectory, next(self._chunks))
+        return self._held.pop(name)
+
+
+def _chunks(names: list[str], sizes: dict[str, int], most: int) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for name in names:
+        if chunk and sum(sizes[n] for n in (*chunk, name)) > most:
+            yield chunk
+            chunk = []
+        chunk.append(name)
+    if chunk:
+        yield chunk

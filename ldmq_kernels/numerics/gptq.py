@@ -1,0 +1,127 @@
+"""GPTQ: rounds a weight so that the error of each input is made up for by the inputs rounded after it.
+
+The error to be small is tr((W - Q) H (W - Q)^T) with H the sum of x x^T over a layer's inputs. With
+the inputs in the order of rounding and H = V V^T, V upper triangular, the error is ||(W - Q) V||^2,
+and column j of (W - Q) V needs columns 0..j of the error alone: each column is rounded to the value
+that makes its own term smallest. That is GPTQ's result without the inverse of H, which its authors
+form: Frantar et al., GPTQ, arXiv 2210.17323; Chen et al., The Geometry of LLM Quantization, arXiv 2507.18553.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # columns whose errors reach the later columns by one matrix product
+DAMPING = 0.01  # of the mean diagonal, added to it
+DOUBLE_UP_TO = 2048  # width up to which the factor is computed in float64
+
+
+def check_hessian(hessian: Tensor, width: int) -> None:
+    """Refuse a matrix that is not the second moments of `width` inputs.
+
+    Raises:
+        ValueError: it is not (width, width), holds NaN or infinite values, or has a negative diagonal.
+    """
+    if hessian.shape != (width, width):
+        raise ValueError(
+            f"the hessian is {tuple(hessian.shape)}, but the weight has {width} inputs: ({width}, {width}) is "
+            "needed, recorded at this layer's own input"
+        )
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError(
+            "the hessian holds NaN or infinite values: record the layer's inputs again, with a model in float32 "
+            "if float16 overflows"
+        )
+    if bool((hessian.diagonal() < 0).any()):
+        raise ValueError("the hessian has a negative diagonal: it must be a sum of x x^T")
+
+
+def damped_cholesky(hessian: Tensor) -> Tensor:
+    """The lower triangular L with L L^T = hessian / mean diagonal + damping * I, of the least damping that has one.
+
+    Args:
+        hessian: (K, K) floating, symmetric, no negative eigenvalues but for rounding.
+
+    Returns:
+        (K, K) float32; the identity for a hessian of zeros.
+
+    Raises:
+        ValueError: the hessian is far from positive semidefinite.
+    """
+    width = hessian.shape[0]
+    mean = hessian.diagonal().mean()
+    if not bool(mean > 0):
+        return torch.eye(width, device=hessian.device)
+    scaled = hessian.to(torch.float64 if width <= DOUBLE_UP_TO else torch.float32) / mean
+    damping = added = DAMPING
+    while damping <= 1:
+        scaled.diagonal().add_(added)
+        factor, failed = torch.linalg.cholesky_ex(scaled)
+        if not bool(failed):
+            return factor.float()
+        damping, added = damping * 10, damping * 9
+    raise ValueError("the hessian is not positive semidefinite: it must be a sum of x x^T, in float32 at least")
+
+
+@dataclass(frozen=True)
+class RoundingOrder:
+    """How the error of one input is made up for by others, the inputs of most power rounded first.
+
+    Attributes:
+        order: (K,) int64, the inputs from the last to be rounded to the first.
+        reach: (K, K) float32, lower triangular in that order with ones on its diagonal: what an error of an
+            input moves the target of each later one by.
+        importance: (K,) float32, positive, with mean 1, by input: what its rounding error counts squared, the
+            part of its power that inputs of less power do not share. It replaces the diagonal of the hessian,
+            which counts errors that later inputs make up for.
+    """
+
+    order: Tensor
+    reach: Tensor
+    importance: Tensor
+
+
+def rounding_order(hessian: Tensor, width: int) -> RoundingOrder:
+    """Factorize the second moments of a layer's inputs, (K, K) with K = `width`.
+
+    Raises:
+        ValueError: the hessian has another size, is not finite, or is not a sum of x x^T.
+    """
+    check_hessian(hessian, width)
+    order = torch.argsort(hessian.diagonal(), stable=True)
+    factor = damped_cholesky(hessian[order[:, None], order])
+    diagonal = factor.diagonal().clone()
+    importance = torch.empty_like(diagonal)
+    importance[order] = diagonal.square() / diagonal.square().mean()
+    return RoundingOrder(order, factor.div_(diagonal), importance)
+
+
+def gptq_round(weight: Tensor, steps: Tensor, largest: int, inputs: RoundingOrder) -> Tensor:
+    """Integers in [-largest, largest] for a weight on a grid that is given.
+
+    An input that is always zero, or shares nothing with others, is rounded to nearest.
+
+    Args:
+        weight: (out, K) float32.
+        steps: (out, K) float32, positive: the distance of two grid points at each place.
+
+    Returns:
+        (out, K) int8, so that integers * steps is near the weight.
+    """
+    order, reach = inputs.order, inputs.reach
+    columns, steps = weight.t()[order], steps.t()[order]
+    integers, error = torch.empty_like(columns), torch.empty_like(columns)
+    for end in range(len(order), 0, -BLOCK):
+        start = max(0, end - BLOCK)
+        target = torch.addmm(columns[start:end], reach[end:, start:end].t(), error[end:])
+        for column in range(end - 1, start - 1, -1):
+            nearest = torch.round(target[column - start] / steps[column])
+            integers[column] = nearest.clamp_(-largest, largest)
+            error[column] = columns[column] - integers[column] * steps[column]
+            target[: column - start].addr_(reach[column, start:column], error[column])
+    rounded = torch.empty_like(weight, dtype=torch.int8)
+    rounded[:, order] = integers.t().to(torch.int8)
+    return rounded

@@ -1,0 +1,146 @@
+"""A model with every correction that a plan can give survives its file, and is made while loading where that can be."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import ldmq_kernels as ldmq
+from ldmq_kernels.conversion import ConversionError, convert, summarize
+from ldmq_kernels.integrations.diffusers import LdmqConfig
+from ldmq_kernels.integrations.diffusers.fused import unfuse
+from ldmq_kernels.nn import QuantizedLayer, step_groups
+from ldmq_kernels.numerics.sqnr import sqnr_db
+from ldmq_kernels.planning.plan import Plan, PlanError, quantizable_layers
+from python_tests.tiny import PROMPTS, mixed_plan, run_unet, tiny_pipeline, tiny_unet
+
+
+def corrected_plan(unet: Any) -> Plan:
+    """Every scheme, and every correction in turn on what can have it."""
+    plan = mixed_plan(unet)
+    generator = torch.Generator().manual_seed(2)
+    for index, (name, layer) in enumerate(quantizable_layers(unet).items()):
+        if not plan.layer(name).scheme.quantizes:
+            continue
+        details = {"rank": 1 + index % 4} if index % 2 else {}
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            details["first_token"] = True
+        if details:
+            plan.details[name] = details
+        if index % 5 < 2:
+            plan.bias_correction[name] = 0.1 * torch.randn(layer.weight.shape[0], generator=generator)
+    assert any(quantizable_layers(unet)[name].bias is None for name in plan.bias_correction)
+    return plan
+
+
+def gptq_plan(unet: Any) -> Plan:
+    plan = mixed_plan(unet)
+    for index, name in enumerate(quantizable_layers(unet)):
+        if plan.layer(name).scheme.quantizes and index % 3 == 0:
+            plan.details[name] = {"rounding": "gptq", "rank": 2}
+    plan.calibration = {"texts": PROMPTS, "num_inference_steps": 2, "guidance_scale": 5.0, "seed": 3}
+    return plan
+
+
+@pytest.fixture(scope="module")
+def quantized() -> Any:
+    unet = tiny_unet()
+    convert(unet, corrected_plan(unet))
+    return unet
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_round_trip_is_bit_identical(dtype: torch.dtype, tmp_path: Any) -> None:
+    unet = tiny_unet().to(dtype)
+    convert(unet, corrected_plan(unet))
+    unet.save_pretrained(tmp_path / "first")
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "first", dtype=dtype)
+    saved = unet.state_dict()
+    assert loaded.state_dict().keys() == saved.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == saved[name].dtype, name
+        assert torch.equal(tensor, saved[name]), name
+    assert torch.equal(run_unet(loaded, dtype), run_unet(unet, dtype))
+    assert summarize(loaded) == summarize(unet)
+    loaded.save_pretrained(tmp_path / "second")
+    configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("first", "second")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert set(configs[0]["quantization_config"]["plan"]["bias_correction"].values()) == {""}
+
+
+def test_a_float_checkpoint_is_corrected_while_it_loads(quantized: Any, tmp_path: Any) -> None:
+    for shard in ("10GB", "100KB"):
+        tiny_unet().save_pretrained(tmp_path / shard, max_shard_size=shard)
+        config = LdmqConfig(plan=corrected_plan(tiny_unet()))
+        loaded = UNet2DConditionModel.from_pretrained(tmp_path / shard, quantization_config=config)
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, quantized.state_dict()[name]), name
+        assert torch.equal(run_unet(loaded), run_unet(quantized))
+        assert summarize(loaded) == summarize(quantized)
+
+
+def test_fused_blocks_leave_corrected_layers_to_themselves(quantized: Any) -> None:
+    assert float(sqnr_db(run_unet(unfuse(copy.deepcopy(quantized))), run_unet(quantized))) > 60
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
+def test_copies_compute_the_same(quantized: Any, duplicate: Any) -> None:
+    assert torch.equal(run_unet(duplicate(quantized)), run_unet(quantized))
+
+
+@pytest.mark.slow
+def test_it_compiles_without_a_graph_break_to_the_same_result(quantized: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(quantized), fullgraph=True, backend="eager")
+    assert torch.equal(run_unet(compiled), run_unet(quantized))
+
+
+def test_the_plan_predicts_the_bytes_of_the_fp16_checkpoint(tmp_path: Any) -> None:
+    unet = tiny_unet().half()
+    plan = corrected_plan(unet)
+    predicted = summarize(unet, plan)
+    convert(unet, plan)
+    assert summarize(unet) == predicted
+    assert predicted.bytes_after == sum(t.numel() * t.element_size() for t in unet.state_dict().values())
+
+
+def test_a_pipeline_quantizes_with_gptq_and_what_it_saves_loads(tmp_path: Any) -> None:
+    pipe = tiny_pipeline(tmp_path / "tokenizer")
+    plan = gptq_plan(pipe.unet)
+    nearest = tiny_unet()
+    plain = mixed_plan(nearest)
+    plain.details = {name: {"rank": 2} for name in plan.details}
+    convert(nearest, plain)
+    ldmq.quantize(pipe, plan.to_dict(), show_progress=False)
+    differ = {
+        name
+        for name, layer in nearest.named_modules()
+        if isinstance(layer, QuantizedLayer) and not torch.equal(layer.weight, pipe.unet.get_submodule(name).weight)
+    }
+    assert differ <= set(plan.details)
+    assert len(differ) > 0.9 * len(plan.details)
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert torch.equal(run_unet(loaded), run_unet(pipe.unet))
+
+
+def test_gptq_without_a_pipeline_or_without_texts_says_what_to_do(tmp_path: Any) -> None:
+    unet = tiny_unet()
+    plan = gptq_plan(unet)
+    with pytest.raises(ConversionError, match=r"conv_in: the plan rounds it by GPTQ.*ldmq\.quantize\(pipe, plan\)"):
+        ldmq.quantize(unet, plan)
+    assert not any(isinstance(m, QuantizedLayer) for m in unet.modules())
+    unet.save_pretrained(tmp_path / "float")
+    with pytest.raises(ConversionError, match=r"in full precision and call `ldmq\.quantize\(pipe, plan\)`"):
+        UNet2DConditionModel.from_pretrained(tmp_path / "float", quantization_config=LdmqConfig(plan=plan))
+    pipe = tiny_pipeline(tmp_path / "tokenizer")
+    plan.calibration = {}
+    with pytest.raises(PlanError, match=r"conv_in by GPTQ, but holds no calibration texts.*plan again"):
+        ldmq.quantize(pipe, plan)
+    assert step_groups.attached(pipe.unet) is None
