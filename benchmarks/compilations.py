@@ -45,8 +45,6 @@ def on_meta(name: str, scheme: str) -> nn.Module:
             kind = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
             layer = kind.empty(module, SCHEMES[scheme], smoothed=False)
             layer.bias = module.bias
-            if SCHEMES[scheme].is_static:
-                layer.input_reciprocal = torch.empty(1, device="meta")
             model.set_submodule(path, layer)
     # what has no memory has no scales to compare: in these schemes q, k and v share theirs
     with mock.patch.multiple(merged, _is_empty=lambda _: False, _equal=lambda _a, _b: True):

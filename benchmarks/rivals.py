@@ -1,4 +1,4 @@
-"""This package beside SDNQ, torchao and optimum-quanto: the same UNet, quantized by each, in one run.
+"""This package beside SDNQ, torchao, optimum-quanto and nvidia-modelopt: the same UNet, quantized by each, in one run.
 
 Every tool gets all the layers that it can quantize; the table tells how many those are, since a tool that
 leaves convolutions in float looks better for that reason alone. After each tool that multiplies in 8 bits
@@ -18,6 +18,7 @@ import argparse
 import importlib.metadata
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,26 +26,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import common
-from benchmarks.rivals_measure import Anatomy, anatomy, checkpoint_bytes, ssim
-from benchmarks.rivals_tools import OURS, Contender, Workbench, own_beside, own_planned, own_uniform, rivals
-from ldmq_kernels import demo
-from ldmq_kernels.calibration.calibrate import calibrate
-from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, denoiser, record_trajectory
-from ldmq_kernels.demo import scenes
-from ldmq_kernels.demo.evaluator import Evaluator, attribute_accuracy
-from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions, held_out_captions
-from ldmq_kernels.planning.planner import HELD_OUT_SEED, split_prompts
-from ldmq_kernels.report.measure import PicturePairs, draw_pictures
-from ldmq_kernels.sensitivity.output_noise import output_noise
+from benchmarks.exam import Exam, Workbench, prepare
+from benchmarks.rivals_measure import Anatomy, anatomy
+from benchmarks.rivals_tools import OURS, Contender, own_beside, own_planned, own_uniform, rivals
+from benchmarks.samples import Samples, measures_of, value
 
-TEST_SEED = 2_000_003  # of pictures, far from those of calibration and of the planner's check
 COLUMNS = ("convolutions", "linears", "MB", "of fp16", "SQNR dB", "PSNR dB", "SSIM", "attributes")
+NOT_INSTALLED = "not installed: pip install --no-deps -r benchmarks/requirements-rivals.txt"
 
 
 @dataclass
@@ -59,72 +54,20 @@ class Measured:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Exam:
-    """What every contender is measured on."""
-
-    pipe: Any
-    original: nn.Module
-    captions: list[tuple[str, scenes.Scene]]
-    trajectory: Trajectory
-    pictures: Tensor
-    settings: SamplingSettings
-    evaluator: Evaluator | None
-
-    @property
-    def fp16_bytes(self) -> int:
-        """Of the float UNet's checkpoint in 16 bits."""
-        return checkpoint_bytes(self.original, self.original)
-
-    def draw(self, model: nn.Module) -> Tensor:
-        """The captions' pictures with this UNet in the pipeline."""
-        self.pipe.unet = model
-        try:
-            return draw_pictures(self.pipe, [text for text, _ in self.captions], self.settings, "pictures")
-        finally:
-            self.pipe.unet = self.original
-
-    @torch.no_grad()
-    def accuracy(self, pictures: Tensor) -> float | None:
-        """Share of the captions' attributes that the evaluator finds in the pictures."""
-        if self.evaluator is None:
-            return None
-        return attribute_accuracy(self.evaluator(pictures * 2 - 1), [scene for _, scene in self.captions])
-
-    def figures(self, model: nn.Module, seen: Anatomy) -> dict[str, Any]:
-        """All that is measured of one quantized UNet, but time."""
-        noise = output_noise(model, self.trajectory)
-        pictures = self.draw(model)
-        pairs = PicturePairs([text for text, _ in self.captions], [], self.pictures, pictures)
-        return {
-            "convolutions": asdict(seen.counts["conv2d"]),
-            "linears": asdict(seen.counts["linear"]),
-            "bytes": seen.bytes,
-            "share_of_fp16": seen.bytes / self.fp16_bytes,
-            "sqnr_db": noise.mean_db,
-            "sqnr_db_by_step": list(noise.db_by_step.values()),
-            "psnr_db": pairs.pooled_psnr_db,
-            "psnr_db_mean_of_pictures": statistics.mean(pairs.psnr_db),
-            "ssim": ssim(self.pictures, pictures),
-            "attribute_accuracy": self.accuracy(pictures),
-        }
-
-
-def prepare(model: Path | None, count: int, *, show: bool) -> tuple[Workbench, Exam]:
-    """Load the pipeline, calibrate it, and record what the contenders are measured against."""
-    dtype = torch.float16 if common.device().type == "cuda" else torch.float32
-    folder = model or demo.WEIGHTS
-    pipe = demo.load_demo_pipeline(dtype, folder).to(common.device())
-    calibrated_on, verified_on = split_prompts(calibration_captions(CALIBRATION_PROMPTS))
-    calibration = calibrate(pipe, calibrated_on, SamplingSettings(STEPS, GUIDANCE, 0), show=show)
-    check = record_trajectory(pipe, verified_on, SamplingSettings(STEPS, GUIDANCE, HELD_OUT_SEED), show=show)
-    captions, settings = held_out_captions(count), SamplingSettings(STEPS, GUIDANCE, TEST_SEED)
-    texts = [text for text, _ in captions]
-    trajectory = record_trajectory(pipe, texts, settings, show=show)
-    pictures = draw_pictures(pipe, texts, settings, "float pictures", show=show)
-    evaluator = demo.load_evaluator(folder) if (folder / "evaluator").is_dir() else None
-    exam = Exam(pipe, denoiser(pipe), captions, trajectory, pictures, settings, evaluator)
-    return Workbench(pipe, calibration, check), exam
+def figures(exam: Exam, seen: Anatomy, samples: Samples) -> dict[str, Any]:
+    """All that is measured of one quantized UNet, but time."""
+    with np.errstate(divide="ignore"):
+        each_db = -10 * np.log10(samples.arrays["squared_error"])
+    by_step = samples.arrays["output_signal"].sum((0, 1)) / samples.arrays["output_noise"].sum((0, 1))
+    return {
+        "convolutions": asdict(seen.counts["conv2d"]),
+        "linears": asdict(seen.counts["linear"]),
+        "bytes": seen.bytes,
+        "share_of_fp16": seen.bytes / exam.fp16_bytes,
+        **{name: value(samples, measure) for name, measure in measures_of(samples).items()},
+        "sqnr_db_by_step": (10 * np.log10(by_step)).tolist(),
+        "psnr_db_mean_of_pictures": statistics.mean(each_db.ravel().tolist()),
+    }
 
 
 def examine(
@@ -135,10 +78,10 @@ def examine(
     try:
         row.version = contender.version
         model = contender.build(bench)
-        seen = anatomy(model, exam.original, exam.trajectory.calls[0])
-        row.figures = exam.figures(model, seen)
+        seen = anatomy(model, exam.original, exam.call)
+        row.figures = figures(exam, seen, exam.sit(model))
     except importlib.metadata.PackageNotFoundError:
-        row.failed = "not installed: pip install --no-deps -r benchmarks/requirements-rivals.txt"
+        row.failed = NOT_INSTALLED
         return row, None
     except Exception as error:  # a rival may fail in any way, and its row says how
         row.failed = f"{type(error).__name__}: {error}"
@@ -147,7 +90,7 @@ def examine(
     return row, seen
 
 
-def run(bench: Workbench, exam: Exam, console: Console, *, show: bool) -> list[Measured]:
+def run(bench: Workbench, exam: Exam, console: Console) -> list[Measured]:
     """Measure all contenders one after the other, then time them in turns."""
     models: dict[str, nn.Module] = {"float": exam.original}
     rows: list[Measured] = []
@@ -162,22 +105,20 @@ def run(bench: Workbench, exam: Exam, console: Console, *, show: bool) -> list[M
     for rival in rivals():
         seen = add(rival)
         if seen is not None and seen.computed:
-            scheme = "w8a8-static" if "calibrated" in rival.configuration else "w8a8-dynamic"
-            add(own_beside(rival, seen.stored, seen.computed, scheme))
-    for contender in (*own_uniform(), *own_planned(show=show)):
+            add(own_beside(rival, seen.stored, seen.computed))
+    for contender in (*own_uniform(), *own_planned()):
         add(contender)
-
-    call = exam.trajectory.calls[0]
 
     @torch.no_grad()
     def once(model: nn.Module) -> None:
-        model(*call.args, **call.kwargs)
+        model(*exam.call.args, **exam.call.kwargs)
 
-    times = common.interleaved_ms({name: partial(once, model) for name, model in models.items()})
+    calls: dict[str, Callable[[], Any]] = {name: partial(once, model) for name, model in models.items()}
+    times = common.interleaved_ms(calls)
     for row in rows:
         if row.failed is None:
             row.figures["ms"] = times[f"{row.tool}: {row.configuration}"]
-    whole = {"bytes": exam.fp16_bytes, "share_of_fp16": 1.0, "attribute_accuracy": exam.accuracy(exam.pictures)}
+    whole = {"bytes": exam.fp16_bytes, "share_of_fp16": 1.0, **exam.float_figures}
     return [Measured("float", "", figures=whole | {"ms": times["float"]}), *rows]
 
 
@@ -222,11 +163,11 @@ def summary(rows: list[Measured]) -> dict[str, float | None]:
     """The figures that the package is held to."""
     measured = {(row.tool, row.configuration): row.figures for row in rows}
 
-    def figure(tool: str, start: str, key: str) -> float | None:
-        return next((f.get(key) for (t, c), f in measured.items() if t == tool and c == start), None)
+    def figure(tool: str, configuration: str, key: str) -> float | None:
+        return measured.get((tool, configuration), {}).get(key)
 
     sdnq = figure("sdnq", "w8a8 dynamic, everywhere", "sqnr_db")
-    beside = figure(OURS, "w8a8 dynamic, layers of sdnq", "sqnr_db")
+    beside = figure(OURS, "w8a8 dynamic, layers of sdnq w8a8 dynamic, everywhere", "sqnr_db")
     return {
         "weights/w8_share_of_fp16": figure(OURS, "w8a8 dynamic", "share_of_fp16"),
         "w8a8_dynamic/sqnr_db": figure(OURS, "w8a8 dynamic", "sqnr_db"),
@@ -242,9 +183,9 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=32, help="held-out captions to draw; eights keep batches equal")
     arguments = parser.parse_args()
     console = Console(stderr=True)
-    bench, exam = prepare(arguments.model, arguments.captions, show=console.is_terminal)
-    rows = run(bench, exam, console, show=console.is_terminal)
-    batch = exam.trajectory.calls[0].output.shape[0]
+    bench, exam = prepare(arguments.model, captions=arguments.captions, show=console.is_terminal)
+    rows = run(bench, exam, console)
+    batch = exam.call.output.shape[0]
     Console(width=None if sys.stdout.isatty() else 190).print(as_table(rows, batch))
     for row in rows:
         if row.failed is not None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from ldmq_kernels.calibration.trajectory import UNetCall
-from ldmq_kernels.planning.cost import FLOAT_BYTES
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
+from ldmq_kernels.planning.cost import FLOAT_BYTES, weight_bytes
 from ldmq_kernels.planning.plan import kind_of, quantizable_layers
 
 BYTE_DTYPES = (torch.int8, torch.uint8)
@@ -33,15 +34,17 @@ class Anatomy:
     """What is quantized in a model, seen in its tensors and in one call of it.
 
     Attributes:
-        stored: names of the layers that hold an 8-bit weight.
+        stored: names of the layers that hold a weight of 8 bits or fewer.
         computed: names of the layers that ran a product of two 8-bit tensors.
         bytes: of a checkpoint whose remaining float tensors are in 16 bits.
+        simulated: the model rounds floats to 8 bits and back, and what it would store and compute is counted.
     """
 
     counts: dict[str, LayerCounts]
     stored: frozenset[str]
     computed: frozenset[str]
     bytes: int
+    simulated: bool = False
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
@@ -75,7 +78,10 @@ def checkpoint_bytes(model: nn.Module, original: nn.Module) -> int:
 
 
 class _IntegerProducts(TorchDispatchMode):
-    """Tells `seen` of every op that takes two 8-bit matrices and gives something wider."""
+    """Tells `seen` of every op that takes two 8-bit matrices and gives something wider.
+
+    Ops of this package that quantize the activations themselves take one 8-bit matrix, and have "a8" in their name.
+    """
 
     def __init__(self, seen: Callable[[], None]) -> None:
         super().__init__()
@@ -88,7 +94,8 @@ class _IntegerProducts(TorchDispatchMode):
             return NotImplemented  # a tool's tensor subclass: it comes back with its plain tensors
         out = func(*args, **(kwargs or {}))
         operands = [a for a in args if isinstance(a, Tensor) and a.dtype in BYTE_DTYPES and a.dim() >= 2]
-        if len(operands) >= 2 and isinstance(out, Tensor) and out.dtype not in (*BYTE_DTYPES, torch.bool):
+        own = func.namespace == "ldmq" and "a8" in func.name()
+        if (own or len(operands) >= 2) and isinstance(out, Tensor) and out.dtype not in (*BYTE_DTYPES, torch.bool):
             self.seen()
         return out
 
@@ -121,28 +128,57 @@ def integer_layers(model: nn.Module, names: list[str], call: UNetCall) -> set[st
     return found
 
 
+def _holds_integers(model: nn.Module, name: str, layer: nn.Module) -> bool:
+    """Whether a layer has its weight in bytes: one a value, or one for two values of 4 bits."""
+    values = layer.weight.numel()
+    return any(
+        tensor.dtype in BYTE_DTYPES and values // 2 <= tensor.numel() <= values
+        for tensor in stored_tensors(model.get_submodule(name)).values()
+    )
+
+
+def _simulated_layers(model: nn.Module, names: list[str]) -> tuple[set[str], set[str]]:
+    """Layers whose weight, and whose input too, nvidia-modelopt rounds to 8 bits."""
+
+    def enabled(name: str, part: str) -> bool:
+        quantizer = getattr(model.get_submodule(name), part, None)
+        return quantizer is not None and quantizer.is_enabled
+
+    stored = {name for name in names if enabled(name, "weight_quantizer")}
+    return stored, {name for name in stored if enabled(name, "input_quantizer")}
+
+
+def _simulated_bytes(model: nn.Module, original: nn.Module, stored: set[str], computed: set[str]) -> int:
+    total = checkpoint_bytes(original, original)
+    for name, layer in quantizable_layers(original).items():
+        if name in stored:
+            scheme = SCHEMES["w8a8-static" if name in computed else "w8a16"]
+            smoothed = hasattr(model.get_submodule(name).input_quantizer, "_pre_quant_scale")
+            total += weight_bytes(layer, scheme, smoothed=smoothed) - weight_bytes(layer, FLOAT)
+    return total
+
+
 def anatomy(model: nn.Module, original: nn.Module, call: UNetCall) -> Anatomy:
     """Look at a quantized copy of `original`: its tensors, and one call of it."""
     layers = quantizable_layers(original)
-    stored = {
-        name
-        for name, layer in layers.items()
-        if any(
-            tensor.dtype in BYTE_DTYPES and tensor.numel() == layer.weight.numel()
-            for tensor in stored_tensors(model.get_submodule(name)).values()
-        )
-    }
-    computed = integer_layers(model, list(layers), call)
+    stored, computed = _simulated_layers(model, list(layers))
+    simulated = bool(stored)
+    if simulated:
+        size = _simulated_bytes(model, original, stored, computed)
+    else:
+        stored = {name for name, layer in layers.items() if _holds_integers(model, name, layer)}
+        computed = integer_layers(model, list(layers), call)
+        size = checkpoint_bytes(model, original)
     counts = {
         kind: LayerCounts(len(names), len(names & stored), len(names & computed))
         for kind in ("conv2d", "linear")
         for names in [{name for name, layer in layers.items() if kind_of(layer) == kind}]
     }
-    return Anatomy(counts, frozenset(stored), frozenset(computed), checkpoint_bytes(model, original))
+    return Anatomy(counts, frozenset(stored), frozenset(computed), size, simulated)
 
 
-def ssim(first: Tensor, second: Tensor) -> float:
-    """Mean structural similarity of pictures (Wang et al. 2004): Gaussian window of 11, K1 0.01, K2 0.03.
+def ssim(first: Tensor, second: Tensor) -> Tensor:
+    """(N,) float64 structural similarity of pictures (Wang et al. 2004): Gaussian window of 11, K1 0.01, K2 0.03.
 
     Args:
         first, second: (N, C, H, W) floating in [0, 1].
@@ -160,4 +196,5 @@ def ssim(first: Tensor, second: Tensor) -> float:
     covariance = blur(a * b) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    return float((similarity / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2))).mean())
+    similarity = similarity / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2))
+    return similarity.unflatten(0, first.shape[:2]).flatten(1).mean(1)

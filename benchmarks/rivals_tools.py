@@ -1,10 +1,11 @@
 """The contenders of benchmarks/rivals.py: each tool, set to quantize all the layers that it can.
 
-What each one does was read in its source (SDNQ 0.2.8, torchao 0.18.0, optimum-quanto 0.2.7):
+What each one does was read in its source (SDNQ 0.2.8, torchao 0.18.0, optimum-quanto 0.2.7, nvidia-modelopt 0.47.0):
 SDNQ leaves out convolutions, small layers and layers of certain names unless told otherwise, and
 multiplies in float where a convolution has fewer than 32 channels or a linear fewer than 32 rows.
 torchao has no integer convolution. optimum-quanto restores its convolution weights to float in
-each call, and scales its activations statically, by a moving average over the calibration run.
+each call, and scales its activations statically, by a moving average over the calibration run. nvidia-modelopt
+rounds floats to 8 bits and back, with static scales of the largest value; TensorRT computes in integers later.
 """
 
 from __future__ import annotations
@@ -12,39 +13,22 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 import ldmq_kernels
-from ldmq_kernels.calibration.calibrate import Calibration
-from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, static_scale
-from ldmq_kernels.calibration.trajectory import Trajectory, denoiser
-from ldmq_kernels.conversion import convert
-from ldmq_kernels.numerics.formats import parse_schemes
-from ldmq_kernels.planning.plan import Plan, model_record, quantizable_layers, uniform_plan
-from ldmq_kernels.planning.planner import DEFAULT_FORMATS, Target, plan_from_analysis
-from ldmq_kernels.report.measure import draw_pictures
-from ldmq_kernels.sensitivity.analysis import Analysis, analyze
+from benchmarks.exam import Workbench, draw_latents, with_unet
+from benchmarks.own_plans import on_layers, own_plans, plan_of, quantized
+from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP
+from ldmq_kernels.planning.planner import DEFAULT_FORMATS
 
 OURS = "ldmq_kernels"
+MODELOPT = "nvidia-modelopt"
+SIMULATED = "simulated: computes in float"
 PLANNED_DB = (36.0, 38.0, 40.0)
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """The float pipeline and what was recorded of it, on captions that nothing is measured on."""
-
-    pipe: Any
-    calibration: Calibration
-    held_out: Trajectory
-
-    @property
-    def unet(self) -> nn.Module:
-        """The float UNet."""
-        return denoiser(self.pipe)
 
 
 @dataclass(frozen=True)
@@ -115,19 +99,69 @@ def _quanto_calibrated(bench: Workbench) -> nn.Module:
 
     model = copy.deepcopy(bench.unet)
     quanto.quantize(model, weights=quanto.qint8, activations=quanto.qint8)
-    original = bench.unet
-    bench.pipe.unet = model
-    try:
-        with quanto.Calibration(), torch.no_grad():
-            draw_pictures(bench.pipe, bench.calibration.prompts, bench.calibration.settings, "calibration")
-    finally:
-        bench.pipe.unet = original
+    with quanto.Calibration(), torch.no_grad():
+        _draw_calibration(bench, model)
     quanto.freeze(model)
     return model
 
 
+# -- nvidia-modelopt -------------------------------------------------------------------------------------
+
+# Which layers NVIDIA's example for diffusers leaves in float: `filter_func_default` in
+# https://github.com/NVIDIA/Model-Optimizer/blob/main/examples/diffusers/quantization/utils.py
+MODELOPT_SKIPS = (
+    "time_emb_proj",
+    "time_embedding",
+    "conv_in",
+    "conv_out",
+    "conv_shortcut",
+    "add_embedding",
+    "pos_embed",
+    "time_text_embed",
+    "context_embedder",
+    "norm_out",
+    "x_embedder",
+)
+
+
+def _modelopt(bench: Workbench, configuration: Callable[[Any], dict[str, Any]], *, skips: bool) -> nn.Module:
+    import modelopt.torch.quantization as mtq
+
+    model = copy.deepcopy(bench.unet)
+    config = copy.deepcopy(configuration(mtq))
+    model = mtq.quantize(model, config, lambda quantized: _draw_calibration(bench, quantized))
+    if skips:
+        mtq.disable_quantizer(model, lambda name: any(skip in name for skip in MODELOPT_SKIPS))
+    return model
+
+
+def _modelopt_default(mtq: Any) -> dict[str, Any]:
+    """Made for language models: leaves layers named "proj_out" in float, which a UNet's attention has too."""
+    return dict(mtq.INT8_DEFAULT_CFG)
+
+
+def _modelopt_diffusers(mtq: Any) -> dict[str, Any]:
+    """What NVIDIA's example for diffusers quantizes with: every linear and every convolution."""
+    from modelopt.torch.opt.config_loader import load_config
+
+    config = load_config("configs/ptq/presets/diffusers/int8", schema_type=mtq.config.QuantizeConfig)
+    return config.model_dump(exclude_unset=True)
+
+
+def _modelopt_smoothquant(mtq: Any) -> dict[str, Any]:
+    """The example's configuration for SmoothQuant, with its default alpha."""
+    return copy.deepcopy(mtq.INT8_SMOOTHQUANT_CFG) | {"algorithm": {"method": "smoothquant", "alpha": 1.0}}
+
+
+def _draw_calibration(bench: Workbench, model: nn.Module) -> None:
+    """Draw the calibration's pictures with this UNet, as a tool's own calibration loop."""
+    calibration = bench.calibration
+    with_unet(bench.pipe, model, lambda: draw_latents(bench.pipe, calibration.prompts, calibration.settings))
+
+
 def rivals() -> list[Contender]:
     """The other tools, each with all the layers that it can quantize, and as it comes."""
+    recipe = "NVIDIA's recipe for diffusers"
     return [
         Contender("sdnq", "w8a8 dynamic, everywhere", _sdnq_everywhere, "one scale a token or patch"),
         Contender("sdnq", "as it comes", _sdnq, "weight-only"),
@@ -135,75 +169,68 @@ def rivals() -> list[Contender]:
         Contender("torchao", "weight-only", lambda b: _torchao(b, "Int8WeightOnlyConfig")),
         Contender("optimum-quanto", "w8a8 calibrated", _quanto_calibrated, "rounds some outputs too"),
         Contender("optimum-quanto", "weight-only", _quanto_weights),
+        Contender(
+            MODELOPT, "w8a8 calibrated, everywhere", lambda b: _modelopt(b, _modelopt_diffusers, skips=False), SIMULATED
+        ),
+        Contender(
+            MODELOPT, "w8a8 calibrated, as it comes", lambda b: _modelopt(b, _modelopt_default, skips=False), SIMULATED
+        ),
+        Contender(
+            MODELOPT, f"w8a8 calibrated, {recipe}", lambda b: _modelopt(b, _modelopt_diffusers, skips=True), SIMULATED
+        ),
+        Contender(
+            MODELOPT,
+            f"w8a8 calibrated, {recipe}, SmoothQuant",
+            lambda b: _modelopt(b, _modelopt_smoothquant, skips=True),
+            SIMULATED,
+        ),
     ]
 
 
 # -- this package ----------------------------------------------------------------------------------------
 
 
-def converted(bench: Workbench, plan: Plan) -> nn.Module:
-    """A copy of the float UNet quantized as a plan says."""
-    model = copy.deepcopy(bench.unet)
-    convert(model, plan)
-    return model
-
-
-def _static_scales(bench: Workbench, mode: str) -> dict[str, float]:
-    calibration = replace(bench.calibration, mode=mode)
-    scales = {name: static_scale(calibration.input_absmax(name), None) for name in calibration.absmax}
-    return {name: scale for name, scale in scales.items() if scale is not None}
-
-
-def _uniform_static(bench: Workbench, mode: str) -> nn.Module:
-    rules = [{"pattern": "*", "scheme": "w8a8-static"}]
-    return converted(bench, Plan(model_record(bench.unet), rules, input_scales=_static_scales(bench, mode)))
-
-
 def own_uniform() -> list[Contender]:
-    """This package with one scheme for every layer."""
+    """This package with one scheme for every layer, nothing searched."""
 
-    def uniform(scheme: str) -> Callable[[Workbench], nn.Module]:
-        return lambda bench: converted(bench, uniform_plan(bench.unet, scheme))
+    def plain(scheme: str, mode: str = ALL_STEPS) -> Callable[[Workbench], nn.Module]:
+        return lambda bench: quantized(bench, own_plans(bench).plain(scheme, mode))
 
     return [
-        Contender(OURS, "w8a8 dynamic", uniform("w8a8-dynamic")),
-        Contender(OURS, "w8a8 static, first step", lambda b: _uniform_static(b, FIRST_STEP)),
-        Contender(OURS, "w8a8 static, all steps", lambda b: _uniform_static(b, ALL_STEPS)),
-        Contender(OURS, "weight-only", uniform("w8a16")),
+        Contender(OURS, "w8a8 dynamic", plain("w8a8-dynamic")),
+        Contender(OURS, "w8a8 static, first step", plain("w8a8-static", FIRST_STEP)),
+        Contender(OURS, "w8a8 static, all steps", plain("w8a8-static", ALL_STEPS)),
+        Contender(OURS, "weight-only", plain("w8a16")),
     ]
 
 
 def own_beside(
-    rival: Contender, stored: Iterable[str], computed: Iterable[str], scheme: str = "w8a8-dynamic"
+    rival: Contender, stored: Iterable[str], computed: Iterable[str], *, searched: bool = False
 ) -> Contender:
-    """This package on exactly the layers that a rival quantizes, in the rival's kind of arithmetic."""
-    computed, stored = frozenset(computed), frozenset(stored)
+    """This package on exactly the layers that a rival quantizes, in the rival's kind of arithmetic.
+
+    Args:
+        searched: with all of the method for each layer, else with the whole range and nothing more.
+    """
+    scheme = "w8a8-static" if "calibrated" in rival.configuration else "w8a8-dynamic"
+    stored, computed = frozenset(stored), frozenset(computed)
 
     def build(bench: Workbench) -> nn.Module:
-        exceptions = {
-            name: {"scheme": "w8a16" if name in stored else "fp16", "reason": f"as {rival.tool} does"}
-            for name in quantizable_layers(bench.unet)
-            if name not in computed
-        }
-        scales = _static_scales(bench, ALL_STEPS) if scheme == "w8a8-static" else {}
-        plan = Plan(model_record(bench.unet), [{"pattern": "*", "scheme": scheme}], exceptions, scales)
-        return converted(bench, plan)
+        plans = own_plans(bench)
+        calibration = plans.calibration(ALL_STEPS)
+        choices = plans.searched_choices(scheme) if searched else plans.plain_choices(scheme, plans.whole)
+        return quantized(bench, plan_of(bench.unet, on_layers(choices, stored, computed), calibration))
 
-    kind = scheme.replace("-", " ").replace("static", "static, all steps")
-    return Contender(OURS, f"{kind}, layers of {rival.tool}", build)
+    kind = scheme.replace("-", " ").replace("static", "static, all steps") + (", searched" if searched else "")
+    return Contender(OURS, f"{kind}, layers of {rival.tool} {rival.configuration}", build)
 
 
-def own_planned(*, show: bool) -> list[Contender]:
+def own_planned() -> list[Contender]:
     """This package's plans of fewest bytes for some targets; they share one analysis."""
-    analyses: list[Analysis] = []
 
     def planned(target: float) -> Callable[[Workbench], nn.Module]:
         def build(bench: Workbench) -> nn.Module:
-            if not analyses:
-                schemes = parse_schemes(DEFAULT_FORMATS)
-                analyses.append(analyze(bench.pipe, bench.calibration, schemes, show=show))
-            found = plan_from_analysis(bench.unet, analyses[0], bench.held_out, Target(target), DEFAULT_FORMATS)
-            return converted(bench, found.plan)
+            return quantized(bench, own_plans(bench).reaching(target, DEFAULT_FORMATS))
 
         return build
 

@@ -11,12 +11,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.ranges import channel_absmax, static_scale
+from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.planning.plan import LayerPlan
 from ldmq_kernels.progress import track
 from ldmq_kernels.report.measure import in_turns
-from ldmq_kernels.sensitivity.local_noise import quantized_copy
 
 # Layers that carry a Stable Diffusion 1.5 UNet: (rows, in, out) and (batch, in, height, width, out), 3x3.
 LINEARS = ((8192, 320, 320), (2048, 640, 640), (512, 1280, 1280), (2048, 640, 5120))
@@ -65,7 +65,7 @@ def time_layer(make: Callable[[], nn.Module], shape: tuple[int, ...], device: to
     for name in TESTED:
         scheme = SCHEMES[name]
         choice = LayerPlan(scheme, "", scale if scheme.is_static else None)
-        works[name] = work(quantized_copy(layer.to(narrow), choice), as_image(x.to(narrow)))
+        works[name] = work(quantize_layer(name, layer.to(narrow), choice), as_image(x.to(narrow)))
     return dict(zip(works, in_turns(list(works.values()), device, rounds=ROUNDS), strict=True))
 
 

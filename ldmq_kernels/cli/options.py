@@ -28,7 +28,7 @@ TargetBytes = Annotated[
 Formats = Annotated[
     str | None,
     typer.Option(
-        help="Formats or schemes to choose among, with commas: w8a8, w4a8 (both static and dynamic), w8a16, w4a16, "
+        help="Formats or schemes to choose among, with commas: w8a8, w4a8 (each static, stepped, dynamic and paired), w8a16, "
         f"fp16, or w8a8-static and so on. [default: {DEFAULT_FORMATS}]",
         show_default=False,
     ),

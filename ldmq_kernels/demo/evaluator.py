@@ -87,15 +87,21 @@ def attribute_loss(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tens
     return torch.stack(losses).mean()
 
 
+def attributes_right(logits: dict[str, Tensor], drawn: Sequence[scenes.Scene]) -> tuple[Tensor, Tensor]:
+    """(pictures,) int64 each: how many of a scene's attributes its picture shows, and how many it has."""
+    right = torch.zeros(len(drawn), dtype=torch.int64)
+    total = torch.zeros_like(right)
+    for name, indices in targets(drawn).items():
+        present = indices != ABSENT
+        right += (logits[name].argmax(1) == indices) & present
+        total += present
+    return right, total
+
+
 def attribute_accuracy(logits: dict[str, Tensor], drawn: Sequence[scenes.Scene]) -> float:
     """Share of all attributes that the scenes have and the pictures show."""
-    wanted = targets(drawn)
-    right = total = 0
-    for name, indices in wanted.items():
-        present = indices != ABSENT
-        right += int((logits[name].argmax(1)[present] == indices[present]).sum())
-        total += int(present.sum())
-    return right / total
+    right, total = attributes_right(logits, drawn)
+    return int(right.sum()) / int(total.sum())
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:

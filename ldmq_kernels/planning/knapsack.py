@@ -1,17 +1,54 @@
 """One choice for each layer: a multiple-choice knapsack, solved by SciPy's HiGHS.
 
-Relative noise powers at the UNet's output add, and so do bytes and operations.
+Whatever adds up over layers can be a goal or a limit: noise at the UNet's output, bytes, time, operations.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import optimize, sparse
 
-RELATIVE_GAP = 1e-3
+RELATIVE_GAP = 1e-4
+EQUAL = 1e-3  # relative difference of a goal within which the next goal decides
 SECONDS = 20.0
+TOLERANCE = 2e-6  # by which HiGHS may pass a limit
+NEGLIGIBLE = 1e-9
+TINY = np.finfo(float).tiny
+
+Column = NDArray[np.float64]
+Limit = tuple[Column, float]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Take away what C code prints to standard output inside: SciPy's HiGHS has a message that no option stops."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _scaled(column: Column, scale: float) -> Column:
+    """The column over the scale, without what is too small for the solver to tell from nothing."""
+    scaled = column / scale
+    return np.where(scaled < NEGLIGIBLE, 0.0, scaled)
 
 
 class Infeasible(Exception):
@@ -20,77 +57,91 @@ class Infeasible(Exception):
 
 @dataclass(frozen=True)
 class Option:
-    """One choice of one layer: its costs."""
+    """One choice of one layer: its costs.
+
+    Attributes:
+        noise: relative noise power at the UNet's output, at each analysed step.
+        milliseconds: time of one call, 0 where no times were measured.
+        is_float: whether the layer stays in 16 bit.
+        signals: other measures of loss that were asked for, by name.
+    """
 
     layer: str
     scheme: str
-    noise: float
+    noise: tuple[float, ...]
     bytes: float
     operations: float
+    milliseconds: float = 0.0
+    is_float: bool = False
+    signals: tuple[tuple[str, float], ...] = ()
 
 
-def _solve(options: list[Option], goal: np.ndarray, limits: list[tuple[np.ndarray, float]]) -> np.ndarray:
-    layers = {name: row for row, name in enumerate(dict.fromkeys(o.layer for o in options))}
-    rows = [layers[o.layer] for o in options]
-    one_each = sparse.coo_matrix((np.ones(len(options)), (rows, range(len(options)))))
-    constraints = [optimize.LinearConstraint(one_each.tocsr(), 1, 1)]
-    constraints += [optimize.LinearConstraint(row[None] / bound, -np.inf, 1.0) for row, bound in limits]
-    scale = max(float(goal.max()), np.finfo(float).tiny)
-    result = optimize.milp(
-        goal / scale,
-        integrality=np.ones(len(options)),
-        bounds=optimize.Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": SECONDS},
-    )
-    if result.x is None:
-        raise Infeasible(result.message)
-    return np.flatnonzero(result.x > 0.5)
+class Table:
+    """Options as columns, one number an option."""
 
+    def __init__(self, options: Sequence[Option]) -> None:
+        self.options = list(options)
+        self.noise: Column = np.array([o.noise for o in options], dtype=np.float64)
+        self.bytes: Column = np.array([o.bytes for o in options], dtype=np.float64)
+        self.operations: Column = np.array([o.operations for o in options], dtype=np.float64)
+        self.milliseconds: Column = np.array([o.milliseconds for o in options], dtype=np.float64)
+        self.is_float: Column = np.array([o.is_float for o in options], dtype=np.float64)
+        rows: dict[str, int] = {}
+        self.layer = np.array([rows.setdefault(o.layer, len(rows)) for o in options])
 
-def _chosen(options: list[Option], picked: np.ndarray) -> dict[str, Option]:
-    return {options[i].layer: options[i] for i in picked}
+    def signal(self, name: str) -> Column:
+        """A signal beside noise; 0 where an option has none."""
+        return np.array([dict(o.signals).get(name, 0.0) for o in self.options], dtype=np.float64)
 
+    def chosen(self, picked: NDArray[np.intp]) -> dict[str, Option]:
+        """Options by layer."""
+        return {self.options[i].layer: self.options[i] for i in picked}
 
-def _columns(options: list[Option]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    table = np.array([(o.noise, o.bytes, o.operations) for o in options], dtype=np.float64)
-    return table[:, 0], table[:, 1], table[:, 2]
+    def least(self, *columns: Column) -> NDArray[np.intp]:
+        """Each layer's option that is least in the first column, of equal ones in the next."""
+        order = np.lexsort((*reversed(columns), self.layer))
+        return order[np.unique(self.layer[order], return_index=True)[1]]
 
+    def solve(self, goals: Sequence[Column], limits: Sequence[Limit]) -> NDArray[np.intp]:
+        """An option of every layer, least in the first goal; of those within 0.1 % of it, least in the next, and so on.
 
-def fewest_bytes(options: list[Option], noise_limit: float) -> dict[str, Option]:
-    """The choice of fewest bytes within a noise power; of equal ones, the one of least operations.
+        Raises:
+            Infeasible: no combination meets the limits.
+        """
+        kept = list(limits)
+        for goal in goals:
+            picked = self._solve(goal, kept)
+            kept.append((goal, float(goal[picked].sum()) * (1 + EQUAL)))
+        return picked
 
-    Raises:
-        Infeasible: even the least noisy choice is above the limit.
-    """
-    noise, size, operations = _columns(options)
-    limits = [(noise, noise_limit)]
-    smallest = _solve(options, size, limits)
-    bound = float(size[smallest].sum()) * (1 + RELATIVE_GAP)
-    return _chosen(options, _solve(options, operations, [*limits, (size, bound)]))
+    def _solve(self, goal: Column, limits: Sequence[Limit]) -> NDArray[np.intp]:
+        found = self._milp(goal, limits)
+        passed = [float(row[found].sum()) > bound for row, bound in limits]
+        if not any(passed):
+            return found
+        tighter = [(row, bound * (1 - TOLERANCE * over)) for (row, bound), over in zip(limits, passed, strict=True)]
+        return self._milp(goal, tighter)
 
-
-def least_noise(options: list[Option], byte_limit: float) -> dict[str, Option]:
-    """The choice of least noise within a number of bytes.
-
-    Raises:
-        Infeasible: even the smallest choice is above the limit.
-    """
-    noise, size, _ = _columns(options)
-    return _chosen(options, _solve(options, noise, [(size, byte_limit)]))
-
-
-def smallest_bytes(options: list[Option]) -> float:
-    """Bytes of the smallest choice of all."""
-    best: dict[str, float] = {}
-    for option in options:
-        best[option.layer] = min(best.get(option.layer, np.inf), option.bytes)
-    return sum(best.values())
-
-
-def smallest_noise(options: list[Option]) -> float:
-    """Noise power of the least noisy choice of all."""
-    best: dict[str, float] = {}
-    for option in options:
-        best[option.layer] = min(best.get(option.layer, np.inf), option.noise)
-    return sum(best.values())
+    def _milp(self, goal: Column, limits: Sequence[Limit]) -> NDArray[np.intp]:
+        count = len(self.options)
+        one_each = sparse.coo_matrix((np.ones(count), (self.layer, np.arange(count)))).tocsr()
+        constraints = [optimize.LinearConstraint(one_each, 1, 1)]
+        allowed = np.ones(count, dtype=bool)
+        for row, bound in limits:
+            allowed &= row <= max(bound, 0.0) * (1 + TOLERANCE)  # what passes a limit by itself is no choice
+        for row, bound in limits:
+            scale = bound if bound > 0 else max(float(row.max()), TINY)
+            scaled = _scaled(np.where(allowed, row, 0.0), scale)
+            constraints.append(optimize.LinearConstraint(scaled[None], -np.inf, bound / scale))
+        goal = np.where(allowed, goal, 0.0)
+        with _silent():
+            result = optimize.milp(
+                _scaled(goal, max(float(goal.max()), TINY)),
+                integrality=np.ones(count),
+                bounds=optimize.Bounds(0, allowed.astype(float)),
+                constraints=constraints,
+                options={"mip_rel_gap": RELATIVE_GAP, "time_limit": SECONDS},
+            )
+        if result.x is None:
+            raise Infeasible(result.message)
+        return np.flatnonzero(result.x > 0.5)

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from ldmq_kernels.calibration.trajectory import (
     output_tensor,
     run_pipeline,
 )
+from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.planning.plan import Plan, quantizable_layers
 from ldmq_kernels.progress import track
-from ldmq_kernels.sensitivity.local_noise import quantized_copy
 from ldmq_kernels.sensitivity.output_noise import swapped
 
 IDENTICAL_DB = 100.0  # PSNR that stands for pictures without any difference
@@ -101,12 +101,16 @@ def in_turns(works: Sequence[Callable[[], object]], device: torch.device, *, rou
 def time_plan(model: nn.Module, plan: Plan, call: UNetCall, *, rounds: int = 7) -> Timing:
     """Time one recorded call of a float model, and of the same model with the plan's layers in place.
 
+    Weights are rounded to nearest and all steps take the first group's scales: any others take as long.
+
     Raises:
         PlanError: the plan does not fit the model.
     """
     layers = quantizable_layers(model)
     chosen = {name: choice for name, choice in plan.layers(model).items() if choice.scheme.quantizes}
-    copies: dict[str, nn.Module] = {name: quantized_copy(layers[name], choice) for name, choice in chosen.items()}
+    copies: dict[str, nn.Module] = {
+        name: quantize_layer(name, layers[name], replace(choice, rounding="nearest")) for name, choice in chosen.items()
+    }
 
     def run() -> None:
         output_tensor(model(*call.args, **call.kwargs))

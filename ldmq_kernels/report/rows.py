@@ -21,7 +21,7 @@ class LayerRow:
 
     Attributes:
         sqnr_db: scheme -> SQNR at the UNet's output with this layer alone quantized so.
-        alpha: scheme -> smoothing strength, where smoothing helped.
+        found: scheme -> what the search of the layer kept, such as "alpha 0.5, bias".
         drift: how many times larger its input gets than at the first step.
         scheme: the plan's choice; None without a plan.
         bytes_after: bytes of weight and scales in that scheme; None without a plan.
@@ -33,7 +33,7 @@ class LayerRow:
     shape: tuple[int, ...]
     operations: int
     sqnr_db: dict[str, float]
-    alpha: dict[str, float]
+    found: dict[str, str]
     drift: float
     bytes_before: int
     scheme: str | None
@@ -56,7 +56,7 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
         layer = layers[name]
         measured = {str(c.scheme): analysis.output[name, str(c.scheme)].mean_power for c in analysis.candidates[name]}
         sqnr = {scheme: finite_db(power) for scheme, power in measured.items()}
-        alpha = {str(c.scheme): c.alpha for c in analysis.candidates[name] if c.alpha is not None}
+        found = {str(c.scheme): c.label for c in analysis.candidates[name]}
         choice = None if plan is None else plan.layer(name)
         scheme = None if choice is None else str(choice.scheme)
         smoothed = choice is not None and choice.smoothing is not None
@@ -68,7 +68,7 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
                 shape=layer_shape(layer),
                 operations=analysis.calibration.operations[name],
                 sqnr_db=sqnr,
-                alpha=alpha,
+                found=found,
                 drift=drift[name],
                 bytes_before=weight_bytes(layer, FLOAT),
                 scheme=scheme,
@@ -88,17 +88,17 @@ def _reason(plan: Plan, name: str, sqnr: dict[str, float]) -> str:
 
 
 def to_csv(rows: list[LayerRow], schemes: list[str]) -> bytes:
-    """The rows as CSV in UTF-8, with a column of SQNR and one of smoothing strength for each scheme."""
+    """The rows as CSV in UTF-8, with a column of SQNR and one of what the search kept for each scheme."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     fixed = ["layer", "block", "kind", "shape", "multiply_accumulates", "range_drift", "bytes_fp16"]
-    measured = [f"{what} {scheme}" for scheme in schemes for what in ("output_sqnr_db", "smoothing_alpha")]
+    measured = [f"{what} {scheme}" for scheme in schemes for what in ("output_sqnr_db", "found")]
     writer.writerow([*fixed, *measured, "chosen", "bytes_chosen", "reason"])
     for row in rows:
         numbers: list[object] = []
         for scheme in schemes:
             value = row.sqnr_db.get(scheme)
-            numbers += ["" if value is None else f"{value:.3f}", row.alpha.get(scheme, "")]
+            numbers += ["" if value is None else f"{value:.3f}", row.found.get(scheme, "")]
         shape = "x".join(map(str, row.shape))
         start = [row.name, row.block, row.kind, shape, row.operations, f"{row.drift:.4f}", row.bytes_before]
         end = [row.scheme or "", "" if row.bytes_after is None else row.bytes_after, row.reason]

@@ -173,15 +173,14 @@ def _layer(row: LayerRow, schemes: Sequence[str]) -> str:
     )
     name = escape(row.name).replace(".", ".<wbr>")
     choice = "" if row.scheme is None else f"<td>{chip(row.scheme)}</td>"
-    smoothed = row.alpha.get(row.scheme or "", None)
-    alpha = "" if row.scheme is None else f"<td class=n>{'' if smoothed is None else f'{smoothed:g}'}</td>"
+    found = "" if row.scheme is None else f"<td>{escape(row.found.get(row.scheme, ''))}</td>"
     after = (
         "" if row.bytes_after is None else f'<td class=n data-v="{row.bytes_after}">{row.bytes_after / 1e3:.1f}</td>'
     )
     why = "" if row.scheme is None else f"<td class=why>{escape(row.reason)}</td>"
     return (
         f"<tr><td class=name>{name}</td><td>{row.kind} {'x'.join(map(str, row.shape))}</td>"
-        f"{choice}{numbers}<td class=n>{row.drift:.2f}x</td>{alpha}{after}{why}</tr>"
+        f"{choice}{numbers}<td class=n>{row.drift:.2f}x</td>{found}{after}{why}</tr>"
     )
 
 
@@ -191,7 +190,7 @@ def layers(rows: Sequence[LayerRow], schemes: Sequence[str]) -> str:
     heads = ["<th>layer", "<th>weight"]
     heads += ["<th>chosen"] if planned else []
     heads += [f"<th class=n>{scheme}" for scheme in schemes] + ["<th class=n>drift"]
-    heads += ["<th class=n>smoothing", "<th class=n>kB", "<th>why"] if planned else []
+    heads += ["<th>found", "<th class=n>kB", "<th>why"] if planned else []
     body = "".join(_layer(row, schemes) for row in rows)
     return section(
         "Every layer",

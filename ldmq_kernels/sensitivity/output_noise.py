@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ldmq_kernels.calibration.trajectory import Trajectory, replay
+from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, replay
 from ldmq_kernels.numerics.sqnr import to_db
+
+PARTS = ("unconditional", "conditional", "guided")
+
+
+@dataclass(frozen=True)
+class SampleNoise:
+    """Sums of squares of one prompt's signal and error at one step.
+
+    `part` is "unconditional" or "conditional", the halves of classifier-free guidance, "guided", what guidance
+    makes of them, or "whole" where there is no guidance.
+    """
+
+    step: int
+    prompt: int
+    part: str
+    signal: float
+    noise: float
 
 
 @dataclass(frozen=True)
 class StepNoise:
-    """Relative noise power at the output for each sampling step that was measured, steps ascending."""
+    """Relative noise power at the output for each sampling step that was measured, steps ascending.
+
+    Classifier-free guidance's halves are pooled before guidance, as are all prompts; `samples` holds them apart
+    where they were measured.
+    """
 
     by_step: dict[int, float]
+    samples: tuple[SampleNoise, ...] = field(default=(), compare=False)
 
     @property
     def mean_power(self) -> float:
@@ -49,14 +70,39 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]
             model.set_submodule(name, layer)
 
 
-def output_noise(model: nn.Module, trajectory: Trajectory) -> StepNoise:
+def summed(noises: Iterable[StepNoise]) -> StepNoise:
+    """The noise of several changes together: their powers add, step by step."""
+    total: dict[int, float] = {}
+    for noise in noises:
+        for step, power in noise.by_step.items():
+            total[step] = total.get(step, 0.0) + power
+    return StepNoise(dict(sorted(total.items())))
+
+
+def _sample_noise(call: UNetCall, output: Tensor, guidance_scale: float) -> Iterator[SampleNoise]:
+    error, signal = output.double() - call.output.double(), call.output.double()
+    parts = [(error, signal, "whole")]
+    if call.guided:
+        (error_u, error_c), (signal_u, signal_c) = error.chunk(2), signal.chunk(2)
+        guided_error = error_u + guidance_scale * (error_c - error_u)
+        guided_signal = signal_u + guidance_scale * (signal_c - signal_u)
+        parts = [(error_u, signal_u, PARTS[0]), (error_c, signal_c, PARTS[1]), (guided_error, guided_signal, PARTS[2])]
+    for error, signal, part in parts:
+        noises, signals = (value.flatten(1).square().sum(1).tolist() for value in (error, signal))
+        for prompt, power, of in zip(call.prompts, noises, signals, strict=False):
+            yield SampleNoise(call.step, prompt, part, of, power)
+
+
+def output_noise(model: nn.Module, trajectory: Trajectory, *, guidance_scale: float | None = None) -> StepNoise:
     """Replay the trajectory with the model as it is now and compare its outputs with the recorded ones.
 
-    Classifier-free guidance's halves are pooled, as are all prompts; sums in float64.
+    Args:
+        guidance_scale: of the trajectory: keep the noise of each prompt and half too. Sums are in float64.
 
     Raises:
         ValueError: the model's output is not finite.
     """
+    samples: list[SampleNoise] = []
     signal: dict[int, float] = {}
     noise: dict[int, float] = {}
     for call, output in replay(model, trajectory):
@@ -66,16 +112,9 @@ def output_noise(model: nn.Module, trajectory: Trajectory) -> StepNoise:
             raise ValueError(f"the quantized model's output is not finite at sampling step {call.step}")
         signal[call.step] = signal.get(call.step, 0.0) + float(exact.square().sum())
         noise[call.step] = noise.get(call.step, 0.0) + found
-    return StepNoise({step: noise[step] / signal[step] for step in sorted(signal)})
-
-
-def spread_steps(steps: int, count: int) -> list[int]:
-    """`count` sampling steps spread evenly, the first and the last among them."""
-    if count >= steps:
-        return list(range(steps))
-    if count == 1:
-        return [0]
-    return sorted({round(i * (steps - 1) / (count - 1)) for i in range(count)})
+        if guidance_scale is not None:
+            samples += _sample_noise(call, output, guidance_scale)
+    return StepNoise({step: noise[step] / signal[step] for step in sorted(signal)}, tuple(samples))
 
 
 def block_of(layer: str) -> str:
@@ -88,9 +127,3 @@ def block_of(layer: str) -> str:
 def finite_db(power: float) -> float:
     """SQNR in dB for files and pictures, with no noise at all as 200 dB."""
     return min(200.0, to_db(power)) if power > 0 else 200.0
-
-
-def total_noise(signal: torch.Tensor, test: torch.Tensor) -> tuple[float, float]:
-    """Sums of squares of the signal and of the error, in float64."""
-    exact = signal.double()
-    return float(exact.square().sum()), float((test.double() - exact).square().sum())

@@ -13,6 +13,7 @@ from ldmq_kernels.demo.evaluator import (
     Evaluator,
     attribute_accuracy,
     attribute_loss,
+    attributes_right,
     frechet_distance,
     targets,
 )
@@ -42,6 +43,17 @@ def test_accuracy_counts_what_is_there_and_nothing_else() -> None:
     assert attribute_accuracy(logits, drawn) == 1
     logits["shape0"][3] *= -1
     assert attribute_accuracy(logits, drawn) == pytest.approx(1 - 1 / (10 * 5 + 10 * 8))
+
+
+def test_attributes_are_counted_picture_by_picture() -> None:
+    drawn = _scenes(20)
+    logits = _certain(drawn)
+    for name in ("shape0", "colour1"):
+        logits[name][13] *= -1
+    logits["shape1"][2] *= -1  # a second object that is not there
+    right, total = attributes_right(logits, drawn)
+    assert total.tolist() == [5] * 10 + [8] * 10
+    assert (total - right).tolist() == [2 if index == 13 else 0 for index in range(20)]
 
 
 def test_absent_attributes_neither_cost_nor_teach() -> None:

@@ -1,70 +1,73 @@
 """The knapsack finds what trying all combinations finds."""
 
-import itertools
+from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
-from ldmq_kernels.planning.knapsack import (
-    Infeasible,
-    Option,
-    fewest_bytes,
-    least_noise,
-    smallest_bytes,
-    smallest_noise,
-)
+from ldmq_kernels.planning.knapsack import Infeasible, Option, Table
+from python_tests.planning.made_up import SCHEMES, every_choice, options
 
 
-def _options(seed: int, layers: int = 6) -> list[Option]:
-    random = torch.Generator().manual_seed(seed)
-    options = []
-    for layer in range(layers):
-        for scheme, size, operations in (("fp16", 16, 2.0), ("w8a16", 8, 2.1), ("w8a8", 8, 1.0), ("w4a8", 4, 1.0)):
-            noise = 0.0 if scheme == "fp16" else float(torch.rand(1, generator=random)) * 16 / size
-            options.append(Option(f"layer{layer}", scheme, noise, size * (1 + layer), operations * (1 + layer)))
-    return options
+@pytest.mark.parametrize("seed", range(4))
+def test_the_least_of_a_column_within_limits_on_others(seed: int) -> None:
+    found = options(seed)
+    table = Table(found)
+    noise = table.noise.sum(1)
+    totals = [(sum(sum(o.noise) for o in c), sum(o.milliseconds for o in c)) for c in every_choice(found)]
+    limit, most_time = (float(np.quantile(column, 0.5)) for column in zip(*totals, strict=True))
+    picked = table.solve([table.bytes], [(noise, limit), (table.milliseconds, most_time)])
+    allowed = [
+        sum(o.bytes for o in choice)
+        for choice in every_choice(found)
+        if sum(sum(o.noise) for o in choice) <= limit and sum(o.milliseconds for o in choice) <= most_time
+    ]
+    assert noise[picked].sum() <= limit
+    assert table.milliseconds[picked].sum() <= most_time
+    assert table.bytes[picked].sum() == pytest.approx(min(allowed), rel=1.1e-3)
 
 
-def _every_choice(options: list[Option]) -> list[tuple[Option, ...]]:
-    by_layer: dict[str, list[Option]] = {}
-    for option in options:
-        by_layer.setdefault(option.layer, []).append(option)
-    return list(itertools.product(*by_layer.values()))
+@pytest.mark.parametrize("seed", range(3))
+def test_a_limit_is_kept_to_the_byte(seed: int) -> None:
+    found = options(seed)
+    sizes = sorted({int(sum(o.bytes for o in choice)) for choice in every_choice(found)})
+    table = Table(found)
+    for limit in (sizes[0], sizes[len(sizes) // 2]):
+        assert table.bytes[table.solve([table.noise.sum(1)], [(table.bytes, limit)])].sum() <= limit
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_fewest_bytes_is_optimal_and_within_the_noise(seed):
-    options, limit = _options(seed), 3.0
-    chosen = fewest_bytes(options, limit).values()
-    allowed = [c for c in _every_choice(options) if sum(o.noise for o in c) <= limit]
-    fewest = min(sum(o.bytes for o in c) for c in allowed)
-    assert sum(o.noise for o in chosen) <= limit * (1 + 1e-6)
-    assert sum(o.bytes for o in chosen) <= fewest * 1.002
+def test_of_equal_bytes_the_cheaper_operations_win() -> None:
+    table = Table(options(0, schemes=SCHEMES[1:4]))
+    chosen = table.chosen(table.solve([table.bytes, table.operations], []))
+    assert {o.scheme for o in chosen.values()} == {"w8a8-static"}
+    unordered = Table([o for o in options(0) if o.scheme in ("w8a8-dynamic", "w8a16")])
+    chosen = unordered.chosen(unordered.solve([unordered.bytes, unordered.operations], []))
+    assert {o.scheme for o in chosen.values()} == {"w8a8-dynamic"}
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_least_noise_is_optimal_and_within_the_bytes(seed):
-    options, limit = _options(seed), 120.0
-    chosen = least_noise(options, limit).values()
-    allowed = [c for c in _every_choice(options) if sum(o.bytes for o in c) <= limit]
-    least = min(sum(o.noise for o in c) for c in allowed)
-    assert sum(o.bytes for o in chosen) <= limit * (1 + 1e-6)
-    assert sum(o.noise for o in chosen) <= least * 1.002 + 1e-9
+def test_every_layer_gets_exactly_one_choice() -> None:
+    table = Table(options(3))
+    picked = table.solve([table.bytes], [(table.noise.sum(1), 1e-3)])
+    assert sorted(table.layer[picked]) == sorted(set(table.layer))
 
 
-def test_of_equal_bytes_the_cheaper_operations_win_when_the_noise_allows():
-    options = [o for o in _options(0) if o.scheme in ("w8a16", "w8a8")]
-    assert {o.scheme for o in fewest_bytes(options, 1e3).values()} == {"w8a8"}
+def test_the_least_options_are_taken_layer_by_layer_and_ties_by_the_next_column() -> None:
+    found = [Option("b", "x", (1.0,), 3, 2), Option("b", "y", (1.0,), 3, 1), Option("a", "x", (0.0,), 5, 5)]
+    table = Table(found)
+    assert sorted(table.least(table.bytes, table.operations)) == [1, 2]
 
 
-def test_every_layer_gets_exactly_one_choice():
-    options = _options(3)
-    assert set(fewest_bytes(options, 2.0)) == {o.layer for o in options}
+def test_none_of_a_kind_can_be_asked_for() -> None:
+    table = Table(options(1))
+    picked = table.solve([table.noise.sum(1)], [(table.is_float, 0)])
+    assert not table.is_float[picked].any()
 
 
-def test_what_cannot_be_met_says_so():
-    options = [o for o in _options(1) if o.scheme != "fp16"]
+def test_what_cannot_be_met_says_so() -> None:
+    table = Table(options(1, schemes=SCHEMES[1:]))
+    least = float(table.bytes[table.least(table.bytes)].sum())
     with pytest.raises(Infeasible):
-        fewest_bytes(options, smallest_noise(options) * 0.9)
+        table.solve([table.noise.sum(1)], [(table.bytes, least * 0.999)])
     with pytest.raises(Infeasible):
-        least_noise(options, smallest_bytes(options) * 0.9)
+        table.solve([table.bytes], [(table.noise.sum(1), -1.0)])
+    assert np.isclose(table.bytes[table.solve([table.bytes], [(table.bytes, least)])].sum(), least)

@@ -7,10 +7,10 @@ from torch import nn
 
 from ldmq_kernels.calibration import Calibration, SamplingSettings, Trajectory
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.plan import Plan, layer_shape, model_record, quantizable_layers
+from ldmq_kernels.planning.plan import LayerPlan, Plan, layer_shape, model_record, quantizable_layers
 from ldmq_kernels.planning.planner import PlanResult
 from ldmq_kernels.sensitivity.analysis import Analysis
-from ldmq_kernels.sensitivity.local_noise import Candidate
+from ldmq_kernels.sensitivity.candidates import Candidate
 from ldmq_kernels.sensitivity.output_noise import StepNoise, block_of
 
 STEPS = [0, 3, 7]
@@ -31,7 +31,8 @@ def made_up_analysis(model: nn.Module) -> Analysis:
     output, candidates = {}, {}
     for index, name in enumerate(layers):
         candidates[name] = [
-            Candidate(SCHEMES[scheme], 0.5 if index % 4 == 0 else None, 0.1, None, 1e-5) for scheme in TRIED
+            Candidate(LayerPlan(SCHEMES[scheme], "", 0.1), 1e-5, "alpha 0.5" if index % 4 == 0 else "plain")
+            for scheme in TRIED
         ]
         for rank, scheme in enumerate(TRIED):
             power = 0.0 if index == 0 and scheme == "w8a16" else 1e-6 * (index + 1) / 10**rank

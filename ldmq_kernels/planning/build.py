@@ -1,0 +1,86 @@
+"""From a choice for every layer to the plan file's content: rules, exceptions, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+
+from torch import nn
+
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
+from ldmq_kernels.planning.options import is_precise
+from ldmq_kernels.planning.plan import LayerPlan, Plan, model_record
+from ldmq_kernels.planning.rules import compress
+from ldmq_kernels.planning.target import Target
+from ldmq_kernels.planning.times import LayerTimes
+from ldmq_kernels.sensitivity.analysis import Analysis
+from ldmq_kernels.sensitivity.output_noise import block_of, finite_db
+
+
+def build_plan(
+    model: nn.Module,
+    analysis: Analysis,
+    schemes: Mapping[str, str],
+    target: Target,
+    formats: Sequence[str],
+    *,
+    sensitive: Collection[str] = (),
+    times: LayerTimes | None = None,
+) -> Plan:
+    """The plan that gives every layer its scheme, as the analysis' candidates have it.
+
+    Args:
+        schemes: layer -> scheme, of all layers.
+        sensitive: blocks that had to start with higher precision.
+        times: by which layers that would get slower stayed in 16 bit.
+    """
+    rules, exceptions = compress(schemes)
+    calibration = analysis.calibration
+    plan = Plan(model_record(model), rules, target=target.to_dict())
+    plan.step_groups = list(calibration.step_groups)
+    reasons = {name: _reason(name, schemes[name], analysis, sensitive, times) for name in exceptions}
+    for name, scheme in schemes.items():
+        candidate = None if scheme == str(FLOAT) else analysis.candidate(name, scheme)
+        reason = reasons.get(name, "")
+        plan.set(name, LayerPlan(SCHEMES[scheme], reason) if candidate is None else candidate.layer_plan(reason))
+    plan.calibration = {
+        "mode": calibration.mode,
+        "prompts": len(calibration.prompts),
+        "texts": list(calibration.prompts),
+        **asdict(calibration.settings),
+        "analysed_steps": analysis.steps,
+        "step_groups": list(calibration.step_groups),
+        "formats": list(formats),
+    }
+    return plan
+
+
+def _alone(analysis: Analysis, name: str, scheme: str) -> float:
+    return finite_db(analysis.output[name, scheme].mean_power)
+
+
+def _reason(name: str, scheme: str, analysis: Analysis, sensitive: Collection[str], times: LayerTimes | None) -> str:
+    if name not in analysis.candidates:
+        return "never ran in calibration"
+    found = analysis.candidates[name]
+    if block_of(name) in sensitive and is_precise(SCHEMES[scheme]):
+        first = f"sensitive block {block_of(name)}"
+        return (
+            first if scheme == str(FLOAT) else f"{first}; alone {_alone(analysis, name, scheme):.1f} dB at the output"
+        )
+    if scheme != str(FLOAT):
+        words = [f"alone {_alone(analysis, name, scheme):.1f} dB at the output"]
+        static = next((c for c in found if c.scheme.is_static and not c.scheme.is_stepped), None)
+        if static is not None and str(static.scheme) != scheme:
+            noise = _alone(analysis, name, str(static.scheme))
+            words.append(f"{static.scheme} {noise:.1f} dB, input grows {analysis.drift()[name]:.2f}x over the steps")
+        return "; ".join(words)
+    if not found:
+        return "none of the formats fits this layer"
+    if times is not None:
+        unchanged = times.layers[name, scheme]
+        fastest = min(times.layers[name, str(c.scheme)] for c in found)
+        if fastest > unchanged:
+            return f"slower when quantized: {fastest:.3f} ms in place of {unchanged:.3f} ms"
+    best = max(found, key=lambda c: _alone(analysis, name, str(c.scheme)))
+    return f"even {best.scheme} alone leaves {_alone(analysis, name, str(best.scheme)):.1f} dB at the output"

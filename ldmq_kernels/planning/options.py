@@ -1,0 +1,128 @@
+"""What the knapsack chooses among: every candidate of every layer, and the float layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
+from ldmq_kernels.planning.choice import SQNR
+from ldmq_kernels.planning.cost import choice_bytes, choice_cost, operation_cost, weight_bytes
+from ldmq_kernels.planning.knapsack import Option
+from ldmq_kernels.planning.plan import PlanError, layer_shape, quantizable_layers
+from ldmq_kernels.planning.times import LayerTimes
+from ldmq_kernels.sensitivity.analysis import Analysis
+from ldmq_kernels.sensitivity.output_noise import block_of
+
+
+def make_options(
+    model: nn.Module,
+    analysis: Analysis,
+    formats: Sequence[str],
+    signals: Sequence[str] = (SQNR,),
+    times: LayerTimes | None = None,
+) -> list[Option]:
+    """Every choice of every layer: noise at the output, bytes, operations and time.
+
+    A layer stays in 16 bit where the pipeline never runs it, and where no candidate fits it. With times, a
+    candidate that is slower than the float layer is left out, if "fp16" is among the formats.
+
+    Raises:
+        PlanError: a signal that the analysis does not have.
+    """
+    for name in signals:
+        if name != SQNR and name not in analysis.signals:
+            raise PlanError(f"the analysis has no signal {name!r}: analyse with it, or plan by {SQNR} alone")
+    names = [name for name in signals if name != SQNR]
+    silent = (0.0,) * len(analysis.steps)
+    options = []
+    for layer, module in quantizable_layers(model).items():
+        size = weight_bytes(module, FLOAT)
+        if layer not in analysis.candidates:
+            options.append(Option(layer, str(FLOAT), silent, size, 0.0))
+            continue
+        operations = analysis.calibration.operations[layer]
+        found = []
+        for candidate in analysis.candidates[layer]:
+            key = (layer, str(candidate.scheme))
+            found.append(
+                Option(
+                    layer,
+                    key[1],
+                    tuple(analysis.output[key].by_step[step] for step in analysis.steps),
+                    choice_bytes(module, candidate.layer_plan()),
+                    choice_cost(module, operations, candidate.layer_plan()),
+                    signals=tuple((name, max(0.0, analysis.signals[name].get(key, 0.0))) for name in names),
+                )
+            )
+        unchanged = Option(layer, str(FLOAT), silent, size, operation_cost(operations, FLOAT), is_float=True)
+        if times is not None:
+            unchanged, *found = times.of([unchanged, *found])
+        if str(FLOAT) in formats:
+            kept = [option for option in found if option.milliseconds <= unchanged.milliseconds]
+            options += [*kept, unchanged]
+        else:
+            options += found or [unchanged]
+    return options
+
+
+# -- the paper's global step -------------------------------------------------------------------------------
+
+
+def sensitive_blocks(model: nn.Module, analysis: Analysis, share: float) -> list[str]:
+    """The blocks that make most noise for what they hold, up to a share of all blocks' noise.
+
+    Each block is judged by its noise at the output in the scheme that makes most, over the geometric mean of its
+    parameters and of its multiply-accumulates. The blocks of the highest value are taken until they make `share` of
+    all blocks' noise.
+
+    Args:
+        share: above 0 and up to 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of noise for sensitive blocks is {share}: choose above 0 and up to 1")
+    noise: dict[str, float] = {}
+    for (block, _), found in analysis.blocks.items():
+        noise[block] = max(noise.get(block, 0.0), found.mean_power)
+    parameters: dict[str, float] = dict.fromkeys(noise, 0.0)
+    operations: dict[str, float] = dict.fromkeys(noise, 0.0)
+    for layer, module in quantizable_layers(model).items():
+        block = block_of(layer)
+        if layer in analysis.candidates and block in noise:
+            size = 1
+            for extent in layer_shape(module):
+                size *= extent
+            parameters[block] += size
+            operations[block] += analysis.calibration.operations[layer]
+    density = {b: power / max(1.0, (parameters[b] * operations[b]) ** 0.5) for b, power in noise.items()}
+    taken: list[str] = []
+    total, sum_taken = sum(noise.values()), 0.0
+    for block in sorted(density, key=lambda b: -density[b]):
+        if sum_taken >= share * total:
+            break
+        taken.append(block)
+        sum_taken += noise[block]
+    return taken
+
+
+def is_precise(scheme: Scheme) -> bool:
+    """Whether a scheme is of those that sensitive blocks start with: w8a16, fp16, and w8a8 with dynamic scales."""
+    if scheme.format.weight_bits < 8:
+        return False
+    return scheme.format.activation_bits == 16 or scheme.activations == "dynamic"
+
+
+def restricted(options: Sequence[Option], blocks: Collection[str]) -> list[Option]:
+    """The options without the less precise ones in these blocks; a layer without precise ones keeps its least noisy."""
+    kept: list[Option] = []
+    layers: dict[str, list[Option]] = {}
+    for option in options:
+        layers.setdefault(option.layer, []).append(option)
+    for layer, found in layers.items():
+        if block_of(layer) not in blocks:
+            kept += found
+            continue
+        precise = [option for option in found if is_precise(SCHEMES[option.scheme])]
+        kept += precise or [min(found, key=lambda option: sum(option.noise))]
+    return kept

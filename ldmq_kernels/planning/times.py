@@ -1,0 +1,222 @@
+"""How long each layer takes in each scheme on this device: measured on its real shapes, and kept in a file.
+
+Layers of equal shapes are measured once. The file lies beside the tuner's measurements and belongs to one device,
+one version of this package and of torch, and one number of threads; with other ones it starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmq_kernels.calibration.trajectory import UNetCall
+from ldmq_kernels.files import write_whole
+from ldmq_kernels.numerics.formats import FLOAT
+from ldmq_kernels.planning.knapsack import Option
+from ldmq_kernels.planning.plan import LayerPlan, PlanError, kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.progress import track
+from ldmq_kernels.sensitivity.analysis import Analysis, quantized_copy
+from ldmq_kernels.version import __version__
+
+ROUNDS = 5
+WARM_UP = 2
+
+Timer = Callable[[Callable[[], Any], torch.device], float]
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Milliseconds of one UNet call for one picture, guidance's two halves together.
+
+    Attributes:
+        layers: (layer, scheme) -> of the layer, "fp16" standing for the float model's dtype.
+        rest: of what is beside the linears and convolutions.
+    """
+
+    layers: dict[tuple[str, str], float]
+    rest: float
+
+    def of(self, options: Sequence[Option]) -> list[Option]:
+        """The options with their times.
+
+        Raises:
+            PlanError: one of them was not measured.
+        """
+        for option in options:
+            if (option.layer, option.scheme) not in self.layers:
+                raise PlanError(
+                    f"{option.layer}: no time was measured in {option.scheme}: measure the layers' times again with "
+                    "these formats"
+                )
+        return [replace(o, milliseconds=self.layers[o.layer, o.scheme]) for o in options]
+
+    @property
+    def all_float(self) -> float:
+        """Milliseconds of a call of the float model."""
+        return self.rest + sum(taken for (_, scheme), taken in self.layers.items() if scheme == str(FLOAT))
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What a layer is given: enough to make another one of the same kind."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Input:
+        is_image = x.dim() == 4 and not x.is_contiguous()
+        return cls(tuple(x.shape), x.dtype, is_image and x.is_contiguous(memory_format=torch.channels_last))
+
+    def make(self, device: torch.device) -> Tensor:
+        x = torch.randn(self.shape, device=device).to(self.dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def __str__(self) -> str:
+        layout = " channels_last" if self.channels_last else ""
+        return f"{'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}{layout}"
+
+
+def _inputs(model: nn.Module, call: UNetCall) -> dict[str, _Input]:
+    """What each layer that runs is given in a call."""
+    seen: dict[str, _Input] = {}
+
+    def note(name: str) -> Any:
+        def observe(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.setdefault(name, _Input.of(args[0]))
+
+        return observe
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in quantizable_layers(model).items()]
+    try:
+        model(*call.args, **call.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _key(layer: nn.Linear | nn.Conv2d, given: _Input, choice: LayerPlan) -> str:
+    """What a layer's time depends on, in words."""
+    words = [kind_of(layer), str(given), "to", "x".join(map(str, layer_shape(layer)))]
+    if isinstance(layer, nn.Conv2d):
+        words.append(f"stride {layer.stride} padding {layer.padding} dilation {layer.dilation}")
+    words.append(str(choice.scheme))
+    details = {"smoothed": choice.smoothing is not None, "first token": choice.first_token, "rank": choice.rank}
+    words += [f"{name} {value}" if name == "rank" else name for name, value in details.items() if value]
+    return " ".join(words)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.node()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _head(device: torch.device) -> dict[str, Any]:
+    """What makes times comparable."""
+    from ldmq_kernels.kernels.triton import configurations
+
+    head: dict[str, Any] = {"device": _device_name(device), "package": __version__, "torch": torch.__version__}
+    if device.type != "cuda":
+        return {**head, "threads": torch.get_num_threads()}
+    tiles = configurations.measured(configurations.gpu_of(device))
+    if not tiles:
+        raise PlanError(
+            f"no kernel was measured on this {_device_name(device)}, so times would be those of estimated tiles: run "
+            "`ldmq bench --tune` once, then plan again"
+        )
+    text = "".join(f"{key}{tile}" for key, tile in sorted(tiles.items()))
+    return {**head, "tiles": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where this user's layer times of a device are kept."""
+    from ldmq_kernels.kernels.triton import configurations
+
+    name = re.sub(r"[^a-z0-9]+", "-", _device_name(device).lower()).strip("-")
+    return configurations.cache_folder() / f"layer-times-{name}.json"
+
+
+def _earlier(path: Path, head: dict[str, Any]) -> dict[str, float]:
+    """Times in the file, if they are of the same device and versions; a damaged file is written anew."""
+    try:
+        content = json.loads(path.read_text())
+        known = content["milliseconds"] if content["head"] == head else {}
+        return {str(key): float(value) for key, value in known.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _best(works: Sequence[Callable[[], Any]], device: torch.device, timer: Timer) -> list[float]:
+    """Least milliseconds of each, taken in turns."""
+    rounds = [[timer(work, device) for work in works] for _ in range(WARM_UP + ROUNDS)]
+    return [min(times) for times in zip(*rounds[WARM_UP:], strict=True)]
+
+
+@torch.inference_mode()
+def measure_times(
+    model: nn.Module,
+    analysis: Analysis,
+    call: UNetCall,
+    *,
+    path: Path | None = None,
+    timer: Timer | None = None,
+    show: bool = False,
+) -> LayerTimes:
+    """Time every layer alone on this device, as it is in float and in each of its candidates.
+
+    Fused blocks, where neighbouring layers share work, are not part of it: what they save comes on top.
+
+    Args:
+        model: the float model, on the device that it will run on.
+        call: a recorded call for one picture.
+        path: the file that keeps what was measured; this user's own where it is None.
+        timer: milliseconds of a work on a device; None for the tuner's.
+
+    Raises:
+        PlanError: on a GPU whose kernels were not tuned.
+    """
+    if timer is None:
+        from ldmq_kernels.tuning.timing import one_call_ms as timer
+    device = call.output.device
+    head = _head(device)
+    path = path or cache_file(device)
+    known = _earlier(path, head)
+    layers, inputs = quantizable_layers(model), _inputs(model, call)
+    keys: dict[tuple[str, str], str] = {}
+    planned = set(known)
+    todo: dict[str, list[tuple[str, str]]] = {}
+    for name, given in inputs.items():
+        candidates = analysis.candidates.get(name, [])
+        for choice in [LayerPlan(FLOAT), *(candidate.layer_plan() for candidate in candidates)]:
+            keys[name, str(choice.scheme)] = key = _key(layers[name], given, choice)
+            if key not in planned:
+                planned.add(key)
+                todo.setdefault(name, []).append((str(choice.scheme), key))
+    for name, group in track(list(todo.items()), "time of each layer", len(todo), show=show):
+        x = inputs[name].make(device)
+        works = [_work(analysis, name, layers[name], scheme, x) for scheme, _ in group]
+        taken = _best(works, device, timer)
+        known |= {key: round(ms, 6) for (_, key), ms in zip(group, taken, strict=True)}
+        write_whole(path, (json.dumps({"head": head, "milliseconds": known}, indent=1) + "\n").encode())
+    whole = _best([lambda: model(*call.args, **call.kwargs)], device, timer)[0]
+    times = {key: known[text] for key, text in keys.items()}
+    in_layers = sum(taken for (_, scheme), taken in times.items() if scheme == str(FLOAT))
+    return LayerTimes(times, max(0.0, whole - in_layers))
+
+
+def _work(analysis: Analysis, name: str, layer: nn.Linear | nn.Conv2d, scheme: str, x: Tensor) -> Callable[[], Any]:
+    candidate = None if scheme == str(FLOAT) else analysis.candidate(name, scheme)
+    module = layer if candidate is None else quantized_copy(name, layer, candidate)
+    return lambda: module(x)

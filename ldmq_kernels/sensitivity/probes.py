@@ -1,0 +1,161 @@
+"""What each layer sees in a replay of the float trajectory, and what its noise does to the UNet's output.
+
+A small error d of a layer's output moves the UNet's output by J d, J being the Jacobian between the two. For a
+random v with independent entries of variance 1, the mean of (v . J d)^2 is |J d|^2, and v . J d = (J^T v) . d:
+one backward pass from v gives the weight of every element of every layer's output at once. So the noise of any
+number of trials at the UNet's output is estimated from the layer's own inputs, without running the UNet again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, output_tensor
+from ldmq_kernels.planning.plan import quantizable_layers
+
+MEMORY = 2 << 30  # bytes of inputs and gradients that are kept at a time
+PROBES = 2
+
+
+@dataclass
+class Seen:
+    """One call of one layer.
+
+    Attributes:
+        step: the sampling step.
+        x: the layer's input.
+        gradients: J^T v for each probe, of the output's shape and float32; empty where there were no probes.
+        signal: sum of squares of the UNet's output, over the batch.
+    """
+
+    step: int
+    x: Tensor
+    signal: float
+    gradients: list[Tensor] = field(default_factory=list)
+
+
+def _rademacher(like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
+
+
+class _Recorder:
+    """Hooks that keep inputs, and the gradients of outputs, of some layers during a call."""
+
+    def __init__(self, layers: dict[str, nn.Linear | nn.Conv2d], probes: int) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self._probes = probes
+        self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
+
+    def _hook(self, name: str) -> Any:
+        def keep(_layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if name in self.inputs:
+                raise ValueError(f"{name} is called twice in one call of the model, which has no name for both")
+            self.inputs[name] = args[0].detach()
+            if not self._probes:
+                return None
+            if not output.requires_grad:  # none of the layers recorded comes before it: the graph begins here
+                output = output.detach().requires_grad_().clone()
+            self.outputs[name] = output
+            return output
+
+        return keep
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _call(model: nn.Module, call: UNetCall, recorder: _Recorder, probes: int, seed: int) -> dict[str, Seen]:
+    with torch.set_grad_enabled(probes > 0):
+        output = output_tensor(model(*call.args, **call.kwargs))
+        signal = float(output.detach().double().square().sum())
+        seen = {name: Seen(call.step, x, signal) for name, x in recorder.inputs.items()}
+        names = list(recorder.outputs)
+        for probe in range(probes if names else 0):
+            found = torch.autograd.grad(
+                output,
+                [recorder.outputs[name] for name in names],
+                _rademacher(output.detach(), seed + probe),
+                retain_graph=probe + 1 < probes,
+                allow_unused=True,
+            )
+            for name, gradient in zip(names, found, strict=True):
+                if gradient is not None:
+                    seen[name].gradients.append(gradient.float())
+    recorder.inputs.clear()
+    recorder.outputs.clear()
+    return seen
+
+
+def record(
+    model: nn.Module, trajectory: Trajectory, layers: Sequence[str], probes: int = PROBES
+) -> dict[str, list[Seen]]:
+    """Replay the trajectory in float and keep what these layers see, call by call.
+
+    Args:
+        probes: backward passes for each call; 0 records inputs alone.
+
+    Returns:
+        layer -> one entry a call. A layer whose output does not reach the UNet's has no gradients.
+    """
+    modules = quantizable_layers(model)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    found: dict[str, list[Seen]] = {name: [] for name in layers}
+    recorder = _Recorder({name: modules[name] for name in layers}, probes)
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for index, call in enumerate(trajectory.calls):
+            for name, seen in _call(model, call, recorder, probes, 1000 * index).items():
+                found[name].append(seen)
+    finally:
+        recorder.close()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    return found
+
+
+def chunks_of_layers(
+    model: nn.Module, trajectory: Trajectory, layers: Sequence[str], probes: int = PROBES, memory: int = MEMORY
+) -> Iterator[list[str]]:
+    """Cut the layers into runs whose records fit the memory; a layer that alone is larger gets its own.
+
+    Args:
+        memory: bytes.
+    """
+    first = Trajectory(trajectory.calls[:1], trajectory.latents, trajectory.steps)
+    sizes: dict[str, int] = {}
+    modules = quantizable_layers(model)
+
+    def note(name: str) -> Any:
+        def size(_layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            sizes[name] = args[0].numel() * args[0].element_size() + 4 * probes * output.numel()
+
+        return size
+
+    handles = [modules[name].register_forward_hook(note(name)) for name in layers]
+    try:
+        with torch.no_grad():
+            for call in first.calls:
+                model(*call.args, **call.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    chunk: list[str] = []
+    held = 0
+    for name in layers:
+        size = sizes.get(name, 0) * len(trajectory.calls)
+        if chunk and held + size > memory:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(name)
+        held += size
+    if chunk:
+        yield chunk

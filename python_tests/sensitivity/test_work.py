@@ -1,0 +1,148 @@
+"""Long work goes on where it stopped, gives the same in several processes, and keeps to its settings."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from ldmq_kernels.calibration import SamplingSettings, calibrate
+from ldmq_kernels.numerics.formats import parse_schemes
+from ldmq_kernels.sensitivity import analyze
+from ldmq_kernels.sensitivity.work import Work, WorkError
+from python_tests.tiny import PROMPTS, tiny_pipeline
+
+SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=4.0)
+SCHEMES = ["w8a8-static", "w4a8-dynamic"]
+
+
+class Killed(Exception):
+    pass
+
+
+def counting(done, stop_at=None):
+    def compute(items):
+        for item in items:
+            if item == stop_at:
+                raise Killed
+            done.append(item)
+            yield item, {"value": item * 2}
+
+    return compute
+
+
+def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):
+    done = []
+    with pytest.raises(Killed):
+        Work(tmp_path, {"a": 1}).run("stage", ["x", "y", "z"], counting(done, stop_at="z"), show=False)
+    results = Work(tmp_path, {"a": 1}).run("stage", ["x", "y", "z"], counting(done), show=False)
+    assert done == ["x", "y", "z"]
+    assert list(results.items()) == [(item, {"value": item * 2}) for item in ("x", "y", "z")]
+
+
+def test_work_of_other_settings_is_refused_and_kept(tmp_path):
+    Work(tmp_path, {"steps": 2}).run("stage", ["x"], counting([]), show=False)
+    with pytest.raises(WorkError, match=r"another steps \(2, now 3\)"):
+        Work(tmp_path, {"steps": 3})
+    done = []
+    Work(tmp_path, {"steps": 2}).run("stage", ["x"], counting(done), show=False)
+    assert done == []
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Work(None, {}).run("stage", ["x"], counting([]), show=False)
+    assert not list(tmp_path.iterdir())
+
+
+def as_values(analysis):
+    """All numbers of an analysis, for comparison to the bit."""
+    layers = {
+        name: [(str(c.scheme), c.noise, c.label, c.choice.input_scale, c.estimate) for c in found]
+        for name, found in analysis.candidates.items()
+    }
+    weights = {
+        (name, str(c.scheme)): c.copy.state_dict()["weight"].tolist()
+        for name, found in analysis.candidates.items()
+        for c in found
+        if c.copy is not None
+    }
+    return layers, weights, analysis.output, analysis.blocks
+
+
+def run_analysis(folder, work_dir=None, prompts=PROMPTS):
+    torch.set_num_threads(1)
+    pipe = tiny_pipeline(folder)
+    calibration = calibrate(pipe, prompts, SETTINGS)
+    found = analyze(pipe, calibration, parse_schemes(SCHEMES), analysed_steps=1, exact=3, work_dir=work_dir)
+    return as_values(found)
+
+
+def in_process(rank, world, folder, port, queue):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.init_process_group("gloo", rank=rank, world_size=world)
+    values = run_analysis(folder / f"tokenizer{rank}", folder / "work")
+    queue.put((rank, values))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    threads = torch.get_num_threads()
+    values = run_analysis(tmp_path_factory.mktemp("alone"))
+    torch.set_num_threads(threads)
+    return values
+
+
+def test_two_processes_give_the_same_to_the_bit_as_one(tmp_path, alone):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    port = 29500 + os.getpid() % 500
+    workers = [context.Process(target=in_process, args=(rank, 2, tmp_path, port, queue)) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    found = dict(queue.get(timeout=300) for _ in workers)
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert found[0] == alone
+    assert found[1] == alone
+    assert any(found[0][1].values())
+
+
+def test_an_analysis_that_was_killed_goes_on_and_gives_the_same(tmp_path, alone, monkeypatch):
+    from ldmq_kernels.sensitivity import analysis
+
+    search = analysis.LayerSearch.candidates
+    calls = []
+
+    def killed(self, schemes):
+        calls.append(self.name)
+        if len(calls) == 10:
+            raise Killed
+        return search(self, schemes)
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(analysis.LayerSearch, "candidates", killed)
+    with pytest.raises(Killed):
+        run_analysis(tmp_path / "a", tmp_path / "work")
+    assert run_analysis(tmp_path / "b", tmp_path / "work") == alone
+    torch.set_num_threads(threads)
+    assert len(calls) == len(set(calls)) + 1  # only the one that was killed was done again
+
+
+def test_an_interrupted_analysis_with_other_settings_is_refused(tmp_path):
+    run_analysis(tmp_path / "a", tmp_path / "work")
+    with pytest.raises(WorkError, match="another prompts"):
+        run_analysis(tmp_path / "b", tmp_path / "work", prompts=["something else"])
+
+
+def test_the_settings_of_sampling_count_as_settings(tmp_path):
+    pipe = tiny_pipeline(tmp_path / "a")
+    first = calibrate(pipe, PROMPTS, SETTINGS)
+    other = dataclasses.replace(first, settings=dataclasses.replace(SETTINGS, seed=1))
+    analyze(pipe, first, parse_schemes(["w8a16"]), analysed_steps=1, exact=0, work_dir=tmp_path / "work")
+    with pytest.raises(WorkError, match="another seed"):
+        analyze(pipe, other, parse_schemes(["w8a16"]), analysed_steps=1, exact=0, work_dir=tmp_path / "work")
