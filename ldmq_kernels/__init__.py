@@ -21,6 +21,7 @@ from ldmq_kernels.version import __version__ as __version__
 if TYPE_CHECKING:
     from ldmq_kernels.conversion import quantize
     from ldmq_kernels.graphs import capture, release
+    from ldmq_kernels.integrations.diffusers.step_cache import cache_time_embeddings, uncache_time_embeddings
     from ldmq_kernels.kernels.dispatch import dispatch_report, use_backend
     from ldmq_kernels.nn import QuantConv2d, QuantLinear
     from ldmq_kernels.numerics.sqnr import sqnr_db
@@ -32,12 +33,14 @@ _EXPORTS = {
     "PlanError": "planning.plan",
     "QuantConv2d": "nn",
     "QuantLinear": "nn",
+    "cache_time_embeddings": "integrations.diffusers.step_cache",
     "capture": "graphs",
     "dispatch_report": "kernels.dispatch",
     "plan": "planning.planner",
     "quantize": "conversion",
     "release": "graphs",
     "sqnr_db": "numerics.sqnr",
+    "uncache_time_embeddings": "integrations.diffusers.step_cache",
     "use_backend": "kernels.dispatch",
 }
 __all__ = [
@@ -45,12 +48,14 @@ __all__ = [
     "PlanError",
     "QuantConv2d",
     "QuantLinear",
+    "cache_time_embeddings",
     "capture",
     "dispatch_report",
     "plan",
     "quantize",
     "release",
     "sqnr_db",
+    "uncache_time_embeddings",
     "use_backend",
 ]
 

@@ -24,8 +24,8 @@ from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record
 from ldmq_kernels.sensitivity.similarity import Decoder, middle_step, scored_layers, structural_noise
 from ldmq_kernels.sensitivity.work import Work
 
-ANALYSED_STEPS = 4
-ANALYSED_PROMPTS = 4  # at each of them
+ANALYSED_STEPS = 8
+ANALYSED_PROMPTS = 2  # at each of them, others in turn
 ALL = "all"
 AUTO = "auto"
 SMALL_MODEL = 2_000_000  # parameters up to which every candidate is run on its own

@@ -28,12 +28,12 @@ from ldmq_kernels.sensitivity.trials import Exact, Outcome, copy_for_step, estim
 
 SMOOTHING_ALPHAS = (0.25, 0.5, 0.75)
 WORTH_SMOOTHING_DB = 0.5  # a smaller gain does not pay for a vector
-NARROWER = (0.85, 0.7, 0.55)  # shares of the calibrated range, tried as long as they pay
-WIDER = (1.25, 1.6)  # where calibration saw too little
-WORTH_A_RANGE_DB = 0.1
+NARROWER = (0.85, 0.7)  # shares of the range, tried as long as they pay
+WORTH_A_RANGE_DB = 0.5
 WORTH_GPTQ_DB = 0.1
 WORTH_A_BIAS_DB = 0.2
 PAIRED_ROOM = 1.25
+LEAST_DRIFT = 0.05  # of the range over the steps, worth a trial
 MOMENT_ROWS = 1024  # of a layer's inputs in one call, for GPTQ
 
 
@@ -193,21 +193,31 @@ class LayerSearch:
             return start
         if sibling is not None and sibling.share != 1.0:
             return self._at_share(start, sibling.share)
-        for shares in (NARROWER, WIDER):
-            best = start
-            for share in shares:
-                trial = self._at_share(start, share)
-                if not _less_noisy(trial.outcome.noise, best.outcome.noise, WORTH_A_RANGE_DB):
-                    break
-                best = trial
-            if best is not start:
-                return best
-        return start
+        best = wide = self._widened(start)
+        for share in NARROWER:
+            trial = self._at_share(start, share * wide.share)
+            if not _less_noisy(trial.outcome.noise, best.outcome.noise, WORTH_A_RANGE_DB):
+                break
+            best = trial
+        return best
+
+    def _widened(self, start: _Trial) -> _Trial:
+        """The range of all steps where it is larger than the calibrated one.
+
+        A range that is too narrow costs far more on inputs that were not seen than one that is too wide.
+        """
+        everywhere = static_scale(self.calibration.absmax[self.name].amax(0), start.choice.smoothing)
+        scale = start.choice.input_scale
+        if isinstance(scale, tuple) or scale is None or everywhere is None:
+            return start
+        most = everywhere / scale
+        drifts = most > 1 + LEAST_DRIFT
+        return self._at_share(start, most) if drifts else start
 
     def _at_share(self, start: _Trial, share: float) -> _Trial:
         choice = self._choice(start.choice.scheme, start.choice.smoothing, share)
         assert choice is not None
-        return self._try(choice, (*start.words, f"range {share}"), share)
+        return self._try(choice, (*start.words, f"range {share:.2f}"), share)
 
     def _rounded(self, start: _Trial) -> _Trial:
         scheme = start.choice.scheme

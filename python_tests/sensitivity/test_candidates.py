@@ -1,0 +1,151 @@
+"""The search of one layer finds what was hidden in it, and its words are what it does."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldmq_kernels.calibration.calibrate import Calibration
+from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, UNetCall
+from ldmq_kernels.numerics.formats import parse_schemes
+from ldmq_kernels.numerics.sqnr import relative_noise_power
+from ldmq_kernels.sensitivity.candidates import PLAIN, LayerSearch, Method
+from ldmq_kernels.sensitivity.probes import Seen
+
+STEPS = 4
+
+
+def calibration_of(inputs: list[torch.Tensor], axis: int, *, text=(), parts=None, mode="all-steps") -> Calibration:
+    calls = [UNetCall(i, (x, 900 - 200 * i), {}, x) for i, x in enumerate(inputs)]
+    absmax = torch.stack([x.abs().movedim(axis, -1).flatten(0, -2).amax(0) for x in inputs])
+    return Calibration(
+        mode,
+        SamplingSettings(STEPS, 1.0, 0),
+        ("a",),
+        Trajectory(calls, torch.empty(0), STEPS),
+        {"layer": absmax},
+        {"layer": 1},
+        frozenset(text),
+        parts or {},
+        (800.0, 600.0, 400.0),
+    )
+
+
+def search(layer, inputs, schemes, *, axis=-1, method=None, **known):
+    calibration = calibration_of(inputs, axis, **known)
+    seen = [Seen(step, x, 1.0) for step, x in enumerate(inputs)]
+    with torch.no_grad():
+        found = LayerSearch("layer", layer, seen, calibration, method or Method()).candidates(parse_schemes(schemes))
+    return {str(c.scheme): c for c in found}
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(64, 48).requires_grad_(False)
+
+
+def test_noise_without_a_bias_is_that_of_the_layer_on_all_inputs(linear):
+    inputs = [random(4, 9, 64, seed=s) for s in range(STEPS)]
+    found = search(linear, inputs, ["w8a16"], method=PLAIN)["w8a16"]
+    from ldmq_kernels.nn import QuantLinear
+
+    quantized = QuantLinear.from_float(linear, found.scheme)
+    expected = relative_noise_power(torch.cat([linear(x) for x in inputs]), torch.cat([quantized(x) for x in inputs]))
+    assert found.label == "plain"
+    assert found.noise == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_channel_of_outliers_is_smoothed(linear):
+    inputs = [random(4, 9, 64, seed=s) for s in range(STEPS)]
+    for x in inputs:
+        x[..., 7] *= 100
+    linear.weight[:, 7] /= 100
+    found = search(linear, inputs, ["w8a8-static"])["w8a8-static"]
+    plain = search(linear, inputs, ["w8a8-static"], method=PLAIN)["w8a8-static"]
+    assert found.label.startswith("alpha")
+    assert found.noise < plain.noise / 100
+
+
+def test_two_parts_of_different_range_get_a_factor_each():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(48, 16, 3, padding=1).requires_grad_(False)
+    inputs = [random(2, 48, 6, 6, seed=s) for s in range(STEPS)]
+    for x in inputs:
+        x[:, 32:] *= 30
+    layer.weight[:, 32:] /= 30
+    found = search(layer, inputs, ["w8a8-dynamic"], axis=1, parts={"layer": 32})["w8a8-dynamic"]
+    assert found.choice.smoothing is not None
+    assert found.noise < search(layer, inputs, ["w8a8-dynamic"], axis=1, method=PLAIN)["w8a8-dynamic"].noise / 20
+    alone = search(layer, inputs, ["w8a8-dynamic"], axis=1)["w8a8-dynamic"]
+    assert found.noise <= alone.noise
+
+
+def test_a_rare_outlier_is_clipped(linear):
+    inputs = [random(8, 200, 64, seed=s) for s in range(STEPS)]
+    inputs[0][0, 0] *= 3
+    found = search(linear, inputs, ["w8a8-static"], method=Method(smoothing=False))["w8a8-static"]
+    assert "range 0." in found.label
+    full = max(float(x.abs().max()) for x in inputs) / 127
+    assert found.choice.input_scale < 0.9 * full
+
+
+def test_a_first_step_that_saw_too_little_is_widened(linear):
+    inputs = [random(4, 50, 64, seed=s) * (1 + 0.4 * s) for s in range(STEPS)]
+    found = search(linear, inputs, ["w8a8-static", "w8a8-stepped"], mode="first-step", method=Method(smoothing=False))
+    assert float(found["w8a8-static"].label.removeprefix("range ").split(",")[0]) > 1.5
+    assert found["w8a8-stepped"].noise < found["w8a8-static"].noise
+    scales = found["w8a8-stepped"].choice.input_scale
+    assert len(scales) == 4
+    assert list(scales) == sorted(scales)
+
+
+def test_a_mean_error_is_taken_away_and_only_where_other_samples_have_it_too(linear):
+    inputs = [random(6, 40, 64, seed=s).abs() for s in range(STEPS)]  # all positive: rounding of weights adds up
+    found = search(linear, inputs, ["w8a16"])["w8a16"]
+    plain = search(linear, inputs, ["w8a16"], method=PLAIN)["w8a16"]
+    assert found.label == "bias"
+    assert found.noise < plain.noise / 2
+    assert found.choice.bias_correction.shape == (48,)
+    single = search(linear, [x[:1] for x in inputs], ["w8a16"])["w8a16"]
+    assert single.choice.bias_correction is None
+
+
+def test_gptq_beats_nearest_and_is_kept_as_a_copy(linear):
+    mix = random(64, 64, seed=9)
+    inputs = [random(4, 60, 64, seed=s) @ mix for s in range(STEPS)]
+    found = search(linear, inputs, ["w4a8-dynamic", "w4a16"], method=Method(bias_correction=False))
+    nearest = search(linear, inputs, ["w4a8-dynamic", "w4a16"], method=PLAIN)
+    for scheme, candidate in found.items():
+        assert candidate.choice.rounding == "gptq"
+        assert candidate.copy is not None
+        assert candidate.noise < nearest[scheme].noise / 1.5
+
+
+def test_the_first_token_is_kept_out_where_the_layer_reads_the_text(linear):
+    inputs = [random(4, 9, 64, seed=s) for s in range(STEPS)]
+    for x in inputs:
+        x[:, 0] *= 200
+    known = calibration_of([x[:, 1:] for x in inputs], -1, text=("layer",))
+    seen = [Seen(step, x, 1.0) for step, x in enumerate(inputs)]
+    with torch.no_grad():
+        found = LayerSearch("layer", linear, seen, known, Method()).candidates(parse_schemes(["w8a8-static"]))[0]
+    assert found.choice.first_token
+    assert found.choice.input_scale < 0.1
+    assert found.noise < 1e-3
+
+
+def test_a_pair_is_as_good_as_16_bit_activations(linear):
+    inputs = [random(4, 50, 64, seed=s) for s in range(STEPS)]
+    found = search(linear, inputs, ["w8a8-paired", "w8a16"], method=PLAIN)
+    assert found["w8a8-paired"].noise == pytest.approx(found["w8a16"].noise, rel=0.02)
+
+
+def test_an_input_of_zeros_has_no_static_candidate(linear):
+    inputs = [torch.zeros(2, 3, 64)] * STEPS
+    found = search(linear, inputs, ["w8a8-static", "w8a8-dynamic", "w8a16"])
+    assert "w8a8-static" not in found
+    assert set(found) == {"w8a8-dynamic", "w8a16"}
