@@ -129,13 +129,69 @@ def _compilations(data: dict[str, Any]) -> str:
     return f"{words}\n\n" + _table(["", "scheme", "launches", "distinct kernels", "seconds to compile"], rows)
 
 
+def _method(data: dict[str, Any]) -> str:
+    estimates = [
+        [
+            row["scheme"],
+            f"{row['spearman']:.3f}",
+            f"{row['spearman_of_own_noise']:.2f}",
+            f"{row['sum_exact_db']:.1f} / {row['sum_estimated_db']:.1f} dB",
+        ]
+        for row in data["rows"]
+        if row["op"] == "estimate"
+    ]
+    plans = [
+        [
+            ", ".join(row["formats"]),
+            f"{row['target_db']:.1f}",
+            f"{row['predicted_db']:.1f}",
+            f"{row['measured_db']:.1f}",
+            f"{row['share_of_fp16']:.3f}x",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in data["rows"]
+        if row["op"] == "plan"
+    ]
+    steps = next(row for row in data["rows"] if row["op"] == "single_step")
+    return "\n\n".join(
+        [
+            "**What the planner knows** (the demo model): noise of each layer at the UNet's output, estimated by "
+            "backward probes and run one by one",
+            _table(
+                ["scheme", "rank correlation", "of layers' own noise", "sum over layers, run / estimated"], estimates
+            ),
+            _table(["formats", "asked, dB", "predicted", "held out", "of fp16", "seconds"], plans),
+            f"Calibration on one step takes {steps['seconds_first_step']:.1f} s, on all "
+            f"{steps['seconds_all_steps']:.1f} s; {steps['time_sensitive']} of {steps['layers']} layers lose more than "
+            f"1 dB by it, and the ranges of {steps['time_sensitive_with_drift']} of these drift by more than 5 %.",
+        ]
+    )
+
+
+def _study(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{row['figures']['share_of_fp16']:.3f}x",
+            f"{row['figures']['sqnr_db']['value']:.1f} dB",
+            f"{row['figures']['psnr_db']['value']:.1f} dB",
+        ]
+        for row in data["rows"]
+        if row["failed"] is None
+    ]
+    words = "**The study** of the demo model; intervals, other measures and what did not help: [docs/study.md]"
+    return f"{words}(docs/study.md)\n\n" + _table(["", "of fp16", "UNet SQNR", "PSNR"], rows)
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ceilings": _ceilings,
     "cold_start": _cold_start,
     "compilations": _compilations,
     "demo": _demo,
     "host_time": _host_time,
+    "method": _method,
     "rivals": _rivals,
+    "study": _study,
     "unet_sd15_cpu": _unet_sd15_cpu,
     **{f"model_{name}": _model for name in ("sd15", "sdxl", "vae_decoder")},
     **{path.stem.removeprefix("bench_"): _op for path in Path(__file__).parent.glob("bench_*.py")},

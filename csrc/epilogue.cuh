@@ -24,14 +24,14 @@ struct Epilogue {
   int rows, columns, scale_rows, sample_rows, out_reciprocal_step;
 };
 
-// The terms of eight columns that all rows share. Columns beyond the end get those of the last ones.
+// The terms of eight columns that all rows share.
 template <typename T>
 struct ColumnTerms {
   static constexpr bool kInt8 = std::is_same_v<T, int8_t>;
   float scale[kRun], bias[kRun], reciprocal[kInt8 ? kRun : 1];
 
   __device__ __forceinline__ ColumnTerms(const Epilogue& epilogue, int first) {
-    first = min(first, epilogue.columns - kRun);
+    if (first >= epilogue.columns) return;
     load_run(scale, epilogue.weight_scale + first);
     if (!epilogue.bias.data) {
 #pragma unroll
@@ -54,38 +54,54 @@ struct ColumnTerms {
   }
 };
 
-// The terms of a row that all columns share. A row beyond the end gets those of the last one.
+// The terms of a row that all columns share. A row beyond the end is taken for the first, and not stored.
 struct RowTerms {
   float scale;
   int sample;
   int64_t at;
   bool valid;
 
-  __device__ __forceinline__ RowTerms(const Epilogue& epilogue, int row) : sample(0), valid(row < epilogue.rows) {
-    row = min(row, epilogue.rows - 1);
+  __device__ __forceinline__ RowTerms(const Epilogue& epilogue, int row)
+      : sample(0), at(0), valid(row < epilogue.rows) {
+    if (!valid) return;
     at = static_cast<int64_t>(row) * epilogue.columns;
     scale = epilogue.x_scale[epilogue.scale_rows == 0 ? 0 : epilogue.scale_rows == 1 ? row : row / epilogue.scale_rows];
     if (epilogue.sample_vector) sample = row / epilogue.sample_rows;
   }
 };
 
-// Eight columns of the residual, which come from memory while lanes trade.
+// Eight columns of a residual of 16-bit numbers, which come from memory while lanes trade. There are no registers for
+// more beside the accumulators: float32 is read when it is added.
 template <typename T>
 struct Residual {
-  Run<kRun, T> run;
+  static constexpr bool kAhead = sizeof(T) == 2;
+  uint4 words;
 
   __device__ __forceinline__ Residual(const Epilogue& epilogue, const RowTerms& row, int first) {
-    if constexpr (!std::is_same_v<T, int8_t>) {
-      if (!epilogue.residual) return;
-      run.load(static_cast<const T*>(epilogue.residual) + row.at + min(first, epilogue.columns - kRun));
+    if (!kAhead || !epilogue.residual) return;
+    const int column = min(first, epilogue.columns - kRun);
+    words = *reinterpret_cast<const uint4*>(static_cast<const T*>(epilogue.residual) + row.at + column);
+  }
+
+  __device__ __forceinline__ void add_to(float (&value)[kRun], const Epilogue& epilogue, const RowTerms& row,
+                                         int first) {
+    float added[kRun];
+    if constexpr (kAhead) {
+      // else they are widened as soon as they come, and take twice the registers
+      asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+      load_run(added, reinterpret_cast<const T*>(&words));
+    } else {
+      load_run(added, static_cast<const T*>(epilogue.residual) + row.at + first);
     }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) value[i] += added[i];
   }
 };
 
 // Eight columns of one row from `first` on, from accumulators to memory. T: what is stored, and what is added.
 template <typename T>
 __device__ __forceinline__ void finish_run(const Epilogue& epilogue, const ColumnTerms<T>& column, const RowTerms& row,
-                                           int first, const Residual<T>& residual, const int (&accumulator)[kRun]) {
+                                           int first, Residual<T>& residual, const int (&accumulator)[kRun]) {
   if (!row.valid || first >= epilogue.columns) return;
   float value[kRun];
 #pragma unroll
@@ -103,10 +119,7 @@ __device__ __forceinline__ void finish_run(const Epilogue& epilogue, const Colum
 #pragma unroll
       for (int i = 0; i < kRun; ++i) value[i] += added[i];
     }
-    if (epilogue.residual) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) value[i] += residual.run.at(i);
-    }
+    if (epilogue.residual) residual.add_to(value, epilogue, row, first);
   }
   store_run(value, static_cast<T*>(epilogue.out) + row.at + first);
 }
@@ -155,7 +168,7 @@ __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_
 #pragma unroll
   for (int group = 0; group < BLOCKS; group += 4) {
     const int first = first_column + (group + lane % 4) * 8;
-    const Residual<T> residual[2] = {{epilogue, rows[0], first}, {epilogue, rows[1], first}};
+    Residual<T> residual[2] = {{epilogue, rows[0], first}, {epilogue, rows[1], first}};
     const ColumnTerms<T> column(epilogue, first);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -181,7 +194,7 @@ __device__ __forceinline__ void finish_transposed(const Epilogue& epilogue, int 
   for (int group = 0; group < BLOCKS; group += 4) {
     const int row = first_row + (group + place / 2) * 8 + lane / 2 % 2 * 4 + place % 2;
     const RowTerms rows[2] = {{epilogue, row}, {epilogue, row + 2}};
-    const Residual<T> residual[2] = {{epilogue, rows[0], first}, {epilogue, rows[1], first}};
+    Residual<T> residual[2] = {{epilogue, rows[0], first}, {epilogue, rows[1], first}};
     int run[2][kRun];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

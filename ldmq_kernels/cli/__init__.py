@@ -16,15 +16,22 @@ from ldmq_kernels.cli.options import (
     DryRun,
     Dtype,
     Formats,
+    Front,
     Guidance,
+    Hybrid,
     Model,
     OptionalPlan,
     OptionalPrompts,
     OptionalTarget,
     Prompts,
     Seed,
+    Signals,
     Steps,
     TargetBytes,
+    TargetLayers,
+    TargetMs,
+    Times,
+    WorkDir,
     needed,
     sampling,
 )
@@ -85,31 +92,48 @@ def demo(
 def plan(
     model: Model,
     prompts: Prompts,
-    out: Annotated[Path | None, typer.Option(help="The plan file to write.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The plan file to write; with --front, a new folder.")] = None,
     target_sqnr: OptionalTarget = None,
     target_bytes: TargetBytes = None,
+    target_ms: TargetMs = None,
+    target_layers: TargetLayers = None,
+    front: Front = False,
+    times: Times = False,
+    signals: Signals = "sqnr",
+    hybrid: Hybrid = 0.0,
     formats: Formats = None,
     calibration: Calibration = "first-step",
     steps: Steps = 20,
     guidance: Guidance = 7.5,
     seed: Seed = 0,
     dtype: Dtype = "float32",
+    work: WorkDir = None,
     dry_run: DryRun = False,
 ) -> None:
     """Choose a precision for every layer of MODEL, verified on prompts that it was not made from.
 
+    Targets may be combined. The first of noise, bytes and time that has no limit is made as small as the others
+    allow: with --target-sqnr the fewest bytes, with --target-bytes or --target-ms alone the highest SQNR.
+
     With --dry-run nothing is measured: it tells what each format would make of the model.
     """
-    from ldmq_kernels.cli.method import preview, run_plan, target_of
+    from ldmq_kernels.cli.method import Wishes, preview, run_front, run_plan, target_of
     from ldmq_kernels.cli.models import read_prompts
 
-    target = target_of(target_sqnr, target_bytes)
+    limits = (target_sqnr, target_bytes, target_ms, target_layers)
+    if front and any(limit is not None for limit in limits):
+        raise typer.BadParameter("give either --front or targets: a front holds plans for all of them")
+    target = None if front else target_of(*limits)
     place = needed(out, dry_run=dry_run)
     texts = read_prompts(prompts)
     if dry_run:
         preview(model, formats, len(texts))
+        return
+    wishes = Wishes(formats, calibration, sampling(steps, guidance, seed), signals, hybrid, work, times)
+    if target is None:
+        run_front(model, texts, place, wishes, dtype)
     else:
-        run_plan(model, texts, target, place, formats, calibration, sampling(steps, guidance, seed), dtype)
+        run_plan(model, texts, target, place, wishes, dtype)
 
 
 @app.command()
@@ -159,6 +183,7 @@ def analyze(
     target_sqnr: Annotated[
         float, typer.Option(help="SQNR of the UNet output in dB that the plan on the page must reach.", metavar="DB")
     ] = 38.0,
+    front: Annotated[bool, typer.Option("--front", help="Show plans of all sizes too, each run and measured.")] = False,
     formats: Formats = None,
     calibration: Calibration = "first-step",
     steps: Steps = 20,
@@ -171,7 +196,8 @@ def analyze(
     from ldmq_kernels.cli.models import read_prompts
 
     settings = sampling(steps, guidance, seed)
-    run_analyze(model, read_prompts(prompts), target_sqnr, out, formats, calibration, settings, dtype)
+    texts = read_prompts(prompts)
+    run_analyze(model, texts, target_sqnr, out, formats, calibration, settings, dtype, with_front=front)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,31 +12,63 @@ import typer
 from rich.console import Console
 
 import ldmq_kernels
-from ldmq_kernels.calibration.calibrate import Calibration, calibrate
-from ldmq_kernels.calibration.trajectory import SamplingSettings, denoiser, record_trajectory
+from ldmq_kernels.calibration.trajectory import SamplingSettings, denoiser
 from ldmq_kernels.cli.models import load, load_pipeline, load_structure, to_stored_dtype
 from ldmq_kernels.cli.options import parse_formats
 from ldmq_kernels.conversion import quantize, summarize
 from ldmq_kernels.files import whole_folder, write_whole
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
+from ldmq_kernels.planning.choice import MOST_DB, SQNR
 from ldmq_kernels.planning.cost import weight_bytes
+from ldmq_kernels.planning.front import FrontPoint, front
 from ldmq_kernels.planning.plan import Plan, PlanError, kind_of, quantizable_layers
-from ldmq_kernels.planning.planner import HELD_OUT_SEED, Target, make_plan, plan_from_analysis, split_prompts
-from ldmq_kernels.sensitivity.analysis import Analysis, analyze
+from ldmq_kernels.planning.planner import HELD_OUT_SEED, Target, analyzed, make_plan, measure_layers, split_prompts
+from ldmq_kernels.planning.session import Session
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ldmq_kernels.report.page import Fact, Report
 
 PICTURES = 8
+SSIM = "ssim"
 
 console = Console()
 
 
-def target_of(sqnr_db: float | None, size: int | None) -> Target:
-    """The one target that was given."""
-    if (sqnr_db is None) == (size is None):
-        raise typer.BadParameter("give one target: --target-sqnr DB, or --target-bytes N")
-    return Target(sqnr_db, size)
+@dataclass(frozen=True)
+class Wishes:
+    """How a plan is made, beside its target."""
+
+    formats: str | None
+    calibration: str
+    settings: SamplingSettings
+    signals: str = SQNR
+    hybrid: float = 0.0
+    work: Path | None = None
+    times: bool = False
+
+    @property
+    def signal_names(self) -> tuple[str, ...]:
+        """The names in --signals.
+
+        Raises:
+            ValueError: one of them is unknown, or "sqnr" is missing.
+        """
+        names = tuple(name.strip() for name in self.signals.split(",") if name.strip())
+        if SQNR not in names or set(names) - {SQNR, SSIM}:
+            raise ValueError(f"--signals {self.signals!r}: give {SQNR}, or {SQNR},{SSIM}")
+        return names
+
+
+def target_of(sqnr_db: float | None, size: int | None, milliseconds: float | None, layers: int | None) -> Target:
+    """The limits that were given."""
+    if all(limit is None for limit in (sqnr_db, size, milliseconds, layers)):
+        raise typer.BadParameter(
+            "give a target: --target-sqnr DB, --target-bytes N, --target-ms MS or --target-layers N, or several; "
+            "or --front for plans of all sizes"
+        )
+    return Target(sqnr_db, size, milliseconds, layers)
 
 
 def _check_free(folder: Path) -> None:
@@ -64,27 +97,89 @@ def preview(model: Path, formats: str | None, prompts: int) -> None:
     console.print("A plan mixes these to meet the target; nothing was written.")
 
 
-def run_plan(
-    model: Path,
-    prompts: list[str],
-    target: Target,
-    out: Path,
-    formats: str | None,
-    calibration: str,
-    settings: SamplingSettings,
-    dtype: str,
-) -> None:
+def run_plan(model: Path, prompts: list[str], target: Target, out: Path, wishes: Wishes, dtype: str) -> None:
     """Make a plan and write it."""
-    names = parse_formats(formats)
+    names, signals = parse_formats(wishes.formats), wishes.signal_names
     pipe = load_pipeline(model, dtype)
-    result = make_plan(pipe, prompts, target, formats=names, calibration_mode=calibration, settings=settings, show=True)
+    result = make_plan(
+        pipe,
+        prompts,
+        target,
+        formats=names,
+        calibration_mode=wishes.calibration,
+        settings=wishes.settings,
+        signals=signals,
+        hybrid=wishes.hybrid,
+        time_layers=wishes.times,
+        work_dir=wishes.work,
+        show=True,
+    )
     result.plan.save(out)
     console.print(summarize(denoiser(pipe), result.plan).table())
     console.print(f"{_reached(result.plan)}\nwritten to {out}")
 
 
+def run_front(model: Path, prompts: list[str], out: Path, wishes: Wishes, dtype: str) -> None:
+    """Make plans of all sizes, print them as a table, and write them with a table of numbers and a picture."""
+    from ldmq_kernels.report.front import front_csv, front_picture
+
+    names, signals = [str(s) for s in parse_schemes(parse_formats(wishes.formats))], wishes.signal_names
+    _check_free(out)
+    pipe = load_pipeline(model, dtype)
+    analysis, held_out, verified_on = analyzed(
+        pipe,
+        prompts,
+        names,
+        calibration_mode=wishes.calibration,
+        settings=wishes.settings,
+        signals=signals,
+        work_dir=wishes.work,
+        show=True,
+    )
+    unet = denoiser(pipe)
+    times = measure_layers(unet, analysis, show=True) if wishes.times else None
+    session = Session(unet, analysis, held_out, names, signals=signals, times=times, hybrid=wishes.hybrid)
+    points = front(session, axis="milliseconds" if wishes.times else "bytes", show=True)
+    with whole_folder(out) as folder:
+        for number, point in enumerate(points, 1):
+            point.result.plan.measured["verified_on"] = verified_on
+            point.result.plan.save(folder / plan_name(number))
+        write_whole(folder / "front.csv", front_csv(points))
+        write_whole(folder / "front.svg", front_picture(points).encode())
+    console.print(_front_table(points, verified_on))
+    console.print(f"plans, front.csv and front.svg are in {out}")
+
+
+def plan_name(number: int) -> str:
+    """The file of a point of a front."""
+    return f"plan_{number:02}.json"
+
+
+def _front_table(points: list[FrontPoint], verified_on: str) -> Table:
+    from rich.table import Table
+
+    timed = any("milliseconds" in point.result.plan.measured for point in points)
+    table = Table(title=f"SQNR of the UNet output, measured on {verified_on}")
+    for column in ("plan", "bytes", "of fp16", *(["ms"] if timed else []), "predicted dB", "measured dB", ""):
+        table.add_column(column, justify="left" if column in ("plan", "") else "right")
+    for number, point in enumerate(points, 1):
+        measured = point.result.plan.measured
+        size, full = measured["weight_bytes"], measured["weight_bytes_fp16"]
+        time = [f"{measured['milliseconds']:.2f}"] if timed else []
+        decibels = [f"{db:.2f}" if db < MOST_DB else "exact" for db in (point.predicted_db, point.measured_db)]
+        remark = "dominated" if point.dominated else ""
+        table.add_row(plan_name(number), f"{size:,}", f"{size / full:.3f}x", *time, *decibels, remark)
+    return table
+
+
 def _reached(plan: Plan) -> str:
-    return f"SQNR on held-out prompts: {plan.measured['held_out_sqnr_db']:.2f} dB"
+    measured = plan.measured
+    words = f"SQNR on {measured['verified_on']}: {measured['held_out_sqnr_db']:.2f} dB"
+    if "milliseconds" in measured:
+        words += (
+            f"; one UNet call about {measured['milliseconds']:.2f} ms, float {measured['milliseconds_float']:.2f} ms"
+        )
+    return words
 
 
 def quantize_by_plan(model: Path, plan_file: Path, out: Path, dtype: str, *, dry_run: bool) -> None:
@@ -145,6 +240,8 @@ def run_analyze(
     calibration_mode: str,
     settings: SamplingSettings,
     dtype: str,
+    *,
+    with_front: bool,
 ) -> None:
     """Measure, plan, draw before and after, and write the page and the table of layers.
 
@@ -153,13 +250,15 @@ def run_analyze(
     from ldmq_kernels.report.page import write_report
     from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
 
-    names = parse_formats(formats)
+    names = [str(scheme) for scheme in parse_schemes(parse_formats(formats))]
     _check_free(out)
     pipe = load_pipeline(model, dtype)
-    calibrated_on, verified_on = split_prompts(prompts)
-    calibration = calibrate(pipe, calibrated_on, settings, mode=calibration_mode, show=True)
-    analysis = analyze(pipe, calibration, parse_schemes(names), show=True)
-    report = _report(pipe, model.resolve().name, analysis, verified_on, Target(sqnr_db=target_db), names)
+    analysis, held_out, _ = analyzed(
+        pipe, prompts, names, calibration_mode=calibration_mode, settings=settings, show=True
+    )
+    session = Session(denoiser(pipe), analysis, held_out, names)
+    points = front(session, show=True) if with_front else []
+    report = _report(pipe, model.resolve().name, session, split_prompts(prompts)[1], Target(sqnr_db=target_db), points)
     plan = None if report.result is None else report.result.plan
     rows = layer_rows(denoiser(pipe), analysis, plan)
     with whole_folder(out) as folder:
@@ -171,24 +270,26 @@ def run_analyze(
 
 
 def _report(
-    pipe: Any, name: str, analysis: Analysis, verified_on: list[str], target: Target, formats: list[str]
+    pipe: Any, name: str, session: Session, verified_on: list[str], target: Target, points: list[FrontPoint]
 ) -> Report:
     """The page's content; the pipeline is quantized afterwards, if there is a plan."""
     from ldmq_kernels.report.measure import PicturePairs, draw_pictures, time_plan
     from ldmq_kernels.report.page import Report
 
-    calibration: Calibration = analysis.calibration
-    used = calibration.settings
-    settings = SamplingSettings(used.num_inference_steps, used.guidance_scale, used.seed + HELD_OUT_SEED)
-    held_out = record_trajectory(pipe, verified_on, settings, show=True)
-    unet = denoiser(pipe)
-    title = f"{name}: quantized, measured"
-    lead = f"What quantizing each layer of its {type(unet).__name__} does to the output, and the plan that follows."
-    notes = [f"{machine()}; torch {torch.__version__}, ldmq_kernels {ldmq_kernels.__version__}."]
+    analysis, held_out, unet = session.analysis, session.held_out, session.model
+    used = analysis.calibration.settings
+    settings = replace(used, seed=used.seed + HELD_OUT_SEED)
+    report = Report(
+        f"{name}: quantized, measured",
+        f"What quantizing each layer of its {type(unet).__name__} does to the output, and the plan that follows.",
+        analysis,
+        front=points,
+        notes=[f"{machine()}; torch {torch.__version__}, ldmq_kernels {ldmq_kernels.__version__}."],
+    )
     try:
-        result = plan_from_analysis(unet, analysis, held_out, target, [str(s) for s in parse_schemes(formats)])
+        result = session.plan(target)
     except PlanError as error:
-        return Report(title, lead, analysis, no_plan=f"With these formats there is none: {error}.", notes=notes)
+        return replace(report, no_plan=f"With these formats there is none: {error}.")
     summary = summarize(unet, result.plan)
     timing = time_plan(unet, result.plan, held_out.calls[0])
     prompts = verified_on[:PICTURES]
@@ -198,7 +299,7 @@ def _report(
     seeds = range(settings.seed, settings.seed + len(prompts))
     pairs = PicturePairs(prompts, seeds, before, after)
     facts = headline(summary.bytes_after / summary.bytes_before, result.held_out.mean_db, pairs, timing.speedup)
-    return Report(title, lead, analysis, result, summary, "", facts, pairs, [timing], notes)
+    return replace(report, result=result, summary=summary, facts=facts, pictures=pairs, timings=[timing])
 
 
 def headline(size: float, sqnr_db: float, pairs: Any, speedup: float) -> list[Fact]:

@@ -19,17 +19,60 @@ OptionalPrompts = Annotated[Path | None, _PROMPTS]
 OptionalPlan = Annotated[Path | None, typer.Option(help="A plan file that `ldmq plan` wrote.")]
 OptionalTarget = Annotated[
     float | None,
-    typer.Option(help="SQNR of the UNet output in dB, averaged over steps, to reach with fewest bytes.", metavar="DB"),
+    typer.Option(help="Least SQNR of the UNet output in dB, averaged over steps.", metavar="DB"),
 ]
 TargetBytes = Annotated[
     int | None,
-    typer.Option(help="Or bytes for the UNet's weights, within which SQNR is to be highest.", metavar="N", min=1),
+    typer.Option(
+        help="Most bytes of the UNet's weights. Alone: SQNR is then as high as they allow.", metavar="N", min=1
+    ),
+]
+TargetMs = Annotated[
+    float | None,
+    typer.Option(
+        help="Most milliseconds of one UNet call for one picture on this device, where the layers are then timed.",
+        metavar="MS",
+    ),
+]
+TargetLayers = Annotated[int | None, typer.Option(help="Most layers that may stay in 16 bit.", metavar="N", min=0)]
+Signals = Annotated[
+    str,
+    typer.Option(
+        help='What a plan keeps: "sqnr", or "sqnr,ssim" for the structure of pictures too (cross-attention and '
+        "feed-forward layers, judged by decoded pictures)."
+    ),
+]
+Hybrid = Annotated[
+    float,
+    typer.Option(
+        help="The paper's global step: blocks that make this share of the noise start in w8a16, fp16 or dynamic w8a8. "
+        "0 leaves the choice to the solver.",
+        min=0.0,
+        max=1.0,
+        metavar="SHARE",
+    ),
+]
+Times = Annotated[
+    bool,
+    typer.Option("--times", help="Time the layers on this device; those that would get slower stay in 16 bit."),
+]
+Front = Annotated[
+    bool,
+    typer.Option(
+        "--front",
+        help="In place of one target: plans from the smallest to float, each run and measured. --out is then a "
+        "folder for the plans, a table and a picture. With --times they are spaced by time.",
+    ),
+]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option("--work", help="Folder that keeps the analysis, so that the same command goes on after a kill."),
 ]
 Formats = Annotated[
     str | None,
     typer.Option(
-        help="Formats or schemes to choose among, with commas: w8a8, w4a8 (each static, stepped, dynamic and paired), w8a16, "
-        f"fp16, or w8a8-static and so on. [default: {DEFAULT_FORMATS}]",
+        help="Formats or schemes to choose among, with commas: w8a8, w4a8 (each static, stepped, dynamic and "
+        f"paired), w8a16, w4a16, fp16, or w8a8-static and so on. [default: {DEFAULT_FORMATS}]",
         show_default=False,
     ),
 ]

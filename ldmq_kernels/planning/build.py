@@ -70,7 +70,7 @@ def _reason(name: str, scheme: str, analysis: Analysis, sensitive: Collection[st
         )
     if scheme != str(FLOAT):
         words = [f"alone {_alone(analysis, name, scheme):.1f} dB at the output"]
-        static = next((c for c in found if c.scheme.is_static and not c.scheme.is_stepped), None)
+        static = next((c for c in found if c.scheme.activations == "static"), None)
         if static is not None and str(static.scheme) != scheme:
             noise = _alone(analysis, name, str(static.scheme))
             words.append(f"{static.scheme} {noise:.1f} dB, input grows {analysis.drift()[name]:.2f}x over the steps")

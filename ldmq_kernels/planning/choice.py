@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldmq_kernels.numerics.sqnr import from_db
-from ldmq_kernels.planning.knapsack import Column, Infeasible, Limit, Option, Table
+from ldmq_kernels.planning.knapsack import EQUAL, Column, Infeasible, Limit, Option, Table
 from ldmq_kernels.planning.plan import PlanError
 from ldmq_kernels.planning.target import Target
 
@@ -122,13 +122,18 @@ class Chooser:
         except Infeasible:
             raise PlanError(self._why_not(target, None)) from None
 
-    def cost(self, choice: Choice, target: Target) -> float:
-        """What the target makes small, of a choice: never SQNR in dB, which grows."""
-        if target.goal == "noise":
-            return -choice.sum_db
-        if target.goal == "bytes":
-            return choice.bytes
-        return sum(o.operations if self.rest is None else o.milliseconds for o in choice.options.values())
+    def is_cheaper(self, one: Choice, other: Choice, target: Target) -> bool:
+        """Whether a choice has less of what the target makes small than another, or of what breaks ties."""
+        for ours, theirs in zip(self._costs(one, target), self._costs(other, target), strict=True):
+            if abs(ours - theirs) > EQUAL * theirs:
+                return ours < theirs
+        return False
+
+    def _costs(self, choice: Choice, target: Target) -> list[float]:
+        options = choice.options.values()
+        time = [] if self.rest is None else [choice.milliseconds]
+        costs = [*time, sum(o.operations for o in options)]
+        return [float(choice.bytes), *costs] if target.goal == "bytes" else costs
 
     def least(self, what: Literal["bytes", "milliseconds"]) -> float:
         """The least bytes, or milliseconds of one call, that the options allow."""

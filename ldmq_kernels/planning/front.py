@@ -85,7 +85,7 @@ def front(session: Session, *, axis: Axis = "bytes", points: int = POINTS, show:
     found = []
     for target, choice in track(kept, "points of the front", len(kept), show=show):
         run = session.verified(choice)
-        result = session.result(run, session.interaction_db(choice), target)
+        result = session.result(run, target)
         found.append(FrontPoint(result, cost(choice), result.predicted_db, run.db))
     beaten = _dominated([p.cost for p in found], [p.measured_db for p in found])
     return [

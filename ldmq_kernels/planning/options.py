@@ -107,10 +107,10 @@ def sensitive_blocks(model: nn.Module, analysis: Analysis, share: float) -> list
 
 
 def is_precise(scheme: Scheme) -> bool:
-    """Whether a scheme is of those that sensitive blocks start with: w8a16, fp16, and w8a8 with dynamic scales."""
+    """Whether a scheme is of those that sensitive blocks start with: w8a16, fp16, and w8a8 dynamic or paired."""
     if scheme.format.weight_bits < 8:
         return False
-    return scheme.format.activation_bits == 16 or scheme.activations == "dynamic"
+    return scheme.format.activation_bits == 16 or scheme.activations in ("dynamic", "paired")
 
 
 def restricted(options: Sequence[Option], blocks: Collection[str]) -> list[Option]:

@@ -115,6 +115,7 @@ def make_plan(
     analysed_steps: int = ANALYSED_STEPS,
     signals: Sequence[str] = (SQNR,),
     hybrid: float = 0.0,
+    time_layers: bool = False,
     work_dir: Path | None = None,
     show: bool = False,
 ) -> PlanResult:
@@ -132,7 +133,7 @@ def make_plan(
         show=show,
     )
     model = denoiser(pipe)
-    times = measure_layers(model, analysis, show=show) if target.needs_times else None
+    times = measure_layers(model, analysis, show=show) if time_layers or target.needs_times else None
     result = plan_from_analysis(model, analysis, held_out, target, names, signals=signals, times=times, hybrid=hybrid)
     result.plan.measured["verified_on"] = verified_on
     return result
@@ -150,6 +151,7 @@ def plan(
     calibration_mode: str = FIRST_STEP,
     signals: Sequence[str] = (SQNR,),
     hybrid: float = 0.0,
+    time_layers: bool = False,
     num_inference_steps: int = 20,
     guidance_scale: float = 7.5,
     seed: int = 0,
@@ -168,13 +170,14 @@ def plan(
             on itself, from another seed.
         target_sqnr_db: least SQNR of the UNet output along the float trajectory, averaged over sampling steps.
         target_bytes: most bytes of the UNet's quantizable weights.
-        target_milliseconds: most time of one UNet call for one picture on the pipeline's device, where the layers
-            are timed. A layer that would get slower stays in 16 bit.
+        target_milliseconds: most time of one UNet call for one picture on the pipeline's device.
         target_layers: most layers that may stay in 16 bit.
         formats: formats or schemes to choose among; "w8a8" stands for static, stepped, dynamic and paired.
         calibration_mode: "first-step" (the paper's single sampling step), "sampled-steps" or "all-steps".
         signals: "sqnr", and "ssim" to keep the structure of pictures too; see `planning.choice.Chooser`.
         hybrid: share of the noise whose blocks start with higher precision, as in the paper; 0 for none.
+        time_layers: time the layers on the pipeline's device, as targets in milliseconds do: a layer that would get
+            slower stays in 16 bit.
         work_dir: keeps the analysis, so that the same call goes on after a kill.
         out: where to write the plan file.
 
@@ -194,6 +197,7 @@ def plan(
         settings=SamplingSettings(num_inference_steps, guidance_scale, seed),
         signals=signals,
         hybrid=hybrid,
+        time_layers=time_layers,
         work_dir=None if work_dir is None else Path(work_dir),
         show=show_progress,
     )

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory
@@ -26,8 +27,7 @@ logger = logging.getLogger(__name__)
 RUNS = 8  # of whole plans on held-out prompts, for one target
 MARGIN_DB = 0.2  # above the target, where a plan is asked for again
 ENOUGH_DB = 0.7  # above the target that need not be saved
-FINEST_DB = 0.05  # between a request that reaches the target and one that does not
-LEAST_SAVED = 1e-3  # of the cost, below which a smaller plan is not worth another run
+NEAREST = 0.1  # of the way between a request that fails and one that does not, that the next one keeps to both
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class PlanResult:
 
 @dataclass(frozen=True)
 class Verified:
-    """A choice, and what it does along the held-out trajectory."""
+    """A choice, what it was expected to do along the held-out trajectory, and what it does."""
 
     choice: Choice
+    predicted_db: float
     noise: StepNoise
 
     @property
@@ -92,27 +93,41 @@ class Session:
         self.chooser = Chooser(options, weights, signals, rest_milliseconds=None if times is None else times.rest)
         self._trials = Trials(model, analysis)
         self._known: dict[tuple[tuple[str, str], ...], Verified] = {}
+        self.interaction_db: float | None = None  # by which the layers together are noisier than their sum
 
     # -- runs ----------------------------------------------------------------------------------------------
+
+    def expected_db(self, choice: Choice) -> float:
+        """SQNR along the held-out trajectory as far as it is known.
+
+        The sum of the layers' noise, corrected by what the first choice made together along the calibration's
+        trajectory; once there are runs, by those of the nearest sums.
+        """
+        if choice.sum_db >= MOST_DB:
+            return MOST_DB
+        if not self._known:
+            if self.interaction_db is None:
+                together = mean_db(self._trials.noise(choice.schemes, self.analysis.calibration.trajectory))
+                self.interaction_db = 0.0 if together >= MOST_DB else choice.sum_db - together
+            return choice.sum_db - self.interaction_db
+        runs = sorted((run.choice.sum_db, run.db) for run in self._known.values() if run.db < MOST_DB)
+        if not runs:
+            return choice.sum_db
+        sums, dbs = zip(*runs, strict=True)
+        inside = min(max(choice.sum_db, sums[0]), sums[-1])
+        return float(np.interp(inside, sums, dbs)) + choice.sum_db - inside
 
     def verified(self, choice: Choice) -> Verified:
         """The choice run along the held-out trajectory; once for each choice of schemes."""
         key = tuple(choice.schemes.items())
         if key not in self._known:
-            self._known[key] = Verified(choice, self._trials.noise(choice.schemes, self.held_out))
+            predicted = self.expected_db(choice)
+            self._known[key] = Verified(choice, predicted, self._trials.noise(choice.schemes, self.held_out))
         return self._known[key]
-
-    def interaction_db(self, choice: Choice) -> float:
-        """How far the sum of the layers' noise lies above what they do together, along the calibration's trajectory.
-
-        Positive where the layers make more noise together than their sum.
-        """
-        together = mean_db(self._trials.noise(choice.schemes, self.analysis.calibration.trajectory))
-        return 0.0 if together >= MOST_DB else choice.sum_db - together
 
     # -- plans ---------------------------------------------------------------------------------------------
 
-    def result(self, verified: Verified, interaction_db: float, target: Target) -> PlanResult:
+    def result(self, verified: Verified, target: Target) -> PlanResult:
         """The plan file's content, with what was predicted and measured."""
         choice = verified.choice
         plan = build_plan(
@@ -124,11 +139,10 @@ class Session:
             sensitive=self.sensitive,
             times=self.times,
         )
-        predicted = min(MOST_DB, choice.sum_db - interaction_db)
         plan.measured = {
             "held_out_sqnr_db": round(verified.db, 3),
-            "predicted_sqnr_db": round(predicted, 3),
-            "interaction_db": round(interaction_db, 3),
+            "predicted_sqnr_db": round(verified.predicted_db, 3),
+            "interaction_db": round(self.interaction_db or 0.0, 3),
             "weight_bytes": choice.bytes,
             "weight_bytes_fp16": sum(weight_bytes(m, FLOAT) for m in quantizable_layers(self.model).values()),
         }
@@ -136,7 +150,7 @@ class Session:
             plan.measured["milliseconds"] = round(self.times.rest + choice.milliseconds, 4)
             plan.measured["milliseconds_float"] = round(self.times.all_float, 4)
         plan.measured |= {f"predicted_{name}_loss": round(choice.signal(name), 6) for name in self.signals}
-        return PlanResult(plan, self.analysis, verified.noise, predicted)
+        return PlanResult(plan, self.analysis, verified.noise, verified.predicted_db)
 
     def plan(self, target: Target) -> PlanResult:
         """The verified plan for a target.
@@ -145,50 +159,51 @@ class Session:
             PlanError: the target cannot be met; the text says what can.
         """
         first = self.chooser.choose(target)
-        interaction = self.interaction_db(first)
         if target.sqnr_db is None:
-            return self.result(self.verified(first), interaction, target)
-        return self.result(self._reach(target, target.sqnr_db, interaction), interaction, target)
+            return self.result(self.verified(first), target)
+        return self.result(self._reach(target, target.sqnr_db, first), target)
 
-    def _reach(self, target: Target, wanted: float, interaction: float) -> Verified:
+    def _reach(self, target: Target, wanted: float, first: Choice) -> Verified:
         """The cheapest choice found that reaches the target when it is run.
 
         Requests are in dB of the layers' sum. Each run tells by how much a request was too low or too high, and
         they close in from both sides.
         """
         most = self.chooser.best(target).sum_db
-        low, high = -MOST_DB, most + FINEST_DB  # requests that fail, and that reach it
-        asked = min(wanted + interaction, most)
-        reached: list[Verified] = []
-        best_db = -MOST_DB
+        asked = min(wanted + first.sum_db - self.expected_db(first), most)
+        tried: list[Verified] = []
+        low: Verified | None = None  # the highest sum that fails
+        high: Verified | None = None  # the cheapest that reaches the target
         for _ in range(RUNS):
             run = self.verified(self.chooser.choose(target, asked))
-            best_db = max(best_db, run.db)
-            logger.info("asked for %.2f dB of the sum, the plan has %.2f dB of %.2f", asked, run.db, wanted)
+            logger.info("asked for %.2f dB of the sum: %.2f dB of %.2f", asked, run.db, wanted)
+            is_new = run not in tried
+            tried.append(run)
             if run.db >= wanted:
-                saves = self._saves(reached, run, target)
-                reached.append(run)
-                high = min(high, asked)
-                if run.db - wanted <= ENOUGH_DB or not saves:
-                    break
-            else:
-                low = max(low, asked)
-                if asked >= most:
-                    break
-            step = asked + wanted + MARGIN_DB - run.db
-            asked = step if low < step < high else min((low + high) / 2, most) if low > -MOST_DB else high - ENOUGH_DB
-            if high - low < FINEST_DB:
+                is_new = is_new and (high is None or self.chooser.is_cheaper(run.choice, high.choice, target))
+                high = run if is_new else high
+            elif low is None or run.choice.sum_db > low.choice.sum_db:
+                low = run
+            if run.db < wanted and asked >= most:
                 break
-        if not reached:
+            if high is not None and (not is_new or high.db - wanted <= ENOUGH_DB):
+                break
+            asked = min(_next(low, high, wanted), most)
+        if high is None:
             raise PlanError(
-                f"{wanted} dB is not reached on held-out prompts: the best plan of {len(self._known)} that were run "
-                f"has {best_db:.2f} dB; lower the target, allow more precise formats, or calibrate on more prompts"
+                f"{wanted} dB is not reached on held-out prompts: the best plan of {len(tried)} that were run has "
+                f"{max(run.db for run in tried):.2f} dB; lower the target, allow more precise formats, or calibrate "
+                "on more prompts"
             )
-        return min(reached, key=lambda run: self.chooser.cost(run.choice, target))
+        return high
 
-    def _saves(self, reached: Sequence[Verified], run: Verified, target: Target) -> bool:
-        """Whether asking for less still makes plans smaller."""
-        if not reached:
-            return True
-        best = min(self.chooser.cost(earlier.choice, target) for earlier in reached)
-        return self.chooser.cost(run.choice, target) < best * (1 - LEAST_SAVED)
+
+def _next(low: Verified | None, high: Verified | None, wanted: float) -> float:
+    """What to ask for, in dB of the sum, after runs on one side of the target or on both."""
+    if low is None or high is None:
+        run = low or high
+        assert run is not None
+        return run.choice.sum_db + wanted + MARGIN_DB - run.db
+    left, right = low.choice.sum_db, high.choice.sum_db
+    share = (wanted + MARGIN_DB - low.db) / (high.db - low.db)
+    return left + (right - left) * min(max(share, NEAREST), 1 - NEAREST)

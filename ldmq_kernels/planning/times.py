@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.files import write_whole
+from ldmq_kernels.kernels.triton import configurations
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.knapsack import Option
 from ldmq_kernels.planning.plan import LayerPlan, PlanError, kind_of, layer_shape, quantizable_layers
 from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.analysis import Analysis, quantized_copy
+from ldmq_kernels.tuning.timing import one_call_ms
 from ldmq_kernels.version import __version__
 
 ROUNDS = 5
@@ -125,8 +127,6 @@ def _device_name(device: torch.device) -> str:
 
 def _head(device: torch.device) -> dict[str, Any]:
     """What makes times comparable."""
-    from ldmq_kernels.kernels.triton import configurations
-
     head: dict[str, Any] = {"device": _device_name(device), "package": __version__, "torch": torch.__version__}
     if device.type != "cuda":
         return {**head, "threads": torch.get_num_threads()}
@@ -142,8 +142,6 @@ def _head(device: torch.device) -> dict[str, Any]:
 
 def cache_file(device: torch.device) -> Path:
     """Where this user's layer times of a device are kept."""
-    from ldmq_kernels.kernels.triton import configurations
-
     name = re.sub(r"[^a-z0-9]+", "-", _device_name(device).lower()).strip("-")
     return configurations.cache_folder() / f"layer-times-{name}.json"
 
@@ -171,7 +169,7 @@ def measure_times(
     call: UNetCall,
     *,
     path: Path | None = None,
-    timer: Timer | None = None,
+    timer: Timer = one_call_ms,
     show: bool = False,
 ) -> LayerTimes:
     """Time every layer alone on this device, as it is in float and in each of its candidates.
@@ -182,13 +180,11 @@ def measure_times(
         model: the float model, on the device that it will run on.
         call: a recorded call for one picture.
         path: the file that keeps what was measured; this user's own where it is None.
-        timer: milliseconds of a work on a device; None for the tuner's.
+        timer: milliseconds of a work on a device.
 
     Raises:
         PlanError: on a GPU whose kernels were not tuned.
     """
-    if timer is None:
-        from ldmq_kernels.tuning.timing import one_call_ms as timer
     device = call.output.device
     head = _head(device)
     path = path or cache_file(device)

@@ -84,7 +84,9 @@ def _reason(plan: Plan, name: str, sqnr: dict[str, float]) -> str:
     if name in plan.exceptions:
         return choice.reason
     alone = f"; alone {sqnr[str(choice.scheme)]:.1f} dB at the output" if str(choice.scheme) in sqnr else ""
-    return f"the plan's commonest choice{alone}"
+    reasons = {f"rule {rule['pattern']}": rule["reason"] for rule in plan.rules if "reason" in rule}
+    why = f", {reasons[choice.reason]}" if choice.reason in reasons else ""
+    return f"{choice.reason}{why}{alone}"
 
 
 def to_csv(rows: list[LayerRow], schemes: list[str]) -> bytes:

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from ldmq_kernels.conversion.summary import Summary
 from ldmq_kernels.numerics.formats import FLOAT
-from ldmq_kernels.planning.planner import PlanResult
+from ldmq_kernels.planning.front import FrontPoint
+from ldmq_kernels.planning.session import PlanResult
+from ldmq_kernels.planning.target import Target
+from ldmq_kernels.report.front import front_figure
 from ldmq_kernels.report.measure import IDENTICAL_DB, PicturePairs, Timing
 from ldmq_kernels.report.rows import LayerRow
 from ldmq_kernels.sensitivity.analysis import Analysis
@@ -132,8 +135,7 @@ def _time_bars(timing: Timing) -> list[Bar]:
 
 def plan(result: PlanResult, summary: Summary, timings: Sequence[Timing]) -> str:
     """What the plan chose, how large and how fast the model is before and after."""
-    target = result.plan.target
-    asked = f"{target['sqnr_db']:g} dB" if "sqnr_db" in target else f"{target['bytes']} bytes"
+    asked = Target(**result.plan.target)
     measured = result.plan.measured
     rows = "".join(
         f"<tr><td>{chip(name)}</td><td class=n>{share.convolutions}</td><td class=n>{share.linears}</td>"
@@ -156,6 +158,22 @@ def plan(result: PlanResult, summary: Summary, timings: Sequence[Timing]) -> str
         f"{summary.linears} linears are quantized; {FLOAT} stands for a layer that stays as it was.",
         _bars([*_size_bars(summary), *(bar for timing in timings for bar in _time_bars(timing))]),
         table,
+    )
+
+
+def front(points: Sequence[FrontPoint]) -> str:
+    """Plans of all sizes."""
+    beaten = sum(point.dominated for point in points)
+    remark = f" {beaten} of them turned out worse than another one." if beaten else ""
+    return section(
+        "Smaller and larger plans",
+        f"{len(points)} plans from the smallest that the formats allow up to the least noisy one, each run on prompts "
+        f"and seeds that it was not made from.{remark}",
+        chart(
+            front_figure(points),
+            "What each size has at best. Dashed: predicted from the noise of single layers, corrected by the runs of "
+            "the smaller plans. A plan without any noise is left out.",
+        ),
     )
 
 

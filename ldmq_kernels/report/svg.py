@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from importlib import resources
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -47,6 +48,15 @@ _SETTINGS = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
+
+
+def standalone(svg: str) -> str:
+    """A figure as a file of its own: the page's colours for light ground in place of its variables."""
+    page = resources.files("ldmq_kernels.report").joinpath("page.html").read_text(encoding="utf-8")
+    light = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]+)", page[: page.index("@media")]))
+    svg = re.sub(r"var\((--[\w-]+)\)", lambda found: light[found[1]], svg)
+    ground = f'<rect width="100%" height="100%" fill="{light["--paper"]}"/>'
+    return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + ground, svg, count=1)
 
 
 def draw(name: str, width: float, height: float, paint: Callable[[Figure], None]) -> str:

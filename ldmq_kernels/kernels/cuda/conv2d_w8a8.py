@@ -59,18 +59,6 @@ def conv2d_w8a8(
     x = product.int8(x_q).contiguous(memory_format=torch.channels_last)
     out = torch.empty((samples, columns, *size), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
     top, _, left, _ = padding
-    return product.run(
-        "conv2d_w8a8",
-        x,
-        x_scale,
-        weight,
-        None,
-        weight_scale,
-        bias,
-        sample_vector,
-        residual,
-        out,
-        depth=channels,
-        pictures=product.Pictures(samples, height, width, *size, *kernel_size, *stride, *dilation, top, left, upsample),
-        out_reciprocal=out_reciprocal,
-    )
+    pictures = product.Pictures(samples, height, width, *size, *kernel_size, *stride, *dilation, top, left, upsample)
+    terms = product.Terms(x_scale, weight_scale, bias, residual, sample_vector, out_reciprocal)
+    return product.run("conv2d_w8a8", x, weight, None, terms, out, depth=channels, pictures=pictures)

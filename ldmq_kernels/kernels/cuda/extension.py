@@ -41,13 +41,27 @@ def binding() -> ModuleType:
 
 
 @functools.cache
-def runs_on(capability: tuple[int, int]) -> bool:
-    """Whether the extension holds code for this compute capability: its own, or PTX of an older one.
+def _driver_runs(module: ModuleType) -> bool:
+    """Whether the driver serves the CUDA version that the extension was built with; one that is too old warns."""
+    driver, build = (version // 1000 for version in module.versions())
+    if driver < build:
+        warnings.warn(
+            f"the CUDA extension was built with CUDA {build} and the driver serves CUDA {driver}: the next backend "
+            "serves its ops. Update the driver, or build the package again with an older CUDA",
+            stacklevel=2,
+        )
+    return driver >= build
 
-    Code with an "a" in its architecture's name runs on that one alone.
+
+@functools.cache
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether the extension runs on this compute capability: the driver takes it, and it holds code.
+
+    The code is the capability's own, or PTX of an older one; code with an "a" in its architecture's name runs on that
+    one alone.
     """
     module = load()
-    if module is None:
+    if module is None or not _driver_runs(module):
         return False
     number = capability[0] * 10 + capability[1]
     names = module.architectures().split(";")

@@ -42,6 +42,5 @@ def linear_w4a8(
     multiplier = product.plain(multiplier, torch.uint8, (columns, group_count(depth)))
     x = product.int8(x_q).reshape(-1, depth).contiguous()
     out = torch.empty((*x_q.shape[:-1], columns), dtype=out_dtype, device=x.device)
-    return product.run(
-        "linear_w4a8", x, x_scale, weight, multiplier, weight_scale, bias, None, residual, out, depth=depth
-    )
+    terms = product.Terms(x_scale, weight_scale, bias, residual)
+    return product.run("linear_w4a8", x, weight, multiplier, terms, out, depth=depth)

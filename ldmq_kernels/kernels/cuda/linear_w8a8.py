@@ -40,17 +40,5 @@ def linear_w8a8(
     weight = product.plain(weight, torch.int8, (columns, depth))
     x = product.int8(x_q).reshape(-1, depth).contiguous()
     out = torch.empty((*x_q.shape[:-1], columns), dtype=out_dtype, device=x.device)
-    return product.run(
-        "linear_w8a8",
-        x,
-        x_scale,
-        weight,
-        None,
-        weight_scale,
-        bias,
-        None,
-        residual,
-        out,
-        depth=depth,
-        out_reciprocal=out_reciprocal,
-    )
+    terms = product.Terms(x_scale, weight_scale, bias, residual, out_reciprocal=out_reciprocal)
+    return product.run("linear_w8a8", x, weight, None, terms, out, depth=depth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,67 @@ class Pictures(NamedTuple):
         return self.samples * self.out_height * self.out_width
 
 
+class Terms(NamedTuple):
+    """What becomes of the sums, as the op was given it.
+
+    Attributes:
+        x_scale: float32: one, or one for each row or sample.
+        weight_scale: (N,) float32.
+        bias: (N,) floating.
+        residual: the output's shape and dtype.
+        sample_vector: (samples, N) of the output's dtype.
+        out_reciprocal: (1,) or (N,) float32, the reciprocal of an int8 output's scale.
+    """
+
+    x_scale: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    sample_vector: Tensor | None = None
+    out_reciprocal: Tensor | None = None
+
+    def checked(self, op: str, x: Tensor, out: Tensor, units: int) -> Terms:
+        """The same beside x, of the dtypes that the kernels take, contiguous in the output's order.
+
+        Args:
+            op: named in the refusals.
+            x: the activations.
+            out: what is written.
+            units: rows or samples that may have a scale of their own.
+
+        Raises:
+            Unsupported: another dtype, device or count; the text names op and operand.
+        """
+        columns = self.weight_scale.numel()
+        reciprocal, bias = self.out_reciprocal, self.bias
+        if bias is not None:
+            bias = _check(op, "bias", bias, x, tuple(_BIAS_DTYPES)).expand(columns).contiguous()
+        return Terms(
+            _factors(op, "x_scale", self.x_scale, x, (1, units)),
+            _factors(op, "weight_scale", self.weight_scale, x, (columns, columns)),
+            bias,
+            _added(op, "residual", self.residual, x, out.shape, out.dtype),
+            _added(op, "sample_vector", self.sample_vector, x, (units, columns), out.dtype),
+            None if reciprocal is None else _factors(op, "out_reciprocal", reciprocal, x, (1, columns)),
+        )
+
+    def arguments(self, rows_of_unit: int) -> dict[str, Any]:
+        """Of the binding, for terms that are checked."""
+        reciprocal = self.out_reciprocal
+        return {
+            "x_scale": self.x_scale.data_ptr(),
+            "scale_count": self.x_scale.numel(),
+            "scale_rows": 0 if self.x_scale.numel() == 1 else rows_of_unit,
+            "weight_scale": self.weight_scale.data_ptr(),
+            "bias": _address(self.bias),
+            "bias_dtype": "float32" if self.bias is None else _BIAS_DTYPES[self.bias.dtype],
+            "sample_vector": _address(self.sample_vector),
+            "residual": _address(self.residual),
+            "out_reciprocal": _address(reciprocal),
+            "out_reciprocal_count": 0 if reciprocal is None else reciprocal.numel(),
+        }
+
+
 def int8(x_q: Tensor) -> Tensor:
     """x_q itself.
 
@@ -65,105 +127,105 @@ def plain(weight: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     return weight.contiguous()
 
 
-def _added(name: str, operand: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+def _check(op: str, name: str, operand: Tensor, x: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """The operand itself, of one of these dtypes and beside x."""
+    if operand.dtype not in dtypes:
+        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise Unsupported(f"{op}: the {name} is {operand.dtype}, must be {accepted}")
+    if operand.device != x.device:
+        raise Unsupported(f"{op}: the {name} is on {operand.device}, must be on {x.device} like the activations")
+    return operand
+
+
+def _factors(op: str, name: str, operand: Tensor, x: Tensor, counts: tuple[int, int]) -> Tensor:
+    """Scales, or reciprocals of scales: float32, contiguous, one or as many as `counts` says."""
+    if operand.numel() not in counts:
+        raise Unsupported(f"{op}: the {name} has {operand.numel()} elements, must have {counts[0]} or {counts[1]}")
+    return _check(op, name, operand, x, (torch.float32,)).reshape(-1).contiguous()
+
+
+def _added(
+    op: str, name: str, operand: Tensor | None, x: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
     """What the epilogue adds, contiguous in this shape; of a picture, NHWC."""
     if operand is None:
         return None
-    if operand.dtype != dtype:
-        raise Unsupported(f"the {name} is {operand.dtype}, must be {dtype} like the output")
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    return operand.expand(tuple(shape)).contiguous(memory_format=layout)
+    return _check(op, name, operand, x, (dtype,)).expand(tuple(shape)).contiguous(memory_format=layout)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _launch(
+    op: str, rows: int, columns: int, depth: int, taps: int, device: torch.device, call: dict[str, Any]
+) -> None:
+    """Run a call on the tile that is chosen for it, or on one for every GPU where that one refuses it."""
+    binding = extension.binding()
+    choose = functools.partial(tiles.choose, op, rows, columns, taps * depth, device, taps=taps)
+    tile = choose()
+    try:
+        binding.run_product(tile=tile.place, **call)
+    except binding.Refusal as refusal:
+        if tile.family < tiles.HOPPER or tiles.is_forced():
+            raise Unsupported(str(refusal)) from None
+        try:  # Hopper's tiles refuse a few convolutions that those for every GPU take
+            binding.run_product(tile=choose(for_all=True).place, **call)
+        except binding.Refusal as final:
+            raise Unsupported(str(final)) from None
+
+
 def run(
     op: str,
     x: Tensor,
-    x_scale: Tensor,
     weight: Tensor,
     multiplier: Tensor | None,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    sample_vector: Tensor | None,
-    residual: Tensor | None,
+    terms: Terms,
     out: Tensor,
     *,
     depth: int,
     pictures: Pictures | None = None,
-    out_reciprocal: Tensor | None = None,
 ) -> Tensor:
     """Compute `out` of operands whose shapes are checked.
 
     Args:
         op: "linear_w8a8", "linear_w4a8" or "conv2d_w8a8".
         x: (rows, depth) int8 contiguous, or (N, C, H, W) int8 channels_last.
-        x_scale: float32: one, or one for each row or sample.
         weight: (N, depth) or (K, R, S, C) int8, or (N, depth / 2) uint8 holding int4; contiguous.
         multiplier: (N, groups) uint8 contiguous, of an int4 weight.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
-        sample_vector: (samples, N) of out's dtype.
-        residual: out's shape and dtype.
-        out: (..., N) contiguous or (samples, N, P, Q) channels_last; floating, or int8 with `out_reciprocal`.
+        terms: scales, and what is added.
+        out: (..., N) contiguous or (samples, N, P, Q) channels_last; floating, or int8 with an `out_reciprocal`.
         depth: input channels.
         pictures: of a convolution.
-        out_reciprocal: (1,) or (N,) float32, the reciprocal of an int8 output's scale.
 
     Returns:
         out.
 
     Raises:
-        Unsupported: a shape, dtype or layout that the kernels do not take.
+        Unsupported: a shape, dtype, device or layout that the kernels do not take; the text names op and operand.
     """
-    columns = weight_scale.shape[0]
-    rows = pictures.rows if pictures else x.shape[0]
-    units = pictures.samples if pictures else rows
-    if x_scale.numel() not in (1, units):
-        raise Unsupported(f"{x_scale.numel()} activation scales; one is taken, or one for each of {units}")
     if out.dtype not in _OUT_DTYPES:
-        raise Unsupported(f"the output is {out.dtype}, must be float16, bfloat16 or float32")
-    x_scale, weight_scale = x_scale.reshape(-1).contiguous(), weight_scale.contiguous()
-    bias = None if bias is None else bias.expand(columns).contiguous()
-    if bias is not None and bias.dtype not in _BIAS_DTYPES:
-        raise Unsupported(f"the bias is {bias.dtype}, must be float16, bfloat16 or float32")
-    residual = _added("residual", residual, out.shape, out.dtype)
-    sample_vector = _added("sample vector", sample_vector, (units, columns), out.dtype)
-    taps = pictures.kernel_height * pictures.kernel_width if pictures else 1
-    binding = extension.binding()
-    arguments: dict[str, Any] = {
+        raise Unsupported(f"{op}: the output is {out.dtype}, must be float16, bfloat16 or float32")
+    for name, operand in (("weight", weight), ("multiplier", multiplier)):
+        if operand is not None:
+            _check(op, name, operand, x, (operand.dtype,))
+    columns = terms.weight_scale.shape[0]
+    rows, units = (pictures.rows, pictures.samples) if pictures else (x.shape[0], x.shape[0])
+    terms = terms.checked(op, x, out, units)
+    call: dict[str, Any] = {
         "x": x.data_ptr(),
         "weight": weight.data_ptr(),
         "multiplier": _address(multiplier),
-        "x_scale": x_scale.data_ptr(),
-        "scale_count": x_scale.numel(),
-        "scale_rows": 0 if x_scale.numel() == 1 else rows // max(units, 1),
-        "weight_scale": weight_scale.data_ptr(),
-        "bias": _address(bias),
-        "bias_dtype": "float32" if bias is None else _BIAS_DTYPES[bias.dtype],
-        "sample_vector": _address(sample_vector),
-        "residual": _address(residual),
         "out": out.data_ptr(),
         "out_dtype": _OUT_DTYPES[out.dtype],
-        "out_reciprocal": _address(out_reciprocal),
-        "out_reciprocal_count": 0 if out_reciprocal is None else out_reciprocal.numel(),
         "rows": rows,
         "columns": columns,
         "depth": depth,
         "pictures": pictures or (),
+        **terms.arguments(rows // max(units, 1)),
         **extension.target(x),
     }
-    problem = op, rows, columns, taps * depth, x.device
-    tile = tiles.choose(*problem)
-    try:
-        binding.run_product(tile=tile.place, **arguments)
-    except binding.Refusal as refusal:
-        if tile.family < tiles.HOPPER or tiles.is_forced():
-            raise Unsupported(str(refusal)) from None
-        try:  # Hopper's tiles refuse a few convolutions that those for every GPU take
-            binding.run_product(tile=tiles.choose(*problem, for_all=True).place, **arguments)
-        except binding.Refusal as final:
-            raise Unsupported(str(final)) from None
+    taps = pictures.kernel_height * pictures.kernel_width if pictures else 1
+    _launch(op, rows, columns, depth, taps, x.device, call)
     return out

@@ -57,19 +57,29 @@ def _of(op: str, gpu: Gpu) -> list[Tile]:
     return [tile for tile in _tiles() if tile.op == op and (tile.family < HOPPER or gpu.capability == HOPPER)]
 
 
-def estimate(tile: Tile, rows: int, columns: int, depth: int, gpu: Gpu) -> float:
-    """Clocks of a product: waves of tiles, each as long as its products or its bytes take."""
-    blocks = -(-rows // (tile.rows * tile.cluster)) * tile.cluster * -(-columns // tile.columns)
+def estimate(tile: Tile, rows: int, columns: int, depth: int, gpu: Gpu, taps: int = 1) -> float:
+    """Clocks of a product: waves of tiles, each as long as its products or its bytes take.
+
+    A cluster has tiles one below the other, which share the weight's bytes. With an int4 weight, which is half as many
+    bytes, the product is transposed: they stand side by side and share those of x.
+    """
+    if tile.op == "linear_w4a8":
+        below, beside = 1, tile.cluster
+        bytes_of_channel = tile.columns / 2 + tile.rows / tile.cluster
+    else:
+        below, beside = tile.cluster, 1
+        bytes_of_channel = tile.rows + tile.columns / tile.cluster
+    blocks = -(-rows // (tile.rows * below)) * -(-columns // (tile.columns * beside)) * tile.cluster
     waves = -(-blocks // gpu.multiprocessors)
-    steps = -(-depth // tile.depth)
+    steps = taps * -(-depth // (taps * tile.depth))  # a step has channels of one tap
     products = tile.rows * tile.columns * tile.depth / PRODUCTS[tile.family]
-    bytes_in = (tile.rows + tile.columns / tile.cluster) * tile.depth / CACHE_BYTES
+    bytes_in = bytes_of_channel * tile.depth / CACHE_BYTES
     store = tile.rows * tile.columns * 2 / STORE_BYTES
     alternates = tile.family == HOPPER and not tile.cooperative  # one tile is stored while the next is multiplied
     return waves * (steps * max(products, bytes_in) + (0 if alternates else store)) + START + store
 
 
-def candidates(op: str, rows: int, columns: int, depth: int, device: torch.device) -> list[Tile]:
+def candidates(op: str, rows: int, columns: int, depth: int, device: torch.device, taps: int = 1) -> list[Tile]:
     """The tiles that this GPU runs for an op and shape, the least estimate first; empty for an op without tiles.
 
     Args:
@@ -78,26 +88,30 @@ def candidates(op: str, rows: int, columns: int, depth: int, device: torch.devic
         columns: output channels.
         depth: products of an output: input channels times taps.
         device: a CUDA device that the extension serves.
+        taps: of a convolution's kernel.
     """
     gpu = configurations.gpu_of(device)
     tiles = _of(op.replace("_static", ""), gpu)
-    return sorted(tiles, key=lambda tile: estimate(tile, rows, columns, depth, gpu))
+    return sorted(tiles, key=lambda tile: estimate(tile, rows, columns, depth, gpu, taps))
 
 
 @functools.lru_cache(4096)
 def _chosen(
-    op: str, rows: int, columns: int, depth: int, device: torch.device, measured: str | None, for_all: bool
+    op: str, rows: int, columns: int, depth: int, device: torch.device, taps: int, measured: str | None, for_all: bool
 ) -> Tile | None:
-    tiles = candidates(op, rows, columns, depth, device)
+    tiles = candidates(op, rows, columns, depth, device, taps)
     if for_all:
         tiles = [tile for tile in tiles if tile.family < HOPPER]
     return next((tile for tile in tiles if tile.name == measured), tiles[0] if tiles else None)
 
 
-def choose(op: str, rows: int, columns: int, depth: int, device: torch.device, for_all: bool = False) -> Tile:
+def choose(
+    op: str, rows: int, columns: int, depth: int, device: torch.device, taps: int = 1, for_all: bool = False
+) -> Tile:
     """The tile that a product takes.
 
     Args:
+        op: as of `candidates`, like what follows.
         for_all: among those for every GPU, where Hopper's do not take the product.
 
     Raises:
@@ -106,7 +120,7 @@ def choose(op: str, rows: int, columns: int, depth: int, device: torch.device, f
     tile = _override.get()
     if tile is None:
         measured = choices.cuda_tiles(device).get(f"{op} {rows}x{columns}x{depth}")
-        tile = _chosen(op, rows, columns, depth, device, measured, for_all)
+        tile = _chosen(op, rows, columns, depth, device, taps, measured, for_all)
     if tile is None:
         raise Unsupported(f"the extension has no tile for {op} on {device}")
     return tile

@@ -1,0 +1,106 @@
+"""A front of plans: as a figure, as a section of the page, as a picture of its own and as a table of numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ldmq_kernels.planning.choice import MOST_DB
+from ldmq_kernels.planning.front import FrontPoint
+from ldmq_kernels.report.svg import INK, MUTED, SCHEME_COLOURS, draw, plain_axes, standalone
+
+WIDTH, HEIGHT = 11.0, 4.2
+ACCENT = SCHEME_COLOURS["w8a8-dynamic"]
+
+
+def _is_timed(points: Sequence[FrontPoint]) -> bool:
+    """Whether the points are spaced by time."""
+    return "milliseconds" in points[0].result.plan.target
+
+
+def _cost(point: FrontPoint, timed: bool) -> float:
+    """As people read it: milliseconds, or a share of the bytes in 16 bit."""
+    return point.cost if timed else point.cost / point.result.plan.measured["weight_bytes_fp16"]
+
+
+def _paint(axes: Axes, points: Sequence[FrontPoint]) -> None:
+    plain_axes(axes)
+    timed = _is_timed(points)
+    finite = [point for point in points if point.measured_db < MOST_DB]
+    best = [point for point in finite if not point.dominated]
+    beaten = [point for point in finite if point.dominated]
+    expected = [point for point in finite if point.predicted_db < MOST_DB]
+    axes.plot(
+        [_cost(p, timed) for p in expected],
+        [p.predicted_db for p in expected],
+        "--",
+        color=MUTED,
+        linewidth=1,
+        label="predicted before the run",
+    )
+    axes.plot(
+        [_cost(p, timed) for p in best],
+        [p.measured_db for p in best],
+        "o-",
+        color=ACCENT,
+        linewidth=1.8,
+        markersize=6,
+        markeredgewidth=0,
+        label="measured on held-out prompts",
+    )
+    if beaten:
+        axes.plot(
+            [_cost(p, timed) for p in beaten],
+            [p.measured_db for p in beaten],
+            "o",
+            color=MUTED,
+            markersize=5,
+            fillstyle="none",
+            label="measured, another plan is better",
+        )
+    for point in best:
+        text = f"{point.measured_db:.1f}"
+        place = (_cost(point, timed), point.measured_db)
+        axes.annotate(text, place, (0, 7), textcoords="offset points", ha="center", color=INK, fontsize=8.5)
+    axes.set_xlabel("milliseconds of one UNet call" if timed else "bytes of the weights, of those in fp16")
+    axes.set_ylabel("SQNR at the output, dB")
+    axes.margins(y=0.12)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.legend(loc="lower right")
+
+
+def front_figure(points: Sequence[FrontPoint]) -> str:
+    """SQNR against bytes or time as an `<svg>` element: predicted as a dashed line, measured as dots.
+
+    A plan without any noise has no place on it.
+    """
+
+    def paint(figure: Figure) -> None:
+        _paint(figure.add_subplot(), points)
+
+    return draw("front", WIDTH, HEIGHT, paint)
+
+
+def front_picture(points: Sequence[FrontPoint]) -> str:
+    """The figure as the content of an SVG file."""
+    return standalone(front_figure(points))
+
+
+def front_csv(points: Sequence[FrontPoint]) -> bytes:
+    """A row for each plan, as CSV in UTF-8."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["plan", "weight_bytes", "weight_bytes_fp16", "milliseconds", "predicted_db", "measured_db", "dominated"]
+    )
+    for number, point in enumerate(points, 1):
+        measured = point.result.plan.measured
+        size = [measured["weight_bytes"], measured["weight_bytes_fp16"], measured.get("milliseconds", "")]
+        decibels = [f"{point.predicted_db:.3f}", f"{point.measured_db:.3f}"]
+        writer.writerow([number, *size, *decibels, int(point.dominated)])
+    return text.getvalue().encode()
