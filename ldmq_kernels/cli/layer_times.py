@@ -27,7 +27,7 @@ ROUNDS = 5
 console = Console()
 
 
-def _cases() -> list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
+def _cases() -> list[tuple[str, Callable[[], nn.Linear | nn.Conv2d], tuple[int, ...]]]:
     linears = [(f"linear {m}x{k} -> {n}", lambda k=k, n=n: nn.Linear(k, n), (m, k)) for m, k, n in LINEARS]
     convolutions = [
         (f"conv 3x3 {n}x{c}x{h}x{w} -> {k}", lambda c=c, k=k: nn.Conv2d(c, k, 3, padding=1), (n, c, h, w))
@@ -43,7 +43,9 @@ def _float_dtypes(device: torch.device) -> list[torch.dtype]:
 
 
 @torch.no_grad()
-def time_layer(make: Callable[[], nn.Linear | nn.Conv2d], shape: tuple[int, ...], device: torch.device) -> dict[str, float]:
+def time_layer(
+    make: Callable[[], nn.Linear | nn.Conv2d], shape: tuple[int, ...], device: torch.device
+) -> dict[str, float]:
     """Median seconds of one layer by dtype ("float32" ...) and by scheme, on 16-bit inputs."""
     torch.manual_seed(0)
     layer, x = make().to(device), torch.randn(shape, device=device)

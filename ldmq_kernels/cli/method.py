@@ -247,6 +247,7 @@ def run_analyze(
 
     Where the formats cannot reach the target, the page has no plan and says so.
     """
+    from ldmq_kernels.cli.tables import noise_of_blocks, rows_of_pairs, rows_of_plan, write_blocks, write_sqnr
     from ldmq_kernels.report.page import write_report
     from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
 
@@ -258,15 +259,25 @@ def run_analyze(
     )
     session = Session(denoiser(pipe), analysis, held_out, names)
     points = front(session, show=True) if with_front else []
-    report = _report(pipe, model.resolve().name, session, split_prompts(prompts)[1], Target(sqnr_db=target_db), points)
+    blocks = noise_of_blocks(denoiser(pipe), analysis, show=True)
+    verified_on = split_prompts(prompts)[1]
+    report = _report(pipe, model.resolve().name, session, verified_on, Target(sqnr_db=target_db), points)
     plan = None if report.result is None else report.result.plan
+    measured = []
+    if report.result is not None and report.pictures is not None:
+        others = replace(settings, seed=settings.seed + HELD_OUT_SEED)
+        measured = [*rows_of_plan(pipe, verified_on, others, report.result, held_out), *rows_of_pairs(report.pictures)]
     rows = layer_rows(denoiser(pipe), analysis, plan)
     with whole_folder(out) as folder:
         write_report(folder / "report.html", denoiser(pipe), report)
         write_whole(folder / "layers.csv", to_csv(rows, schemes_of(analysis)))
+        write_sqnr(folder / "sqnr.csv", analysis, measured)
+        write_blocks(folder / "blocks.csv", *blocks)
         if plan is not None:
             plan.save(folder / "plan.json")
-    console.print(f"open {out / 'report.html'} in a browser; the numbers are in {out / 'layers.csv'}")
+    console.print(
+        f"open {out / 'report.html'} in a browser; the numbers are in layers.csv, sqnr.csv and blocks.csv beside it"
+    )
 
 
 def _report(

@@ -7,17 +7,24 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ldmq_kernels.calibration.second_moments import second_moments
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.conversion.convert import quantize_layer
+from ldmq_kernels.conversion.moments import BYTES_AT_ONCE
 from ldmq_kernels.nn.step_groups import following
 from ldmq_kernels.numerics.formats import FLOAT
-from ldmq_kernels.planning.plan import Plan, quantizable_layers
-from ldmq_kernels.sensitivity.analysis import Analysis, quantized_copy
+from ldmq_kernels.planning.plan import LayerPlan, Plan, quantizable_layers
+from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, swapped
+
+Key = tuple[str, str]  # layer and scheme
 
 
 class Trials:
     """Measures choices of schemes; the quantized layers of the last one are kept for the next.
+
+    Layers are those that `ldmq.quantize` makes of the plan. Where GPTQ rounds, that takes the inputs of the whole
+    calibration, of which the analysis saw only a part.
 
     Args:
         model: the float model; it stays as it is.
@@ -30,24 +37,42 @@ class Trials:
 
     @torch.no_grad()
     def noise(self, schemes: Mapping[str, str], trajectory: Trajectory) -> StepNoise:
-        """Noise at the output with every layer in the scheme that it is given, by layer.
+        """Noise at the output with every layer in the scheme that it is given, by layer; also by prompt and half.
 
         Raises:
             ValueError: the output is not finite.
         """
-        layers = quantizable_layers(self._model)
-        kept: dict[tuple[str, str], nn.Module] = {}
-        for name, scheme in schemes.items():
-            candidate = None if scheme == str(FLOAT) else self._analysis.candidate(name, scheme)
-            if candidate is not None:
-                key = (name, scheme)
-                kept[key] = self._copies.get(key) or quantized_copy(name, layers[name], candidate)
-        self._copies = kept
+        quantized = {key: plan for key in schemes.items() if (plan := self._layer_plan(*key)) is not None}
+        self._copies = {key: copy for key, copy in self._copies.items() if key in quantized}
+        self._copies |= self._made({key: plan for key, plan in quantized.items() if key not in self._copies})
         with (
-            swapped(self._model, {name: copy for (name, _), copy in kept.items()}),
+            swapped(self._model, {name: copy for (name, _), copy in self._copies.items()}),
             following(self._model, self._analysis.calibration.step_groups),
         ):
-            return output_noise(self._model, trajectory)
+            guidance = self._analysis.calibration.settings.guidance_scale
+            return output_noise(self._model, trajectory, guidance_scale=guidance)
+
+    def _layer_plan(self, name: str, scheme: str) -> LayerPlan | None:
+        candidate = None if scheme == str(FLOAT) else self._analysis.candidate(name, scheme)
+        return None if candidate is None else candidate.layer_plan()
+
+    def _made(self, plans: Mapping[Key, LayerPlan]) -> dict[Key, nn.Module]:
+        """The quantized layers of new choices, those that GPTQ rounds in groups whose moments fit into memory."""
+        layers = quantizable_layers(self._model)
+        made: dict[Key, nn.Module] = {}
+        groups: dict[int, list[Key]] = {}
+        size = 0
+        for key, plan in plans.items():
+            if plan.rounding == "gptq":
+                size += 4 * layers[key[0]].weight[0].numel() ** 2
+                groups.setdefault(size // BYTES_AT_ONCE, []).append(key)
+            else:
+                made[key] = quantize_layer(key[0], layers[key[0]], plan)
+        for group in groups.values():
+            moments = second_moments(self._model, self._analysis.calibration.trajectory, [name for name, _ in group])
+            for key in group:
+                made[key] = quantize_layer(key[0], layers[key[0]], plans[key], moments.pop(key[0]))
+        return made
 
 
 @torch.no_grad()
@@ -55,12 +80,13 @@ def measure_plan(
     model: nn.Module,
     plan: Plan,
     trajectory: Trajectory,
-    second_moments: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None,
+    moments_of: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None,
 ) -> StepNoise:
     """Noise at the output of the whole quantized model along a float trajectory; the model stays float.
 
     Args:
-        second_moments: of the inputs of the layers that the plan rounds by GPTQ, as `conversion.convert` takes them.
+        moments_of: second moments of the inputs of the layers that the plan rounds by GPTQ, as `convert` takes
+            them.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -68,7 +94,7 @@ def measure_plan(
         ValueError: the output is not finite.
     """
     layers = quantizable_layers(model)
-    moments = second_moments.get if isinstance(second_moments, Mapping) else second_moments
+    moments = moments_of.get if isinstance(moments_of, Mapping) else moments_of
     copies: dict[str, nn.Module] = {}
     for name, choice in plan.layers(model).items():
         if choice.scheme.quantizes:

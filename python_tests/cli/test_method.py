@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import shutil
@@ -97,6 +98,61 @@ def test_quantize_keeps_the_stored_dtype_and_the_pictures(model: Path, plan_file
     assert unet.dtype == torch.float16
 
 
+def test_a_front_leaves_plans_a_table_and_a_picture(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "front"
+    arguments = ("--steps", "1", "--formats", "w8a8-dynamic,w8a16,fp16")
+    assert run("plan", model, "--prompts", prompts, "--front", "--out", out, *arguments) == 0
+    told = capsys.readouterr().out
+    with (out / "front.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [f"plan_{number:02}.json" for number in range(1, len(rows) + 1)]
+    assert len(rows) > 3
+    assert what_is_in(out) == {"front.csv", "front.svg", *names}
+    assert all(name in told for name in names)
+    for name, row in zip(names, rows, strict=True):
+        plan = Plan.load(out / name)
+        assert plan.measured["weight_bytes"] == int(row["weight_bytes"])
+        assert plan.measured["held_out_sqnr_db"] == pytest.approx(float(row["measured_db"]), abs=1e-3)
+        assert plan.measured["verified_on"] == "held-out prompts"
+    assert "<svg" in (out / "front.svg").read_text()
+
+
+def test_targets_can_be_combined(model: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made.json"
+    limits = ("--target-sqnr", 15, "--target-ms", 1e4, "--target-layers", 5)
+    assert run("plan", model, "--prompts", prompts, *limits, "--out", out, "--steps", "1") == 0
+    plan = Plan.load(out)
+    assert plan.target == {"sqnr_db": 15.0, "milliseconds": 1e4, "layers": 5}
+    assert plan.measured["held_out_sqnr_db"] >= 15
+    assert plan.measured["milliseconds"] <= 1e4
+
+
+def test_signals_and_sensitive_blocks_can_be_asked_for(model: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made.json"
+    wishes = ("--signals", "sqnr,ssim", "--hybrid", 0.3, "--formats", "w8a8,w8a16,fp16")
+    assert run("plan", model, "--prompts", prompts, "--target-sqnr", 15, *wishes, "--out", out, "--steps", "1") == 0
+    plan = Plan.load(out)
+    assert plan.measured["predicted_ssim_loss"] >= 0
+    said = [entry["reason"] for entry in plan.exceptions.values()]
+    assert any(reason.startswith("sensitive block") for reason in said)
+
+
+def test_unknown_signals_are_refused_before_any_work(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--target-sqnr", 15, "--signals", "beauty", "--out", tmp_path / "made.json")
+    assert run("plan", model, "--prompts", prompts, *arguments) == 1
+    assert "give sqnr, or sqnr,ssim" in complaint(capsys)
+
+
+def test_an_analysis_can_show_a_front(model: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "analysis"
+    assert run("analyze", model, "--prompts", prompts, "--target-sqnr", 20, "--front", "--out", out, *QUICK) == 0
+    assert "Smaller and larger plans" in (out / "report.html").read_text()
+
+
 def test_a_unet_directory_is_enough_for_quantize_by_plan(model: Path, plan_file: Path, tmp_path: Path) -> None:
     assert run("quantize", model / "unet", "--plan", plan_file, "--out", tmp_path / "unet") == 0
     assert "config.json" in what_is_in(tmp_path / "unet")
@@ -105,17 +161,25 @@ def test_a_unet_directory_is_enough_for_quantize_by_plan(model: Path, plan_file:
 def test_analyze_leaves_a_page_a_table_and_a_plan(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "analysis"
     assert run("analyze", model, "--prompts", prompts, "--target-sqnr", 20, "--out", out, *QUICK) == 0
-    assert what_is_in(out) == {"report.html", "layers.csv", "plan.json"}
+    assert what_is_in(out) == {"report.html", "layers.csv", "sqnr.csv", "blocks.csv", "plan.json"}
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "mid_block.attentions.0" in (out / "layers.csv").read_text()
+    with (out / "sqnr.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["place"] for row in rows} == {"layer", "unet", "latent", "image"}
+    assert {row["part"] for row in rows if row["place"] == "unet"} >= {"pooled", "guided", "conditional"}
+    whole = [row for row in rows if row["place"] == "unet" and row["scheme"] == "plan" and row["part"] == "pooled"]
+    measured = Plan.load(out / "plan.json").measured["held_out_sqnr_db"]
+    assert float(whole[-1]["sqnr_db"]) == pytest.approx(measured, abs=0.01)
+    assert "mid_block.attentions.0" in (out / "blocks.csv").read_text()
 
 
 def test_analyze_of_a_target_out_of_reach_still_shows_the_noise(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "analysis"
     assert run("analyze", model, "--prompts", prompts, "--target-sqnr", 150, "--out", out, *QUICK) == 0
-    assert what_is_in(out) == {"report.html", "layers.csv"}
+    assert what_is_in(out) == {"report.html", "layers.csv", "sqnr.csv", "blocks.csv"}
     assert "150.0 dB cannot be met" in (out / "report.html").read_text()
 
 
@@ -210,7 +274,7 @@ def test_a_target_out_of_reach_says_what_can_be(
 
 def _spoil(plan: dict, how: str) -> None:
     if how == "newer":
-        plan["ldmq_plan"] = 2
+        plan["ldmq_plan"] = 3
     elif how == "another model":
         plan["model"]["fingerprint"] = "0" * 16
     elif how == "unknown layer":
@@ -304,10 +368,11 @@ def test_verbose_shows_the_traceback_and_silence_does_not(tmp_path: Path, capsys
     [
         ("plan", "m", "--prompts", "p", "--out", "o"),
         ("plan", "m", "--prompts", "p", "--target-sqnr", "3"),
+        ("plan", "m", "--prompts", "p", "--out", "o", "--front", "--target-ms", "3"),
         ("quantize", "m", "--out", "o"),
         ("quantize", "m", "--out", "o", "--plan", "p", "--target-sqnr", "3"),
     ],
-    ids=["no target", "no place", "neither plan nor prompts", "both"],
+    ids=["no target", "no place", "front and target", "neither plan nor prompts", "both"],
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert run(*arguments) == 2

@@ -1,14 +1,19 @@
-"""Options with made-up costs, few enough to try every combination."""
+"""Options with made-up costs, few enough to try every combination, and runs of whole plans that are made up."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+from torch import nn
 
+from ldmq_kernels.calibration import Trajectory
 from ldmq_kernels.planning.knapsack import Option
+from ldmq_kernels.sensitivity.analysis import Analysis
+from ldmq_kernels.sensitivity.output_noise import StepNoise, summed
 
 STEPS = 3
 TREND = (1.0, 4.0, 30.0)  # of noise over the steps, which all layers follow more or less
@@ -56,3 +61,26 @@ def mean_db(chosen: tuple[Option, ...], weights: tuple[float, ...]) -> float:
     """The mean over steps of the dB of the sum, from its definition."""
     powers = np.sum([o.noise for o in chosen], axis=0)
     return float(np.dot(weights, -10 * np.log10(np.maximum(powers, 1e-30))))
+
+
+class SummedRuns:
+    """In place of `trial.Trials`: whole plans whose noise is the sum of their layers', on every trajectory."""
+
+    def __init__(self, _model: nn.Module, analysis: Analysis) -> None:
+        self._analysis = analysis
+
+    def noise(self, schemes: Mapping[str, str], trajectory: Trajectory) -> StepNoise:
+        """By step, those between the analysed ones interpolated in dB."""
+        output, steps = self._analysis.output, self._analysis.steps
+        alone = [output[key] for key in schemes.items() if key in output]
+        count = self._analysis.calibration.trajectory.steps
+        if not alone:
+            return StepNoise(dict.fromkeys(range(count), 0.0))
+        total = summed(alone).by_step
+        decibels = np.interp(range(count), steps, [10 * math.log10(total[step]) for step in steps])
+        return StepNoise({step: float(10 ** (db / 10)) for step, db in enumerate(decibels)})
+
+
+def everything_in(analysis: Analysis, taken: Mapping[str, float]) -> dict[tuple[str, str], float]:
+    """(layer, scheme) -> the same value for every layer."""
+    return {(name, scheme): value for name in analysis.candidates for scheme, value in taken.items()}
