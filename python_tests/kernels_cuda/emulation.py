@@ -77,8 +77,8 @@ def emulated_binding() -> ModuleType:
     subprocess.run(["g++", "-shared", *module_objects, *linked, "-o", str(folder / MODULE)], check=True)
     module = load(folder / MODULE)
     emulator = ctypes.CDLL(str(library))
-    for setting in ("set_eager", "set_slow_warp"):
-        setattr(module, setting, getattr(emulator, f"emulator_{setting}"))
+    for name in ("set_eager", "set_slow_warp", "set_device", "set_encode_error", "told_shared"):
+        setattr(module, name, getattr(emulator, f"emulator_{name}"))
     return module
 
 

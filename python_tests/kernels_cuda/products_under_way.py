@@ -16,7 +16,7 @@ State = tuple[tuple[Group, ...], Group]  # operand registers of committed groups
 def written(opcode: str, operands: str) -> range:
     """The registers that an instruction writes: its first operand, after those that are predicates."""
     target = re.match(r"(?:U?P[T\d]+, )*R(\d+)\b", operands)
-    if target is None:
+    if target is None or "SETP" in opcode:
         return range(0)
     first, parts = int(target[1]), opcode.split(".")
     width = 4 if "128" in parts else 2 if {"64", "WIDE"} & set(parts) or opcode == "CS2R" else 1

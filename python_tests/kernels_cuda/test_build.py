@@ -96,6 +96,15 @@ def test_bad_arguments_are_refused_before_a_launch(
         getattr(built, op)(**(CALLS[op] | change))
 
 
+def test_a_build_says_which_cuda_made_it(built: ModuleType) -> None:
+    told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    assert release is not None
+    driver, build = built.versions()
+    assert build == int(release[1]) * 1000 + int(release[2]) * 10
+    assert driver >= 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the addresses are not real")
 @pytest.mark.parametrize("op", CALLS)
 def test_without_a_gpu_the_error_names_op_shape_device_and_architectures(built: ModuleType, op: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from python_tests.kernels_cuda.products_under_way import overwritten_operands
+
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 DESIGNED = re.compile(r"sm(80|90)14product_kernelINS0_4TileILNS_4KindE([012])E")
 KINDS = {"0": "linear_w8a8", "1": "conv2d_w8a8", "2": "linear_w4a8"}
@@ -90,6 +92,33 @@ def test_the_int4_weight_reaches_the_tensor_cores_from_registers(kernels: dict) 
         if "4sm90" in name:
             from_registers = re.findall(r"IGMMA\S* R\d+, (R\d+), gdesc", text)
             assert bool(from_registers) == (op == "linear_w4a8"), name
+
+
+def test_no_product_reads_registers_that_are_written_anew(kernels: dict) -> None:
+    """An int4 step is unpacked into other registers than those that the step before still reads."""
+    found = {name: overwritten_operands(text) for (_, name, op), text in kernels.items() if op == "linear_w4a8"}
+    assert not {name: instructions for name, instructions in found.items() if instructions}
+
+
+def test_a_register_written_too_early_is_found() -> None:
+    lines = [
+        "LDS.U16 R8, [R2]",
+        "IGMMA.64x64x32.S8.S8 R24, R8, gdesc[UR8], R24, gsb0",
+        "{}",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "@P0 BRA 0x0000",
+        "EXIT",
+    ]
+    text = "\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(lines))
+    for harmless in (
+        "IMAD R12, R8, R9, RZ",
+        "STG.E.128 [R8], R8",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "ISETP.NE.AND P0, PT, R8, RZ, PT",
+    ):
+        assert not overwritten_operands(text.format(harmless))
+    for early in ("IMAD R11, R2, R3, RZ", "LDG.E.64 R10, [R2.64]", "@!P1 BRA 0x0000", "LOP3.LUT P0, R9, R2, R3, RZ"):
+        assert overwritten_operands(text.format(early))
 
 
 def test_other_gpus_multiply_what_asynchronous_copies_bring(kernels: dict) -> None:

@@ -40,7 +40,6 @@ def binding() -> ModuleType:
     return module
 
 
-@functools.cache
 def _driver_runs(module: ModuleType) -> bool:
     """Whether the driver serves the CUDA version that the extension was built with; one that is too old warns."""
     driver, build = (version // 1000 for version in module.versions())

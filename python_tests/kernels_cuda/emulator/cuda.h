@@ -34,7 +34,7 @@ struct alignas(64) CUtensorMap {
 namespace emulator {
 
 inline CUresult check_map(const CUtensorMap& map, uint32_t inner, bool valid) {
-  if (!has_context) return CUDA_ERROR_INVALID_CONTEXT;
+  if (encode_error != CUDA_SUCCESS || !has_context) return encode_error ? encode_error : CUDA_ERROR_INVALID_CONTEXT;
   const uint32_t limit = map.swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 256 : 16u << map.swizzle;
   valid = valid && reinterpret_cast<uintptr_t>(map.base) % 16 == 0 && inner <= limit && inner % 16 == 0;
   for (uint32_t i = 0; i < map.rank; ++i) {

@@ -56,6 +56,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 namespace emulator {
 inline thread_local int device = 0;
 inline thread_local bool has_context = false;  // the driver's functions need one, which cudaSetDevice binds
+inline int encode_error = 0;                   // what the driver says to every tensor map
 inline int told_shared = 0;                    // calls that allow a kernel its shared memory
 constexpr int kMultiprocessors = 3;  // few, so that persistent blocks take several tiles and an odd number
 }  // namespace emulator
@@ -91,6 +92,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
+#define CUDART_VERSION 13000
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulator::device, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
   if (device > 1) return cudaErrorInvalidDevice;

@@ -1,8 +1,17 @@
 // What tests set of the emulator, through ctypes.
-#include "fibers.h"
+#include "cuda_runtime.h"
 
 // Whether asynchronous copies and products happen when they are issued, or as late as they may.
 extern "C" void emulator_set_eager(int eager) { emulator::eager = eager != 0; }
 
 // Which warp of every warpgroup runs only when nothing else moves; -1 for none.
 extern "C" void emulator_set_slow_warp(int warp) { emulator::slow_warp = warp; }
+
+// Makes a device current as the runtime may remember it, without a context in this thread.
+extern "C" void emulator_set_device(int device) { emulator::device = device, emulator::has_context = false; }
+
+// What the driver answers when it encodes a tensor map; 0 for success.
+extern "C" void emulator_set_encode_error(int error) { emulator::encode_error = error; }
+
+// How often a kernel was allowed its shared memory.
+extern "C" int emulator_told_shared() { return emulator::told_shared; }

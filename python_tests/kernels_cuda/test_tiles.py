@@ -1,0 +1,55 @@
+"""Which tile a product takes, and whether the extension serves a GPU at all."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ldmq_kernels.kernels.cuda import extension, tiles
+
+
+def test_a_cluster_of_an_int4_product_stands_side_by_side(device: torch.device) -> None:
+    """It pairs output channels: two columns of tiles take as long as one, and rows are not rounded up to pairs."""
+    gpu = tiles.Gpu("", 90, 2)
+    tile = tiles.Tile(0, "linear_w4a8", 90, 160, 128, 128, 7, 2, True)
+    times = [tiles.estimate(tile, 160, columns, 1280, gpu) for columns in (128, 256, 384)]
+    assert times[0] == times[1] < times[2]
+    assert tiles.estimate(tile, 320, 128, 1280, gpu) > times[0]
+    plain = tile._replace(op="linear_w8a8")
+    assert tiles.estimate(plain, 160, 128, 1280, gpu) == tiles.estimate(plain, 320, 128, 1280, gpu)
+
+
+def test_a_step_has_channels_of_one_tap(device: torch.device) -> None:
+    gpu = tiles.Gpu("", 90, 132)
+    tile = tiles.Tile(0, "conv2d_w8a8", 90, 128, 160, 128, 6, 2, False)
+    nine = tiles.estimate(tile, 4096, 320, 9 * 320, gpu, taps=9)
+    assert nine == tiles.estimate(tile, 4096, 320, 9 * 384, gpu)
+    assert nine > tiles.estimate(tile, 4096, 320, 9 * 320, gpu)
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "runs"), [(13000, 13000, True), (13020, 13000, True), (12080, 13000, False), (0, 12060, False)]
+)
+def test_a_driver_older_than_the_build_is_left_to_the_next_backend(
+    monkeypatch: pytest.MonkeyPatch, driver: int, built: int, runs: bool
+) -> None:
+    module = SimpleNamespace(versions=lambda: (driver, built), architectures=lambda: "80;90a")
+    monkeypatch.setattr(extension, "load", lambda: module)
+    extension.runs_on.cache_clear()
+    with contextlib.nullcontext() if runs else pytest.warns(UserWarning, match="serves CUDA .*the next backend"):
+        assert extension.runs_on((8, 0)) == runs
+    extension.runs_on.cache_clear()
+
+
+def test_the_least_estimate_fills_the_gpu(device: torch.device) -> None:
+    """A few rows take small tiles, so that every multiprocessor has one; many take large ones that share loads."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the figures are Hopper's")
+    small = tiles.candidates("linear_w8a8", 512, 1280, 1280, device)[0]
+    large = tiles.candidates("linear_w8a8", 8192, 8192, 8192, device)[0]
+    assert small.rows * small.columns < 128 * 160
+    assert large.rows * large.columns >= 128 * 160
+    assert large.cluster == 2
