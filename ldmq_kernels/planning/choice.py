@@ -276,7 +276,7 @@ class Chooser:
                 target.layers,
                 "layers in 16 bit",
                 "at least {:.0f} layers stay in 16 bit",
-                "allow more formats",
+                "allow more formats" if self.rest is None else "those that would get slower are among them",
             ),
         ]
         for column, start, limit, unit, words, remedy in known:

@@ -24,6 +24,7 @@ from ldmq_kernels.planning.plan import Plan, quantizable_layers
 from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.output_noise import swapped
 
+UNCOUNTED = 2  # first rounds of a timing
 IDENTICAL_DB = 100.0  # PSNR that stands for pictures without any difference
 
 
@@ -87,12 +88,12 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turns(works: Sequence[Callable[[], object]], device: torch.device, *, rounds: int) -> list[float]:
-    """Median seconds of each work, all of them run once a round after two rounds that do not count."""
+    """Median seconds of each work, all of them run once a round, the first rounds uncounted."""
     times: list[list[float]] = [[] for _ in works]
-    for turn in range(rounds + 2):
+    for turn in range(rounds + UNCOUNTED):
         for work, seconds in zip(works, times, strict=True):
             taken = _seconds(work, device)
-            if turn >= 2:
+            if turn >= UNCOUNTED:
                 seconds.append(taken)
     return [statistics.median(seconds) for seconds in times]
 
@@ -115,9 +116,11 @@ def time_plan(model: nn.Module, plan: Plan, call: UNetCall, *, rounds: int = 7) 
     def run() -> None:
         output_tensor(model(*call.args, **call.kwargs))
 
-    def run_quantized() -> None:
-        with swapped(model, copies):
-            run()
-
-    before, after = in_turns([run, run_quantized], call.output.device, rounds=rounds)
-    return Timing(f"one UNet call, batch {call.output.shape[0]}", before, after)
+    device = call.output.device
+    before, after = [], []
+    for _ in range(rounds + UNCOUNTED):
+        before.append(_seconds(run, device))
+        with swapped(model, copies):  # which takes time of its own, not counted
+            after.append(_seconds(run, device))
+    medians = [statistics.median(times[UNCOUNTED:]) for times in (before, after)]
+    return Timing(f"one UNet call, batch {call.output.shape[0]}", *medians)

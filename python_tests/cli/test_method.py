@@ -121,10 +121,10 @@ def test_a_front_leaves_plans_a_table_and_a_picture(
 
 def test_targets_can_be_combined(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "made.json"
-    limits = ("--target-sqnr", 15, "--target-ms", 1e4, "--target-layers", 5)
+    limits = ("--target-sqnr", 15, "--target-ms", 1e4, "--target-layers", 83)
     assert run("plan", model, "--prompts", prompts, *limits, "--out", out, "--steps", "1") == 0
     plan = Plan.load(out)
-    assert plan.target == {"sqnr_db": 15.0, "milliseconds": 1e4, "layers": 5}
+    assert plan.target == {"sqnr_db": 15.0, "milliseconds": 1e4, "layers": 83}
     assert plan.measured["held_out_sqnr_db"] >= 15
     assert plan.measured["milliseconds"] <= 1e4
 

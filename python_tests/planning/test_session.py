@@ -220,6 +220,8 @@ def test_a_layer_that_would_get_slower_stays_in_16_bit_and_says_so(
     assert plan.exceptions[slower]["reason"] == "slower when quantized: 2.500 ms in place of 2.000 ms"
     layers = len(analysis.candidates)
     assert plan.measured["milliseconds_float"] == 7.0 + 2.0 * layers
+    with pytest.raises(PlanError, match="at least 1 layers stay in 16 bit; those that would get slower"):
+        _session(unet, analysis, times=times).plan(Target(sqnr_db=20.0, layers=0))
 
 
 def test_milliseconds_are_kept_with_what_is_beside_the_layers(
