@@ -8,7 +8,7 @@ mean error away. A trial runs on what the layer saw in the float model.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,7 +92,6 @@ class _Trial:
     outcome: Outcome
     words: tuple[str, ...] = ()
     share: float = 1.0  # of the calibrated range
-    hessian: Tensor | None = None
 
 
 class LayerSearch:
@@ -103,30 +102,42 @@ class LayerSearch:
     ) -> None:
         self.name, self.layer, self.method, self.calibration = name, layer, method, calibration
         self.exact = Exact.of(layer, seen)
+        self.steps = sorted({s.step for s in seen})
         self.timesteps = calibration.trajectory.timesteps()
         kind: type[QuantizedLayer] = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
         self.weight = kind.to_channels_last(layer.weight.detach())
         self.absmax = calibration.input_absmax(name)
         self.smoothable = getattr(layer, "groups", 1) == 1 and bool((self.absmax > 0).any())
 
-    @functools.cached_property
-    def moments(self) -> Tensor:
-        """(K, K) float32, the sum of x x^T over all that the layer saw."""
+    def _moments(self, steps: Collection[int]) -> Tensor:
+        """(K, K) float32, the sum of x x^T over what the layer saw at some steps."""
         observer = MomentsObserver(self.name, self.layer, MOMENT_ROWS)
         for seen, output in zip(self.exact.seen, self.exact.outputs, strict=True):
-            observer(self.layer, (seen.x,), output)
+            if seen.step in steps:
+                observer(self.layer, (seen.x,), output)
         return observer.total
 
     # -- trials ---------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def _other_moments(self) -> tuple[Tensor, ...]:
+        """Of every second analysed step and of the others; of all where there is one step only."""
+        halves = self.steps[1::2], self.steps[0::2]
+        return tuple(self._moments(half) for half in halves) if halves[0] else (self._moments(self.steps),)
+
+    def _rounded_for_others(self, choice: LayerPlan) -> Callable[[int], QuantizedLayer]:
+        """Gives for a step the layer as GPTQ rounds it for the other half of the steps, so that it can be judged."""
+        copies = [
+            self._copy_at(quantize_layer(self.name, self.layer, choice, moments)) for moments in self._other_moments
+        ]
+        return lambda step: copies[self.steps.index(step) % len(copies)](step)
+
     def _copy_at(self, copy: QuantizedLayer) -> Callable[[int], QuantizedLayer]:
         return copy_for_step(copy, self.timesteps, self.calibration.step_groups)
 
-    def _try(
-        self, choice: LayerPlan, words: tuple[str, ...], share: float = 1.0, hessian: Tensor | None = None
-    ) -> _Trial:
-        copy = quantize_layer(self.name, self.layer, choice, hessian)
-        return _Trial(choice, try_out(self.exact, self._copy_at(copy)), words, share, hessian)
+    def _try(self, choice: LayerPlan, words: tuple[str, ...], share: float = 1.0) -> _Trial:
+        copy = quantize_layer(self.name, self.layer, choice)
+        return _Trial(choice, try_out(self.exact, self._copy_at(copy)), words, share)
 
     def _scale(self, scheme: Scheme, smoothing: Tensor | None, share: float) -> float | tuple[float, ...] | None:
         """The calibrated scale for a share of the range; None where the scheme takes none, or the input is zero."""
@@ -227,11 +238,13 @@ class LayerSearch:
         if self.method.rank:
             ranked = replace(start.choice, rank=self.method.rank)
             best = self._try(ranked, (*start.words, f"rank {self.method.rank}"), start.share)
-        if self.method.gptq and getattr(self.layer, "groups", 1) == 1:
-            trial = self._try(replace(best.choice, rounding="gptq"), (*best.words, "gptq"), best.share, self.moments)
-            if _less_noisy(trial.outcome.noise, best.outcome.noise, WORTH_GPTQ_DB):
-                best = trial
-        return best
+        if not self.method.gptq or getattr(self.layer, "groups", 1) != 1:
+            return best
+        choice = replace(best.choice, rounding="gptq")
+        outcome = try_out(self.exact, self._rounded_for_others(choice))
+        if not _less_noisy(outcome.noise, best.outcome.noise, WORTH_GPTQ_DB):
+            return best
+        return _Trial(choice, outcome, (*best.words, "gptq"), best.share)
 
     def _corrected(self, start: _Trial) -> tuple[_Trial, float]:
         outcome = start.outcome
@@ -271,7 +284,11 @@ class LayerSearch:
         return [found[str(s)] for s in schemes if str(s) in found]
 
     def _candidate(self, trial: _Trial, noise: float) -> Candidate:
-        copy = quantize_layer(self.name, self.layer, trial.choice, trial.hessian)
-        estimate = estimated_output_noise(self.exact, self._copy_at(copy))
-        kept = copy if trial.hessian is not None else None
-        return Candidate(trial.choice, noise, ", ".join(trial.words) or "plain", estimate, kept)
+        copy, choice = None, trial.choice
+        if choice.rounding == "gptq":
+            copy_at = self._rounded_for_others(choice)
+            copy = quantize_layer(self.name, self.layer, choice, self._moments(self.steps))
+        else:
+            copy_at = self._copy_at(quantize_layer(self.name, self.layer, choice))
+        estimate = estimated_output_noise(self.exact, copy_at)
+        return Candidate(choice, noise, ", ".join(trial.words) or "plain", estimate, copy)
