@@ -46,8 +46,7 @@ def group_norm_silu_quantize(
         `reciprocal`.
     """
     weight, bias = (None if v is None else v.float() for v in (norm_weight, norm_bias))
-    # contiguous, for which torch's statistics on a CPU are as exact far from zero as near it; channels_last's are not
-    normed = torch.nn.functional.group_norm(x.float().contiguous(), num_groups, weight, bias, eps)
+    normed = torch.nn.functional.group_norm(x.float(), num_groups, weight, bias, eps)
     pixels = (torch.nn.functional.silu(normed) if silu else normed).permute(0, 2, 3, 1).contiguous()
     if per_token or reciprocal is not None:
         q, scale = quantize_tokens(pixels, reciprocal, smoothing)
