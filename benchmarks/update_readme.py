@@ -177,7 +177,7 @@ def _study(data: dict[str, Any]) -> str:
             f"{row['figures']['psnr_db']['value']:.1f} dB",
         ]
         for row in data["rows"]
-        if row["failed"] is None
+        if row["failed"] is None and row["section"] in ("formats", "planner")
     ]
     words = "**The study** of the demo model; intervals, other measures and what did not help: [docs/study.md]"
     return f"{words}(docs/study.md)\n\n" + _table(["", "of fp16", "UNet SQNR", "PSNR"], rows)
