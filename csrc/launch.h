@@ -13,6 +13,9 @@ namespace ldmq {
 // Makes `device` current, and gives the caller's device back at the end. The call is made even where it is current
 // already: it binds the device's context to this thread, which the driver's own functions need.
 class DeviceGuard {
+  int previous_ = 0;  // before `error`, whose initialization asks for it
+  bool changed_ = false;
+
  public:
   explicit DeviceGuard(int device) : error(cudaGetDevice(&previous_)) {
     if (error == cudaSuccess) error = cudaSetDevice(device);
@@ -25,10 +28,6 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
   cudaError_t error;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,5 +1,5 @@
-// The int8 linear with an int4 weight, operand a, on wgmma: rows of operand a, rows of operand b, input channels, stages,
-// cooperative, cluster.
+// The int8 linear with an int4 weight, operand a, on wgmma: rows of operand a, rows of operand b, input channels,
+// stages, cooperative, cluster.
 #include "sm90_product.cuh"
 
 namespace ldmq {

@@ -27,6 +27,15 @@ ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
 MODULE = "_binding" + sysconfig.get_config_var("EXT_SUFFIX")
 COMPILE = ("g++", "-std=c++20", "-O1", "-fPIC", "-Wno-psabi")
+SETTINGS = (
+    "set_eager",
+    "set_slow_warp",
+    "set_device",
+    "set_encode_error",
+    "get_device",
+    "launched_on",
+    "told_shared",
+)
 KERNELS = (  # no product and sum in one rounding, as torch; an address that is not aligned ends the process
     "-ffp-contract=off",
     "-fsanitize=alignment",
@@ -77,7 +86,7 @@ def emulated_binding() -> ModuleType:
     subprocess.run(["g++", "-shared", *module_objects, *linked, "-o", str(folder / MODULE)], check=True)
     module = load(folder / MODULE)
     emulator = ctypes.CDLL(str(library))
-    for name in ("set_eager", "set_slow_warp", "set_device", "set_encode_error", "told_shared"):
+    for name in SETTINGS:
         setattr(module, name, getattr(emulator, f"emulator_{name}"))
     return module
 

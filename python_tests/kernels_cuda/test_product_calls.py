@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from types import ModuleType
 
 import pytest
 import torch
@@ -133,6 +134,22 @@ def test_a_thread_without_a_context_gets_one(device: torch.device, hopper: None)
     with ThreadPoolExecutor(1) as pool:
         out = pool.submit(copy_context().run, product).result()  # with the tile that is forced
     assert torch.equal(out.cpu().long(), exact_linear(x, weight))
+
+
+@pytest.mark.parametrize(("before", "during"), [(0, 1), (1, 0), (1, 1)])
+def test_the_callers_device_stays_current(emulated: ModuleType, before: int, during: int) -> None:
+    """No kernel of any op leaves another device current, or runs on one that it was not given."""
+    x, q, scale = torch.ones(2, 8), torch.empty(2, 8, dtype=torch.int8), torch.empty(2)
+    emulated.set_device(before)
+    try:
+        emulated.quantize_per_token(
+            x=x.data_ptr(), dtype="float32", smoothing=0, q=q.data_ptr(), scale=scale.data_ptr(), rows=2, channels=8,
+            device=during, stream=0,
+        )  # fmt: skip
+        assert emulated.get_device() == before
+        assert emulated.launched_on() == during
+    finally:
+        emulated.set_device(0)
 
 
 def test_the_error_has_the_drivers_own_words(device: torch.device, hopper: None) -> None:

@@ -56,6 +56,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 namespace emulator {
 inline thread_local int device = 0;
 inline thread_local bool has_context = false;  // the driver's functions need one, which cudaSetDevice binds
+inline int launched_on = -1;                   // the device of the last launch
 inline int encode_error = 0;                   // what the driver says to every tensor map
 inline int told_shared = 0;                    // calls that allow a kernel its shared memory
 constexpr int kMultiprocessors = 3;  // few, so that persistent blocks take several tiles and an odd number
@@ -65,6 +66,7 @@ constexpr int kMultiprocessors = 3;  // few, so that persistent blocks take seve
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
+  emulator::launched_on = emulator::device;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   if (config->dynamicSmemBytes > 227 << 10) return cudaErrorInvalidValue;

@@ -9,6 +9,9 @@ extern "C" void emulator_set_slow_warp(int warp) { emulator::slow_warp = warp; }
 
 // Makes a device current as the runtime may remember it, without a context in this thread.
 extern "C" void emulator_set_device(int device) { emulator::device = device, emulator::has_context = false; }
+extern "C" int emulator_get_device() { return emulator::device; }
+
+extern "C" int emulator_launched_on() { return emulator::launched_on; }
 
 // What the driver answers when it encodes a tensor map; 0 for success.
 extern "C" void emulator_set_encode_error(int error) { emulator::encode_error = error; }
