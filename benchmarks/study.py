@@ -128,12 +128,16 @@ def summary(found: list[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def write(found: list[dict[str, Any]], settings: dict[str, Any], float_figures: dict[str, float]) -> Path:
-    """The results file: figures and answers, without the samples that they come from."""
+def write(found: list[dict[str, Any]], settings: dict[str, Any], float_figures: dict[str, float], commit: str) -> Path:
+    """The results file: figures and answers, without the samples that they come from.
+
+    Args:
+        commit: that the cases were measured at, which may be older than the tree is now.
+    """
     samples = {row["name"]: Samples.from_json(row["samples"]) for row in found if row["failed"] is None}
     kept = [{k: v for k, v in row.items() if k not in ("samples", "layers", "key")} for row in found]
     questions = as_records(samples)
-    record = machine() | {"settings": settings, "float": float_figures, "questions": questions}
+    record = machine() | {"commit": commit, "settings": settings, "float": float_figures, "questions": questions}
     return common.write_results("study", [{"op": "unet", **row} for row in kept], summary(found), record)
 
 
@@ -162,7 +166,7 @@ def main() -> None:
     study = Study(arguments.rows, settings, console)
     bench, exam = prepare(**settings, show=console.is_terminal)
     found = list(study.run(quick_cases() if arguments.quick else cases(), bench, exam))
-    path = write(found, settings, exam.float_figures)
+    path = write(found, settings, exam.float_figures, study.key["commit"])
     pages = study_report.write(path, arguments.docs)
     print("written: " + ", ".join(map(str, (path, *pages))))
     ours_failed = [row["name"] for row in found if row["failed"] and row["tool"] == OURS]

@@ -77,7 +77,8 @@ Formats = Annotated[
     ),
 ]
 Calibration = Annotated[
-    Literal["first-step", "all-steps"], typer.Option(help="Sampling steps that static scales are taken from.")
+    Literal["first-step", "sampled-steps", "all-steps"],
+    typer.Option(help="Sampling steps that static scales are taken from."),
 ]
 Steps = Annotated[int, typer.Option(help="Sampling steps of each picture.", min=1)]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]

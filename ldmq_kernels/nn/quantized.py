@@ -1,8 +1,7 @@
 """What QuantLinear and QuantConv2d share: quantized buffers, and their packed form on a CPU.
 
-The checkpoint form of a layer is plain tensors (`weight`, scales). Where the CPU backend serves
-the layer, the weight is held only in that backend's packed form; anything that reads the layer
-(state_dict, deepcopy, pickle, `.weight`, a move to another device) gets the plain one, exactly.
+A checkpoint holds plain tensors. Where the CPU backend serves the layer, the weight is held in that backend's packed
+form alone; anything that reads the layer (state_dict, deepcopy, pickle, `.weight`, a move) gets the plain one, exactly.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory
@@ -97,31 +96,30 @@ class Session:
 
     # -- runs ----------------------------------------------------------------------------------------------
 
-    def expected_db(self, choice: Choice) -> float:
-        """SQNR along the held-out trajectory as far as it is known.
+    def predicted_db(self, choice: Choice) -> float:
+        """SQNR as the calibration alone has it: the sum of the layers' noise, corrected for what they do together.
 
-        The sum of the layers' noise, corrected by what the first choice made together along the calibration's
-        trajectory; once there are runs, by those of the nearest sums.
+        The correction is measured once, by running the first choice along the calibration's trajectory. There is none
+        where GPTQ rounds a layer, which on these samples has less noise than on others.
         """
         if choice.sum_db >= MOST_DB:
             return MOST_DB
-        if not self._known:
-            if self.interaction_db is None:
-                together = mean_db(self._trials.noise(choice.schemes, self.analysis.calibration.trajectory))
-                self.interaction_db = 0.0 if together >= MOST_DB else choice.sum_db - together
-            return choice.sum_db - self.interaction_db
-        runs = sorted((run.choice.sum_db, run.db) for run in self._known.values() if run.db < MOST_DB)
-        if not runs:
+        if any(self._is_rounded_for_calibration(*key) for key in choice.schemes.items()):
             return choice.sum_db
-        sums, dbs = zip(*runs, strict=True)
-        inside = min(max(choice.sum_db, sums[0]), sums[-1])
-        return float(np.interp(inside, sums, dbs)) + choice.sum_db - inside
+        if self.interaction_db is None:
+            together = mean_db(self._trials.noise(choice.schemes, self.analysis.calibration.trajectory))
+            self.interaction_db = 0.0 if together >= MOST_DB else choice.sum_db - together
+        return min(MOST_DB, choice.sum_db - self.interaction_db)
+
+    def _is_rounded_for_calibration(self, layer: str, scheme: str) -> bool:
+        candidate = self.analysis.candidate(layer, scheme) if layer in self.analysis.candidates else None
+        return candidate is not None and candidate.choice.rounding == "gptq"
 
     def verified(self, choice: Choice) -> Verified:
         """The choice run along the held-out trajectory; once for each choice of schemes."""
         key = tuple(choice.schemes.items())
         if key not in self._known:
-            predicted = self.expected_db(choice)
+            predicted = self.predicted_db(choice)
             self._known[key] = Verified(choice, predicted, self._trials.noise(choice.schemes, self.held_out))
         return self._known[key]
 
@@ -170,7 +168,7 @@ class Session:
         they close in from both sides.
         """
         most = self.chooser.best(target).sum_db
-        asked = min(wanted + first.sum_db - self.expected_db(first), most)
+        asked = min(wanted + first.sum_db - self.predicted_db(first), most)
         tried: list[Verified] = []
         low: Verified | None = None  # the highest sum that fails
         high: Verified | None = None  # the cheapest that reaches the target

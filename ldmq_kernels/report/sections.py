@@ -171,8 +171,8 @@ def front(points: Sequence[FrontPoint]) -> str:
         f"and seeds that it was not made from.{remark}",
         chart(
             front_figure(points),
-            "What each size has at best. Dashed: predicted from the noise of single layers, corrected by the runs of "
-            "the smaller plans. A plan without any noise is left out.",
+            "What each size has at best. Dashed: predicted from the noise of single layers, corrected by one run "
+            "along the calibration's own prompts. A plan without any noise is left out.",
         ),
     )
 

@@ -122,10 +122,12 @@ def _search(bench: _Bench, schemes: list[Scheme], method: Method, probes: int, w
 
 
 def _exact_keys(estimates: dict[Key, StepNoise], candidates: dict[str, list[Candidate]], exact: str | int) -> list[Key]:
-    everything = [(name, str(c.scheme)) for name, found in candidates.items() for c in found]
+    """What is run alone: not what GPTQ rounds, which on the samples that it was rounded for has too little noise."""
+    everything = [(name, str(c.scheme)) for name, found in candidates.items() for c in found if c.copy is None]
     if exact == ALL:
         return everything
-    noisiest = sorted(estimates, key=lambda key: -estimates[key].mean_power)[: int(exact)]
+    estimated = [key for key in everything if key in estimates]
+    noisiest = sorted(estimated, key=lambda key: -estimates[key].mean_power)[: int(exact)]
     unknown = [key for key in everything if key not in estimates]
     return list(dict.fromkeys([*unknown, *noisiest]))
 
@@ -239,11 +241,13 @@ def _blocks(
     work: Work,
     show: bool,
 ) -> dict[Key, StepNoise]:
-    """Each block's noise: run where every layer is, else the sum of its layers'."""
+    """Each block's noise: run where every layer is and none is rounded by GPTQ, else the sum of its layers'."""
     members: dict[Key, dict[str, Candidate]] = {}
     for (name, scheme), candidate in chosen.items():
         members.setdefault((block_of(name), scheme), {}).update(candidate)
-    if exact == ALL:
-        runs = _run_each(bench, "SQNR of each block", {" ".join(k): m for k, m in members.items()}, work, show)
-        return {key: runs[" ".join(key)] for key in members}
-    return {key: summed(output[name, key[1]] for name in layers) for key, layers in members.items()}
+    summed_up = {key: summed(output[name, key[1]] for name in layers) for key, layers in members.items()}
+    if exact != ALL:
+        return summed_up
+    plain = {" ".join(key): m for key, m in members.items() if all(c.copy is None for c in m.values())}
+    runs = _run_each(bench, "SQNR of each block", plain, work, show)
+    return {key: runs.get(" ".join(key), total) for key, total in summed_up.items()}

@@ -8,7 +8,7 @@ mean error away. A trial runs on what the layer saw in the float model.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ from ldmq_kernels.numerics.smoothing import parts_vector, smoothing_vector
 from ldmq_kernels.planning.plan import LayerPlan, kind_of
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 from ldmq_kernels.sensitivity.probes import Seen
-from ldmq_kernels.sensitivity.trials import Exact, Outcome, copy_for_step, estimated_output_noise, try_out
+from ldmq_kernels.sensitivity.trials import Exact, Outcome, estimated_output_noise, set_to_step, try_out
 
 SMOOTHING_ALPHAS = (0.25, 0.5, 0.75)
 WORTH_SMOOTHING_DB = 0.5  # a smaller gain does not pay for a vector
@@ -102,42 +102,37 @@ class LayerSearch:
     ) -> None:
         self.name, self.layer, self.method, self.calibration = name, layer, method, calibration
         self.exact = Exact.of(layer, seen)
-        self.steps = sorted({s.step for s in seen})
         self.timesteps = calibration.trajectory.timesteps()
         kind: type[QuantizedLayer] = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
         self.weight = kind.to_channels_last(layer.weight.detach())
         self.absmax = calibration.input_absmax(name)
         self.smoothable = getattr(layer, "groups", 1) == 1 and bool((self.absmax > 0).any())
 
-    def _moments(self, steps: Collection[int]) -> Tensor:
-        """(K, K) float32, the sum of x x^T over what the layer saw at some steps."""
-        observer = MomentsObserver(self.name, self.layer, MOMENT_ROWS)
-        for seen, output in zip(self.exact.seen, self.exact.outputs, strict=True):
-            if seen.step in steps:
-                observer(self.layer, (seen.x,), output)
-        return observer.total
+    # -- trials ---------------------------------------------------------------------------------------
 
     # -- trials ---------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _other_moments(self) -> tuple[Tensor, ...]:
-        """Of every second analysed step and of the others; of all where there is one step only."""
-        halves = self.steps[1::2], self.steps[0::2]
-        return tuple(self._moments(half) for half in halves) if halves[0] else (self._moments(self.steps),)
+    def _moments(self) -> tuple[Tensor, ...]:
+        """(K, K) float32 for each fold, the sum of x x^T over what the layer saw."""
+        observers: dict[int, MomentsObserver] = {}
+        for seen, output in zip(self.exact.seen, self.exact.outputs, strict=True):
+            if seen.fold not in observers:
+                observers[seen.fold] = MomentsObserver(self.name, self.layer, MOMENT_ROWS)
+            observers[seen.fold](self.layer, (seen.x,), output)
+        return tuple(observers[fold].total for fold in sorted(observers))
 
-    def _rounded_for_others(self, choice: LayerPlan) -> Callable[[int], QuantizedLayer]:
-        """Gives for a step the layer as GPTQ rounds it for the other half of the steps, so that it can be judged."""
-        copies = [
-            self._copy_at(quantize_layer(self.name, self.layer, choice, moments)) for moments in self._other_moments
-        ]
-        return lambda step: copies[self.steps.index(step) % len(copies)](step)
+    def _rounded_for_others(self, choice: LayerPlan) -> Callable[[Seen], QuantizedLayer]:
+        """Gives for a call the layer as GPTQ rounds it for the other fold, so that it can be judged."""
+        copies = [self._copy_for(quantize_layer(self.name, self.layer, choice, m)) for m in reversed(self._moments)]
+        return lambda seen: copies[seen.fold](seen)
 
-    def _copy_at(self, copy: QuantizedLayer) -> Callable[[int], QuantizedLayer]:
-        return copy_for_step(copy, self.timesteps, self.calibration.step_groups)
+    def _copy_for(self, copy: QuantizedLayer) -> Callable[[Seen], QuantizedLayer]:
+        return set_to_step(copy, self.timesteps, self.calibration.step_groups)
 
     def _try(self, choice: LayerPlan, words: tuple[str, ...], share: float = 1.0) -> _Trial:
         copy = quantize_layer(self.name, self.layer, choice)
-        return _Trial(choice, try_out(self.exact, self._copy_at(copy)), words, share)
+        return _Trial(choice, try_out(self.exact, self._copy_for(copy)), words, share)
 
     def _scale(self, scheme: Scheme, smoothing: Tensor | None, share: float) -> float | tuple[float, ...] | None:
         """The calibrated scale for a share of the range; None where the scheme takes none, or the input is zero."""
@@ -286,9 +281,9 @@ class LayerSearch:
     def _candidate(self, trial: _Trial, noise: float) -> Candidate:
         copy, choice = None, trial.choice
         if choice.rounding == "gptq":
-            copy_at = self._rounded_for_others(choice)
-            copy = quantize_layer(self.name, self.layer, choice, self._moments(self.steps))
+            copy_for = self._rounded_for_others(choice)
+            copy = quantize_layer(self.name, self.layer, choice, torch.stack(self._moments).sum(0))
         else:
-            copy_at = self._copy_at(quantize_layer(self.name, self.layer, choice))
-        estimate = estimated_output_noise(self.exact, copy_at)
+            copy_for = self._copy_for(quantize_layer(self.name, self.layer, choice))
+        estimate = estimated_output_noise(self.exact, copy_for)
         return Candidate(choice, noise, ", ".join(trial.words) or "plain", estimate, copy)

@@ -31,12 +31,20 @@ class Seen:
         x: the layer's input.
         gradients: J^T v for each probe, of the output's shape and float32; empty where there were no probes.
         signal: sum of squares of the UNet's output, over the batch.
+        fold: 0 or 1: which half of the samples this is, where what is fitted on one is judged on the other.
     """
 
     step: int
     x: Tensor
     signal: float
     gradients: list[Tensor] = field(default_factory=list)
+    fold: int = 0
+
+    def folds(self) -> list[Seen]:
+        """Every second sample of the batch, and the others: with guidance, other prompts; itself if there is one."""
+        if self.x.shape[0] < 2:
+            return [self]
+        return [Seen(self.step, self.x[i::2], self.signal / 2, [g[i::2] for g in self.gradients], i) for i in (0, 1)]
 
 
 def _rademacher(like: Tensor, seed: int) -> Tensor:

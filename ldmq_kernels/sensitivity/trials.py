@@ -24,7 +24,8 @@ class Exact:
 
     @classmethod
     def of(cls, layer: nn.Module, seen: list[Seen]) -> Exact:
-        """Run the float layer on its recorded inputs."""
+        """Run the float layer on its recorded inputs, each cut into two folds."""
+        seen = [fold for whole in seen for fold in whole.folds()]
         outputs = [layer(s.x).float() for s in seen]
         return cls(seen, outputs, sum(float(out.double().square().sum()) for out in outputs))
 
@@ -36,7 +37,7 @@ class Outcome:
     Attributes:
         noise: of the layer's own output, relative.
         corrected: the same with the mean error of each channel taken away, as it would be on other samples:
-            each half of the samples corrected by the other's mean. None where there is one sample only.
+            each fold corrected by the other's mean. None where there is one sample only.
         mean_error: (out,) float32, of output channels.
     """
 
@@ -52,45 +53,44 @@ def _channels_last(output: Tensor) -> Tensor:
     return output.unsqueeze(1) if output.dim() == 2 else output.flatten(1, -2)
 
 
-def copy_for_step(
+def set_to_step(
     copy: QuantizedLayer, timesteps: Sequence[float], boundaries: Sequence[float]
-) -> Callable[[int], QuantizedLayer]:
-    """Gives the copy set to the step group of a sampling step, where it is stepped."""
+) -> Callable[[Seen], QuantizedLayer]:
+    """Gives the copy for a call, set to the step group of its step where it is stepped."""
 
-    def at(step: int) -> QuantizedLayer:
+    def copy_for(seen: Seen) -> QuantizedLayer:
         if copy.scheme.is_stepped:
-            copy.use_step_group(group_of(timesteps[step], boundaries))
+            copy.use_step_group(group_of(timesteps[seen.step], boundaries))
         return copy
 
-    return at
+    return copy_for
 
 
-def try_out(exact: Exact, copy_at: Callable[[int], nn.Module]) -> Outcome:
+def try_out(exact: Exact, copy_for: Callable[[Seen], nn.Module]) -> Outcome:
     """Run a trial on all that the layer saw.
 
     Args:
-        copy_at: gives the quantized layer for a sampling step.
+        copy_for: gives the quantized layer for a call.
     """
-    sums: list[Tensor] = []  # of each channel's error, over the even and the odd samples
+    sums: dict[int, Tensor] = {}  # fold -> of each channel's error
     counts, powers = [0, 0], [0.0, 0.0]
     for seen, output in zip(exact.seen, exact.outputs, strict=True):
-        error = _channels_last(copy_at(seen.step)(seen.x).float() - output)
-        halves = error[0::2], error[1::2]
-        totals = [half.sum((0, 1), dtype=torch.float64) for half in halves]
-        sums = [a + b for a, b in zip(sums, totals, strict=True)] if sums else totals
-        for index, half in enumerate(halves):
-            counts[index] += half.shape[0] * half.shape[1]
-            powers[index] += float(half.double().square().sum())
+        error = _channels_last(copy_for(seen)(seen.x).float() - output)
+        total = error.sum((0, 1), dtype=torch.float64)
+        sums[seen.fold] = sums[seen.fold] + total if seen.fold in sums else total
+        counts[seen.fold] += error.shape[0] * error.shape[1]
+        powers[seen.fold] += float(error.double().square().sum())
     signal = exact.signal or 1.0
     corrected = None
     if min(counts) > 0:
-        means = [total / count for total, count in zip(sums, counts, strict=True)]
+        means = [sums[fold] / counts[fold] for fold in (0, 1)]
         shared, own = float(means[0] @ means[1]), [float(mean @ mean) for mean in means]
         corrected = sum(powers[i] + counts[i] * (own[1 - i] - 2 * shared) for i in (0, 1)) / signal
-    return Outcome(sum(powers) / signal, corrected, ((sums[0] + sums[1]) / sum(counts)).float())
+    mean = torch.stack(list(sums.values())).sum(0) / sum(counts)
+    return Outcome(sum(powers) / signal, corrected, mean.float())
 
 
-def estimated_output_noise(exact: Exact, copy_at: Callable[[int], nn.Module]) -> StepNoise | None:
+def estimated_output_noise(exact: Exact, copy_for: Callable[[Seen], nn.Module]) -> StepNoise | None:
     """Noise at the UNet's output by the recorded probes; None where there are none.
 
     Each sample and probe gives one draw of (v . J d)^2, so that the mean over n of them has a relative standard
@@ -101,7 +101,7 @@ def estimated_output_noise(exact: Exact, copy_at: Callable[[int], nn.Module]) ->
     for seen, output in zip(exact.seen, exact.outputs, strict=True):
         if not seen.gradients:
             return None
-        error = copy_at(seen.step)(seen.x).float() - output
+        error = copy_for(seen)(seen.x).float() - output
         draws = [(error * g).flatten(1).sum(1, dtype=torch.float64).square() for g in seen.gradients]
         noise[seen.step] = noise.get(seen.step, 0.0) + float(sum(d.sum() for d in draws)) / len(draws)
         signal[seen.step] = signal.get(seen.step, 0.0) + seen.signal
