@@ -1,9 +1,10 @@
 """How well the method's estimates hold on the demo model, kept as a results file: python benchmarks/method.py
 
 One row a scheme: the noise that backward probes estimate for each layer beside the noise of running the UNet with
-that layer alone quantized, by rank correlation and by the error in dB, of layers that GPTQ does not round. Layers' own noise, which is what an analysis
-without probes would rank by, stands beside it. Then calibration on the first step beside calibration on all steps,
-layer by layer, and what plans were predicted to reach beside what they reach on held-out prompts.
+that layer alone quantized, by rank correlation and by the error in dB, of layers that GPTQ does not round. Layers' own
+noise, which is what an analysis without probes would rank by, stands beside it. Then calibration on the first step
+beside calibration on all steps, layer by layer, and what plans were predicted to reach beside what they reach on
+held-out prompts.
 """
 
 from __future__ import annotations
