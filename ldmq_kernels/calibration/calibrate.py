@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class Calibration:
         text_layers: layers that read the text; their ranges leave its first token out.
         concatenations: layer -> channels of the first part, where the input is a concatenation of two.
         step_groups: descending timesteps between the groups that a stepped scale has.
+        absmax_by_fold: layer -> (2, steps, C) float32, `absmax` of each half of the prompts, by which choices are
+            cross-validated; empty where there is one prompt.
     """
 
     mode: str
@@ -37,6 +39,13 @@ class Calibration:
     text_layers: frozenset[str] = frozenset()
     concatenations: dict[str, int] = field(default_factory=dict)
     step_groups: tuple[float, ...] = ()
+    absmax_by_fold: dict[str, Tensor] = field(default_factory=dict)
+
+    def of_fold(self, fold: int) -> Calibration:
+        """As half of the prompts alone have it; as all have it where there is one prompt."""
+        if not self.absmax_by_fold:
+            return self
+        return replace(self, absmax={name: found[fold] for name, found in self.absmax_by_fold.items()})
 
     def input_absmax(self, layer: str) -> Tensor:
         """(C,) float32, over the steps that the mode calibrates on."""
@@ -85,18 +94,20 @@ def calibrate(
     last = None if whole or mode != FIRST_STEP else 0
     observer = RangeObserver(model)
     try:
-        trajectory = record_trajectory(pipe, prompts, settings, last_step=last, show=show, on_step=observer.at_step)
+        trajectory = record_trajectory(pipe, prompts, settings, last_step=last, show=show, on_call=observer.at_call)
     finally:
         observer.close()
     first = trajectory.calls[0].of_prompts([0])
+    by_fold = observer.absmax()
     return Calibration(
         mode,
         settings,
         tuple(prompts),
         trajectory,
-        observer.absmax(),
+        {name: found.amax(0) for name, found in by_fold.items()},
         observer.operations,
         frozenset(observer.text_layers),
         concatenated_inputs(model, first.args, first.kwargs),
         ranges.group_boundaries(trajectory.timesteps()),
+        by_fold if len(prompts) > 1 else {},
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldmq_kernels.calibration.trajectory import folds_of_rows
 from ldmq_kernels.numerics.affine import INT8_MAX
 from ldmq_kernels.planning.plan import quantizable_layers
 
@@ -30,6 +31,7 @@ class RangeObserver:
 
     Attributes:
         step: the sampling step that the model is called for.
+        prompts: the indices of the prompts that it is called for.
         operations: layer -> multiply-accumulates in one call of the model, of the last call.
         text_layers: linears whose input is the text (batch, tokens, C). Their first token is the beginning of
             the text, whose values are far larger than the rest, and it is left out of their ranges.
@@ -37,6 +39,7 @@ class RangeObserver:
 
     def __init__(self, model: nn.Module) -> None:
         self.step = 0
+        self.prompts: tuple[int, ...] = ()
         self.operations: dict[str, int] = {}
         self.text_layers: set[str] = set()
         self._text: Tensor | None = None
@@ -59,7 +62,7 @@ class RangeObserver:
             if text is not None and x.shape == text.shape and x.data_ptr() == text.data_ptr():
                 self.text_layers.add(name)
                 x = x[:, 1:]
-            seen = channel_absmax(layer, x)
+            seen = self._by_fold(layer, x)
             steps = self._absmax.setdefault(name, [])
             while len(steps) <= self.step:
                 steps.append(torch.zeros_like(seen))
@@ -69,13 +72,22 @@ class RangeObserver:
 
         return observe
 
-    def at_step(self, step: int) -> None:
-        """Say which sampling step comes next."""
-        self.step = step
+    def _by_fold(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """(2, C) float32, of the rows of each fold of prompts; of all rows twice where they belong to no prompt."""
+        rows = torch.tensor(folds_of_rows(x.shape[0], self.prompts), device=x.device)
+        if not rows.numel():
+            return channel_absmax(layer, x).expand(2, -1).clone()
+        found = {fold: channel_absmax(layer, x[rows == fold]) for fold in rows.unique().tolist()}
+        nothing = torch.zeros_like(next(iter(found.values())))
+        return torch.stack([found.get(fold, nothing) for fold in (0, 1)])
+
+    def at_call(self, step: int, prompts: tuple[int, ...]) -> None:
+        """Say which sampling step comes next, and for which prompts."""
+        self.step, self.prompts = step, prompts
 
     def absmax(self) -> dict[str, Tensor]:
-        """Layer -> (steps, C) float32, the largest absolute value of each input channel."""
-        return {name: torch.stack(steps) for name, steps in self._absmax.items()}
+        """Layer -> (2, steps, C) float32, the largest absolute value of each input channel in each fold of prompts."""
+        return {name: torch.stack(steps, 1) for name, steps in self._absmax.items()}
 
     def close(self) -> None:
         """Take the hooks away."""

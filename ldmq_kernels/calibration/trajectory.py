@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ldmq_kernels.progress import track
 
 PROMPTS_AT_ONCE = 8
+OnCall = Callable[[int, tuple[int, ...]], None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,20 @@ class UNetCall:
         return UNetCall(self.step, args, kwargs, cut(self.output), tuple(self.prompts[place] for place in kept))
 
 
+def folds_of_rows(rows: int, prompts: Sequence[int]) -> tuple[int, ...]:
+    """0 or 1 for each row of a batch, by its prompt: what is fitted on one fold of the prompts is judged on the other.
+
+    Args:
+        rows: of a tensor in a call for these prompts, both halves of guidance or one.
+
+    Returns:
+        Nothing where the rows are not those of the prompts.
+    """
+    if not prompts or rows not in (len(prompts), 2 * len(prompts)):
+        return ()
+    return tuple(prompts[row % len(prompts)] % 2 for row in range(rows))
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """All calls of one or more runs of a pipeline, and the denoised latents at their ends."""
@@ -88,6 +103,23 @@ class Trajectory:
         """Only the calls of some steps."""
         wanted = set(steps)
         return Trajectory([call for call in self.calls if call.step in wanted], self.latents, self.steps)
+
+    @property
+    def prompts(self) -> list[int]:
+        """The indices of all prompts that its calls draw, ascending."""
+        return sorted({prompt for call in self.calls for prompt in call.prompts})
+
+    def by_fold(self) -> dict[int, Trajectory]:
+        """The calls for the prompts of each fold, 0 and 1; all of them as fold 0 where there is one prompt."""
+        if len(self.prompts) < 2:
+            return {0: self}
+        found = {}
+        for fold in (0, 1):
+            wanted = [prompt for prompt in self.prompts if prompt % 2 == fold]
+            calls = [call.of_prompts(wanted) for call in self.calls if set(call.prompts) & set(wanted)]
+            if calls:
+                found[fold] = replace(self, calls=calls)
+        return found
 
     def timesteps(self) -> list[float]:
         """What the model was told of the time, by step."""
@@ -147,14 +179,14 @@ def _chunks(prompts: Sequence[str]) -> list[_Chunk]:
 
 
 def _record(
-    pipe: Any, chunk: _Chunk, settings: SamplingSettings, last_step: int | None, on_step: Callable[[int], None]
+    pipe: Any, chunk: _Chunk, settings: SamplingSettings, last_step: int | None, on_call: OnCall
 ) -> tuple[list[UNetCall], Tensor | None]:
     """One run of the pipeline; the latents are None where it ended early."""
     calls: list[UNetCall] = []
     indices = tuple(range(chunk.first, chunk.first + len(chunk.prompts)))
 
     def before(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
-        on_step(len(calls))
+        on_call(len(calls), indices)
 
     def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tensor = output_tensor(output).detach().clone()
@@ -191,7 +223,7 @@ def record_trajectory(
     *,
     last_step: int | None = None,
     show: bool = False,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_call: OnCall = lambda step, prompts: None,
 ) -> Trajectory:
     """Run the pipeline and keep every call of its UNet.
 
@@ -199,7 +231,7 @@ def record_trajectory(
         pipe: a diffusers text-to-image pipeline in full precision.
         prompts: one picture each, seeds counting up from `settings.seed`.
         last_step: stop after this sampling step, without pictures; None runs to the end.
-        on_step: told the step number before each call.
+        on_call: told the step and the indices of the prompts before each call.
 
     Raises:
         ValueError: there is no prompt, or the UNet's output is not finite.
@@ -210,7 +242,7 @@ def record_trajectory(
     latents: list[Tensor] = []
     chunks = _chunks(prompts)
     for chunk in track(chunks, "float trajectory", len(chunks), show=show):
-        recorded, images = _record(pipe, chunk, settings, last_step, on_step)
+        recorded, images = _record(pipe, chunk, settings, last_step, on_call)
         calls += recorded
         latents += [] if images is None else [images]
     steps = max(call.step for call in calls) + 1

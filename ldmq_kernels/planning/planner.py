@@ -155,6 +155,8 @@ def plan(
     num_inference_steps: int = 20,
     guidance_scale: float = 7.5,
     seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
     work_dir: str | Path | None = None,
     show_progress: bool = True,
     out: str | Path | None = None,
@@ -178,6 +180,7 @@ def plan(
         hybrid: share of the noise whose blocks start with higher precision, as in the paper; 0 for none.
         time_layers: time the layers on the pipeline's device, as targets in milliseconds do: a layer that would get
             slower stays in 16 bit.
+        height: of the pictures in pixels, as the pipeline draws by default if None; and `width` alike.
         work_dir: keeps the analysis, so that the same call goes on after a kill.
         out: where to write the plan file.
 
@@ -194,7 +197,7 @@ def plan(
         Target(target_sqnr_db, target_bytes, target_milliseconds, target_layers),
         formats=formats,
         calibration_mode=calibration_mode,
-        settings=SamplingSettings(num_inference_steps, guidance_scale, seed),
+        settings=SamplingSettings(num_inference_steps, guidance_scale, seed, height, width),
         signals=signals,
         hybrid=hybrid,
         time_layers=time_layers,

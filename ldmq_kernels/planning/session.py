@@ -107,7 +107,7 @@ class Session:
         if any(self._is_rounded_for_calibration(*key) for key in choice.schemes.items()):
             return choice.sum_db
         if self.interaction_db is None:
-            together = mean_db(self._trials.noise(choice.schemes, self.analysis.calibration.trajectory))
+            together = mean_db(self._trials.cross_validated(choice.schemes))
             self.interaction_db = 0.0 if together >= MOST_DB else choice.sum_db - together
         return min(MOST_DB, choice.sum_db - self.interaction_db)
 

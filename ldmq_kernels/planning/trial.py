@@ -15,7 +15,7 @@ from ldmq_kernels.nn.step_groups import following
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.plan import LayerPlan, Plan, quantizable_layers
 from ldmq_kernels.sensitivity.analysis import Analysis
-from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, swapped
+from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, swapped
 
 Key = tuple[str, str]  # layer and scheme
 
@@ -34,6 +34,27 @@ class Trials:
     def __init__(self, model: nn.Module, analysis: Analysis) -> None:
         self._model, self._analysis = model, analysis
         self._copies: dict[tuple[str, str], nn.Module] = {}
+
+    @torch.no_grad()
+    def cross_validated(self, schemes: Mapping[str, str]) -> StepNoise:
+        """Noise along the calibration's own trajectory, each fold of its prompts with what the other one makes.
+
+        Raises:
+            ValueError: the output is not finite, or GPTQ rounds one of the layers.
+        """
+        calibration, layers = self._analysis.calibration, quantizable_layers(self._model)
+        chosen = {
+            name: candidate
+            for name, scheme in schemes.items()
+            if scheme != str(FLOAT) and (candidate := self._analysis.candidate(name, scheme)) is not None
+        }
+        found = []
+        for fold, trajectory in calibration.trajectory.by_fold().items():
+            copies = {name: quantize_layer(name, layers[name], c.judged_on(fold)) for name, c in chosen.items()}
+            with swapped(self._model, copies), following(self._model, calibration.step_groups):
+                guidance = calibration.settings.guidance_scale
+                found.append(output_noise(self._model, trajectory, guidance_scale=guidance))
+        return pooled(found)
 
     @torch.no_grad()
     def noise(self, schemes: Mapping[str, str], trajectory: Trajectory) -> StepNoise:

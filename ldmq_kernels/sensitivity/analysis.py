@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,16 @@ from ldmq_kernels.nn import step_groups
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.planning.plan import fingerprint, quantizable_layers
 from ldmq_kernels.sensitivity.candidates import Candidate, LayerSearch, Method
-from ldmq_kernels.sensitivity.output_noise import StepNoise, block_of, output_noise, summed, swapped
+from ldmq_kernels.sensitivity.output_noise import StepNoise, block_of, output_noise, pooled, summed, swapped
 from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record
 from ldmq_kernels.sensitivity.similarity import Decoder, middle_step, scored_layers, structural_noise
 from ldmq_kernels.sensitivity.work import Work
 
 ANALYSED_STEPS = 8
-ANALYSED_PROMPTS = 2  # at each of them, others in turn
 ALL = "all"
 AUTO = "auto"
-SMALL_MODEL = 2_000_000  # parameters up to which every candidate is run on its own
-EXACT_RUNS = 48  # of a larger model: the candidates that estimates call the noisiest
+SMALL_MODEL = 2_000_000  # parameters up to which every candidate is run on its own, and two prompts at each step
+EXACT_RUNS = 24  # of a larger model, with one prompt at each step: the candidates that estimates call the noisiest
 
 Key = tuple[str, str]
 
@@ -77,19 +76,23 @@ class _Bench:
         self.pipe, self.model, self.calibration = pipe, denoiser(pipe), calibration
         self.modules = quantizable_layers(self.model)
         self.trajectory = analysed_part(calibration.trajectory, steps, prompts)
+        self.folds = self.trajectory.by_fold()
 
     @contextlib.contextmanager
-    def quantized(self, chosen: dict[str, Candidate]) -> Iterator[None]:
-        """The model with these layers quantized, inside this block."""
-        copies = {name: quantized_copy(name, self.modules[name], c) for name, c in chosen.items()}
+    def quantized(self, copies: Mapping[str, nn.Module]) -> Iterator[None]:
+        """The model with these layers in place of its own, inside this block."""
         with swapped(self.model, copies), step_groups.following(self.model, self.calibration.step_groups):
             yield
 
     def noise_of(self, chosen: dict[str, Candidate]) -> StepNoise:
-        """Noise at the UNet's output with these layers quantized."""
-        with self.quantized(chosen):
-            guidance = self.calibration.settings.guidance_scale
-            return output_noise(self.model, self.trajectory, guidance_scale=guidance)
+        """Noise at the UNet's output with these layers quantized, cross-validated over the folds of the prompts."""
+        guidance = self.calibration.settings.guidance_scale
+        found = []
+        for fold, trajectory in self.folds.items():
+            copies = {n: quantize_layer(n, self.modules[n], c.judged_on(fold)) for n, c in chosen.items()}
+            with self.quantized(copies):
+                found.append(output_noise(self.model, trajectory, guidance_scale=guidance))
+        return pooled(found)
 
 
 def analysed_part(trajectory: Trajectory, steps: Sequence[int], prompts: int | None) -> Trajectory:
@@ -151,7 +154,7 @@ def _similarity(bench: _Bench, candidates: dict[str, list[Candidate]], work: Wor
     def run(items: list[str]) -> Iterator[tuple[str, float]]:
         for item in items:
             name, candidate = sets[item]
-            with bench.quantized({name: candidate}):
+            with bench.quantized({name: quantized_copy(name, bench.modules[name], candidate)}):
                 yield item, structural_noise(bench.model, trajectory, decoder, pictures)
 
     found = work.run("similarity of pictures", list(sets), run, show=show)
@@ -175,7 +178,7 @@ def analyze(
     schemes: Sequence[Scheme],
     *,
     analysed_steps: int = ANALYSED_STEPS,
-    analysed_prompts: int | None = ANALYSED_PROMPTS,
+    analysed_prompts: int | str | None = AUTO,
     exact: str | int = AUTO,
     signals: Sequence[str] = ("sqnr",),
     method: Method | None = None,
@@ -188,9 +191,10 @@ def analyze(
         pipe: the pipeline that was calibrated, still in full precision.
         schemes: what to try; the float scheme needs no trial.
         analysed_steps: how many sampling steps, spread over the trajectory, each trial is run on.
-        analysed_prompts: how many prompts at each of them, others in turn; None takes all.
+        analysed_prompts: how many prompts at each of them, others in turn; None takes all, "auto" two of a small
+            model and one of a large one.
         exact: "all" runs the UNet for every candidate of every layer, a number for so many that the backward
-            probes estimate to be the noisiest, "auto" for all of a small model and 48 of a large one.
+            probes estimate to be the noisiest, "auto" for all of a small model and 24 of a large one.
         signals: "sqnr", and "ssim" for the structural similarity of pictures.
         method: parts of the search of each layer; None makes all.
         work_dir: keeps results, so that the same call goes on after a kill.
@@ -204,12 +208,16 @@ def analyze(
     method = method or Method()
     trials = [scheme for scheme in schemes if scheme.quantizes]
     steps = spread_steps(calibration.trajectory.steps, analysed_steps)
-    bench = _Bench(pipe, calibration, steps, analysed_prompts)
+    small = sum(p.numel() for p in denoiser(pipe).parameters()) <= SMALL_MODEL
     if exact == AUTO:
-        small = sum(p.numel() for p in bench.model.parameters()) <= SMALL_MODEL
         exact = ALL if small else EXACT_RUNS
     if exact != ALL and not isinstance(exact, int):
         raise ValueError(f"exact is {exact!r}: choose 'all', 'auto' or a number of runs")
+    if analysed_prompts == AUTO:
+        analysed_prompts = 2 if small else 1
+    if isinstance(analysed_prompts, str):
+        raise ValueError(f"analysed_prompts is {analysed_prompts!r}: choose 'auto', a number, or None for all")
+    bench = _Bench(pipe, calibration, steps, analysed_prompts)
     settings = _settings(
         calibration,
         bench.model,

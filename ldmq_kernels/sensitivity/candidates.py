@@ -2,7 +2,8 @@
 
 Searched one after the other, each kept only if it pays: smoothing (an alpha, or one factor for each part of a
 concatenation), the range that a static scale covers, GPTQ's rounding of 4-bit weights, and a bias that takes the
-mean error away. A trial runs on what the layer saw in the float model.
+mean error away. A trial runs on what the layer saw in the float model, cross-validated: what it takes from a
+calibration (ranges, smoothing vectors, second moments, mean errors) it takes from the other half of the prompts.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ldmq_kernels.sensitivity.probes import Seen
 from ldmq_kernels.sensitivity.trials import Exact, Outcome, estimated_output_noise, set_to_step, try_out
 
 SMOOTHING_ALPHAS = (0.25, 0.5, 0.75)
+PARTS = "parts"  # in place of an alpha: one factor for each part of a concatenation
 WORTH_SMOOTHING_DB = 0.5  # a smaller gain does not pay for a vector
 NARROWER = (0.85, 0.7)  # shares of the range, tried as long as they pay
 WORTH_A_RANGE_DB = 0.5
@@ -58,10 +60,12 @@ class Candidate:
 
     Attributes:
         choice: what a plan would say of it.
-        noise: relative noise power of the layer's own output, with float inputs.
+        noise: relative noise power of the layer's own output, with float inputs, cross-validated.
         label: what the search found, such as "alpha 0.5, range 0.85, bias".
         estimate: noise at the UNet's output by backward probes; None without probes.
         copy: the quantized layer itself where it cannot be made again from the choice alone (GPTQ).
+        judged: for each fold of the prompts what the other fold alone would have made of the choice, by which it is
+            judged; empty where the choice takes nothing from a calibration.
     """
 
     choice: LayerPlan
@@ -69,6 +73,7 @@ class Candidate:
     label: str
     estimate: StepNoise | None = None
     copy: QuantizedLayer | None = None
+    judged: tuple[LayerPlan, ...] = ()
 
     @property
     def scheme(self) -> Scheme:
@@ -79,19 +84,43 @@ class Candidate:
         """As an entry of a plan."""
         return replace(self.choice, reason=reason)
 
+    def judged_on(self, fold: int) -> LayerPlan:
+        """What is run on the prompts of a fold to judge the choice."""
+        return self.judged[fold] if self.judged else self.choice
+
 
 def _less_noisy(noise: float, than: float, worth_db: float) -> bool:
     return noise < than * 10 ** (-worth_db / 10)
 
 
-@dataclass
-class _Trial:
-    """A choice that was tried, with its words."""
+@dataclass(frozen=True)
+class _Recipe:
+    """How to make a choice of any calibration: of all prompts, or of a fold.
 
-    choice: LayerPlan
+    Attributes:
+        smoothing: an alpha, PARTS, or None.
+        share: of the calibrated range, or of the range of all steps where it is `widened`.
+    """
+
+    scheme: Scheme
+    smoothing: float | str | None = None
+    widened: bool = False
+    share: float = 1.0
+    rank: int = 0
+    rounding: str = "nearest"
+
+    @property
+    def takes_inputs(self) -> bool:
+        """Whether the choice depends on what was calibrated on."""
+        return self.scheme.is_static or self.smoothing is not None or self.rounding == "gptq"
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A recipe that was tried."""
+
+    recipe: _Recipe
     outcome: Outcome
-    words: tuple[str, ...] = ()
-    share: float = 1.0  # of the calibrated range
 
 
 class LayerSearch:
@@ -100,108 +129,134 @@ class LayerSearch:
     def __init__(
         self, name: str, layer: nn.Linear | nn.Conv2d, seen: list[Seen], calibration: Calibration, method: Method
     ) -> None:
-        self.name, self.layer, self.method, self.calibration = name, layer, method, calibration
+        self.name, self.layer, self.method = name, layer, method
         self.exact = Exact.of(layer, seen)
         self.timesteps = calibration.trajectory.timesteps()
         kind: type[QuantizedLayer] = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
         self.weight = kind.to_channels_last(layer.weight.detach())
-        self.absmax = calibration.input_absmax(name)
-        self.smoothable = getattr(layer, "groups", 1) == 1 and bool((self.absmax > 0).any())
+        self.whole = calibration
+        self.other = [calibration.of_fold(1 - fold) for fold in (0, 1)]
+        self.smoothable = getattr(layer, "groups", 1) == 1 and bool((calibration.input_absmax(name) > 0).any())
 
-    # -- trials ---------------------------------------------------------------------------------------
+    # -- from a recipe to a choice ----------------------------------------------------------------------
+
+    def _vector(self, recipe: _Recipe, calibration: Calibration) -> Tensor | None:
+        if recipe.smoothing is None:
+            return None
+        absmax = calibration.input_absmax(self.name)
+        if isinstance(recipe.smoothing, str):
+            return 1 / parts_vector(absmax, calibration.concatenations[self.name])
+        return 1 / smoothing_vector(absmax, self.weight, recipe.smoothing)
+
+    def _scale(
+        self, recipe: _Recipe, smoothing: Tensor | None, calibration: Calibration
+    ) -> float | tuple[float, ...] | None:
+        """The scale of a recipe; None where the scheme takes none, or the input is zero."""
+        scheme = recipe.scheme
+        if not scheme.is_static:
+            return None
+        if scheme.is_paired:  # so fine that the range of all steps can be covered, with room
+            scale = static_scale(calibration.absmax[self.name].amax(0), smoothing)
+            return None if scale is None else scale * PAIRED_ROOM
+        if not scheme.is_stepped:
+            by_step = calibration.absmax[self.name].amax(0) if recipe.widened else calibration.input_absmax(self.name)
+            scale = static_scale(by_step, smoothing)
+            return None if scale is None else scale * recipe.share
+        groups = [static_scale(absmax, smoothing) for absmax in calibration.grouped_absmax(self.name)]
+        largest = max((scale for scale in groups if scale is not None), default=None)
+        if largest is None:
+            return None
+        return tuple((largest if scale is None else scale) * recipe.share for scale in groups)
+
+    def _choice(self, recipe: _Recipe, calibration: Calibration) -> LayerPlan | None:
+        scheme, smoothing = recipe.scheme, self._vector(recipe, calibration)
+        scale = self._scale(recipe, smoothing, calibration)
+        if scheme.is_static and scale is None:
+            if calibration is self.whole:
+                return None  # an input that is all zero in calibration gives no static scale
+            return self._choice(recipe, self.whole)
+        first_token = (
+            self.method.first_token
+            and self.name in calibration.text_layers
+            and scheme.format.activation_bits == 8
+            and not scheme.is_paired
+            and isinstance(self.layer, nn.Linear)
+        )
+        return LayerPlan(
+            scheme, "", scale, smoothing, first_token=first_token, rank=recipe.rank, rounding=recipe.rounding
+        )
+
+    def _judged(self, recipe: _Recipe) -> tuple[LayerPlan, ...]:
+        """For each fold, the choice as the other fold makes it; one for both where it takes no inputs."""
+        calibrations = self.other if recipe.takes_inputs else [self.whole]
+        choices = [self._choice(recipe, calibration) for calibration in calibrations]
+        return tuple(choice for choice in choices if choice is not None)
 
     # -- trials ---------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _moments(self) -> tuple[Tensor, ...]:
-        """(K, K) float32 for each fold, the sum of x x^T over what the layer saw."""
+    def _moments(self) -> dict[int, Tensor]:
+        """Fold -> (K, K) float32, the sum of x x^T over what the layer saw of its samples."""
         observers: dict[int, MomentsObserver] = {}
         for seen, output in zip(self.exact.seen, self.exact.outputs, strict=True):
             if seen.fold not in observers:
                 observers[seen.fold] = MomentsObserver(self.name, self.layer, MOMENT_ROWS)
             observers[seen.fold](self.layer, (seen.x,), output)
-        return tuple(observers[fold].total for fold in sorted(observers))
+        return {fold: observer.total for fold, observer in observers.items()}
 
-    def _rounded_for_others(self, choice: LayerPlan) -> Callable[[Seen], QuantizedLayer]:
-        """Gives for a call the layer as GPTQ rounds it for the other fold, so that it can be judged."""
-        copies = [self._copy_for(quantize_layer(self.name, self.layer, choice, m)) for m in reversed(self._moments)]
-        return lambda seen: copies[seen.fold](seen)
+    def _moments_for(self, fold: int) -> Tensor:
+        """Those of the other fold, if it has any."""
+        return self._moments.get(1 - fold, next(iter(self._moments.values())))
 
-    def _copy_for(self, copy: QuantizedLayer) -> Callable[[Seen], QuantizedLayer]:
-        return set_to_step(copy, self.timesteps, self.calibration.step_groups)
+    def _copies(self, judged: Sequence[LayerPlan]) -> Callable[[Seen], QuantizedLayer]:
+        """Gives for a call the layer as the other fold makes it, set to its step."""
+        copies = []
+        for fold, choice in enumerate(judged):
+            hessian = self._moments_for(fold) if choice.rounding == "gptq" else None
+            copy = quantize_layer(self.name, self.layer, choice, hessian)
+            copies.append(set_to_step(copy, self.timesteps, self.whole.step_groups))
+        return lambda seen: copies[seen.fold % len(copies)](seen)
 
-    def _try(self, choice: LayerPlan, words: tuple[str, ...], share: float = 1.0) -> _Trial:
-        copy = quantize_layer(self.name, self.layer, choice)
-        return _Trial(choice, try_out(self.exact, self._copy_for(copy)), words, share)
-
-    def _scale(self, scheme: Scheme, smoothing: Tensor | None, share: float) -> float | tuple[float, ...] | None:
-        """The calibrated scale for a share of the range; None where the scheme takes none, or the input is zero."""
-        if not scheme.is_static:
-            return None
-        if scheme.is_paired:  # so fine that the range of all steps can be covered, with room
-            scale = static_scale(self.calibration.absmax[self.name].amax(0), smoothing)
-            return None if scale is None else scale * PAIRED_ROOM
-        if not scheme.is_stepped:
-            scale = static_scale(self.absmax, smoothing)
-            return None if scale is None else scale * share
-        groups = [static_scale(absmax, smoothing) for absmax in self.calibration.grouped_absmax(self.name)]
-        largest = max((scale for scale in groups if scale is not None), default=None)
-        return None if largest is None else tuple((largest if scale is None else scale) * share for scale in groups)
-
-    def _choice(self, scheme: Scheme, smoothing: Tensor | None, share: float = 1.0) -> LayerPlan | None:
-        scale = self._scale(scheme, smoothing, share)
-        if scheme.is_static and scale is None:
-            return None  # an input that is all zero in calibration gives no static scale
-        first_token = (
-            self.method.first_token
-            and self.name in self.calibration.text_layers
-            and scheme.format.activation_bits == 8
-            and not scheme.is_paired
-            and isinstance(self.layer, nn.Linear)
-        )
-        return LayerPlan(scheme, "", scale, smoothing, first_token=first_token)
+    def _try(self, recipe: _Recipe) -> _Trial:
+        return _Trial(recipe, try_out(self.exact, self._copies(self._judged(recipe))))
 
     # -- what is searched -----------------------------------------------------------------------------
 
-    def _smoothings(self, scheme: Scheme, sibling: _Trial | None) -> Iterator[tuple[str, Tensor]]:
-        """Smoothing vectors worth a trial: all of them, or the one that the same activations chose already."""
+    def _smoothings(self, scheme: Scheme, sibling: _Recipe | None) -> Iterator[float | str]:
+        """Smoothings worth a trial: all of them, or the one that the same activations chose already."""
         searched = scheme.format.activation_bits == 8 and not scheme.is_paired
         if not (self.method.smoothing and self.smoothable and searched):
             return
         if sibling is not None:
-            if sibling.choice.smoothing is not None:
-                yield sibling.words[0], sibling.choice.smoothing
+            if sibling.smoothing is not None:
+                yield sibling.smoothing
             return
-        for alpha in SMOOTHING_ALPHAS:
-            yield f"alpha {alpha}", 1 / smoothing_vector(self.absmax, self.weight, alpha)
-        first = self.calibration.concatenations.get(self.name)
-        if first is not None:
-            yield "parts", 1 / parts_vector(self.absmax, first)
+        yield from SMOOTHING_ALPHAS
+        if self.name in self.whole.concatenations:
+            yield PARTS
 
-    def _smoothed(self, scheme: Scheme, sibling: _Trial | None) -> _Trial | None:
-        plain = self._choice(scheme, None)
-        if plain is None:
+    def _smoothed(self, scheme: Scheme, sibling: _Recipe | None) -> _Trial | None:
+        plain = _Recipe(scheme)
+        if self._choice(plain, self.whole) is None:
             return None
-        best = unsmoothed = self._try(plain, ())
-        for word, vector in self._smoothings(scheme, sibling):
-            choice = self._choice(scheme, vector)
-            if choice is None:
-                continue
-            trial = self._try(choice, (word,))
+        best = unsmoothed = self._try(plain)
+        for smoothing in self._smoothings(scheme, sibling):
+            trial = self._try(replace(plain, smoothing=smoothing))
             if trial.outcome.noise < best.outcome.noise:
                 best = trial
         pays = _less_noisy(best.outcome.noise, unsmoothed.outcome.noise, WORTH_SMOOTHING_DB)
         return best if pays else unsmoothed
 
-    def _ranged(self, start: _Trial, sibling: _Trial | None) -> _Trial:
-        scheme = start.choice.scheme
+    def _ranged(self, start: _Trial, sibling: _Recipe | None) -> _Trial:
+        scheme = start.recipe.scheme
         if not (self.method.ranges and scheme.is_static) or scheme.is_paired:
             return start
-        if sibling is not None and sibling.share != 1.0:
-            return self._at_share(start, sibling.share)
-        best = wide = self._widened(start)
+        if sibling is not None:
+            known = replace(start.recipe, widened=sibling.widened, share=sibling.share)
+            return start if known == start.recipe else self._try(known)
+        best = self._widened(start)
         for share in NARROWER:
-            trial = self._at_share(start, share * wide.share)
+            trial = self._try(replace(best.recipe, share=share))
             if not _less_noisy(trial.outcome.noise, best.outcome.noise, WORTH_A_RANGE_DB):
                 break
             best = trial
@@ -212,43 +267,29 @@ class LayerSearch:
 
         A range that is too narrow costs far more on inputs that were not seen than one that is too wide.
         """
-        everywhere = static_scale(self.calibration.absmax[self.name].amax(0), start.choice.smoothing)
-        scale = start.choice.input_scale
-        if isinstance(scale, tuple) or scale is None or everywhere is None:
-            return start
-        most = everywhere / scale
-        drifts = most > 1 + LEAST_DRIFT
-        return self._at_share(start, most) if drifts else start
+        recipe = replace(start.recipe, widened=True)
+        drifts = self._times_calibrated(recipe) > 1 + LEAST_DRIFT
+        return self._try(recipe) if drifts else start
 
-    def _at_share(self, start: _Trial, share: float) -> _Trial:
-        choice = self._choice(start.choice.scheme, start.choice.smoothing, share)
-        assert choice is not None
-        return self._try(choice, (*start.words, f"range {share:.2f}"), share)
+    def _times_calibrated(self, recipe: _Recipe) -> float:
+        """The range of a recipe over the calibrated one."""
+        smoothing = self._vector(recipe, self.whole)
+        plain = replace(recipe, widened=False, share=1.0)
+        ours, calibrated = (self._scale(r, smoothing, self.whole) for r in (recipe, plain))
+        if isinstance(ours, float) and isinstance(calibrated, float):
+            return ours / calibrated
+        return recipe.share
 
     def _rounded(self, start: _Trial) -> _Trial:
-        scheme = start.choice.scheme
-        if scheme.format.weight_bits != 4:
+        if start.recipe.scheme.format.weight_bits != 4:
             return start
         best = start
         if self.method.rank:
-            ranked = replace(start.choice, rank=self.method.rank)
-            best = self._try(ranked, (*start.words, f"rank {self.method.rank}"), start.share)
+            best = self._try(replace(start.recipe, rank=self.method.rank))
         if not self.method.gptq or getattr(self.layer, "groups", 1) != 1:
             return best
-        choice = replace(best.choice, rounding="gptq")
-        outcome = try_out(self.exact, self._rounded_for_others(choice))
-        if not _less_noisy(outcome.noise, best.outcome.noise, WORTH_GPTQ_DB):
-            return best
-        return _Trial(choice, outcome, (*best.words, "gptq"), best.share)
-
-    def _corrected(self, start: _Trial) -> tuple[_Trial, float]:
-        outcome = start.outcome
-        pays = outcome.corrected is not None and _less_noisy(outcome.corrected, outcome.noise, WORTH_A_BIAS_DB)
-        if not (self.method.bias_correction and pays):
-            return start, outcome.noise
-        assert outcome.corrected is not None
-        choice = replace(start.choice, bias_correction=-outcome.mean_error)
-        return replace(start, choice=choice, words=(*start.words, "bias")), outcome.corrected
+        rounded = self._try(replace(best.recipe, rounding="gptq"))
+        return rounded if _less_noisy(rounded.outcome.noise, best.outcome.noise, WORTH_GPTQ_DB) else best
 
     # -- the result -----------------------------------------------------------------------------------
 
@@ -264,26 +305,49 @@ class LayerSearch:
             (s for s in schemes if s.quantizes and kind_of(self.layer) in s.format.layers),
             key=lambda s: (-s.format.weight_bits, list(SCHEMES).index(str(s))),
         )
-        tried: dict[str, _Trial] = {}
+        tried: dict[str, _Recipe] = {}
         found: dict[str, Candidate] = {}
         for scheme in order:
             sibling = tried.get(f"w8a8-{scheme.activations}") if scheme.format.weight_bits == 4 else None
-            if sibling is None and scheme.is_stepped:
-                sibling = tried.get(f"{scheme.format.name}-static")
-            smoothed = self._smoothed(scheme, sibling)
+            smoothed_alike = sibling
+            if smoothed_alike is None and scheme.is_stepped:
+                smoothed_alike = tried.get(f"{scheme.format.name}-static")
+            smoothed = self._smoothed(scheme, smoothed_alike)
             if smoothed is None:
                 continue
-            tried[str(scheme)] = self._ranged(smoothed, sibling if scheme.format.weight_bits == 4 else None)
-            final, noise = self._corrected(self._rounded(tried[str(scheme)]))
-            found[str(scheme)] = self._candidate(final, noise)
+            ranged = self._ranged(smoothed, sibling)
+            tried[str(scheme)] = ranged.recipe
+            found[str(scheme)] = self._candidate(self._rounded(ranged))
         return [found[str(s)] for s in schemes if str(s) in found]
 
-    def _candidate(self, trial: _Trial, noise: float) -> Candidate:
-        copy, choice = None, trial.choice
-        if choice.rounding == "gptq":
-            copy_for = self._rounded_for_others(choice)
-            copy = quantize_layer(self.name, self.layer, choice, torch.stack(self._moments).sum(0))
-        else:
-            copy_for = self._copy_for(quantize_layer(self.name, self.layer, choice))
-        estimate = estimated_output_noise(self.exact, copy_for)
-        return Candidate(choice, noise, ", ".join(trial.words) or "plain", estimate, copy)
+    def _candidate(self, trial: _Trial) -> Candidate:
+        recipe, outcome = trial.recipe, trial.outcome
+        choice, judged = self._choice(recipe, self.whole), self._judged(recipe)
+        assert choice is not None
+        words, noise = self._words(recipe), outcome.noise
+        corrected = outcome.corrected if self.method.bias_correction else None
+        if corrected is not None and _less_noisy(corrected, noise, WORTH_A_BIAS_DB):
+            choice = replace(choice, bias_correction=-outcome.mean_error)
+            judged = tuple(
+                replace(judged[fold % len(judged)], bias_correction=-outcome.mean_errors[1 - fold]) for fold in (0, 1)
+            )
+            words, noise = [*words, "bias"], corrected
+        copy = None
+        if recipe.rounding == "gptq":
+            copy = quantize_layer(self.name, self.layer, choice, torch.stack(list(self._moments.values())).sum(0))
+        estimate = estimated_output_noise(self.exact, self._copies(judged))
+        differs = recipe.takes_inputs or choice.bias_correction is not None
+        label = ", ".join(words) or "plain"
+        return Candidate(choice, noise, label, estimate, copy, judged if differs and len(judged) == 2 else ())
+
+    def _words(self, recipe: _Recipe) -> list[str]:
+        words = []
+        if recipe.smoothing is not None:
+            words.append(recipe.smoothing if isinstance(recipe.smoothing, str) else f"alpha {recipe.smoothing}")
+        if recipe.widened or recipe.share != 1.0:
+            words.append(f"range {self._times_calibrated(recipe):.2f}")
+        if recipe.rank:
+            words.append(f"rank {recipe.rank}")
+        if recipe.rounding != "nearest":
+            words.append(recipe.rounding)
+        return words

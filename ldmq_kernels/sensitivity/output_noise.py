@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -115,6 +115,18 @@ def output_noise(model: nn.Module, trajectory: Trajectory, *, guidance_scale: fl
         if guidance_scale is not None:
             samples += _sample_noise(call, output, guidance_scale)
     return StepNoise({step: noise[step] / signal[step] for step in sorted(signal)}, tuple(samples))
+
+
+def pooled(noises: Sequence[StepNoise]) -> StepNoise:
+    """The noise of several runs for different prompts, which have samples, as that of one run for all."""
+    samples = tuple(sample for noise in noises for sample in noise.samples)
+    signal: dict[int, float] = {}
+    noise: dict[int, float] = {}
+    for sample in samples:
+        if sample.part != PARTS[2]:
+            signal[sample.step] = signal.get(sample.step, 0.0) + sample.signal
+            noise[sample.step] = noise.get(sample.step, 0.0) + sample.noise
+    return StepNoise({step: noise[step] / signal[step] for step in sorted(signal)}, samples)
 
 
 def block_of(layer: str) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, output_tensor
+from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows, output_tensor
 from ldmq_kernels.planning.plan import quantizable_layers
 
-MEMORY = 2 << 30  # bytes of inputs and gradients that are kept at a time
+MEMORY = 4 << 30  # bytes of inputs and gradients that are kept at a time
 PROBES = 2
 
 
@@ -32,6 +32,7 @@ class Seen:
         gradients: J^T v for each probe, of the output's shape and float32; empty where there were no probes.
         signal: sum of squares of the UNet's output, over the batch.
         fold: 0 or 1: which half of the samples this is, where what is fitted on one is judged on the other.
+        rows: the fold of each row, by its prompt; empty where that is not known.
     """
 
     step: int
@@ -39,12 +40,17 @@ class Seen:
     signal: float
     gradients: list[Tensor] = field(default_factory=list)
     fold: int = 0
+    rows: tuple[int, ...] = ()
 
     def folds(self) -> list[Seen]:
-        """Every second sample of the batch, and the others: with guidance, other prompts; itself if there is one."""
-        if self.x.shape[0] < 2:
-            return [self]
-        return [Seen(self.step, self.x[i::2], self.signal / 2, [g[i::2] for g in self.gradients], i) for i in (0, 1)]
+        """The samples of each fold; every second one where their prompts are not known."""
+        of_rows = self.rows or tuple(row % 2 for row in range(self.x.shape[0]))
+        found = []
+        for fold in sorted(set(of_rows)):
+            mask = torch.tensor([row == fold for row in of_rows], device=self.x.device)
+            share = of_rows.count(fold) / len(of_rows)
+            found.append(Seen(self.step, self.x[mask], self.signal * share, [g[mask] for g in self.gradients], fold))
+        return found
 
 
 def _rademacher(like: Tensor, seed: int) -> Tensor:
@@ -80,11 +86,16 @@ class _Recorder:
             handle.remove()
 
 
-def _call(model: nn.Module, call: UNetCall, recorder: _Recorder, probes: int, seed: int) -> dict[str, Seen]:
+def _call(
+    model: nn.Module, call: UNetCall, recorder: _Recorder, probes: int, seed: int, prompts: tuple[int, ...]
+) -> dict[str, Seen]:
     with torch.set_grad_enabled(probes > 0):
         output = output_tensor(model(*call.args, **call.kwargs))
         signal = float(output.detach().double().square().sum())
-        seen = {name: Seen(call.step, x, signal) for name, x in recorder.inputs.items()}
+        seen = {
+            name: Seen(call.step, x, signal, rows=folds_of_rows(x.shape[0], prompts))
+            for name, x in recorder.inputs.items()
+        }
         names = list(recorder.outputs)
         for probe in range(probes if names else 0):
             found = torch.autograd.grad(
@@ -121,7 +132,8 @@ def record(
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         for index, call in enumerate(trajectory.calls):
-            for name, seen in _call(model, call, recorder, probes, 1000 * index).items():
+            prompts = call.prompts if len(trajectory.prompts) > 1 else ()
+            for name, seen in _call(model, call, recorder, probes, 1000 * index, prompts).items():
                 found[name].append(seen)
     finally:
         recorder.close()

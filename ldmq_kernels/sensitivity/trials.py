@@ -39,11 +39,13 @@ class Outcome:
         corrected: the same with the mean error of each channel taken away, as it would be on other samples:
             each fold corrected by the other's mean. None where there is one sample only.
         mean_error: (out,) float32, of output channels.
+        mean_errors: the same of each fold alone; empty where there is one sample only.
     """
 
     noise: float
     corrected: float | None
     mean_error: Tensor
+    mean_errors: tuple[Tensor, ...] = ()
 
 
 def _channels_last(output: Tensor) -> Tensor:
@@ -81,13 +83,13 @@ def try_out(exact: Exact, copy_for: Callable[[Seen], nn.Module]) -> Outcome:
         counts[seen.fold] += error.shape[0] * error.shape[1]
         powers[seen.fold] += float(error.double().square().sum())
     signal = exact.signal or 1.0
-    corrected = None
+    corrected, means = None, []
     if min(counts) > 0:
         means = [sums[fold] / counts[fold] for fold in (0, 1)]
         shared, own = float(means[0] @ means[1]), [float(mean @ mean) for mean in means]
         corrected = sum(powers[i] + counts[i] * (own[1 - i] - 2 * shared) for i in (0, 1)) / signal
     mean = torch.stack(list(sums.values())).sum(0) / sum(counts)
-    return Outcome(sum(powers) / signal, corrected, mean.float())
+    return Outcome(sum(powers) / signal, corrected, mean.float(), tuple(mean.float() for mean in means))
 
 
 def estimated_output_noise(exact: Exact, copy_for: Callable[[Seen], nn.Module]) -> StepNoise | None:
