@@ -22,7 +22,7 @@ from ldmq_kernels.planning.plan import LayerPlan, Plan, kind_of, model_record, q
 from ldmq_kernels.planning.planner import plan_from_analysis
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze
-from ldmq_kernels.sensitivity.candidates import Method
+from ldmq_kernels.sensitivity.candidates import Candidate, Method
 
 Choices = dict[str, LayerPlan]
 ALL_FORMATS = ("w8a8", "w4a8", "w8a16", "fp16")
@@ -181,12 +181,37 @@ class OwnPlans:
         """The plan of fewest bytes that reaches an SQNR."""
         return self._plan(Target(sqnr_db), formats, ("sqnr",))
 
+    def on_layers(self, stored: Collection[str], computed: Collection[str], sqnr_db: float) -> Plan:
+        """The plan of fewest operations that reaches an SQNR on the layers that another tool quantizes.
+
+        Args:
+            stored: layers whose weights it holds in 8 bits.
+            computed: those of them that it also multiplies in 8 bits, here with scales of any kind.
+        """
+        kept = {
+            layer: [c for c in found if c.scheme.format.name == ("w8a8" if layer in computed else "w8a16")]
+            for layer, found in self.analysis.candidates.items()
+            if layer in stored or layer in computed
+        }
+        candidates = {layer: kept.get(layer, []) for layer in self.analysis.candidates}
+        formats = [str(scheme) for scheme in parse_schemes(("w8a8", "w8a16"))]
+        return self._solve(candidates, Target(sqnr_db), formats, ("sqnr",))
+
     def _plan(self, target: Target, formats: Sequence[str], signals: Sequence[str]) -> Plan:
         allowed = [str(scheme) for scheme in parse_schemes(tuple(formats))]
         kept = {n: [c for c in found if str(c.scheme) in allowed] for n, found in self.analysis.candidates.items()}
-        analysis = replace(self.analysis, candidates=kept)
+        return self._solve(kept, target, allowed, signals)
+
+    def _solve(
+        self,
+        candidates: dict[str, list[Candidate]],
+        target: Target,
+        formats: Sequence[str],
+        signals: Sequence[str],
+    ) -> Plan:
+        analysis = replace(self.analysis, candidates=candidates)
         unet, held_out = self.bench.unet, self.bench.held_out
-        return plan_from_analysis(unet, analysis, held_out, target, allowed, signals=tuple(signals)).plan
+        return plan_from_analysis(unet, analysis, held_out, target, formats, signals=tuple(signals)).plan
 
 
 @functools.cache

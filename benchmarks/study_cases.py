@@ -25,7 +25,7 @@ from benchmarks.own_plans import (
     plan_of,
     quantized,
 )
-from benchmarks.rivals_tools import MODELOPT_SKIPS, OURS, Contender, own_beside, rivals
+from benchmarks.rivals_tools import MODELOPT_SKIPS, OURS, Contender, own_beside, own_planned_beside, rivals
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, SAMPLED_STEPS
 from ldmq_kernels.calibration.trajectory import SamplingSettings
@@ -48,8 +48,11 @@ PARTS = {
     "bias correction": Method(bias_correction=False),
     "first token in 16 bit": Method(first_token=False),
 }
-EIGHT_BIT = ("w8a8", "w8a16", "fp16")
 MIXED = ("w4a8", "w8a8", "w8a16", "fp16")
+EVERYWHERE = {  # plans that quantize the weights and the activations of every layer: schemes, and the target in dB
+    "every layer in W8A8": (("w8a8",), 42.5),
+    "every layer in W8A8 without dynamic scales": (("w8a8-static", "w8a8-stepped", "w8a8-paired"), 40.0),
+}
 MIXED_SHARE = 0.32  # of the bytes of weights in 16 bit
 CALIBRATION_SEEDS = (1, 2)  # beside the seed 0 of all other cases; noise starts at this many thousands
 SMOOTHQUANT_ALPHA, RANK = 0.5, 16
@@ -213,8 +216,14 @@ def planned_words(budget: str, signals: tuple[str, ...] = ("sqnr",)) -> str:
     return f"planned by {' and '.join(s.upper() for s in signals)} within {budget}"
 
 
+def everywhere_words(what: str) -> str:
+    """How a case that plans every layer in 8 bits is called."""
+    return f"planned, {what}, for {EVERYWHERE[what][1]:g} dB"
+
+
 BUDGETS: dict[str, Callable[[OwnPlans], int]] = {
     "the bytes of W8A8 static": lambda p: plan_bytes(p.bench.unet, p.searched(STATIC)),
+    "the bytes of W4A8 static": lambda p: plan_bytes(p.bench.unet, p.searched(W4_STATIC)),
     **{
         f"the bytes of {skips.name}": lambda p, s=skips: plan_bytes(p.bench.unet, skip_plan(p, s, searched=True))
         for skips in SKIP_LISTS
@@ -241,9 +250,18 @@ def _planner() -> list[Case]:
                 _own(
                     PLANNER,
                     planned_words(budget, signals),
-                    lambda p, b=size, s=signals: p.planned(b(p), EIGHT_BIT, s),
+                    lambda p, b=size, s=signals: p.planned(b(p), MIXED, s),
                 )
             )
+    for what, (schemes, target) in EVERYWHERE.items():
+        cases.append(
+            _own(
+                PLANNER,
+                everywhere_words(what),
+                lambda p, s=schemes, t=target: p.reaching(t, s),
+                "some layers twice: paired",
+            )
+        )
     for signals in (("sqnr",), BOTH_SIGNALS):
         cases.append(
             _own(
@@ -260,7 +278,7 @@ def _planner() -> list[Case]:
 
 
 def followers(peer: Case, row: Mapping[str, Any], known: set[Any]) -> list[Case]:
-    """This package beside a peer that was measured: on its layers, plain and searched, and within its bytes.
+    """This package beside a peer that was measured: on its layers (plain, searched, planned) and within its bytes.
 
     Args:
         row: the peer's; "layers" names those that it stores and computes in 8 bits.
@@ -272,12 +290,13 @@ def followers(peer: Case, row: Mapping[str, Any], known: set[Any]) -> list[Case]
     same_layers = ("calibrated" in contender.configuration, tuple(stored), tuple(computed))
     if computed and same_layers not in known:
         cases += [Case(PEERS, own_beside(contender, stored, computed, searched=how)) for how in (False, True)]
+        cases.append(Case(PEERS, own_planned_beside(contender, stored, computed)))
     same_bytes = round(row["figures"]["share_of_fp16"], 2)
     budget = f"the bytes of {contender.tool} {contender.configuration}"
 
     def planned(plans: OwnPlans) -> Plan:
         others = layers["bytes_fp16"] - float_bytes(plans.bench.unet)  # norms and biases, as they are in both
-        return plans.planned(row["figures"]["bytes"] - others, EIGHT_BIT)
+        return plans.planned(row["figures"]["bytes"] - others, MIXED)
 
     if same_bytes not in known:
         cases.append(_own(PEERS, planned_words(budget), planned))

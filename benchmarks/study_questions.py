@@ -59,7 +59,8 @@ def _search_question(part: str) -> Question:
 
 def _planner_questions(budget: str) -> list[Question]:
     skips = next((s for s in SKIP_LISTS if budget.endswith(s.name)), None)
-    before = words(STATIC, how="searched") if skips is None else skip_words(skips, "searched")
+    uniform = W4_STATIC if "W4A8" in budget else STATIC
+    before = words(uniform, how="searched") if skips is None else skip_words(skips, "searched")
     by_sqnr, by_both = planned_words(budget), planned_words(budget, BOTH_SIGNALS)
     return [
         Question(f"planner within {budget}", {before: own_name(before), "planned by SQNR": own_name(by_sqnr)}),
@@ -127,6 +128,7 @@ def _peer_questions() -> list[Question]:
         for words_of_ours, configuration in (
             ("this package, plain, on its layers", f"{kind}, layers of {called}"),
             ("this package, searched, on its layers", f"{kind}, searched, layers of {called}"),
+            ("this package, planned on its layers", f"planned on the layers of {called}"),
             ("this package, planned within its bytes", planned_words(f"the bytes of {called}")),
         ):
             found.append(Question(f"beside {called}", {called: name, words_of_ours: own_name(configuration)}))

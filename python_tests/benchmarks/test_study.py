@@ -103,6 +103,22 @@ def test_other_tools_layers_are_taken_over(bench: Workbench) -> None:
     assert (seen.stored, seen.computed) == (frozenset(stored), frozenset(computed))
 
 
+@pytest.mark.slow
+def test_a_plan_on_another_tools_layers_quantizes_exactly_these(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_plans, "ALL_FORMATS", ("w8a8-dynamic", "w8a8-paired", "w8a16"))
+    plans = own_plans.OwnPlans(bench)
+    names = list(quantizable_layers(bench.unet))
+    stored, computed = names[:8], names[:5]
+    plan = plans.on_layers(stored, computed, 30.0)
+    formats = {name: choice.scheme.format.name for name, choice in plan.layers(bench.unet).items()}
+    assert {name for name in names if formats[name] == "w8a8"} == set(computed)
+    assert {name for name in names if formats[name] == "w8a16"} == set(stored) - set(computed)
+    assert all(formats[name] == "fp16" for name in names[8:])
+    assert plan.measured["held_out_sqnr_db"] >= 30
+
+
 def test_patterns_change_only_the_layers_that_they_name(bench: Workbench) -> None:
     plans = own_plans.OwnPlans(bench)
     choices = plans.plain_choices("w8a8-dynamic", plans.whole)

@@ -52,6 +52,27 @@ def test_replaying_the_trajectory_gives_the_recorded_outputs(shared_pipe, calibr
         assert torch.equal(output, call.output)
 
 
+def test_each_fold_of_the_prompts_has_its_own_ranges(shared_pipe, calibration):
+    folds = calibration.trajectory.by_fold()
+    assert {fold: part.prompts for fold, part in folds.items()} == {0: [0], 1: [1]}
+    for fold, part in folds.items():
+        for call in part.calls:
+            seen = call.args[0].abs().amax((0, 2, 3))
+            assert torch.allclose(calibration.absmax_by_fold["conv_in"][fold, call.step], seen)
+        alone = calibration.of_fold(fold)
+        assert torch.equal(alone.input_absmax("conv_out"), calibration.absmax_by_fold["conv_out"][fold, 0])
+    for name, by_fold in calibration.absmax_by_fold.items():
+        assert torch.equal(by_fold.amax(0), calibration.absmax[name])
+    assert not torch.equal(*calibration.absmax_by_fold["conv_out"])
+
+
+def test_one_prompt_is_one_fold(shared_pipe):
+    single = calibrate(shared_pipe, PROMPTS[:1], SamplingSettings(2, 4.0))
+    assert single.absmax_by_fold == {}
+    assert single.of_fold(1) is single
+    assert list(single.trajectory.by_fold()) == [0]
+
+
 def test_guidance_halves_are_both_recorded(calibration):
     assert [call.output.shape[0] for call in calibration.trajectory.calls] == [2 * len(PROMPTS)] * 3
 

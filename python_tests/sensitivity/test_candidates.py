@@ -1,5 +1,7 @@
 """The search of one layer finds what was hidden in it, and its words are what it does."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -149,3 +151,60 @@ def test_an_input_of_zeros_has_no_static_candidate(linear):
     found = search(linear, inputs, ["w8a8-static", "w8a8-dynamic", "w8a16"])
     assert "w8a8-static" not in found
     assert set(found) == {"w8a8-dynamic", "w8a16"}
+
+
+def in_folds(linear, widths, schemes=("w8a8-static",), method=PLAIN):
+    """Candidates where prompt 0, fold 0, is as wide as the first of `widths`, and prompt 1 as the second."""
+    inputs = [
+        torch.cat([random(1, 50, 64, seed=s) * widths[0], random(1, 50, 64, seed=9 + s) * widths[1]])
+        for s in range(STEPS)
+    ]
+    known = calibration_of(inputs, -1)
+    by_fold = torch.stack([torch.stack([x[f].abs().amax(0) for x in inputs]) for f in (0, 1)])
+    known = dataclasses.replace(known, absmax_by_fold={"layer": by_fold})
+    seen = [Seen(step, x, 1.0, rows=(0, 1)) for step, x in enumerate(inputs)]
+    with torch.no_grad():
+        found = LayerSearch("layer", linear, seen, known, method).candidates(parse_schemes(list(schemes)))
+    return by_fold, {str(c.scheme): c for c in found}
+
+
+def test_each_fold_is_judged_by_what_the_other_one_makes(linear):
+    by_fold, found = in_folds(linear, (1.0, 4.0), ["w8a8-static", "w8a16"])
+    static = found["w8a8-static"]
+    assert static.choice.input_scale == pytest.approx(float(by_fold.amax()) / 127)
+    for fold in (0, 1):
+        assert static.judged_on(fold).input_scale == pytest.approx(float(by_fold[1 - fold].amax()) / 127)
+    assert found["w8a16"].judged == ()
+    assert found["w8a16"].judged_on(1) is found["w8a16"].choice
+
+
+def test_a_range_that_one_fold_cannot_know_is_seen_in_the_noise(linear):
+    _, alike = in_folds(linear, (1.0, 1.0))
+    _, apart = in_folds(linear, (1.0, 4.0))
+    assert alike["w8a8-static"].noise < 1e-3
+    assert apart["w8a8-static"].noise > 0.1  # the wide fold is clipped by the narrow one's range
+
+
+def test_smoothing_that_serves_its_own_fold_alone_is_not_taken(linear):
+    inputs = [random(2, 50, 64, seed=s) for s in range(STEPS)]
+    for x in inputs:
+        x[0, :, 3] *= 40  # another channel of outliers in each fold: a vector of one is wrong for the other
+        x[1, :, 8] *= 40
+    by_fold = torch.stack([torch.stack([x[f].abs().amax(0) for x in inputs]) for f in (0, 1)])
+    known = dataclasses.replace(calibration_of(inputs, -1), absmax_by_fold={"layer": by_fold})
+    seen = [Seen(step, x, 1.0, rows=(0, 1)) for step, x in enumerate(inputs)]
+    schemes = parse_schemes(["w8a8-static"])
+    with torch.no_grad():
+        apart = LayerSearch("layer", linear, seen, known, Method()).candidates(schemes)[0]
+        known = dataclasses.replace(known, absmax_by_fold={})
+        together = LayerSearch("layer", linear, seen, known, Method()).candidates(schemes)[0]
+    assert together.label.startswith("alpha")
+    assert not apart.label.startswith("alpha")
+
+
+def test_a_bias_is_judged_by_the_other_folds_mean(linear):
+    inputs = [random(6, 40, 64, seed=s).abs() for s in range(STEPS)]
+    found = search(linear, inputs, ["w8a16"])["w8a16"]
+    first, second = (found.judged_on(fold).bias_correction for fold in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.allclose((first + second) / 2, found.choice.bias_correction, atol=1e-6)

@@ -12,9 +12,9 @@ from ldmq_kernels.calibration import SamplingSettings, calibrate
 from ldmq_kernels.calibration.ranges import spread_steps
 from ldmq_kernels.conversion import convert
 from ldmq_kernels.numerics.formats import parse_schemes
-from ldmq_kernels.planning.plan import Plan, model_record, quantizable_layers
+from ldmq_kernels.planning.plan import Plan, model_record, quantizable_layers, uniform_plan
 from ldmq_kernels.sensitivity import analyze
-from ldmq_kernels.sensitivity.output_noise import StepNoise, block_of, output_noise, summed, swapped
+from ldmq_kernels.sensitivity.output_noise import StepNoise, block_of, output_noise, pooled, summed, swapped
 from python_tests.tiny import PROMPTS, tiny_pipeline
 
 SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=4.0)
@@ -174,3 +174,17 @@ def test_structural_noise_is_measured_of_cross_attention_and_feed_forward(outlie
     assert {name for name, _ in found} == {n for n in names if ".attn2." in n or ".ff." in n}
     assert max(found.values()) > 1e-6  # 0 for a layer whose noise is below that of float32
     assert all(-1e-6 < value < 1 for value in found.values())
+
+
+def test_folds_that_are_run_apart_pool_to_the_noise_of_one_run(outlier_pipe, analysis):
+    calibration = analysis.calibration
+    guidance = calibration.settings.guidance_scale
+    model = copy.deepcopy(outlier_pipe.unet)
+    convert(model, uniform_plan(model, "w8a8-dynamic"))
+    whole = output_noise(model, calibration.trajectory, guidance_scale=guidance)
+    parts = [output_noise(model, part, guidance_scale=guidance) for part in calibration.trajectory.by_fold().values()]
+    assert len(parts) == 2
+    together = pooled(parts)
+    assert len(together.samples) == len(whole.samples)
+    for step, power in whole.by_step.items():
+        assert together.by_step[step] == pytest.approx(power, rel=0.05)
