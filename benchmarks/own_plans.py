@@ -8,12 +8,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.exam import Workbench, with_unet
 from ldmq_kernels.calibration.calibrate import Calibration
-from ldmq_kernels.calibration.ranges import ALL_STEPS, channel_absmax, static_scale
+from ldmq_kernels.calibration.ranges import ALL_STEPS, static_scale
 from ldmq_kernels.conversion import quantize
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme, parse_schemes
 from ldmq_kernels.numerics.smoothing import smoothing_vector
@@ -81,18 +80,6 @@ def on_layers(choices: Choices, stored: Collection[str], computed: Collection[st
     }
 
 
-def whole_ranges(calibration: Calibration) -> Calibration:
-    """With the first token among the ranges of the layers that read the text, as other tools have it."""
-    by_step: dict[int, Tensor] = {}
-    for call in calibration.trajectory.calls:
-        text = call.kwargs["encoder_hidden_states"] if "encoder_hidden_states" in call.kwargs else call.args[2]
-        seen = channel_absmax(nn.Linear(1, 1), text)
-        by_step[call.step] = torch.maximum(by_step[call.step], seen) if call.step in by_step else seen
-    text = torch.stack([by_step[step] for step in sorted(by_step)])
-    absmax = {name: text if name in calibration.text_layers else found for name, found in calibration.absmax.items()}
-    return replace(calibration, absmax=absmax, text_layers=frozenset())
-
-
 class OwnPlans:
     """Makes plans on one workbench; each search and each analysis is made once."""
 
@@ -107,7 +94,7 @@ class OwnPlans:
     @functools.cached_property
     def whole(self) -> Calibration:
         """Calibrated on all steps and on all tokens."""
-        return whole_ranges(self.calibration(ALL_STEPS))
+        return self.calibration(ALL_STEPS).with_first_token()
 
     def _fitting(self, scheme: Scheme) -> Iterator[str]:
         for name in self.bench.calibration.absmax:
@@ -124,7 +111,7 @@ class OwnPlans:
         Args:
             alpha: SmoothQuant's strength for every layer; None smooths nothing.
         """
-        calibration = whole_ranges(self.calibration(mode))
+        calibration = self.calibration(mode).with_first_token()
         return plan_of(self.bench.unet, self.plain_choices(scheme, calibration, rounding, alpha), calibration)
 
     def plain_choices(

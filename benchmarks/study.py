@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from benchmarks import common, rows, study_report
 from benchmarks.exam import Exam, Workbench, prepare
@@ -33,10 +34,23 @@ from benchmarks.samples import Samples, interval, measures_of, value
 from benchmarks.study_cases import PEERS, Case, cases, followers, quick_cases
 from benchmarks.study_questions import as_records
 from ldmq_kernels.demo.run import STEPS
+from ldmq_kernels.nn import QuantizedLayer
 
 ROWS = Path(__file__).parent.parent / "build" / "study.jsonl"
 CAPTIONS, SEED_SETS = 24, 3
 QUICK_CAPTIONS, QUICK_STEPS = 4, 3
+
+
+def twice_computed(model: nn.Module, bench: Workbench) -> str:
+    """How much of a model has paired activations, in words; nothing where none has."""
+    operations = bench.calibration.operations
+    paired = [
+        name
+        for name, layer in model.named_modules()
+        if name in operations and isinstance(layer, QuantizedLayer) and layer.scheme.is_paired
+    ]
+    share = sum(operations[name] for name in paired) / sum(operations.values())
+    return f"{len(paired)} layers paired, {share:.1%} of operations" if paired else ""
 
 
 def measured(case: Case, bench: Workbench, exam: Exam) -> dict[str, Any]:
@@ -56,6 +70,7 @@ def measured(case: Case, bench: Workbench, exam: Exam) -> dict[str, Any]:
         row["version"] = contender.version
         model = contender.build(bench)
         seen = anatomy(model, exam.original, exam.call)
+        row["note"] = contender.note or twice_computed(model, bench)
         samples = exam.sit(model)
     except importlib.metadata.PackageNotFoundError:
         return row | {"failed": NOT_INSTALLED}

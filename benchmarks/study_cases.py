@@ -56,6 +56,8 @@ EVERYWHERE = {  # plans that quantize the weights and the activations of every l
 MIXED_SHARE = 0.32  # of the bytes of weights in 16 bit
 CALIBRATION_SEEDS = (1, 2)  # beside the seed 0 of all other cases; noise starts at this many thousands
 SMOOTHQUANT_ALPHA, RANK = 0.5, 16
+W4_BUDGET = "the bytes of W4A8 static"
+RANK_BUDGET = f"the bytes of W4A8 static with rank {RANK}"
 BOTH_SIGNALS = ("sqnr", "ssim")
 
 
@@ -223,7 +225,8 @@ def everywhere_words(what: str) -> str:
 
 BUDGETS: dict[str, Callable[[OwnPlans], int]] = {
     "the bytes of W8A8 static": lambda p: plan_bytes(p.bench.unet, p.searched(STATIC)),
-    "the bytes of W4A8 static": lambda p: plan_bytes(p.bench.unet, p.searched(W4_STATIC)),
+    W4_BUDGET: lambda p: plan_bytes(p.bench.unet, p.searched(W4_STATIC)),
+    RANK_BUDGET: lambda p: plan_bytes(p.bench.unet, p.searched(W4_STATIC, method=Method(rank=RANK))),
     **{
         f"the bytes of {skips.name}": lambda p, s=skips: plan_bytes(p.bench.unet, skip_plan(p, s, searched=True))
         for skips in SKIP_LISTS
@@ -259,7 +262,6 @@ def _planner() -> list[Case]:
                 PLANNER,
                 everywhere_words(what),
                 lambda p, s=schemes, t=target: p.reaching(t, s),
-                "some layers twice: paired",
             )
         )
     for signals in (("sqnr",), BOTH_SIGNALS):
@@ -290,6 +292,7 @@ def followers(peer: Case, row: Mapping[str, Any], known: set[Any]) -> list[Case]
     same_layers = ("calibrated" in contender.configuration, tuple(stored), tuple(computed))
     if computed and same_layers not in known:
         cases += [Case(PEERS, own_beside(contender, stored, computed, searched=how)) for how in (False, True)]
+    if computed:
         cases.append(Case(PEERS, own_planned_beside(contender, stored, computed)))
     same_bytes = round(row["figures"]["share_of_fp16"], 2)
     budget = f"the bytes of {contender.tool} {contender.configuration}"

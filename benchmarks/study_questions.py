@@ -16,10 +16,12 @@ from benchmarks.study_cases import (
     MODES,
     PARTS,
     RANK,
+    RANK_BUDGET,
     SKIP_LISTS,
     SMOOTHQUANT_ALPHA,
     STATIC,
     STEPPED,
+    W4_BUDGET,
     W4_STATIC,
     own_name,
     planned_words,
@@ -59,8 +61,9 @@ def _search_question(part: str) -> Question:
 
 def _planner_questions(budget: str) -> list[Question]:
     skips = next((s for s in SKIP_LISTS if budget.endswith(s.name)), None)
-    uniform = W4_STATIC if "W4A8" in budget else STATIC
-    before = words(uniform, how="searched") if skips is None else skip_words(skips, "searched")
+    uniform = {RANK_BUDGET: (W4_STATIC, f"searched, rank {RANK}"), W4_BUDGET: (W4_STATIC, "searched")}
+    scheme, how = uniform.get(budget, (STATIC, "searched"))
+    before = words(scheme, how=how) if skips is None else skip_words(skips, how)
     by_sqnr, by_both = planned_words(budget), planned_words(budget, BOTH_SIGNALS)
     return [
         Question(f"planner within {budget}", {before: own_name(before), "planned by SQNR": own_name(by_sqnr)}),
@@ -109,6 +112,7 @@ def questions() -> list[Question]:
             {
                 "none": own_name(words(W4_STATIC, how="searched")),
                 f"rank {RANK}": own_name(words(W4_STATIC, how=f"searched, rank {RANK}")),
+                "none, but more precise layers for as many bytes": own_name(planned_words(RANK_BUDGET)),
             },
         ),
     ]

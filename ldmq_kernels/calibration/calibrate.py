@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration import ranges
@@ -23,7 +24,8 @@ class Calibration:
         mode: which steps static scales come from: "first-step" (the paper's way), "sampled-steps" or "all-steps".
         absmax: layer -> (steps, C) float32.
         operations: layer -> multiply-accumulates in one call of the UNet.
-        text_layers: layers that read the text; their ranges leave its first token out.
+        first_tokens: layer that reads the text -> (2, steps, C) float32, the range of the text's first token in each
+            half of the prompts, which `absmax` and `absmax_by_fold` leave out.
         concatenations: layer -> channels of the first part, where the input is a concatenation of two.
         step_groups: descending timesteps between the groups that a stepped scale has.
         absmax_by_fold: layer -> (2, steps, C) float32, `absmax` of each half of the prompts, by which choices are
@@ -36,7 +38,7 @@ class Calibration:
     trajectory: Trajectory
     absmax: dict[str, Tensor]
     operations: dict[str, int]
-    text_layers: frozenset[str] = frozenset()
+    first_tokens: dict[str, Tensor] = field(default_factory=dict)
     concatenations: dict[str, int] = field(default_factory=dict)
     step_groups: tuple[float, ...] = ()
     absmax_by_fold: dict[str, Tensor] = field(default_factory=dict)
@@ -46,6 +48,20 @@ class Calibration:
         if not self.absmax_by_fold:
             return self
         return replace(self, absmax={name: found[fold] for name, found in self.absmax_by_fold.items()})
+
+    @property
+    def text_layers(self) -> frozenset[str]:
+        """Layers that read the text."""
+        return frozenset(self.first_tokens)
+
+    def with_first_token(self) -> Calibration:
+        """With the text's first token in the ranges of the layers that read it."""
+        by_fold, whole = dict(self.absmax_by_fold), dict(self.absmax)
+        for name, first in self.first_tokens.items():
+            whole[name] = torch.maximum(whole[name], first.amax(0))
+            if name in by_fold:
+                by_fold[name] = torch.maximum(by_fold[name], first)
+        return replace(self, absmax=whole, absmax_by_fold=by_fold)
 
     def input_absmax(self, layer: str) -> Tensor:
         """(C,) float32, over the steps that the mode calibrates on."""
@@ -106,7 +122,7 @@ def calibrate(
         trajectory,
         {name: found.amax(0) for name, found in by_fold.items()},
         observer.operations,
-        frozenset(observer.text_layers),
+        observer.first_tokens(),
         concatenated_inputs(model, first.args, first.kwargs),
         ranges.group_boundaries(trajectory.timesteps()),
         by_fold if len(prompts) > 1 else {},

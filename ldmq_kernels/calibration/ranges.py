@@ -33,17 +33,15 @@ class RangeObserver:
         step: the sampling step that the model is called for.
         prompts: the indices of the prompts that it is called for.
         operations: layer -> multiply-accumulates in one call of the model, of the last call.
-        text_layers: linears whose input is the text (batch, tokens, C). Their first token is the beginning of
-            the text, whose values are far larger than the rest, and it is left out of their ranges.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.step = 0
         self.prompts: tuple[int, ...] = ()
         self.operations: dict[str, int] = {}
-        self.text_layers: set[str] = set()
         self._text: Tensor | None = None
         self._absmax: dict[str, list[Tensor]] = {}
+        self._first_tokens: dict[str, list[Tensor]] = {}
         self._handles = [
             layer.register_forward_hook(self._hook(name)) for name, layer in quantizable_layers(model).items()
         ]
@@ -60,17 +58,18 @@ class RangeObserver:
                 raise ValueError(f"{name}: its input holds NaN or infinite values at sampling step {self.step}")
             text = self._text
             if text is not None and x.shape == text.shape and x.data_ptr() == text.data_ptr():
-                self.text_layers.add(name)
+                self._note(self._first_tokens.setdefault(name, []), self._by_fold(layer, x[:, :1]))
                 x = x[:, 1:]
-            seen = self._by_fold(layer, x)
-            steps = self._absmax.setdefault(name, [])
-            while len(steps) <= self.step:
-                steps.append(torch.zeros_like(seen))
-            torch.maximum(steps[self.step], seen, out=steps[self.step])
+            self._note(self._absmax.setdefault(name, []), self._by_fold(layer, x))
             weight: Tensor = layer.weight  # type: ignore[assignment]
             self.operations[name] = output.numel() * weight[0].numel()
 
         return observe
+
+    def _note(self, steps: list[Tensor], seen: Tensor) -> None:
+        while len(steps) <= self.step:
+            steps.append(torch.zeros_like(seen))
+        torch.maximum(steps[self.step], seen, out=steps[self.step])
 
     def _by_fold(self, layer: nn.Module, x: Tensor) -> Tensor:
         """(2, C) float32, of the rows of each fold of prompts; of all rows twice where they belong to no prompt."""
@@ -86,8 +85,16 @@ class RangeObserver:
         self.step, self.prompts = step, prompts
 
     def absmax(self) -> dict[str, Tensor]:
-        """Layer -> (2, steps, C) float32, the largest absolute value of each input channel in each fold of prompts."""
+        """Layer -> (2, steps, C) float32, the largest absolute value of each input channel in each fold of prompts.
+
+        Of layers that read the text, without its first token: the beginning of the text, whose values are far larger
+        than the rest.
+        """
         return {name: torch.stack(steps, 1) for name, steps in self._absmax.items()}
+
+    def first_tokens(self) -> dict[str, Tensor]:
+        """Layer that reads the text -> the same of the first token alone."""
+        return {name: torch.stack(steps, 1) for name, steps in self._first_tokens.items()}
 
     def close(self) -> None:
         """Take the hooks away."""

@@ -1,9 +1,10 @@
 """The way to quantize one layer in each scheme that makes the least noise in its own output.
 
-Searched one after the other, each kept only if it pays: smoothing (an alpha, or one factor for each part of a
-concatenation), the range that a static scale covers, GPTQ's rounding of 4-bit weights, and a bias that takes the
-mean error away. A trial runs on what the layer saw in the float model, cross-validated: what it takes from a
-calibration (ranges, smoothing vectors, second moments, mean errors) it takes from the other half of the prompts.
+Searched one after the other, each kept only if it pays: the first token of the text in 16 bit, smoothing (an alpha,
+or one factor for each part of a concatenation), the range that a static scale covers, GPTQ's rounding of 4-bit
+weights, and a bias that takes the mean error away. A trial runs on what the layer saw in the float model,
+cross-validated: what it takes from a calibration (ranges, smoothing vectors, second moments, mean errors) it takes
+from the other half of the prompts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ldmq_kernels.sensitivity.trials import Exact, Outcome, estimated_output_noi
 
 SMOOTHING_ALPHAS = (0.25, 0.5, 0.75)
 PARTS = "parts"  # in place of an alpha: one factor for each part of a concatenation
+WORTH_A_FIRST_TOKEN_DB = 0.5  # to compute it apart
 WORTH_SMOOTHING_DB = 0.5  # a smaller gain does not pay for a vector
 NARROWER = (0.85, 0.7)  # shares of the range, tried as long as they pay
 WORTH_A_RANGE_DB = 0.5
@@ -103,6 +105,7 @@ class _Recipe:
     """
 
     scheme: Scheme
+    first_token: bool = False
     smoothing: float | str | None = None
     widened: bool = False
     share: float = 1.0
@@ -134,8 +137,9 @@ class LayerSearch:
         self.timesteps = calibration.trajectory.timesteps()
         kind: type[QuantizedLayer] = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
         self.weight = kind.to_channels_last(layer.weight.detach())
-        self.whole = calibration
-        self.other = [calibration.of_fold(1 - fold) for fold in (0, 1)]
+        self.calibration = calibration
+        self.whole = {True: calibration, False: calibration.with_first_token()}  # by whether the first token is apart
+        self.other = {apart: [whole.of_fold(1 - fold) for fold in (0, 1)] for apart, whole in self.whole.items()}
         self.smoothable = getattr(layer, "groups", 1) == 1 and bool((calibration.input_absmax(name) > 0).any())
 
     # -- from a recipe to a choice ----------------------------------------------------------------------
@@ -168,28 +172,28 @@ class LayerSearch:
             return None
         return tuple((largest if scale is None else scale) * recipe.share for scale in groups)
 
-    def _choice(self, recipe: _Recipe, calibration: Calibration) -> LayerPlan | None:
+    def _choice(self, recipe: _Recipe, fold: int | None = None) -> LayerPlan | None:
+        """A recipe as all prompts make it, or as it is judged on a fold; None without a range for a static scale."""
+        whole = self.whole[recipe.first_token]
+        calibration = whole if fold is None else self.other[recipe.first_token][fold]
         scheme, smoothing = recipe.scheme, self._vector(recipe, calibration)
         scale = self._scale(recipe, smoothing, calibration)
         if scheme.is_static and scale is None:
-            if calibration is self.whole:
-                return None  # an input that is all zero in calibration gives no static scale
-            return self._choice(recipe, self.whole)
-        first_token = (
-            self.method.first_token
-            and self.name in calibration.text_layers
-            and scheme.format.activation_bits == 8
-            and not scheme.is_paired
-            and isinstance(self.layer, nn.Linear)
-        )
+            return None if fold is None else self._choice(recipe)  # an input that is zero in the other fold alone
         return LayerPlan(
-            scheme, "", scale, smoothing, first_token=first_token, rank=recipe.rank, rounding=recipe.rounding
+            scheme,
+            "",
+            scale,
+            smoothing,
+            first_token=recipe.first_token,
+            rank=recipe.rank,
+            rounding=recipe.rounding,
         )
 
     def _judged(self, recipe: _Recipe) -> tuple[LayerPlan, ...]:
         """For each fold, the choice as the other fold makes it; one for both where it takes no inputs."""
-        calibrations = self.other if recipe.takes_inputs else [self.whole]
-        choices = [self._choice(recipe, calibration) for calibration in calibrations]
+        folds = (0, 1) if recipe.takes_inputs else (None,)
+        choices = [self._choice(recipe, fold) for fold in folds]
         return tuple(choice for choice in choices if choice is not None)
 
     # -- trials ---------------------------------------------------------------------------------------
@@ -214,13 +218,28 @@ class LayerSearch:
         for fold, choice in enumerate(judged):
             hessian = self._moments_for(fold) if choice.rounding == "gptq" else None
             copy = quantize_layer(self.name, self.layer, choice, hessian)
-            copies.append(set_to_step(copy, self.timesteps, self.whole.step_groups))
+            copies.append(set_to_step(copy, self.timesteps, self.calibration.step_groups))
         return lambda seen: copies[seen.fold % len(copies)](seen)
 
     def _try(self, recipe: _Recipe) -> _Trial:
         return _Trial(recipe, try_out(self.exact, self._copies(self._judged(recipe))))
 
     # -- what is searched -----------------------------------------------------------------------------
+
+    def _plain(self, scheme: Scheme, sibling: _Recipe | None) -> _Trial | None:
+        """Nothing but the calibrated range, without the first token of a text where that pays."""
+        plain = _Recipe(scheme)
+        if self._choice(plain) is None:
+            return None
+        trial = self._try(plain)
+        asked = scheme.format.activation_bits == 8 and not scheme.is_paired and self.method.first_token
+        if not asked or self.name not in self.calibration.text_layers or not isinstance(self.layer, nn.Linear):
+            return trial
+        apart = replace(plain, first_token=True)
+        if (sibling is not None and not sibling.first_token) or self._choice(apart) is None:
+            return trial
+        other = self._try(apart)
+        return other if _less_noisy(other.outcome.noise, trial.outcome.noise, WORTH_A_FIRST_TOKEN_DB) else trial
 
     def _smoothings(self, scheme: Scheme, sibling: _Recipe | None) -> Iterator[float | str]:
         """Smoothings worth a trial: all of them, or the one that the same activations chose already."""
@@ -232,16 +251,15 @@ class LayerSearch:
                 yield sibling.smoothing
             return
         yield from SMOOTHING_ALPHAS
-        if self.name in self.whole.concatenations:
+        if self.name in self.calibration.concatenations:
             yield PARTS
 
     def _smoothed(self, scheme: Scheme, sibling: _Recipe | None) -> _Trial | None:
-        plain = _Recipe(scheme)
-        if self._choice(plain, self.whole) is None:
+        best = unsmoothed = self._plain(scheme, sibling)
+        if best is None or unsmoothed is None:
             return None
-        best = unsmoothed = self._try(plain)
         for smoothing in self._smoothings(scheme, sibling):
-            trial = self._try(replace(plain, smoothing=smoothing))
+            trial = self._try(replace(unsmoothed.recipe, smoothing=smoothing))
             if trial.outcome.noise < best.outcome.noise:
                 best = trial
         pays = _less_noisy(best.outcome.noise, unsmoothed.outcome.noise, WORTH_SMOOTHING_DB)
@@ -273,9 +291,10 @@ class LayerSearch:
 
     def _times_calibrated(self, recipe: _Recipe) -> float:
         """The range of a recipe over the calibrated one."""
-        smoothing = self._vector(recipe, self.whole)
+        whole = self.whole[recipe.first_token]
+        smoothing = self._vector(recipe, whole)
         plain = replace(recipe, widened=False, share=1.0)
-        ours, calibrated = (self._scale(r, smoothing, self.whole) for r in (recipe, plain))
+        ours, calibrated = (self._scale(r, smoothing, whole) for r in (recipe, plain))
         if isinstance(ours, float) and isinstance(calibrated, float):
             return ours / calibrated
         return recipe.share
@@ -322,7 +341,7 @@ class LayerSearch:
 
     def _candidate(self, trial: _Trial) -> Candidate:
         recipe, outcome = trial.recipe, trial.outcome
-        choice, judged = self._choice(recipe, self.whole), self._judged(recipe)
+        choice, judged = self._choice(recipe), self._judged(recipe)
         assert choice is not None
         words, noise = self._words(recipe), outcome.noise
         corrected = outcome.corrected if self.method.bias_correction else None
@@ -341,7 +360,7 @@ class LayerSearch:
         return Candidate(choice, noise, label, estimate, copy, judged if differs and len(judged) == 2 else ())
 
     def _words(self, recipe: _Recipe) -> list[str]:
-        words = []
+        words = ["first token"] if recipe.first_token else []
         if recipe.smoothing is not None:
             words.append(recipe.smoothing if isinstance(recipe.smoothing, str) else f"alpha {recipe.smoothing}")
         if recipe.widened or recipe.share != 1.0:

@@ -155,6 +155,10 @@ def test_the_first_token_is_left_out_of_the_ranges_of_layers_that_read_the_text(
     assert seen.text_layers == expected
     assert expected
     assert all(float(seen.input_absmax(name).amax()) < 100 for name in expected)
+    whole = seen.with_first_token()
+    assert all(float(whole.input_absmax(name).amax()) == 500 for name in expected)
+    assert all(float(whole.of_fold(fold).input_absmax(name).amax()) == 500 for name in expected for fold in (0, 1))
+    assert torch.equal(whole.input_absmax("conv_in"), seen.input_absmax("conv_in"))
 
 
 def test_inputs_that_are_concatenations_are_found_with_the_place_of_the_cut(shared_pipe, calibration):

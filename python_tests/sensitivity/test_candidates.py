@@ -26,7 +26,7 @@ def calibration_of(inputs: list[torch.Tensor], axis: int, *, text=(), parts=None
         Trajectory(calls, torch.empty(0), STEPS),
         {"layer": absmax},
         {"layer": 1},
-        frozenset(text),
+        {name: torch.zeros(2, *absmax.shape) for name in text},
         parts or {},
         (800.0, 600.0, 400.0),
     )
@@ -132,12 +132,26 @@ def test_the_first_token_is_kept_out_where_the_layer_reads_the_text(linear):
     for x in inputs:
         x[:, 0] *= 200
     known = calibration_of([x[:, 1:] for x in inputs], -1, text=("layer",))
+    first = torch.stack([x[:, 0].abs().amax(0) for x in inputs])
+    known = dataclasses.replace(known, first_tokens={"layer": first.expand(2, -1, -1)})
     seen = [Seen(step, x, 1.0) for step, x in enumerate(inputs)]
     with torch.no_grad():
         found = LayerSearch("layer", linear, seen, known, Method()).candidates(parse_schemes(["w8a8-static"]))[0]
     assert found.choice.first_token
     assert found.choice.input_scale < 0.1
     assert found.noise < 1e-3
+
+
+def test_a_first_token_like_the_others_is_not_kept_out(linear):
+    inputs = [random(4, 9, 64, seed=s) for s in range(STEPS)]
+    known = calibration_of([x[:, 1:] for x in inputs], -1, text=("layer",))
+    first = torch.stack([x[:, 0].abs().amax(0) for x in inputs])
+    known = dataclasses.replace(known, first_tokens={"layer": first.expand(2, -1, -1)})
+    seen = [Seen(step, x, 1.0) for step, x in enumerate(inputs)]
+    with torch.no_grad():
+        schemes = parse_schemes(["w8a8-static", "w8a8-dynamic", "w8a8-paired"])
+        found = LayerSearch("layer", linear, seen, known, Method()).candidates(schemes)
+    assert not any(candidate.choice.first_token for candidate in found)
 
 
 def test_a_pair_is_as_good_as_16_bit_activations(linear):
