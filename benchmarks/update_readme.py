@@ -168,6 +168,20 @@ def _method(data: dict[str, Any]) -> str:
     )
 
 
+def _plan_large(data: dict[str, Any]) -> str:
+    row = data["rows"][0]
+    name = {"plan_sd15": "Stable Diffusion 1.5's", "plan_sdxl": "SDXL's"}[row["op"]]
+    words = (
+        f"**The method at {name} size** ({row['parameters'] / 1e6:.0f} million random weights in {row['dtype']}, "
+        f"{row['prompts']} prompts, {row['steps']} steps, {row['pixels']} pixels, {data['threads']} threads)"
+    )
+    stages = [f"{row[f'{stage}_seconds'] / 60:.1f}" for stage in ("calibration", "analysis", "plan")]
+    cells = [*stages, f"{row['seconds'] / 60:.1f}", f"{row['peak_bytes'] / 2**30:.1f}"]
+    cells += [str(row["candidates"]), f"{row['predicted_db']:.1f} / {row['measured_db']:.1f} dB"]
+    head = ["calibration, min", "analysis", "plan", "all", "peak GiB", "choices", "predicted / held out"]
+    return f"{words}\n\n" + _table(head, [cells])
+
+
 def _study(data: dict[str, Any]) -> str:
     rows = [
         [
@@ -190,6 +204,8 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": _demo,
     "host_time": _host_time,
     "method": _method,
+    "plan_sd15": _plan_large,
+    "plan_sdxl": _plan_large,
     "rivals": _rivals,
     "study": _study,
     "unet_sd15_cpu": _unet_sd15_cpu,

@@ -18,6 +18,7 @@ from ldmq_kernels.cli.options import (
     Formats,
     Front,
     Guidance,
+    Height,
     Hybrid,
     Model,
     OptionalPlan,
@@ -31,6 +32,7 @@ from ldmq_kernels.cli.options import (
     TargetLayers,
     TargetMs,
     Times,
+    Width,
     WorkDir,
     needed,
     sampling,
@@ -106,6 +108,8 @@ def plan(
     steps: Steps = 20,
     guidance: Guidance = 7.5,
     seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
     dtype: Dtype = "float32",
     work: WorkDir = None,
     dry_run: DryRun = False,
@@ -129,7 +133,7 @@ def plan(
     if dry_run:
         preview(model, formats, len(texts))
         return
-    wishes = Wishes(formats, calibration, sampling(steps, guidance, seed), signals, hybrid, work, times)
+    wishes = Wishes(formats, calibration, sampling(steps, guidance, seed, height, width), signals, hybrid, work, times)
     if target is None:
         run_front(model, texts, place, wishes, dtype)
     else:
@@ -150,6 +154,8 @@ def quantize(
     steps: Steps = 20,
     guidance: Guidance = 7.5,
     seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
     dtype: Dtype = "float32",
     dry_run: DryRun = False,
 ) -> None:
@@ -169,7 +175,7 @@ def quantize(
         return
     if prompts is None or target_sqnr is None:
         raise typer.BadParameter("give --plan FILE, or --prompts FILE with --target-sqnr DB")
-    settings = sampling(steps, guidance, seed)
+    settings = sampling(steps, guidance, seed, height, width)
     quantize_by_prompts(
         model, read_prompts(prompts), target_sqnr, place, formats, calibration, settings, dtype, dry_run=dry_run
     )
@@ -189,13 +195,15 @@ def analyze(
     steps: Steps = 20,
     guidance: Guidance = 7.5,
     seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Measure what quantizing each layer of MODEL does to its output, and show it on a page."""
     from ldmq_kernels.cli.method import run_analyze
     from ldmq_kernels.cli.models import read_prompts
 
-    settings = sampling(steps, guidance, seed)
+    settings = sampling(steps, guidance, seed, height, width)
     texts = read_prompts(prompts)
     run_analyze(model, texts, target_sqnr, out, formats, calibration, settings, dtype, with_front=front)
 

@@ -83,6 +83,10 @@ Calibration = Annotated[
 Steps = Annotated[int, typer.Option(help="Sampling steps of each picture.", min=1)]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")]
+Height = Annotated[
+    int | None, typer.Option(help="Of the pictures, in pixels. [default: the pipeline's]", min=8, show_default=False)
+]
+Width = Annotated[int | None, typer.Option(help="As --height.", min=8, show_default=False)]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"],
     typer.Option(help="What to compute in; the result is stored in the dtype that MODEL is stored in."),
@@ -90,11 +94,13 @@ Dtype = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be quantized and write nothing.")]
 
 
-def sampling(steps: int, guidance: float, seed: int) -> SamplingSettings:
+def sampling(
+    steps: int, guidance: float, seed: int, height: int | None = None, width: int | None = None
+) -> SamplingSettings:
     """The sampling options together."""
     from ldmq_kernels.calibration.trajectory import SamplingSettings
 
-    return SamplingSettings(steps, guidance, seed)
+    return SamplingSettings(steps, guidance, seed, height, width)
 
 
 def needed(out: Path | None, *, dry_run: bool) -> Path:

@@ -131,10 +131,11 @@ def test_targets_can_be_combined(model: Path, prompts: Path, tmp_path: Path) -> 
 
 def test_signals_and_sensitive_blocks_can_be_asked_for(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "made.json"
-    wishes = ("--signals", "sqnr,ssim", "--hybrid", 0.3, "--formats", "w8a8,w8a16,fp16")
+    wishes = ("--signals", "sqnr,ssim", "--hybrid", 0.3, "--height", 24, "--width", 32)
     assert run("plan", model, "--prompts", prompts, "--target-sqnr", 15, *wishes, "--out", out, "--steps", "1") == 0
     plan = Plan.load(out)
     assert plan.measured["predicted_ssim_loss"] >= 0
+    assert (plan.calibration["height"], plan.calibration["width"]) == (24, 32)
     said = [entry["reason"] for entry in plan.exceptions.values()]
     assert any(reason.startswith("sensitive block") for reason in said)
 
