@@ -163,7 +163,7 @@ def _method(data: dict[str, Any]) -> str:
             _table(["formats", "asked, dB", "predicted", "held out", "of fp16", "seconds"], plans),
             f"Calibration on one step takes {steps['seconds_first_step']:.1f} s, on all "
             f"{steps['seconds_all_steps']:.1f} s; {steps['time_sensitive']} of {steps['layers']} layers lose more than "
-            f"1 dB by it, and the ranges of {steps['time_sensitive_with_drift']} of these drift by more than 5 %.",
+            f"1 dB by it, and {steps['missed']} of these after the search, which knows the ranges of later steps.",
         ]
     )
 
