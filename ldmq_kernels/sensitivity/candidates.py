@@ -21,6 +21,7 @@ from ldmq_kernels.calibration.ranges import static_scale
 from ldmq_kernels.calibration.second_moments import MomentsObserver
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
+from ldmq_kernels.nn.same_weight import with_activations
 from ldmq_kernels.numerics.formats import SCHEMES, Scheme
 from ldmq_kernels.numerics.smoothing import parts_vector, smoothing_vector
 from ldmq_kernels.planning.plan import LayerPlan, kind_of
@@ -140,6 +141,7 @@ class LayerSearch:
         self.calibration = calibration
         self.whole = {True: calibration, False: calibration.with_first_token()}  # by whether the first token is apart
         self.other = {apart: [whole.of_fold(1 - fold) for fold in (0, 1)] for apart, whole in self.whole.items()}
+        self._weights: dict[tuple[_Recipe, int | None], QuantizedLayer] = {}
         self.smoothable = getattr(layer, "groups", 1) == 1 and bool((calibration.input_absmax(name) > 0).any())
 
     # -- from a recipe to a choice ----------------------------------------------------------------------
@@ -208,21 +210,40 @@ class LayerSearch:
             observers[seen.fold](self.layer, (seen.x,), output)
         return {fold: observer.total for fold, observer in observers.items()}
 
-    def _moments_for(self, fold: int) -> Tensor:
-        """Those of the other fold, if it has any."""
-        return self._moments.get(1 - fold, next(iter(self._moments.values())))
+    def _quantized(self, recipe: _Recipe, choice: LayerPlan, fold: int | None = None) -> QuantizedLayer:
+        """The layer as a choice has it, made for all prompts or to be judged on a fold.
 
-    def _copies(self, judged: Sequence[LayerPlan]) -> Callable[[Seen], QuantizedLayer]:
+        Its weight is rounded once for all ways to scale the activations.
+        """
+        hessian = None
+        if recipe.rounding == "gptq":
+            every = list(self._moments.values())
+            hessian = torch.stack(every).sum(0) if fold is None else self._moments.get(1 - fold, every[0])
+        scheme = choice.scheme
+        if scheme.activations is None:
+            return quantize_layer(self.name, self.layer, choice, hessian)
+        takes_inputs = recipe.smoothing is not None or recipe.rounding == "gptq"
+        weight = replace(recipe, scheme=SCHEMES[f"{scheme.format.name}-dynamic"], widened=False, share=1.0)
+        key = (weight, fold if takes_inputs else None)
+        if key not in self._weights:
+            plain = replace(choice, scheme=weight.scheme, input_scale=None, first_token=False, bias_correction=None)
+            self._weights[key] = quantize_layer(self.name, self.layer, plain, hessian)
+        scales = torch.tensor(choice.scales, device=self.weight.device) if scheme.is_static else None
+        copy = with_activations(self._weights[key], scheme, input_scale=scales, first_token=choice.first_token)
+        if choice.bias_correction is not None:
+            copy.correct_bias(choice.bias_correction, self.layer.weight)
+        return copy
+
+    def _copies(self, recipe: _Recipe, judged: Sequence[LayerPlan]) -> Callable[[Seen], QuantizedLayer]:
         """Gives for a call the layer as the other fold makes it, set to its step."""
-        copies = []
-        for fold, choice in enumerate(judged):
-            hessian = self._moments_for(fold) if choice.rounding == "gptq" else None
-            copy = quantize_layer(self.name, self.layer, choice, hessian)
-            copies.append(set_to_step(copy, self.timesteps, self.calibration.step_groups))
+        copies = [
+            set_to_step(self._quantized(recipe, choice, fold), self.timesteps, self.calibration.step_groups)
+            for fold, choice in enumerate(judged)
+        ]
         return lambda seen: copies[seen.fold % len(copies)](seen)
 
     def _try(self, recipe: _Recipe) -> _Trial:
-        return _Trial(recipe, try_out(self.exact, self._copies(self._judged(recipe))))
+        return _Trial(recipe, try_out(self.exact, self._copies(recipe, self._judged(recipe))))
 
     # -- what is searched -----------------------------------------------------------------------------
 
@@ -353,8 +374,8 @@ class LayerSearch:
             words, noise = [*words, "bias"], corrected
         copy = None
         if recipe.rounding == "gptq":
-            copy = quantize_layer(self.name, self.layer, choice, torch.stack(list(self._moments.values())).sum(0))
-        estimate = estimated_output_noise(self.exact, self._copies(judged))
+            copy = self._quantized(recipe, choice)
+        estimate = estimated_output_noise(self.exact, self._copies(recipe, judged))
         differs = recipe.takes_inputs or choice.bias_correction is not None
         label = ", ".join(words) or "plain"
         return Candidate(choice, noise, label, estimate, copy, judged if differs and len(judged) == 2 else ())
