@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -46,6 +46,7 @@ class Verified:
     choice: Choice
     predicted_db: float
     noise: StepNoise
+    losses: dict[str, float] = field(default_factory=dict, compare=False)  # of the other signals, as measured
 
     @property
     def db(self) -> float:
@@ -120,7 +121,10 @@ class Session:
         key = tuple(choice.schemes.items())
         if key not in self._known:
             predicted = self.predicted_db(choice)
-            self._known[key] = Verified(choice, predicted, self._trials.noise(choice.schemes, self.held_out))
+            noise, losses = self._trials.noise(choice.schemes, self.held_out), {}
+            if "ssim" in self.signals and self.analysis.decoder is not None:
+                losses["ssim"] = self._trials.structural_noise(choice.schemes, self.held_out, self.analysis.decoder)
+            self._known[key] = Verified(choice, predicted, noise, losses)
         return self._known[key]
 
     # -- plans ---------------------------------------------------------------------------------------------
@@ -148,6 +152,7 @@ class Session:
             plan.measured["milliseconds"] = round(self.times.rest + choice.milliseconds, 4)
             plan.measured["milliseconds_float"] = round(self.times.all_float, 4)
         plan.measured |= {f"predicted_{name}_loss": round(choice.signal(name), 6) for name in self.signals}
+        plan.measured |= {f"held_out_{name}_loss": round(loss, 6) for name, loss in verified.losses.items()}
         return PlanResult(plan, self.analysis, verified.noise, verified.predicted_db)
 
     def plan(self, target: Target) -> PlanResult:

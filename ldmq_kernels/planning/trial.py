@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.plan import LayerPlan, Plan, quantizable_layers
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, swapped
+from ldmq_kernels.sensitivity.similarity import Decoder, float_pictures, middle_step, structural_noise
 
 Key = tuple[str, str]  # layer and scheme
 
@@ -63,6 +65,19 @@ class Trials:
         Raises:
             ValueError: the output is not finite.
         """
+        with self._quantized(schemes):
+            guidance = self._analysis.calibration.settings.guidance_scale
+            return output_noise(self._model, trajectory, guidance_scale=guidance)
+
+    def structural_noise(self, schemes: Mapping[str, str], trajectory: Trajectory, decoder: Decoder) -> float:
+        """1 - structural similarity of the pictures that a trajectory's middle step leads to."""
+        middle = middle_step(trajectory)
+        with self._quantized(schemes):
+            return structural_noise(self._model, middle, decoder, float_pictures(middle, decoder))
+
+    @contextlib.contextmanager
+    def _quantized(self, schemes: Mapping[str, str]) -> Iterator[None]:
+        """The model with every layer in the scheme that it is given, inside this block."""
         quantized = {key: plan for key in schemes.items() if (plan := self._layer_plan(*key)) is not None}
         self._copies = {key: copy for key, copy in self._copies.items() if key in quantized}
         self._copies |= self._made({key: plan for key, plan in quantized.items() if key not in self._copies})
@@ -70,8 +85,7 @@ class Trials:
             swapped(self._model, {name: copy for (name, _), copy in self._copies.items()}),
             following(self._model, self._analysis.calibration.step_groups),
         ):
-            guidance = self._analysis.calibration.settings.guidance_scale
-            return output_noise(self._model, trajectory, guidance_scale=guidance)
+            yield
 
     def _layer_plan(self, name: str, scheme: str) -> LayerPlan | None:
         candidate = None if scheme == str(FLOAT) else self._analysis.candidate(name, scheme)

@@ -21,7 +21,7 @@ from ldmq_kernels.planning.plan import fingerprint, quantizable_layers
 from ldmq_kernels.sensitivity.candidates import Candidate, LayerSearch, Method
 from ldmq_kernels.sensitivity.output_noise import StepNoise, block_of, output_noise, pooled, summed, swapped
 from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record
-from ldmq_kernels.sensitivity.similarity import Decoder, middle_step, scored_layers, structural_noise
+from ldmq_kernels.sensitivity.similarity import Decoder, float_pictures, middle_step, scored_layers, structural_noise
 from ldmq_kernels.sensitivity.work import Work
 
 ANALYSED_STEPS = 8
@@ -44,6 +44,7 @@ class Analysis:
         exact: the keys of `output` that were run; the others are estimated by backward probes.
         signals: other measures by name, "ssim" -> (layer, scheme) -> 1 - structural similarity.
         estimates: (layer, scheme) -> what the probes said, also of those that were run.
+        decoder: draws the pictures that structural similarity was measured on, with the signal "ssim".
     """
 
     calibration: Calibration
@@ -54,6 +55,7 @@ class Analysis:
     exact: frozenset[Key] = frozenset()
     signals: dict[str, dict[Key, float]] = field(default_factory=dict)
     estimates: dict[Key, StepNoise] = field(default_factory=dict)
+    decoder: Decoder | None = None
 
     def drift(self) -> dict[str, float]:
         """Layer -> how many times larger its input gets than at the first step."""
@@ -145,10 +147,11 @@ def _run_each(
     return work.run(stage, list(sets), run, show=show)
 
 
-def _similarity(bench: _Bench, candidates: dict[str, list[Candidate]], work: Work, show: bool) -> dict[Key, float]:
+def _similarity(
+    bench: _Bench, decoder: Decoder, candidates: dict[str, list[Candidate]], work: Work, show: bool
+) -> dict[Key, float]:
     trajectory = middle_step(bench.trajectory)
-    decoder = Decoder(bench.pipe, bench.calibration.settings.guidance_scale)
-    pictures = [decoder(call, call.output) for call in trajectory.calls]
+    pictures = float_pictures(trajectory, decoder)
     sets = {f"{name} {c.scheme}": (name, c) for name in scored_layers(candidates) for c in candidates[name]}
 
     def run(items: list[str]) -> Iterator[tuple[str, float]]:
@@ -237,8 +240,11 @@ def analyze(
     output = estimates | {key: measured[" ".join(key)] for key in keys}
     output = {key: output[key] for key in chosen}
     blocks = _blocks(bench, chosen, output, exact, work, show)
-    similarity = {"ssim": _similarity(bench, candidates, work, show)} if "ssim" in signals else {}
-    return Analysis(calibration, steps, candidates, output, blocks, frozenset(keys), similarity, estimates)
+    decoder, similarity = None, {}
+    if "ssim" in signals:
+        decoder = Decoder(pipe, calibration.settings.guidance_scale)
+        similarity = {"ssim": _similarity(bench, decoder, candidates, work, show)}
+    return Analysis(calibration, steps, candidates, output, blocks, frozenset(keys), similarity, estimates, decoder)
 
 
 def _blocks(

@@ -73,11 +73,17 @@ class Decoder:
 
 
 @torch.no_grad()
+def float_pictures(trajectory: Trajectory, decoder: Decoder) -> list[Tensor]:
+    """The pictures of a float trajectory, call by call."""
+    return [decoder(call, call.output) for call in trajectory.calls]
+
+
+@torch.no_grad()
 def structural_noise(model: nn.Module, trajectory: Trajectory, decoder: Decoder, exact: list[Tensor]) -> float:
     """1 - the mean structural similarity between the model's pictures as it is now and the float ones.
 
     Args:
-        exact: the float pictures, call by call: `[decoder(c, c.output) for c in trajectory.calls]`.
+        exact: the `float_pictures`.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 

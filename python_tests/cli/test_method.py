@@ -135,6 +135,7 @@ def test_signals_and_sensitive_blocks_can_be_asked_for(model: Path, prompts: Pat
     assert run("plan", model, "--prompts", prompts, "--target-sqnr", 15, *wishes, "--out", out, "--steps", "1") == 0
     plan = Plan.load(out)
     assert plan.measured["predicted_ssim_loss"] >= 0
+    assert 0 < plan.measured["held_out_ssim_loss"] < 0.5
     assert (plan.calibration["height"], plan.calibration["width"]) == (24, 32)
     said = [entry["reason"] for entry in plan.exceptions.values()]
     assert any(reason.startswith("sensitive block") for reason in said)

@@ -80,6 +80,10 @@ class SummedRuns:
         decibels = np.interp(range(count), steps, [10 * math.log10(total[step]) for step in steps])
         return StepNoise({step: float(10 ** (db / 10)) for step, db in enumerate(decibels)})
 
+    def cross_validated(self, schemes: Mapping[str, str]) -> StepNoise:
+        """The same along the calibration's trajectory."""
+        return self.noise(schemes, self._analysis.calibration.trajectory)
+
 
 def everything_in(analysis: Analysis, taken: Mapping[str, float]) -> dict[tuple[str, str], float]:
     """(layer, scheme) -> the same value for every layer."""

@@ -58,7 +58,8 @@ def test_the_target_is_met_on_held_out_prompts_as_predicted(
 ) -> None:
     result = _plan(shared_pipe, found, sqnr_db=decibels)
     assert result.held_out.mean_db >= decibels
-    assert result.predicted_db == pytest.approx(result.held_out.mean_db, abs=1.5)
+    # each half of three prompts knows less than all of them: what is predicted so may be too little
+    assert -1.5 < result.held_out.mean_db - result.predicted_db < 3
     moments = RecordedMoments(shared_pipe, result.plan) if result.plan.needs_inputs else None
     again = measure_plan(shared_pipe.unet, result.plan, found[1], moments)
     assert again.by_step == pytest.approx(result.held_out.by_step, rel=1e-3)
