@@ -130,7 +130,10 @@ def words(scheme: str, mode: str = ALL_STEPS, how: str = "plain") -> str:
 
 
 def _formats() -> list[Case]:
-    cases = [_own(FORMATS, words("w8a16"), lambda p: p.plain("w8a16"), "weight-only")]
+    cases = [
+        _own(FORMATS, words("w8a16"), lambda p: p.plain("w8a16"), "weight-only"),
+        _own(FORMATS, words("w8a16", how="searched"), lambda p: p.searched("w8a16"), "weight-only, biases corrected"),
+    ]
     for scheme in (STATIC, STEPPED, DYNAMIC):
         cases.append(_own(FORMATS, words(scheme), lambda p, s=scheme: p.plain(s)))
         cases.append(_own(FORMATS, words(scheme, how="searched"), lambda p, s=scheme: p.searched(s)))

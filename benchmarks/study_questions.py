@@ -104,6 +104,10 @@ def questions() -> list[Question]:
         ),
         *(_search_question(part) for part in PARTS),
         Question(
+            "bias correction of weights alone",
+            {"without": own_name(words("w8a16")), "with": own_name(words("w8a16", how="searched"))},
+        ),
+        Question(
             "rounding of 4-bit weights",
             {"nearest": own_name(words(W4_STATIC)), "GPTQ": own_name(words(W4_STATIC, how="GPTQ"))},
         ),
