@@ -38,7 +38,6 @@ WORTH_A_RANGE_DB = 0.5
 WORTH_GPTQ_DB = 0.1
 WORTH_A_BIAS_DB = 0.2
 PAIRED_ROOM = 1.25
-LEAST_DRIFT = 0.05  # of the range over the steps, worth a trial
 MOMENT_ROWS = 1024  # of a layer's inputs in one call, for GPTQ
 
 
@@ -102,7 +101,9 @@ class _Recipe:
 
     Attributes:
         smoothing: an alpha, PARTS, or None.
-        share: of the calibrated range, or of the range of all steps where it is `widened`.
+        widened: cover the range of all steps, where the calibrated one is smaller: a range that is too narrow costs far
+            more than one that is too wide.
+        share: of the range.
     """
 
     scheme: Scheme
@@ -147,9 +148,10 @@ class LayerSearch:
     # -- from a recipe to a choice ----------------------------------------------------------------------
 
     def _vector(self, recipe: _Recipe, calibration: Calibration) -> Tensor | None:
+        """The smoothing vector of a recipe's ranges over all steps: which channels are large changes with them."""
         if recipe.smoothing is None:
             return None
-        absmax = calibration.input_absmax(self.name)
+        absmax = calibration.absmax[self.name].amax(0)
         if isinstance(recipe.smoothing, str):
             return 1 / parts_vector(absmax, calibration.concatenations[self.name])
         return 1 / smoothing_vector(absmax, self.weight, recipe.smoothing)
@@ -249,7 +251,7 @@ class LayerSearch:
 
     def _plain(self, scheme: Scheme, sibling: _Recipe | None) -> _Trial | None:
         """Nothing but the calibrated range, without the first token of a text where that pays."""
-        plain = _Recipe(scheme)
+        plain = _Recipe(scheme, widened=self.method.ranges and scheme.activations == "static")
         if self._choice(plain) is None:
             return None
         trial = self._try(plain)
@@ -293,18 +295,8 @@ class LayerSearch:
         if sibling is not None:
             known = replace(start.recipe, widened=sibling.widened, share=sibling.share)
             return start if known == start.recipe else self._try(known)
-        wide = self._widened(start)
-        narrow = self._try(replace(wide.recipe, share=NARROWER))
-        return narrow if _less_noisy(narrow.outcome.noise, wide.outcome.noise, WORTH_A_RANGE_DB) else wide
-
-    def _widened(self, start: _Trial) -> _Trial:
-        """The range of all steps where it is larger than the calibrated one.
-
-        A range that is too narrow costs far more on inputs that were not seen than one that is too wide.
-        """
-        recipe = replace(start.recipe, widened=True)
-        drifts = self._times_calibrated(recipe) > 1 + LEAST_DRIFT
-        return self._try(recipe) if drifts else start
+        narrow = self._try(replace(start.recipe, share=NARROWER))
+        return narrow if _less_noisy(narrow.outcome.noise, start.outcome.noise, WORTH_A_RANGE_DB) else start
 
     def _times_calibrated(self, recipe: _Recipe) -> float:
         """The range of a recipe over the calibrated one."""
@@ -380,8 +372,9 @@ class LayerSearch:
         words = ["first token"] if recipe.first_token else []
         if recipe.smoothing is not None:
             words.append(recipe.smoothing if isinstance(recipe.smoothing, str) else f"alpha {recipe.smoothing}")
-        if recipe.widened or recipe.share != 1.0:
-            words.append(f"range {self._times_calibrated(recipe):.2f}")
+        range_of = f"{self._times_calibrated(recipe):.2f}"
+        if range_of != "1.00":
+            words.append(f"range {range_of}")
         if recipe.rank:
             words.append(f"rank {recipe.rank}")
         if recipe.rounding != "nearest":
