@@ -15,8 +15,8 @@ from ldmq_kernels.conversion.moments import BYTES_AT_ONCE
 from ldmq_kernels.nn.step_groups import following
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.plan import LayerPlan, Plan, quantizable_layers
-from ldmq_kernels.sensitivity.analysis import Analysis
-from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, swapped
+from ldmq_kernels.sensitivity.analysis import Analysis, cross_validated_noise
+from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, swapped
 from ldmq_kernels.sensitivity.similarity import Decoder, float_pictures, middle_step, structural_noise
 
 Key = tuple[str, str]  # layer and scheme
@@ -44,19 +44,13 @@ class Trials:
         Raises:
             ValueError: the output is not finite, or GPTQ rounds one of the layers.
         """
-        calibration, layers = self._analysis.calibration, quantizable_layers(self._model)
+        calibration = self._analysis.calibration
         chosen = {
             name: candidate
             for name, scheme in schemes.items()
             if scheme != str(FLOAT) and (candidate := self._analysis.candidate(name, scheme)) is not None
         }
-        found = []
-        for fold, trajectory in calibration.trajectory.by_fold().items():
-            copies = {name: quantize_layer(name, layers[name], c.judged_on(fold)) for name, c in chosen.items()}
-            with swapped(self._model, copies), following(self._model, calibration.step_groups):
-                guidance = calibration.settings.guidance_scale
-                found.append(output_noise(self._model, trajectory, guidance_scale=guidance))
-        return pooled(found)
+        return cross_validated_noise(self._model, chosen, calibration.trajectory.by_fold(), calibration)
 
     @torch.no_grad()
     def noise(self, schemes: Mapping[str, str], trajectory: Trajectory) -> StepNoise:

@@ -71,6 +71,26 @@ def quantized_copy(name: str, layer: nn.Linear | nn.Conv2d, candidate: Candidate
     return candidate.copy if candidate.copy is not None else quantize_layer(name, layer, candidate.choice)
 
 
+def cross_validated_noise(
+    model: nn.Module, chosen: Mapping[str, Candidate], folds: Mapping[int, Trajectory], calibration: Calibration
+) -> StepNoise:
+    """Noise at the output with these layers quantized, on each fold of the prompts as the other fold makes them.
+
+    Args:
+        chosen: layer -> a candidate that GPTQ does not round.
+        folds: of a float trajectory of `calibration`, see `Trajectory.by_fold`.
+
+    Raises:
+        ValueError: the output is not finite, or GPTQ rounds one of the layers.
+    """
+    modules, found = quantizable_layers(model), []
+    for fold, trajectory in folds.items():
+        copies = {name: quantize_layer(name, modules[name], c.judged_on(fold)) for name, c in chosen.items()}
+        with swapped(model, copies), step_groups.following(model, calibration.step_groups):
+            found.append(output_noise(model, trajectory, guidance_scale=calibration.settings.guidance_scale))
+    return pooled(found)
+
+
 class _Bench:
     """The float model, the analysed part of its trajectory, and runs along it with some layers quantized."""
 
@@ -88,13 +108,7 @@ class _Bench:
 
     def noise_of(self, chosen: dict[str, Candidate]) -> StepNoise:
         """Noise at the UNet's output with these layers quantized, cross-validated over the folds of the prompts."""
-        guidance = self.calibration.settings.guidance_scale
-        found = []
-        for fold, trajectory in self.folds.items():
-            copies = {n: quantize_layer(n, self.modules[n], c.judged_on(fold)) for n, c in chosen.items()}
-            with self.quantized(copies):
-                found.append(output_noise(self.model, trajectory, guidance_scale=guidance))
-        return pooled(found)
+        return cross_validated_noise(self.model, chosen, self.folds, self.calibration)
 
 
 def analysed_part(trajectory: Trajectory, steps: Sequence[int], prompts: int | None) -> Trajectory:
