@@ -16,10 +16,11 @@ from ldmq_kernels.calibration.ranges import ALL_STEPS, static_scale
 from ldmq_kernels.conversion import quantize
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme, parse_schemes
 from ldmq_kernels.numerics.smoothing import smoothing_vector
-from ldmq_kernels.planning.cost import choice_bytes, weight_bytes
-from ldmq_kernels.planning.plan import LayerPlan, Plan, kind_of, model_record, quantizable_layers
 from ldmq_kernels.planning.planner import plan_from_analysis
 from ldmq_kernels.planning.target import Target
+from ldmq_kernels.plans.cost import choice_bytes, weight_bytes
+from ldmq_kernels.plans.layers import kind_of, quantizable_layers
+from ldmq_kernels.plans.plan import LayerPlan, Plan, model_record
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze
 from ldmq_kernels.sensitivity.candidates import Candidate, Method
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
-from ldmq_kernels.planning.cost import FLOAT_BYTES, weight_bytes
-from ldmq_kernels.planning.plan import kind_of, quantizable_layers
+from ldmq_kernels.plans.cost import FLOAT_BYTES, weight_bytes
+from ldmq_kernels.plans.layers import kind_of, quantizable_layers
 
 BYTE_DTYPES = (torch.int8, torch.uint8)
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5

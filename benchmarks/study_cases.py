@@ -29,7 +29,7 @@ from benchmarks.rivals_tools import MODELOPT_SKIPS, OURS, Contender, own_beside,
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, SAMPLED_STEPS
 from ldmq_kernels.calibration.trajectory import SamplingSettings
-from ldmq_kernels.planning.plan import Plan
+from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.sensitivity.candidates import Method
 
 FORMATS, CALIBRATION, SEARCH, PLANNER, PEERS = "formats", "calibration", "search", "planner", "peers"

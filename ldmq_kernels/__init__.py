@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from ldmq_kernels.kernels.dispatch import dispatch_report, use_backend
     from ldmq_kernels.nn import QuantConv2d, QuantLinear
     from ldmq_kernels.numerics.sqnr import sqnr_db
-    from ldmq_kernels.planning.plan import Plan, PlanError
     from ldmq_kernels.planning.planner import plan
+    from ldmq_kernels.plans.plan import Plan, PlanError
 
 _EXPORTS = {
-    "Plan": "planning.plan",
-    "PlanError": "planning.plan",
+    "Plan": "plans.plan",
+    "PlanError": "plans.plan",
     "QuantConv2d": "nn",
     "QuantLinear": "nn",
     "cache_time_embeddings": "integrations.diffusers.step_cache",

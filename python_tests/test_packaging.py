@@ -20,19 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ldmq_kernels"
 LEFT_OUT = (".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "demo_output")
 
-FLOORS = [
+LAYERS = [
     {"files", "graphs", "numerics", "progress", "version"},
     {"kernels"},
     {"ops"},
     {"nn", "tuning"},
-    {"calibration", "sensitivity", "planning", "conversion"},
-    {"integrations", "report", "serving"},
+    {"plans"},
+    {"calibration"},
+    {"conversion"},
+    {"integrations", "sensitivity"},
+    {"planning"},
+    {"report"},
     {"__init__"},
     {"demo"},
     {"cli"},
 ]
-ROOMS = set().union(*FLOORS)
-METHOD = FLOORS[4]
+SUBPACKAGES = set().union(*LAYERS)
 ASK_NO_TORCH = "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'csrc'); import build_backend; "
 
 
@@ -192,12 +195,12 @@ def test_the_import_touches_no_gpu_and_nothing_heavy(imports: list[dict[str, Any
         assert not run["gpu"]
 
 
-def room_of(path: Path) -> str:
+def subpackage_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and room of each import of the package's own modules, wherever in the file it stands."""
+def imported_subpackages(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and subpackage of each import of the package's own modules, wherever in the file it stands."""
     parent = (PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -209,27 +212,27 @@ def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
             continue
         for name in names:
             package, _, rest = name.partition(".")
-            room = rest.partition(".")[0]
+            subpackage = rest.partition(".")[0]
             if package == PACKAGE.name:
-                yield node.lineno, room if room in ROOMS else "__init__"
+                yield node.lineno, subpackage if subpackage in SUBPACKAGES else "__init__"
 
 
-def may_import(room: str, other: str) -> bool:
-    floors = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-    return room == other or floors[other] < floors[room] or (room in METHOD and other in METHOD)
+def may_import(subpackage: str, other: str) -> bool:
+    layer_of = {name: index for index, names in enumerate(LAYERS) for name in names}
+    return subpackage == other or layer_of[other] < layer_of[subpackage]
 
 
-def test_every_room_of_the_package_has_a_floor() -> None:
-    assert {room_of(path) for path in PACKAGE.rglob("*.py")} <= ROOMS
+def test_every_subpackage_has_a_layer() -> None:
+    assert {subpackage_of(path) for path in PACKAGE.rglob("*.py")} <= SUBPACKAGES
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS))
-def test_a_file_imports_only_from_floors_below_its_own(room: str) -> None:
-    own = sorted(path for path in PACKAGE.rglob("*.py") if room_of(path) == room)
+@pytest.mark.parametrize("subpackage", sorted(SUBPACKAGES))
+def test_a_file_imports_only_from_layers_below_its_own(subpackage: str) -> None:
+    own = sorted(path for path in PACKAGE.rglob("*.py") if subpackage_of(path) == subpackage)
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {other}"
         for path in own
-        for line, other in imported_rooms(path)
-        if not may_import(room, other)
+        for line, other in imported_subpackages(path)
+        if not may_import(subpackage, other)
     ]
     assert not wrong, wrong

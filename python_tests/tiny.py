@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.plan import Plan, kind_of, layer_shape, model_record, quantizable_layers
+from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.plans.plan import Plan, model_record
 
 TEXT_WIDTH = 32
 TOKENS = 40

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ldmq_kernels.planning.plan import layer_shape, quantizable_layers
+from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
 
 
 class _Concatenations(TorchFunctionMode):

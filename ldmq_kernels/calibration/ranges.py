@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import folds_of_rows
 from ldmq_kernels.numerics.affine import INT8_MAX
-from ldmq_kernels.planning.plan import quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
 
 FIRST_STEP = "first-step"
 SAMPLED_STEPS = "sampled-steps"

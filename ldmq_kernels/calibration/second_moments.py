@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory, replay
-from ldmq_kernels.planning.plan import quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
 
 ROWS_PER_CALL = 512
 

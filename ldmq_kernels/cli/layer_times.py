@@ -14,7 +14,7 @@ from ldmq_kernels.calibration.ranges import channel_absmax, static_scale
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.plan import LayerPlan
+from ldmq_kernels.plans.plan import LayerPlan
 from ldmq_kernels.progress import track
 from ldmq_kernels.report.measure import in_turns
 

@@ -19,11 +19,12 @@ from ldmq_kernels.conversion import quantize, summarize
 from ldmq_kernels.files import whole_folder, write_whole
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
 from ldmq_kernels.planning.choice import MOST_DB, SQNR
-from ldmq_kernels.planning.cost import weight_bytes
 from ldmq_kernels.planning.front import FrontPoint, front
-from ldmq_kernels.planning.plan import Plan, PlanError, kind_of, quantizable_layers
 from ldmq_kernels.planning.planner import HELD_OUT_SEED, Target, analyzed, make_plan, measure_layers, split_prompts
 from ldmq_kernels.planning.session import Session
+from ldmq_kernels.plans.cost import weight_bytes
+from ldmq_kernels.plans.layers import kind_of, quantizable_layers
+from ldmq_kernels.plans.plan import Plan, PlanError
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,8 +11,8 @@ from typing import Any
 from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, run_pipeline
 from ldmq_kernels.files import write_whole
 from ldmq_kernels.numerics.sqnr import relative_noise_power
-from ldmq_kernels.planning.plan import quantizable_layers
 from ldmq_kernels.planning.session import PlanResult
+from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.report.measure import PicturePairs
 from ldmq_kernels.sensitivity.analysis import Analysis, analysed_part, quantized_copy
 from ldmq_kernels.sensitivity.output_noise import finite_db

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, step_groups
-from ldmq_kernels.planning.plan import LayerPlan, Plan, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import LayerPlan, Plan
 
 _listeners: list[Callable[[nn.Module, Plan], None]] = []
 

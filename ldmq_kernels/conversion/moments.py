@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ldmq_kernels.calibration.second_moments import second_moments
 from ldmq_kernels.calibration.trajectory import SamplingSettings, denoiser, record_trajectory
-from ldmq_kernels.planning.plan import Plan, PlanError, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, PlanError
 from ldmq_kernels.progress import track
 
 BYTES_AT_ONCE = 2 << 30

@@ -11,7 +11,7 @@ from torch import nn
 from ldmq_kernels.calibration.trajectory import denoiser
 from ldmq_kernels.conversion.convert import check_convertible, convert
 from ldmq_kernels.conversion.moments import RecordedMoments
-from ldmq_kernels.planning.plan import Plan
+from ldmq_kernels.plans.plan import Plan
 
 T = TypeVar("T")
 

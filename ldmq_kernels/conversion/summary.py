@@ -10,8 +10,9 @@ from torch import nn
 
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
-from ldmq_kernels.planning.cost import FLOAT_BYTES, choice_bytes, weight_bytes
-from ldmq_kernels.planning.plan import Plan, kind_of, quantizable_layers
+from ldmq_kernels.plans.cost import FLOAT_BYTES, choice_bytes, weight_bytes
+from ldmq_kernels.plans.layers import kind_of, quantizable_layers
+from ldmq_kernels.plans.plan import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table

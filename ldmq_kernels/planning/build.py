@@ -9,12 +9,13 @@ from torch import nn
 
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.planning.options import is_precise
-from ldmq_kernels.planning.plan import LayerPlan, Plan, model_record
 from ldmq_kernels.planning.rules import compress
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes
+from ldmq_kernels.plans.blocks import block_of
+from ldmq_kernels.plans.plan import LayerPlan, Plan, model_record
 from ldmq_kernels.sensitivity.analysis import Analysis
-from ldmq_kernels.sensitivity.output_noise import block_of, finite_db
+from ldmq_kernels.sensitivity.output_noise import finite_db
 
 
 def build_plan(
@@ -38,7 +39,8 @@ def build_plan(
     calibration = analysis.calibration
     plan = Plan(model_record(model), rules, target=target.to_dict())
     plan.step_groups = list(calibration.step_groups)
-    reasons = {name: _reason(name, schemes[name], analysis, sensitive, times) for name in exceptions}
+    precise = {name: block for name in exceptions if (block := block_of(model, name)) in sensitive}
+    reasons = {name: _reason(name, schemes[name], analysis, precise.get(name), times) for name in exceptions}
     for name, scheme in schemes.items():
         candidate = None if scheme == str(FLOAT) else analysis.candidate(name, scheme)
         reason = reasons.get(name, "")
@@ -59,12 +61,12 @@ def _alone(analysis: Analysis, name: str, scheme: str) -> float:
     return finite_db(analysis.output[name, scheme].mean_power)
 
 
-def _reason(name: str, scheme: str, analysis: Analysis, sensitive: Collection[str], times: LayerTimes | None) -> str:
+def _reason(name: str, scheme: str, analysis: Analysis, sensitive: str | None, times: LayerTimes | None) -> str:
     if name not in analysis.candidates:
         return "never ran in calibration"
     found = analysis.candidates[name]
-    if block_of(name) in sensitive and is_precise(SCHEMES[scheme]):
-        first = f"sensitive block {block_of(name)}"
+    if sensitive is not None and is_precise(SCHEMES[scheme]):
+        first = f"sensitive block {sensitive}"
         return (
             first if scheme == str(FLOAT) else f"{first}; alone {_alone(analysis, name, scheme):.1f} dB at the output"
         )

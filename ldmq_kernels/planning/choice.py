@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ldmq_kernels.numerics.sqnr import from_db
 from ldmq_kernels.planning.knapsack import EQUAL, Column, Infeasible, Limit, Option, Table
-from ldmq_kernels.planning.plan import PlanError
 from ldmq_kernels.planning.target import Target
+from ldmq_kernels.plans.plan import PlanError
 
 TANGENTS = 5
 ENOUGH = 1e-3  # relative gain of a goal that is worth another solution

@@ -8,12 +8,13 @@ from torch import nn
 
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
 from ldmq_kernels.planning.choice import SQNR
-from ldmq_kernels.planning.cost import choice_bytes, choice_cost, operation_cost, weight_bytes
 from ldmq_kernels.planning.knapsack import Option
-from ldmq_kernels.planning.plan import PlanError, layer_shape, quantizable_layers
 from ldmq_kernels.planning.times import LayerTimes
+from ldmq_kernels.plans.blocks import block_of
+from ldmq_kernels.plans.cost import choice_bytes, choice_cost, operation_cost, weight_bytes
+from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
+from ldmq_kernels.plans.plan import PlanError
 from ldmq_kernels.sensitivity.analysis import Analysis
-from ldmq_kernels.sensitivity.output_noise import block_of
 
 
 def make_options(
@@ -88,7 +89,7 @@ def sensitive_blocks(model: nn.Module, analysis: Analysis, share: float) -> list
     parameters: dict[str, float] = dict.fromkeys(noise, 0.0)
     operations: dict[str, float] = dict.fromkeys(noise, 0.0)
     for layer, module in quantizable_layers(model).items():
-        block = block_of(layer)
+        block = block_of(model, layer)
         if layer in analysis.candidates and block in noise:
             size = 1
             for extent in layer_shape(module):
@@ -113,14 +114,14 @@ def is_precise(scheme: Scheme) -> bool:
     return scheme.format.activation_bits == 16 or scheme.activations in ("dynamic", "paired")
 
 
-def restricted(options: Sequence[Option], blocks: Collection[str]) -> list[Option]:
+def restricted(model: nn.Module, options: Sequence[Option], blocks: Collection[str]) -> list[Option]:
     """The options without the less precise ones in these blocks; a layer without precise ones keeps its least noisy."""
     kept: list[Option] = []
     layers: dict[str, list[Option]] = {}
     for option in options:
         layers.setdefault(option.layer, []).append(option)
     for layer, found in layers.items():
-        if block_of(layer) not in blocks:
+        if block_of(model, layer) not in blocks:
             kept += found
             continue
         precise = [option for option in found if is_precise(SCHEMES[option.scheme])]

@@ -15,11 +15,11 @@ from ldmq_kernels.calibration.ranges import FIRST_STEP
 from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, denoiser, record_trajectory
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.choice import SQNR
-from ldmq_kernels.planning.plan import Plan
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes, measure_times
 from ldmq_kernels.planning.trial import measure_plan
+from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.sensitivity.analysis import ANALYSED_STEPS, Analysis, analyze
 
 __all__ = ["DEFAULT_FORMATS", "HELD_OUT_SEED", "PlanResult", "Target", "make_plan", "measure_plan", "plan"]

@@ -12,12 +12,13 @@ from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.build import build_plan
 from ldmq_kernels.planning.choice import MOST_DB, SQNR, Choice, Chooser, step_weights
-from ldmq_kernels.planning.cost import weight_bytes
 from ldmq_kernels.planning.options import make_options, restricted, sensitive_blocks
-from ldmq_kernels.planning.plan import Plan, PlanError, quantizable_layers
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes
 from ldmq_kernels.planning.trial import Trials
+from ldmq_kernels.plans.cost import weight_bytes
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, PlanError
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 
@@ -88,7 +89,7 @@ class Session:
         self.times = times
         self.signals = [name for name in signals if name != SQNR]
         self.sensitive = sensitive_blocks(model, analysis, hybrid) if hybrid else []
-        options = restricted(make_options(model, analysis, formats, signals, times), self.sensitive)
+        options = restricted(model, make_options(model, analysis, formats, signals, times), self.sensitive)
         weights = step_weights(analysis.steps, analysis.calibration.trajectory.steps)
         self.chooser = Chooser(options, weights, signals, rest_milliseconds=None if times is None else times.rest)
         self._trials = Trials(model, analysis)

@@ -23,7 +23,8 @@ from ldmq_kernels.files import write_whole
 from ldmq_kernels.kernels.triton import configurations
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.knapsack import Option
-from ldmq_kernels.planning.plan import LayerPlan, PlanError, kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.plans.plan import LayerPlan, PlanError
 from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.analysis import Analysis, quantized_copy
 from ldmq_kernels.tuning.timing import one_call_ms

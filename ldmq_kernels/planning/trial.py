@@ -14,7 +14,8 @@ from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.conversion.moments import BYTES_AT_ONCE
 from ldmq_kernels.nn.step_groups import following
 from ldmq_kernels.numerics.formats import FLOAT
-from ldmq_kernels.planning.plan import LayerPlan, Plan, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.sensitivity.analysis import Analysis, cross_validated_noise
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, swapped
 from ldmq_kernels.sensitivity.similarity import Decoder, float_pictures, middle_step, structural_noise

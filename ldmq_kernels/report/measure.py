@@ -20,7 +20,8 @@ from ldmq_kernels.calibration.trajectory import (
     run_pipeline,
 )
 from ldmq_kernels.conversion.convert import quantize_layer
-from ldmq_kernels.planning.plan import Plan, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.output_noise import swapped
 

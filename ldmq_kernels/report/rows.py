@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
-from ldmq_kernels.planning.cost import weight_bytes
-from ldmq_kernels.planning.plan import Plan, kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.plans.blocks import block_of
+from ldmq_kernels.plans.cost import weight_bytes
+from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.sensitivity.analysis import Analysis
-from ldmq_kernels.sensitivity.output_noise import block_of, finite_db
+from ldmq_kernels.sensitivity.output_noise import finite_db
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
         rows.append(
             LayerRow(
                 name=name,
-                block=block_of(name),
+                block=block_of(model, name),
                 kind=kind_of(layer),
                 shape=layer_shape(layer),
                 operations=analysis.calibration.operations[name],

@@ -17,9 +17,10 @@ from ldmq_kernels.calibration.trajectory import Trajectory, denoiser
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.nn import step_groups
 from ldmq_kernels.numerics.formats import Scheme
-from ldmq_kernels.planning.plan import fingerprint, quantizable_layers
+from ldmq_kernels.plans.blocks import block_of
+from ldmq_kernels.plans.layers import fingerprint, quantizable_layers
 from ldmq_kernels.sensitivity.candidates import Candidate, LayerSearch, Method
-from ldmq_kernels.sensitivity.output_noise import StepNoise, block_of, output_noise, pooled, summed, swapped
+from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
 from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record
 from ldmq_kernels.sensitivity.similarity import Decoder, float_pictures, middle_step, scored_layers, structural_noise
 from ldmq_kernels.sensitivity.work import Work
@@ -272,7 +273,7 @@ def _blocks(
     """Each block's noise: run where every layer is and none is rounded by GPTQ, else the sum of its layers'."""
     members: dict[Key, dict[str, Candidate]] = {}
     for (name, scheme), candidate in chosen.items():
-        members.setdefault((block_of(name), scheme), {}).update(candidate)
+        members.setdefault((block_of(bench.model, name), scheme), {}).update(candidate)
     summed_up = {key: summed(output[name, key[1]] for name in layers) for key, layers in members.items()}
     if exact != ALL:
         return summed_up

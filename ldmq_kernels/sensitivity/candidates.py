@@ -24,7 +24,8 @@ from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
 from ldmq_kernels.nn.same_weight import with_activations
 from ldmq_kernels.numerics.formats import SCHEMES, Scheme
 from ldmq_kernels.numerics.smoothing import parts_vector, smoothing_vector
-from ldmq_kernels.planning.plan import LayerPlan, kind_of
+from ldmq_kernels.plans.layers import kind_of
+from ldmq_kernels.plans.plan import LayerPlan
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 from ldmq_kernels.sensitivity.probes import Seen
 from ldmq_kernels.sensitivity.trials import Exact, Outcome, estimated_output_noise, set_to_step, try_out

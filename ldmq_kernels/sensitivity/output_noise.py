@@ -129,13 +129,6 @@ def pooled(noises: Sequence[StepNoise]) -> StepNoise:
     return StepNoise({step: noise[step] / signal[step] for step in sorted(signal)}, samples)
 
 
-def block_of(layer: str) -> str:
-    """The block of a UNet that a layer is in: "down_blocks.0.resnets.1", "mid_block.attentions.0", "conv_in"."""
-    parts = layer.split(".")
-    length = {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}.get(parts[0], 1)
-    return ".".join(parts[: min(length, len(parts) - 1) or 1])
-
-
 def finite_db(power: float) -> float:
     """SQNR in dB for files and pictures, with no noise at all as 200 dB."""
     return min(200.0, to_db(power)) if power > 0 else 200.0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows, output_tensor
-from ldmq_kernels.planning.plan import quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
 
 MEMORY = 4 << 30  # bytes of inputs and gradients that are kept at a time
 PROBES = 2

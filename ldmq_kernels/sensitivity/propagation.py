@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, output_tensor
-from ldmq_kernels.planning.plan import quantizable_layers
+from ldmq_kernels.plans.blocks import block_of
+from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.progress import track
-from ldmq_kernels.sensitivity.output_noise import block_of, swapped
+from ldmq_kernels.sensitivity.output_noise import swapped
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _relative(exact: Any, test: Any) -> float:
 
 def blocks_of(model: nn.Module) -> list[str]:
     """The residual blocks, transformers, samplers and single layers that hold all quantizable layers."""
-    return list(dict.fromkeys(block_of(name) for name in quantizable_layers(model)))
+    return list(dict.fromkeys(block_of(model, name) for name in quantizable_layers(model)))
 
 
 @torch.no_grad()
@@ -112,7 +113,7 @@ def _of_call(
         if name not in exact:
             continue  # never called
         clean, seen = exact[name], noisy[name]
-        own = {layer: copy for layer, copy in copies.items() if block_of(layer) == name}
+        own = {layer: copy for layer, copy in copies.items() if block_of(model, layer) == name}
         passed = output_tensor(model.get_submodule(name)(*seen.args, **seen.kwargs))
         with swapped(model, own):
             born = output_tensor(model.get_submodule(name)(*clean.args, **clean.kwargs))

@@ -27,8 +27,8 @@ from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP
 from ldmq_kernels.calibration.trajectory import SamplingSettings, record_trajectory
 from ldmq_kernels.demo.models import build_unet
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.cost import weight_bytes
-from ldmq_kernels.planning.plan import quantizable_layers
+from ldmq_kernels.plans.cost import weight_bytes
+from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.sensitivity.output_noise import output_noise
 from python_tests.benchmarks.measured import made_samples
 

@@ -15,7 +15,8 @@ from ldmq_kernels.calibration.ranges import (
 )
 from ldmq_kernels.calibration.trajectory import replay
 from ldmq_kernels.conversion import convert
-from ldmq_kernels.planning.plan import quantizable_layers, uniform_plan
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import uniform_plan
 from python_tests.tiny import PROMPTS
 
 SETTINGS = SamplingSettings(num_inference_steps=3, guidance_scale=4.0, seed=5)

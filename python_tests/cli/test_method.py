@@ -19,7 +19,8 @@ import torch
 
 from ldmq_kernels import cli
 from ldmq_kernels.nn import QuantizedLayer
-from ldmq_kernels.planning.plan import Plan, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan
 from python_tests.tiny import PROMPTS, draw, mixed_plan, tiny_pipeline, tiny_unet
 
 QUICK = ("--steps", "1", "--formats", "w8a16")

@@ -12,7 +12,8 @@ from ldmq_kernels.conversion import ConversionError, convert, quantize
 from ldmq_kernels.conversion import moments as moments_module
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
 from ldmq_kernels.numerics.sqnr import sqnr_db
-from ldmq_kernels.planning.plan import Plan, PlanError, fingerprint, model_record, quantizable_layers, uniform_plan
+from ldmq_kernels.plans.layers import fingerprint, quantizable_layers
+from ldmq_kernels.plans.plan import Plan, PlanError, model_record, uniform_plan
 from python_tests.tiny import mixed_plan, run_unet, tiny_pipeline, tiny_unet
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from ldmq_kernels.conversion import convert, summarize
-from ldmq_kernels.planning.plan import PlanError, uniform_plan
+from ldmq_kernels.plans.plan import PlanError, uniform_plan
 from python_tests.tiny import mixed_plan, tiny_unet
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ldmq_kernels.conversion import convert
 from ldmq_kernels.integrations.diffusers.fused import PLAIN
-from ldmq_kernels.planning.plan import Plan, model_record, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, model_record
 from python_tests.tiny import TEXT_WIDTH, TOKENS, mixed_plan, tiny_unet
 
 SCHEMES = ("w8a8-dynamic", "w8a8-static", "w4a8-dynamic", "mixed")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldmq_kernels.conversion import convert
 from ldmq_kernels.integrations.diffusers.fused import fuse
 from ldmq_kernels.nn import QuantLinear
-from ldmq_kernels.planning.plan import uniform_plan
+from ldmq_kernels.plans.plan import uniform_plan
 from python_tests.tiny import mixed_plan, tiny_unet, unet_inputs
 
 SCHEMES = ("float", "w8a8-dynamic", "w4a8-dynamic", "w8a16", "w4a16", "mixed")

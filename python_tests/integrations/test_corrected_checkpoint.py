@@ -17,7 +17,8 @@ from ldmq_kernels.integrations.diffusers import LdmqConfig
 from ldmq_kernels.integrations.diffusers.fused import unfuse
 from ldmq_kernels.nn import QuantizedLayer, step_groups
 from ldmq_kernels.numerics.sqnr import sqnr_db
-from ldmq_kernels.planning.plan import Plan, PlanError, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, PlanError
 from python_tests.tiny import PROMPTS, mixed_plan, run_unet, tiny_pipeline, tiny_unet
 
 

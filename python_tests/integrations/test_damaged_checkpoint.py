@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import ldmq_kernels as ldmq
 from ldmq_kernels.integrations.diffusers import CheckpointError
-from ldmq_kernels.planning.plan import PlanError
+from ldmq_kernels.plans.plan import PlanError
 from python_tests.tiny import mixed_plan, tiny_unet
 
 FILE = "diffusion_pytorch_model.safetensors"

@@ -20,7 +20,8 @@ from ldmq_kernels.integrations.diffusers.fused.transformer_block import FusedBas
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.nn import QuantLinear
 from ldmq_kernels.numerics.sqnr import sqnr_db
-from ldmq_kernels.planning.plan import Plan, model_record, quantizable_layers, uniform_plan
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, model_record, uniform_plan
 from python_tests.tiny import TEXT_WIDTH, mixed_plan, run_unet, tiny_unet
 
 SCHEMES = ("w8a8-dynamic", "w4a8-dynamic", "w8a8-static", "w4a8-static")

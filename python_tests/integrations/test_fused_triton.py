@@ -19,7 +19,8 @@ from ldmq_kernels.integrations.diffusers.fused import PLAIN, fuse
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels import triton as triton_backend
 from ldmq_kernels.numerics.sqnr import sqnr_db
-from ldmq_kernels.planning.plan import Plan, model_record, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, model_record
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEAR = 45.0  # dB: float sums in another order turn over ties, each worth a step of an int8 activation

@@ -12,7 +12,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 import ldmq_kernels as ldmq
 from ldmq_kernels.conversion import ConversionError, summarize
 from ldmq_kernels.integrations.diffusers import CheckpointError, LdmqConfig, LdmqQuantizer, register
-from ldmq_kernels.planning.plan import PlanError, uniform_plan
+from ldmq_kernels.plans.plan import PlanError, uniform_plan
 from python_tests.tiny import draw, mixed_plan, run_unet, tiny_pipeline, tiny_unet
 
 

@@ -9,7 +9,7 @@ import ldmq_kernels as ldmq
 from ldmq_kernels.conversion import ConversionError
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.sqnr import sqnr_db
-from ldmq_kernels.planning.plan import uniform_plan
+from ldmq_kernels.plans.plan import uniform_plan
 from python_tests.tiny import draw, mixed_plan, run_unet, tiny_pipeline, tiny_unet
 
 peft = pytest.importorskip("peft")

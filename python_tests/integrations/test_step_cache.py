@@ -21,7 +21,7 @@ from ldmq_kernels.integrations.diffusers.step_cache import (
 )
 from ldmq_kernels.nn import QuantLinear, step_groups
 from ldmq_kernels.numerics.sqnr import sqnr_db
-from ldmq_kernels.planning.plan import uniform_plan
+from ldmq_kernels.plans.plan import uniform_plan
 from python_tests.integrations.cached_unets import RESNET, SCHEMES, STEPS, layer_calls, made, run
 from python_tests.tiny import draw, tiny_unet
 

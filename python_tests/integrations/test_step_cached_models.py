@@ -21,7 +21,7 @@ from ldmq_kernels.integrations.diffusers.step_cache import (
     cache_time_embeddings,
     uncache_time_embeddings,
 )
-from ldmq_kernels.planning.plan import uniform_plan
+from ldmq_kernels.plans.plan import uniform_plan
 from python_tests.integrations.cached_unets import RESNET, STEPS, layer_calls, made, run
 from python_tests.test_graphs import FakeGpu
 from python_tests.tiny import unet_inputs

@@ -18,7 +18,8 @@ from ldmq_kernels.integrations.diffusers.fused import unfuse
 from ldmq_kernels.kernels.dispatch import use_backend
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, step_groups
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.plan import Plan, model_record, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, model_record
 from python_tests.tiny import mixed_plan, tiny_unet, unet_inputs
 
 BOUNDARIES = [750.0, 300.5, 20.0]

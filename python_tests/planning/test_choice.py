@@ -9,8 +9,8 @@ import pytest
 
 from ldmq_kernels.numerics.sqnr import from_db
 from ldmq_kernels.planning.choice import Chooser, step_weights
-from ldmq_kernels.planning.plan import PlanError
 from ldmq_kernels.planning.target import Target
+from ldmq_kernels.plans.plan import PlanError
 from python_tests.planning.made_up import SCHEMES, every_choice, mean_db, options
 
 WEIGHTS = (0.5, 0.3, 0.2)

@@ -15,8 +15,6 @@ from ldmq_kernels.calibration import SamplingSettings, Trajectory
 from ldmq_kernels.conversion import quantize
 from ldmq_kernels.conversion.moments import RecordedMoments
 from ldmq_kernels.numerics.formats import FLOAT
-from ldmq_kernels.planning.cost import weight_bytes
-from ldmq_kernels.planning.plan import Plan, PlanError, quantizable_layers
 from ldmq_kernels.planning.planner import (
     PlanResult,
     Target,
@@ -28,6 +26,9 @@ from ldmq_kernels.planning.planner import (
 )
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.trial import Trials
+from ldmq_kernels.plans.cost import weight_bytes
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, PlanError
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import output_noise
 from python_tests.tiny import PROMPTS, tiny_pipeline

@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 
-from ldmq_kernels.planning.plan import Plan, model_record, quantizable_layers
 from ldmq_kernels.planning.rules import compress, patterns_of
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, model_record
 from python_tests.tiny import tiny_unet
 
 SCHEMES = ("w8a8-static", "w8a8-dynamic", "w8a16", "w4a8-static", "fp16")

@@ -12,12 +12,14 @@ from torch import nn
 
 from ldmq_kernels.calibration import Trajectory
 from ldmq_kernels.planning import session as sessions
-from ldmq_kernels.planning.plan import Plan, PlanError, quantizable_layers
 from ldmq_kernels.planning.session import ENOUGH_DB, RUNS, Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes
+from ldmq_kernels.plans.blocks import block_of
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, PlanError
 from ldmq_kernels.sensitivity.analysis import Analysis
-from ldmq_kernels.sensitivity.output_noise import StepNoise, block_of
+from ldmq_kernels.sensitivity.output_noise import StepNoise
 from python_tests.planning.made_up import SummedRuns, everything_in
 from python_tests.report.analyses import TRIED, made_up_analysis
 from python_tests.tiny import tiny_unet
@@ -170,9 +172,9 @@ def test_sensitive_blocks_start_with_higher_precision_and_say_so(
 ) -> None:
     run_with()
     session = _session(unet, analysis, hybrid=0.3)
-    assert 0 < len(session.sensitive) < len({block_of(name) for name in analysis.candidates})
+    assert 0 < len(session.sensitive) < len({block_of(unet, name) for name in analysis.candidates})
     plan = session.plan(Target(sqnr_db=22.0)).plan
-    inside = {n: c for n, c in plan.layers(unet).items() if block_of(n) in session.sensitive}
+    inside = {n: c for n, c in plan.layers(unet).items() if block_of(unet, n) in session.sensitive}
     assert {str(c.scheme) for c in inside.values()} <= {"w8a8-dynamic", "w8a16", "fp16"}
     reasons = [plan.exceptions[name]["reason"] for name in inside if name in plan.exceptions]
     assert reasons

@@ -13,8 +13,9 @@ from torch import nn
 
 from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.planning import times as layer_times
-from ldmq_kernels.planning.plan import PlanError, quantizable_layers
 from ldmq_kernels.planning.times import ROUNDS, WARM_UP, cache_file, measure_times
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import PlanError
 from ldmq_kernels.sensitivity.analysis import Analysis
 from python_tests.report.analyses import TRIED, made_up_analysis
 from python_tests.tiny import run_unet, tiny_unet, unet_inputs

@@ -7,11 +7,13 @@ from torch import nn
 
 from ldmq_kernels.calibration import Calibration, SamplingSettings, Trajectory
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.plan import LayerPlan, Plan, layer_shape, model_record, quantizable_layers
 from ldmq_kernels.planning.planner import PlanResult
+from ldmq_kernels.plans.blocks import block_of
+from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
+from ldmq_kernels.plans.plan import LayerPlan, Plan, model_record
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.candidates import Candidate
-from ldmq_kernels.sensitivity.output_noise import StepNoise, block_of
+from ldmq_kernels.sensitivity.output_noise import StepNoise
 
 STEPS = [0, 3, 7]
 TRIED = ("w8a8-static", "w8a8-dynamic", "w8a16")
@@ -37,7 +39,7 @@ def made_up_analysis(model: nn.Module) -> Analysis:
         for rank, scheme in enumerate(TRIED):
             power = 0.0 if index == 0 and scheme == "w8a16" else 1e-6 * (index + 1) / 10**rank
             output[name, scheme] = StepNoise({step: power * (step + 1) for step in STEPS})
-    blocks = {(block_of(name), scheme): noise for (name, scheme), noise in output.items()}
+    blocks = {(block_of(model, name), scheme): noise for (name, scheme), noise in output.items()}
     return Analysis(calibration, STEPS, candidates, output, blocks)
 
 

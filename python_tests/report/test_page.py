@@ -18,7 +18,7 @@ from torch import nn
 from ldmq_kernels.conversion import summarize
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.planning.front import FrontPoint
-from ldmq_kernels.planning.plan import quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.report.front import front_csv, front_figure, front_picture
 from ldmq_kernels.report.measure import PicturePairs, Timing
 from ldmq_kernels.report.page import Fact, Report, render, write_report

@@ -6,8 +6,9 @@ import torch
 from ldmq_kernels.calibration import SamplingSettings, calibrate
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.plan import LayerPlan, quantizable_layers
-from ldmq_kernels.sensitivity.output_noise import block_of, output_noise, swapped
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import LayerPlan
+from ldmq_kernels.sensitivity.output_noise import output_noise, swapped
 from ldmq_kernels.sensitivity.propagation import blocks_of, propagation
 from python_tests.tiny import PROMPTS
 
@@ -51,5 +52,5 @@ def test_a_float_block_behind_a_quantized_one_passes_on_all_that_it_has(shared_p
     found = propagation(shared_pipe.unet, copies, trajectory)
     behind = [entry for entry in found if entry.block == "down_blocks.0.resnets.0"]
     assert all(entry.received > 0 and entry.born == 0 and entry.passed == entry.total for entry in behind)
-    untouched = [entry for entry in found if block_of(entry.block) == "time_embedding"]
+    untouched = [entry for entry in found if entry.block == "time_embedding"]
     assert all(entry.received == entry.total == 0 for entry in untouched)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldmq_kernels.conversion.pipeline import as_plan
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.plan import Plan, PlanError, uniform_plan
+from ldmq_kernels.plans.plan import Plan, PlanError, uniform_plan
 
 
 class LdmqMethod(str, Enum):  # noqa: UP042  diffusers looks its members up as plain strings, and prints `.value`

@@ -18,7 +18,8 @@ from ldmq_kernels.conversion.convert import ConversionError, quantize_layer, qua
 from ldmq_kernels.integrations.diffusers.config import LdmqConfig
 from ldmq_kernels.nn import QuantizedLayer, step_groups
 from ldmq_kernels.nn.stored import BUFFERS, check_stored
-from ldmq_kernels.planning.plan import LayerPlan, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import LayerPlan
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin

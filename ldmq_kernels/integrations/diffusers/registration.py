@@ -8,7 +8,7 @@ from torch import nn
 from ldmq_kernels.conversion.convert import on_conversion
 from ldmq_kernels.integrations.diffusers.config import LdmqConfig, LdmqMethod
 from ldmq_kernels.integrations.diffusers.quantizer import LdmqQuantizer
-from ldmq_kernels.planning.plan import Plan
+from ldmq_kernels.plans.plan import Plan
 
 
 def register() -> None:

@@ -8,7 +8,8 @@ from torch import nn
 
 from ldmq_kernels.numerics.affine import group_count
 from ldmq_kernels.numerics.formats import Scheme
-from ldmq_kernels.planning.plan import LayerPlan, layer_shape
+from ldmq_kernels.plans.layers import layer_shape
+from ldmq_kernels.plans.plan import LayerPlan
 
 FLOAT_BYTES = 2
 # Cost of a multiply-accumulate relative to int8 with a static scale. 16-bit ones run at half the rate

@@ -20,7 +20,6 @@ are time steps, descending: a call belongs to the group of as many boundaries as
 from __future__ import annotations
 
 import base64
-import hashlib
 import itertools
 import json
 import math
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.files import write_whole
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
+from ldmq_kernels.plans.layers import fingerprint, kind_of, layer_shape, quantizable_layers
 
 VERSION = 2  # version 1 is read too: it had no step groups, bias corrections and details
 ROUNDINGS = ("nearest", "gptq")
@@ -74,29 +74,6 @@ class LayerPlan:
         """The input scales: none, the one, or one for each step group."""
         scale = self.input_scale
         return () if scale is None else scale if isinstance(scale, tuple) else (scale,)
-
-
-def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every linear and every 2-D convolution of a model by name, in the model's order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-
-
-def kind_of(layer: nn.Module) -> str:
-    """ "linear" or "conv2d"."""
-    return "linear" if isinstance(layer, nn.Linear) else "conv2d"
-
-
-def layer_shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
-    """Shape of the float weight, whatever the layer holds now."""
-    if isinstance(layer, nn.Linear):
-        return (layer.out_features, layer.in_features)
-    return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the names, kinds and shapes of all quantizable layers; the same before and after quantization."""
-    lines = [f"{name} {kind_of(m)} {layer_shape(m)}" for name, m in quantizable_layers(model).items()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -230,7 +207,7 @@ class Plan:
             raise PlanError(
                 f"{source} has plan version {version}, this package reads up to {VERSION}: upgrade ldmq_kernels"
             )
-        schema = json.loads(resources.files("ldmq_kernels.planning").joinpath("plan.schema.json").read_text())
+        schema = json.loads(resources.files("ldmq_kernels.plans").joinpath("plan.schema.json").read_text())
         errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(data), key=lambda e: e.json_path)
         if errors:
             raise PlanError(f"{source}, at {errors[0].json_path}: {errors[0].message}")

@@ -8,8 +8,8 @@ from torch import nn
 
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
-from ldmq_kernels.planning.cost import FLOAT_OPERATION_COST, choice_bytes, choice_cost, operation_cost, weight_bytes
-from ldmq_kernels.planning.plan import LayerPlan
+from ldmq_kernels.plans.cost import FLOAT_OPERATION_COST, choice_bytes, choice_cost, operation_cost, weight_bytes
+from ldmq_kernels.plans.plan import LayerPlan
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if s.quantizes], ids=str)

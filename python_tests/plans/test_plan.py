@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.plan import LayerPlan, Plan, PlanError, fingerprint, model_record, uniform_plan
+from ldmq_kernels.plans.layers import fingerprint
+from ldmq_kernels.plans.plan import LayerPlan, Plan, PlanError, model_record, uniform_plan
 from python_tests.tiny import mixed_plan, tiny_unet
 
 

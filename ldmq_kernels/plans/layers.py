@@ -1,0 +1,30 @@
+"""The layers of a model that can be quantized: their names, kinds and shapes, and the hash of them all."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Every linear and every 2-D convolution of a model by name, in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+def kind_of(layer: nn.Module) -> str:
+    """ "linear" or "conv2d"."""
+    return "linear" if isinstance(layer, nn.Linear) else "conv2d"
+
+
+def layer_shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """Shape of the float weight, whatever the layer holds now."""
+    if isinstance(layer, nn.Linear):
+        return (layer.out_features, layer.in_features)
+    return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the names, kinds and shapes of all quantizable layers; the same before and after quantization."""
+    lines = [f"{name} {kind_of(m)} {layer_shape(m)}" for name, m in quantizable_layers(model).items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
