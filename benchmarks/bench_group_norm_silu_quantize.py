@@ -14,21 +14,21 @@ RIVALS = ("eager", "compiled", "copy") if torch.cuda.is_available() else ("eager
 GROUPS, EPS = 32, 1e-5
 
 
-def _unfused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, reciprocal: torch.Tensor) -> torch.Tensor:
+def _unfused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, inv_scale: torch.Tensor) -> torch.Tensor:
     y = torch.nn.functional.silu(torch.nn.functional.group_norm(x, GROUPS, weight, bias, EPS))
-    return reference.quantize_static(y, reciprocal, 1)
+    return reference.quantize_static(y, inv_scale, 1)
 
 
 def _case(shape: shapes.Conv2d) -> common.Case:
     def make() -> common.Variants:
         x = operands.image(shape)
         weight, bias = operands.normal(shape.c), operands.normal(shape.c)
-        reciprocal = torch.full((1,), 30.0, device=x.device)
-        arguments = (x, weight, bias, GROUPS, EPS, True, reciprocal, None, False)
+        inv_scale = torch.full((1,), 30.0, device=x.device)
+        arguments = (x, weight, bias, GROUPS, EPS, True, inv_scale, None, False)
         return {
             "ldmq": lambda: ops.group_norm_silu_quantize(*arguments),
-            "eager": lambda: _unfused(x, weight, bias, reciprocal),
-            **({"compiled": lambda: common.compiled(_unfused)(x, weight, bias, reciprocal)} if x.is_cuda else {}),
+            "eager": lambda: _unfused(x, weight, bias, inv_scale),
+            **({"compiled": lambda: common.compiled(_unfused)(x, weight, bias, inv_scale)} if x.is_cuda else {}),
             "copy": x.clone,
         }
 

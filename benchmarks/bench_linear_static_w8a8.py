@@ -14,14 +14,14 @@ def _case(shape: shapes.Linear) -> common.Case:
     def make() -> common.Variants:
         x, weight = operands.normal(shape.m, shape.k), operands.linear_weight(shape.n, shape.k)
         scale, x_scale = operands.scales(shape.n), operands.scales(1)
-        reciprocal = torch.full((1,), 30.0, device=x.device)
+        inv_scale = torch.full((1,), 30.0, device=x.device)
 
         def two_launches() -> torch.Tensor:
-            x_q = ops.quantize_static(x, reciprocal, -1)
+            x_q = ops.quantize_static(x, inv_scale, -1)
             return ops.linear_w8a8(x_q, x_scale, weight, scale, None, None, x.dtype)
 
         ours = {
-            "ldmq": lambda: ops.linear_static_w8a8(x, reciprocal, x_scale, weight, scale, None, None),
+            "ldmq": lambda: ops.linear_static_w8a8(x, inv_scale, x_scale, weight, scale, None, None),
             "two_launches": two_launches,
         }
         return ours | operands.float_linears(shape, x)

@@ -16,10 +16,10 @@ RIVALS = ("eager", "copy")
 def _case(shape: shapes.Conv2d) -> common.Case:
     def make() -> common.Variants:
         x = operands.image(shape)
-        reciprocal = torch.full((1,), 30.0, device=x.device)
+        inv_scale = torch.full((1,), 30.0, device=x.device)
         return {
-            "ldmq": lambda: ops.quantize_static(x, reciprocal, 1),
-            "eager": lambda: reference.quantize_static(x, reciprocal, 1),
+            "ldmq": lambda: ops.quantize_static(x, inv_scale, 1),
+            "eager": lambda: reference.quantize_static(x, inv_scale, 1),
             "copy": x.clone,
         }
 

@@ -38,7 +38,7 @@ PLANS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("w8a8",), 36.0),
     (("w8a8",), 41.5),
     (("w8a8", "w8a16", "fp16"), 38.0),
-    (("w8a8-static", "w8a8-paired"), 38.0),
+    (("w8a8-static", "w8a8x2"), 38.0),
     (("w4a8", "w8a8", "w8a16", "fp16"), 34.0),
 )
 DRIFT = 1.05  # times that a range grows after the first step

@@ -40,7 +40,7 @@ def quantized(bench: Workbench, plan: Plan) -> nn.Module:
 def plan_of(model: nn.Module, choices: Mapping[str, LayerPlan], calibration: Calibration) -> Plan:
     """A plan that says of each layer what `choices` do; a layer that is not among them stays in float."""
     settings = calibration.settings
-    plan = Plan(model_record(model), [], step_groups=list(calibration.step_groups))
+    plan = Plan(model_record(model), [], timestep_groups=list(calibration.timestep_groups))
     plan.calibration = {
         "mode": calibration.mode,
         "prompts": len(calibration.prompts),
@@ -123,14 +123,14 @@ class OwnPlans:
         choices = {}
         for name in self._fitting(made):
             smoothing = None if alpha is None else self._smoothing(name, calibration, alpha)
-            groups = calibration.grouped_absmax(name) if made.is_stepped else [calibration.input_absmax(name)]
+            groups = calibration.grouped_absmax(name) if made.has_timestep_scales else [calibration.input_absmax(name)]
             scales = [static_scale(absmax, smoothing) for absmax in groups]
             known = [scale for scale in scales if scale is not None]
             if made.is_static and not known:
                 choices[name] = UNCHANGED
                 continue
             each = tuple(max(known) if scale is None else scale for scale in scales) if made.is_static else ()
-            scale = None if not made.is_static else each if made.is_stepped else each[0]
+            scale = None if not made.is_static else each if made.has_timestep_scales else each[0]
             choices[name] = LayerPlan(made, "", scale, smoothing, rounding=rounding)
         return choices
 

@@ -42,15 +42,15 @@ QUICK_CAPTIONS, QUICK_STEPS = 4, 3
 
 
 def twice_computed(model: nn.Module, bench: Workbench) -> str:
-    """How much of a model has paired activations, in words; nothing where none has."""
+    """How much of a model has split activations, in words; nothing where none has."""
     operations = bench.calibration.operations
     paired = [
         name
         for name, layer in model.named_modules()
-        if name in operations and isinstance(layer, QuantizedLayer) and layer.scheme.is_paired
+        if name in operations and isinstance(layer, QuantizedLayer) and layer.scheme.is_split
     ]
     share = sum(operations[name] for name in paired) / sum(operations.values())
-    return f"{len(paired)} layers paired, {share:.1%} of operations" if paired else ""
+    return f"{len(paired)} layers split, {share:.1%} of operations" if paired else ""
 
 
 def measured(case: Case, bench: Workbench, exam: Exam) -> dict[str, Any]:

@@ -40,7 +40,7 @@ SECTIONS = {
     PLANNER: "Planner: uniform, published lists, and plans within the same bytes",
     PEERS: "Peers: each beside this package on the same layers, and planned within the same bytes",
 }
-STATIC, STEPPED, DYNAMIC, W4_STATIC = "w8a8-static", "w8a8-stepped", "w8a8-dynamic", "w4a8-static"
+STATIC, TIMESTEP, DYNAMIC, W4_STATIC = "w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w4a8-static"
 MODES = {FIRST_STEP: "first step", SAMPLED_STEPS: "sampled steps", ALL_STEPS: "all steps"}
 PARTS = {
     "smoothing": Method(smoothing=False),
@@ -51,7 +51,7 @@ PARTS = {
 MIXED = ("w4a8", "w8a8", "w8a16", "fp16")
 EVERYWHERE = {  # plans that quantize the weights and the activations of every layer: schemes, and the target in dB
     "every layer in W8A8": (("w8a8",), 42.5),
-    "every layer in W8A8 without dynamic scales": (("w8a8-static", "w8a8-stepped", "w8a8-paired"), 40.0),
+    "every layer in W8A8 without dynamic scales": (("w8a8-static", "w8a8-timestep", "w8a8x2"), 40.0),
 }
 MIXED_SHARE = 0.32  # of the bytes of weights in 16 bit
 CALIBRATION_SEEDS = (1, 2)  # beside the seed 0 of all other cases; noise starts at this many thousands
@@ -125,7 +125,7 @@ def _own(section: str, configuration: str, make: Callable[[OwnPlans], Plan], not
 
 def words(scheme: str, mode: str = ALL_STEPS, how: str = "plain") -> str:
     """How a uniform case is called: "w8a8 static, all steps, searched"."""
-    calibrated = f", {MODES[mode]}" if scheme.endswith(("static", "stepped")) else ""
+    calibrated = f", {MODES[mode]}" if scheme.endswith(("static", "timestep")) else ""
     return f"{scheme.replace('-', ' ')}{calibrated}, {how}"
 
 
@@ -134,7 +134,7 @@ def _formats() -> list[Case]:
         _own(FORMATS, words("w8a16"), lambda p: p.plain("w8a16"), "weight-only"),
         _own(FORMATS, words("w8a16", how="searched"), lambda p: p.searched("w8a16"), "weight-only, biases corrected"),
     ]
-    for scheme in (STATIC, STEPPED, DYNAMIC):
+    for scheme in (STATIC, TIMESTEP, DYNAMIC):
         cases.append(_own(FORMATS, words(scheme), lambda p, s=scheme: p.plain(s)))
         cases.append(_own(FORMATS, words(scheme, how="searched"), lambda p, s=scheme: p.searched(s)))
     cases += [

@@ -20,7 +20,7 @@ from benchmarks.study_cases import (
     SKIP_LISTS,
     SMOOTHQUANT_ALPHA,
     STATIC,
-    STEPPED,
+    TIMESTEP,
     W4_BUDGET,
     W4_STATIC,
     own_name,
@@ -90,7 +90,7 @@ def questions() -> list[Question]:
         *(
             Question(
                 f"activation scales, {how}",
-                {s.split("-")[1]: own_name(words(s, how=how)) for s in (STATIC, STEPPED, DYNAMIC)},
+                {s.split("-")[1]: own_name(words(s, how=how)) for s in (STATIC, TIMESTEP, DYNAMIC)},
             )
             for how in ("plain", "searched")
         ),

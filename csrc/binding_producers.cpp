@@ -6,15 +6,15 @@ namespace ldmq::binding {
 namespace {
 
 // Of one call; checks the factors, and that what a measured scale needs is there, or nothing of it.
-ldmq_quantization quantization(const Call& call, uintptr_t reciprocal, int64_t reciprocal_count, uintptr_t smoothing,
+ldmq_quantization quantization(const Call& call, uintptr_t inv_scale, int64_t inv_scale_count, uintptr_t inv_smooth,
                                uintptr_t q, uintptr_t scale) {
   ldmq_quantization to = {};
-  to.reciprocal = call.optional<const float>("reciprocal", reciprocal);
-  if (to.reciprocal) {
-    call.check_factors("reciprocal", reciprocal_count);
-    to.reciprocal_count = reciprocal_count;
+  to.inv_scale = call.optional<const float>("inv_scale", inv_scale);
+  if (to.inv_scale) {
+    call.check_factors("inv_scale", inv_scale_count);
+    to.inv_scale_count = inv_scale_count;
   } else {
-    to.smoothing = call.optional<const float>("smoothing", smoothing);
+    to.inv_smooth = call.optional<const float>("inv_smooth", inv_smooth);
     to.scale = call.required<float>("scale", scale);
   }
   to.q = call.required<int8_t>("q", q);
@@ -55,13 +55,13 @@ ldmq_group_norm group_norm(int64_t samples, int64_t pixels, int64_t channels, in
   return norm;
 }
 
-int64_t group_norm_scratch(bool has_reciprocal, bool per_token, int64_t samples, int64_t pixels, int64_t channels,
+int64_t group_norm_scratch(bool has_inv_scale, bool per_token, int64_t samples, int64_t pixels, int64_t channels,
                            int64_t groups, int device) {
   const Call call("group_norm_scratch", "float32", {{"samples", samples}, {"pixels", pixels}, {"channels", channels}},
                   device, 0);
-  ldmq_group_norm norm = group_norm(samples, pixels, channels, groups, per_token && !has_reciprocal);
+  ldmq_group_norm norm = group_norm(samples, pixels, channels, groups, per_token && !has_inv_scale);
   const float some = 1.0f;
-  norm.to.reciprocal = has_reciprocal ? &some : nullptr;
+  norm.to.inv_scale = has_inv_scale ? &some : nullptr;
   int64_t bytes = 0;
   call.run([&] { return ldmq_group_norm_scratch(&norm, call.device(), &bytes); });
   return bytes;
@@ -69,30 +69,30 @@ int64_t group_norm_scratch(bool has_reciprocal, bool per_token, int64_t samples,
 
 void group_norm_silu_quantize(uintptr_t x, const std::string& dtype, uintptr_t weight, const std::string& weight_dtype,
                               uintptr_t bias, const std::string& bias_dtype, int64_t groups, double eps, bool silu,
-                              uintptr_t reciprocal, int64_t reciprocal_count, uintptr_t smoothing, bool per_token,
+                              uintptr_t inv_scale, int64_t inv_scale_count, uintptr_t inv_smooth, bool per_token,
                               uintptr_t q, uintptr_t scale, uintptr_t scratch, int64_t samples, int64_t pixels,
                               int64_t channels, int device, uintptr_t stream) {
   const Call call("group_norm_silu_quantize", dtype,
                   {{"samples", samples}, {"pixels", pixels}, {"channels", channels}}, device, stream);
-  ldmq_group_norm norm = group_norm(samples, pixels, channels, groups, per_token && reciprocal == 0);
+  ldmq_group_norm norm = group_norm(samples, pixels, channels, groups, per_token && inv_scale == 0);
   norm.x = call.input(x);
   norm.dtype = call.dtype();
   norm.weight = added(call, "weight", weight, weight_dtype);
   norm.bias = added(call, "bias", bias, bias_dtype);
   norm.eps = static_cast<float>(eps);
   norm.silu = silu;
-  norm.to = quantization(call, reciprocal, reciprocal_count, smoothing, q, scale);
+  norm.to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, scale);
   void* memory = call.required<uint64_t>("scratch", scratch);
   call.run([&] { return ldmq_group_norm_silu_quantize(&norm, memory, call.device(), call.stream()); });
 }
 
-void geglu_quantize(uintptr_t x, const std::string& dtype, uintptr_t reciprocal, int64_t reciprocal_count,
-                    uintptr_t smoothing, uintptr_t q, uintptr_t scale, int64_t rows, int64_t channels, int device,
+void geglu_quantize(uintptr_t x, const std::string& dtype, uintptr_t inv_scale, int64_t inv_scale_count,
+                    uintptr_t inv_smooth, uintptr_t q, uintptr_t scale, int64_t rows, int64_t channels, int device,
                     uintptr_t stream) {
   const Call call("geglu_quantize", dtype, {{"rows", rows}, {"channels", channels}}, device, stream);
   const void* input = call.input(x);
-  const ldmq_quantization to = quantization(call, reciprocal, reciprocal_count, smoothing, q, scale);
-  if (!to.reciprocal && channels > LDMQ_MAX_GEGLU_CHANNELS) {
+  const ldmq_quantization to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, scale);
+  if (!to.inv_scale && channels > LDMQ_MAX_GEGLU_CHANNELS) {
     throw Refusal(of_sizes("geglu_quantize", {{"rows", rows}, {"channels", channels}}) + "channels must be at most " +
                   std::to_string(LDMQ_MAX_GEGLU_CHANNELS) + " with a scale for each row");
   }
@@ -105,15 +105,15 @@ void geglu_quantize(uintptr_t x, const std::string& dtype, uintptr_t reciprocal,
 
 void define_producers(py::module_& module) {
   module.def("group_norm_scratch", &group_norm_scratch, "The bytes of scratch that group_norm_silu_quantize takes.",
-             py::kw_only(), py::arg("has_reciprocal"), py::arg("per_token"), py::arg("samples"), py::arg("pixels"),
+             py::kw_only(), py::arg("has_inv_scale"), py::arg("per_token"), py::arg("samples"), py::arg("pixels"),
              py::arg("channels"), py::arg("groups"), py::arg("device"));
   module.def("group_norm_silu_quantize", &group_norm_silu_quantize, py::kw_only(), py::arg("x"), py::arg("dtype"),
              py::arg("weight"), py::arg("weight_dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("groups"),
-             py::arg("eps"), py::arg("silu"), py::arg("reciprocal"), py::arg("reciprocal_count"), py::arg("smoothing"),
+             py::arg("eps"), py::arg("silu"), py::arg("inv_scale"), py::arg("inv_scale_count"), py::arg("inv_smooth"),
              py::arg("per_token"), py::arg("q"), py::arg("scale"), py::arg("scratch"), py::arg("samples"),
              py::arg("pixels"), py::arg("channels"), py::arg("device"), py::arg("stream"));
-  module.def("geglu_quantize", &geglu_quantize, py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("reciprocal"),
-             py::arg("reciprocal_count"), py::arg("smoothing"), py::arg("q"), py::arg("scale"), py::arg("rows"),
+  module.def("geglu_quantize", &geglu_quantize, py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("inv_scale"),
+             py::arg("inv_scale_count"), py::arg("inv_smooth"), py::arg("q"), py::arg("scale"), py::arg("rows"),
              py::arg("channels"), py::arg("device"), py::arg("stream"));
 }
 

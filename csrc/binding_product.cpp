@@ -48,11 +48,11 @@ class ProductCall {
     require(product_.scale_rows >= 0 && (scale_count == scales || product_.rows == 0),
             "x_scale has " + std::to_string(scale_count) + " elements, must have " + std::to_string(scales));
     if (product_.out_dtype == LDMQ_INT8) {
-      require(product_.out_reciprocal, "an int8 output needs out_reciprocal");
-      require(product_.out_reciprocal_count == 1 || product_.out_reciprocal_count == product_.columns,
-              "out_reciprocal must have 1 element or one for each output channel");
+      require(product_.out_inv_scale, "an int8 output needs out_inv_scale");
+      require(product_.out_inv_scale_count == 1 || product_.out_inv_scale_count == product_.columns,
+              "out_inv_scale must have 1 element or one for each output channel");
     } else {
-      require(!product_.out_reciprocal, "out_reciprocal is for an int8 output");
+      require(!product_.out_inv_scale, "out_inv_scale is for an int8 output");
     }
     if (const char* why = ldmq_refusal(&product_, tile)) throw Refusal(text(why));
   }
@@ -103,8 +103,8 @@ const void* address(uintptr_t value) { return reinterpret_cast<const void*>(valu
 
 void run_product(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uintptr_t x_scale, int64_t scale_count,
                  int64_t scale_rows, uintptr_t weight_scale, uintptr_t bias, const std::string& bias_dtype,
-                 uintptr_t sample_vector, uintptr_t residual, uintptr_t out, const std::string& out_dtype,
-                 uintptr_t out_reciprocal, int64_t out_reciprocal_count, int64_t rows, int64_t columns, int64_t depth,
+                 uintptr_t sample_bias, uintptr_t residual, uintptr_t out, const std::string& out_dtype,
+                 uintptr_t out_inv_scale, int64_t out_inv_scale_count, int64_t rows, int64_t columns, int64_t depth,
                  const py::tuple& pictures, int device, uintptr_t stream) {
   ldmq_product product = {};
   const ProductCall call(product, tile);
@@ -115,10 +115,10 @@ void run_product(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, 
   product.scale_rows = scale_rows;
   product.weight_scale = static_cast<const float*>(address(weight_scale));
   product.bias = {address(bias), parse_dtype("ldmq cuda bias", bias_dtype)};
-  product.sample_vector = address(sample_vector);
+  product.sample_bias = address(sample_bias);
   product.residual = address(residual);
-  product.out_reciprocal = static_cast<const float*>(address(out_reciprocal));
-  product.out_reciprocal_count = out_reciprocal_count;
+  product.out_inv_scale = static_cast<const float*>(address(out_inv_scale));
+  product.out_inv_scale_count = out_inv_scale_count;
   product.out = reinterpret_cast<void*>(out);
   product.out_dtype = out_dtype == "int8" ? LDMQ_INT8 : parse_dtype("ldmq cuda out", out_dtype);
   product.rows = rows;
@@ -144,9 +144,9 @@ void define_products(py::module_& module) {
   module.def("tiles", &tiles, "(op, family, rows, columns, depth, stages, cluster, cooperative) of every tile.");
   module.def("run_product", &run_product, py::kw_only(), py::arg("tile"), py::arg("x"), py::arg("weight"),
              py::arg("multiplier"), py::arg("x_scale"), py::arg("scale_count"), py::arg("scale_rows"),
-             py::arg("weight_scale"), py::arg("bias"), py::arg("bias_dtype"), py::arg("sample_vector"),
-             py::arg("residual"), py::arg("out"), py::arg("out_dtype"), py::arg("out_reciprocal"),
-             py::arg("out_reciprocal_count"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
+             py::arg("weight_scale"), py::arg("bias"), py::arg("bias_dtype"), py::arg("sample_bias"),
+             py::arg("residual"), py::arg("out"), py::arg("out_dtype"), py::arg("out_inv_scale"),
+             py::arg("out_inv_scale_count"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
              py::arg("pictures"), py::arg("device"), py::arg("stream"));
 }
 

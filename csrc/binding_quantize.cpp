@@ -5,24 +5,24 @@ namespace ldmq::binding {
 
 namespace {
 
-void quantize_static(uintptr_t x, const std::string& dtype, uintptr_t reciprocal, int64_t reciprocal_count,
+void quantize_static(uintptr_t x, const std::string& dtype, uintptr_t inv_scale, int64_t inv_scale_count,
                      uintptr_t q, int64_t rows, int64_t channels, int device, uintptr_t stream) {
   const Call call("quantize_static", dtype, {{"rows", rows}, {"channels", channels}}, device, stream);
-  call.check_factors("reciprocal", reciprocal_count);
+  call.check_factors("inv_scale", inv_scale_count);
   const void* input = call.input(x);
-  const auto* factors = call.required<const float>("reciprocal", reciprocal);
+  const auto* factors = call.required<const float>("inv_scale", inv_scale);
   auto* output = call.required<int8_t>("q", q);
   call.run([&] {
-    return ldmq_quantize_static(input, call.dtype(), factors, reciprocal_count, output, rows, channels,
+    return ldmq_quantize_static(input, call.dtype(), factors, inv_scale_count, output, rows, channels,
                                 call.device(), call.stream());
   });
 }
 
-void quantize_per_token(uintptr_t x, const std::string& dtype, uintptr_t smoothing, uintptr_t q, uintptr_t scale,
+void quantize_per_token(uintptr_t x, const std::string& dtype, uintptr_t inv_smooth, uintptr_t q, uintptr_t scale,
                         int64_t rows, int64_t channels, int device, uintptr_t stream) {
   const Call call("quantize_per_token", dtype, {{"rows", rows}, {"channels", channels}}, device, stream);
   const void* input = call.input(x);
-  const auto* factors = call.optional<const float>("smoothing", smoothing);
+  const auto* factors = call.optional<const float>("inv_smooth", inv_smooth);
   auto* output = call.required<int8_t>("q", q);
   auto* scales = call.required<float>("scale", scale);
   call.run([&] {
@@ -31,13 +31,13 @@ void quantize_per_token(uintptr_t x, const std::string& dtype, uintptr_t smoothi
   });
 }
 
-void quantize_per_sample(uintptr_t x, const std::string& dtype, uintptr_t smoothing, uintptr_t q, uintptr_t scale,
+void quantize_per_sample(uintptr_t x, const std::string& dtype, uintptr_t inv_smooth, uintptr_t q, uintptr_t scale,
                          uintptr_t absmax, int64_t samples, int64_t pixels, int64_t channels, int device,
                          uintptr_t stream) {
   const Call call("quantize_per_sample", dtype, {{"samples", samples}, {"pixels", pixels}, {"channels", channels}},
                   device, stream);
   const void* input = call.input(x);
-  const auto* factors = call.optional<const float>("smoothing", smoothing);
+  const auto* factors = call.optional<const float>("inv_smooth", inv_smooth);
   auto* output = call.required<int8_t>("q", q);
   auto* scales = call.required<float>("scale", scale);
   auto* scratch = call.required<uint32_t>("absmax", absmax);
@@ -50,14 +50,14 @@ void quantize_per_sample(uintptr_t x, const std::string& dtype, uintptr_t smooth
 }  // namespace
 
 void define_quantize(py::module_& module) {
-  module.def("quantize_static", &quantize_static, py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("reciprocal"),
-             py::arg("reciprocal_count"), py::arg("q"), py::arg("rows"), py::arg("channels"), py::arg("device"),
+  module.def("quantize_static", &quantize_static, py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("inv_scale"),
+             py::arg("inv_scale_count"), py::arg("q"), py::arg("rows"), py::arg("channels"), py::arg("device"),
              py::arg("stream"));
   module.def("quantize_per_token", &quantize_per_token, py::kw_only(), py::arg("x"), py::arg("dtype"),
-             py::arg("smoothing"), py::arg("q"), py::arg("scale"), py::arg("rows"), py::arg("channels"),
+             py::arg("inv_smooth"), py::arg("q"), py::arg("scale"), py::arg("rows"), py::arg("channels"),
              py::arg("device"), py::arg("stream"));
   module.def("quantize_per_sample", &quantize_per_sample, py::kw_only(), py::arg("x"), py::arg("dtype"),
-             py::arg("smoothing"), py::arg("q"), py::arg("scale"), py::arg("absmax"), py::arg("samples"),
+             py::arg("inv_smooth"), py::arg("q"), py::arg("scale"), py::arg("absmax"), py::arg("samples"),
              py::arg("pixels"), py::arg("channels"), py::arg("device"), py::arg("stream"));
 }
 

@@ -17,18 +17,18 @@ struct Epilogue {
   const float* x_scale;
   const float* weight_scale;
   ldmq_added bias;
-  const void* sample_vector;
+  const void* sample_bias;
   const void* residual;
-  const float* out_reciprocal;
+  const float* out_inv_scale;
   void* out;
-  int rows, columns, scale_rows, sample_rows, out_reciprocal_step;
+  int rows, columns, scale_rows, sample_rows, out_inv_scale_step;
 };
 
 // The terms of eight columns that all rows share.
 template <typename T>
 struct ColumnTerms {
   static constexpr bool kInt8 = std::is_same_v<T, int8_t>;
-  float scale[kRun], bias[kRun], reciprocal[kInt8 ? kRun : 1];
+  float scale[kRun], bias[kRun], inv_scale[kInt8 ? kRun : 1];
 
   __device__ __forceinline__ ColumnTerms(const Epilogue& epilogue, int first) {
     if (first >= epilogue.columns) return;
@@ -44,11 +44,11 @@ struct ColumnTerms {
       load_run(bias, static_cast<const __nv_bfloat16*>(epilogue.bias.data) + first);
     }
     if constexpr (kInt8) {
-      if (epilogue.out_reciprocal_step == 0) {
+      if (epilogue.out_inv_scale_step == 0) {
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) reciprocal[i] = *epilogue.out_reciprocal;
+        for (int i = 0; i < kRun; ++i) inv_scale[i] = *epilogue.out_inv_scale;
       } else {
-        load_run(reciprocal, epilogue.out_reciprocal + first);
+        load_run(inv_scale, epilogue.out_inv_scale + first);
       }
     }
   }
@@ -66,7 +66,7 @@ struct RowTerms {
     if (!valid) return;
     at = static_cast<int64_t>(row) * epilogue.columns;
     scale = epilogue.x_scale[epilogue.scale_rows == 0 ? 0 : epilogue.scale_rows == 1 ? row : row / epilogue.scale_rows];
-    if (epilogue.sample_vector) sample = row / epilogue.sample_rows;
+    if (epilogue.sample_bias) sample = row / epilogue.sample_rows;
   }
 };
 
@@ -110,11 +110,11 @@ __device__ __forceinline__ void finish_run(const Epilogue& epilogue, const Colum
   }
   if constexpr (std::is_same_v<T, int8_t>) {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) value[i] = __fmul_rn(value[i], column.reciprocal[i]);
+    for (int i = 0; i < kRun; ++i) value[i] = __fmul_rn(value[i], column.inv_scale[i]);
   } else {
-    if (epilogue.sample_vector) {
+    if (epilogue.sample_bias) {
       float added[kRun];
-      load_run(added, static_cast<const T*>(epilogue.sample_vector) +
+      load_run(added, static_cast<const T*>(epilogue.sample_bias) +
                           static_cast<int64_t>(row.sample) * epilogue.columns + first);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) value[i] += added[i];

@@ -133,13 +133,13 @@ cudaError_t launch_tokens(const T* x, const ldmq_quantization& to, int64_t rows,
 extern "C" int ldmq_geglu_quantize(const void* x, ldmq_dtype dtype, const ldmq_quantization* to, int64_t rows,
                                    int64_t channels, int device, void* stream) {
   if (rows == 0 || channels == 0) return cudaSuccess;
-  if (!to->reciprocal && channels > LDMQ_MAX_GEGLU_CHANNELS) return cudaErrorInvalidValue;
+  if (!to->inv_scale && channels > LDMQ_MAX_GEGLU_CHANNELS) return cudaErrorInvalidValue;
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
   return with_type(x, dtype, *to, channels, [&](auto* typed, auto width) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
     constexpr int V = decltype(width)::value;
-    if (to->reciprocal) return launch_static<T, V>(typed, *to, rows, channels, stream);
+    if (to->inv_scale) return launch_static<T, V>(typed, *to, rows, channels, stream);
     return launch_tokens<T, V>(typed, *to, rows, channels, stream);
   });
 }

@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) group_norm_kernel(const T* 
 }
 
 Mode mode_of(const ldmq_group_norm& norm) {
-  return norm.to.reciprocal ? Mode::kStatic : norm.per_token ? Mode::kPerToken : Mode::kPerSample;
+  return norm.to.inv_scale ? Mode::kStatic : norm.per_token ? Mode::kPerToken : Mode::kPerSample;
 }
 
 // Cuts the work so that all blocks have about the same.

@@ -20,8 +20,8 @@ typedef struct {
 } ldmq_added;
 
 // An int8 product (rows, columns) = x (rows, taps * depth) * weight (columns, taps * depth)^T in int32, and
-//   out = product * x_scale * weight_scale + bias + sample_vector[sample] + residual
-// in float32, rounded once; an int8 out is out * out_reciprocal, rounded and clamped to [-127, 127].
+//   out = product * x_scale * weight_scale + bias + sample_bias[sample] + residual
+// in float32, rounded once; an int8 out is out * out_inv_scale, rounded and clamped to [-127, 127].
 // A linear has one tap, and a row for each token; a convolution has rows for the pixels of its output, and
 // kernel_height * kernel_width taps on NHWC pictures.
 typedef struct {
@@ -32,10 +32,10 @@ typedef struct {
   int64_t scale_rows;         // 0: one scale for all
   const float* weight_scale;  // (columns)
   ldmq_added bias;              // (columns), of any floating dtype
-  const void* sample_vector;    // (samples, columns) of out's dtype, or null
+  const void* sample_bias;    // (samples, columns) of out's dtype, or null
   const void* residual;         // (rows, columns) of out's dtype, or null
-  const float* out_reciprocal;  // (1) or (columns) of an int8 out, else null
-  int64_t out_reciprocal_count;
+  const float* out_inv_scale;  // (1) or (columns) of an int8 out, else null
+  int64_t out_inv_scale_count;
   void* out;  // (rows, columns)
   ldmq_dtype out_dtype;
   int64_t rows, columns, depth;
@@ -65,27 +65,27 @@ const char* ldmq_refusal(const ldmq_product* product, int tile);
 // Runs a product that its tile does not refuse.
 int ldmq_run_product(const ldmq_product* product, int tile, int device, void* stream);
 
-// x: (rows, channels), reciprocal: (1) or (channels) float32 -> q: (rows, channels) int8.
-int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* reciprocal, int64_t reciprocal_count,
+// x: (rows, channels), inv_scale: (1) or (channels) float32 -> q: (rows, channels) int8.
+int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* inv_scale, int64_t inv_scale_count,
                          int8_t* q, int64_t rows, int64_t channels, int device, void* stream);
 
-// x: (rows, channels), smoothing: (channels) float32 or null -> q: (rows, channels) int8, scale: (rows) float32.
-int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* smoothing, int8_t* q, float* scale,
+// x: (rows, channels), inv_smooth: (channels) float32 or null -> q: (rows, channels) int8, scale: (rows) float32.
+int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* inv_smooth, int8_t* q, float* scale,
                             int64_t rows, int64_t channels, int device, void* stream);
 
-// x: (samples, pixels, channels), smoothing: (channels) float32 or null
+// x: (samples, pixels, channels), inv_smooth: (channels) float32 or null
 //   -> q: (samples, pixels, channels) int8, scale: (samples) float32; absmax: (samples) of scratch.
-int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* smoothing, int8_t* q, float* scale,
+int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* inv_smooth, int8_t* q, float* scale,
                              uint32_t* absmax, int64_t samples, int64_t pixels, int64_t channels, int device,
                              void* stream);
 
-// What the result y of a producer becomes: y * reciprocal, of a calibrated scale; or y * smoothing, by a measured one.
+// What the result y of a producer becomes: y * inv_scale, of a calibrated scale; or y * inv_smooth, by a measured one.
 typedef struct {
-  const float* reciprocal;  // (1) or (channels); null where the scale is measured
-  int64_t reciprocal_count;
-  const float* smoothing;  // (channels) or null; for a measured scale
+  const float* inv_scale;  // (1) or (channels); null where the scale is measured
+  int64_t inv_scale_count;
+  const float* inv_smooth;  // (channels) or null; for a measured scale
   int8_t* q;
-  float* scale;  // what was measured; null with a reciprocal
+  float* scale;  // what was measured; null with a inv_scale
 } ldmq_quantization;
 
 // y = group_norm(x), and silu of that; one scale for each sample, or for each pixel.

@@ -12,13 +12,13 @@ namespace ldmq {
 constexpr int kLanes = 32;  // of a warp
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// What a result is multiplied by in each channel: a calibrated reciprocal, a smoothing vector, or one.
+// What a result is multiplied by in each channel: a calibrated inv_scale, a inv_smooth vector, or one.
 struct Factors {
   const float* data;  // null: one
   bool one_for_all;
 
   explicit Factors(const ldmq_quantization& to)
-      : data(to.reciprocal ? to.reciprocal : to.smoothing), one_for_all(to.reciprocal && to.reciprocal_count == 1) {}
+      : data(to.inv_scale ? to.inv_scale : to.inv_smooth), one_for_all(to.inv_scale && to.inv_scale_count == 1) {}
 
   template <int V>
   __device__ __forceinline__ void load(float (&factor)[V], int64_t channel) const {

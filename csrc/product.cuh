@@ -21,10 +21,10 @@ inline Epilogue epilogue_of(const ldmq_product& product) {
   epilogue.x_scale = product.x_scale;
   epilogue.weight_scale = product.weight_scale;
   epilogue.bias = product.bias;
-  epilogue.sample_vector = product.sample_vector;
+  epilogue.sample_bias = product.sample_bias;
   epilogue.residual = product.residual;
-  epilogue.out_reciprocal = product.out_reciprocal;
-  epilogue.out_reciprocal_step = product.out_reciprocal_count == 1 ? 0 : 1;
+  epilogue.out_inv_scale = product.out_inv_scale;
+  epilogue.out_inv_scale_step = product.out_inv_scale_count == 1 ? 0 : 1;
   epilogue.out = product.out;
   epilogue.rows = static_cast<int>(product.rows);
   epilogue.columns = static_cast<int>(product.columns);

@@ -41,13 +41,13 @@ const char* refusal_of_operands(const ldmq_product& product, bool int4) {
   if (product.depth > kMostDepth / std::max(1, product.kernel_height * product.kernel_width)) {
     return "there are too many input channels";
   }
-  const void* reciprocals = product.out_reciprocal_count > 1 ? product.out_reciprocal : nullptr;
+  const void* inv_scales = product.out_inv_scale_count > 1 ? product.out_inv_scale : nullptr;
   const void* vectors[] = {product.x,        product.weight,        product.weight_scale, product.bias.data,
-                           product.residual, product.sample_vector, product.out,          reciprocals};
+                           product.residual, product.sample_bias, product.out,          inv_scales};
   for (const void* pointer : vectors) {
     if (!is_aligned(pointer, 16)) return "tensors must begin at a multiple of 16 bytes";
   }
-  if (product.out_dtype == LDMQ_INT8 && (product.residual || product.sample_vector)) {
+  if (product.out_dtype == LDMQ_INT8 && (product.residual || product.sample_bias)) {
     return "an int8 output takes no residual and no sample vector";
   }
   return nullptr;

@@ -66,12 +66,12 @@ struct Walk {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    static_kernel(const T* x, const float* reciprocal, int64_t reciprocal_step, int8_t* q, int64_t rows,
+    static_kernel(const T* x, const float* inv_scale, int64_t inv_scale_step, int8_t* q, int64_t rows,
                   int64_t channels, int columns_per_block) {
   const Walk<V> walk(columns_per_block, channels);
   if (!walk.active) return;
   float factor[V];
-  load_factors(factor, reciprocal, walk.column, reciprocal_step);
+  load_factors(factor, inv_scale, walk.column, inv_scale_step);
   for (int64_t row = walk.row; row < rows; row += walk.row_step) {
     const int64_t at = row * channels + walk.column;
     quantize_pack<T, V>(x + at, q + at, factor, 1.0f);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    per_token_kernel(const T* x, const float* smoothing, int8_t* q, float* scale, int64_t rows, int64_t channels,
+    per_token_kernel(const T* x, const float* inv_smooth, int8_t* q, float* scale, int64_t rows, int64_t channels,
                      int threads_per_row) {
   __shared__ uint32_t warp_largest[kThreads / kWarp];
   const int rows_per_block = kThreads / threads_per_row;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t end = row < rows ? channels : 0;
     uint32_t largest = 0;
     for (int64_t column = static_cast<int64_t>(lane) * V; column < end; column += threads_per_row * V) {
-      load_factors(factor, smoothing, column, 1);
+      load_factors(factor, inv_smooth, column, 1);
       largest = max(largest, pack_magnitude<T, V>(x + row * channels + column, factor));
     }
     largest = __reduce_max_sync(0xffffffffu, largest);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
     const float inverse = __fdiv_rn(1.0f, row_scale);
     if (lane == 0 && row < rows) scale[row] = row_scale;
     for (int64_t column = static_cast<int64_t>(lane) * V; column < end; column += threads_per_row * V) {
-      load_factors(factor, smoothing, column, 1);
+      load_factors(factor, inv_smooth, column, 1);
       const int64_t at = row * channels + column;
       quantize_pack<T, V>(x + at, q + at, factor, inverse);
     }
@@ -117,12 +117,12 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    sample_absmax_kernel(const T* x, const float* smoothing, uint32_t* absmax, int64_t samples, int64_t pixels,
+    sample_absmax_kernel(const T* x, const float* inv_smooth, uint32_t* absmax, int64_t samples, int64_t pixels,
                          int64_t channels, int columns_per_block) {
   __shared__ uint32_t warp_largest[kThreads / kWarp];
   const Walk<V> walk(columns_per_block, channels);
   float factor[V];
-  if (walk.active) load_factors(factor, smoothing, walk.column, 1);
+  if (walk.active) load_factors(factor, inv_smooth, walk.column, 1);
   for (int64_t sample = blockIdx.z; sample < samples; sample += gridDim.z) {
     const T* picture = x + sample * pixels * channels + walk.column;
     uint32_t largest = 0;
@@ -142,12 +142,12 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
-    per_sample_kernel(const T* x, const float* smoothing, const uint32_t* absmax, int8_t* q, float* scale,
+    per_sample_kernel(const T* x, const float* inv_smooth, const uint32_t* absmax, int8_t* q, float* scale,
                       int64_t samples, int64_t pixels, int64_t channels, int columns_per_block) {
   const Walk<V> walk(columns_per_block, channels);
   if (!walk.active) return;
   float factor[V];
-  load_factors(factor, smoothing, walk.column, 1);
+  load_factors(factor, inv_smooth, walk.column, 1);
   for (int64_t sample = blockIdx.z; sample < samples; sample += gridDim.z) {
     const float sample_scale = measured_scale(absmax[sample]);
     const float inverse = __fdiv_rn(1.0f, sample_scale);
@@ -196,8 +196,8 @@ int row_threads(int64_t columns) { return columns <= 64 ? 32 : columns <= 128 ? 
 
 }  // namespace
 
-extern "C" int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* reciprocal,
-                                    int64_t reciprocal_count, int8_t* q, int64_t rows, int64_t channels, int device,
+extern "C" int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* inv_scale,
+                                    int64_t inv_scale_count, int8_t* q, int64_t rows, int64_t channels, int device,
                                     void* stream) {
   if (rows == 0 || channels == 0) return cudaSuccess;
   return dispatch(x, dtype, q, channels, device, [&](auto* typed, auto width) {
@@ -206,12 +206,12 @@ extern "C" int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float
     const int64_t columns = channels / V;
     const int per_block = static_cast<int>(std::min<int64_t>(columns, kThreads));
     const Shape shape{walk_grid(rows, columns, per_block, 1), kThreads};
-    return launch(static_kernel<T, V>, shape, stream, typed, reciprocal, reciprocal_count == 1 ? 0 : 1, q, rows,
+    return launch(static_kernel<T, V>, shape, stream, typed, inv_scale, inv_scale_count == 1 ? 0 : 1, q, rows,
                   channels, per_block);
   });
 }
 
-extern "C" int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* smoothing, int8_t* q,
+extern "C" int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* inv_smooth, int8_t* q,
                                        float* scale, int64_t rows, int64_t channels, int device, void* stream) {
   if (rows == 0 || channels == 0) return cudaSuccess;
   return dispatch(x, dtype, q, channels, device, [&](auto* typed, auto width) {
@@ -220,11 +220,11 @@ extern "C" int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const fl
     const int threads_per_row = row_threads(channels / V);
     const int64_t blocks = std::min(ceil_div(rows, kThreads / threads_per_row), kMaxTokenBlocks);
     const Shape shape{dim3(static_cast<unsigned>(blocks)), kThreads};
-    return launch(per_token_kernel<T, V>, shape, stream, typed, smoothing, q, scale, rows, channels, threads_per_row);
+    return launch(per_token_kernel<T, V>, shape, stream, typed, inv_smooth, q, scale, rows, channels, threads_per_row);
   });
 }
 
-extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* smoothing, int8_t* q,
+extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* inv_smooth, int8_t* q,
                                         float* scale, uint32_t* absmax, int64_t samples, int64_t pixels,
                                         int64_t channels, int device, void* stream) {
   if (samples == 0 || pixels == 0 || channels == 0) return cudaSuccess;
@@ -236,10 +236,10 @@ extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const f
     const Shape shape{walk_grid(pixels, columns, per_block, samples), kThreads};
     cudaError_t error = cudaMemsetAsync(absmax, 0, samples * sizeof(uint32_t), static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return error;
-    error = launch(sample_absmax_kernel<T, V>, shape, stream, typed, smoothing, absmax, samples, pixels, channels,
+    error = launch(sample_absmax_kernel<T, V>, shape, stream, typed, inv_smooth, absmax, samples, pixels, channels,
                    per_block);
     if (error != cudaSuccess) return error;
-    return launch(per_sample_kernel<T, V>, shape, stream, typed, smoothing, absmax, q, scale, samples, pixels, channels,
+    return launch(per_sample_kernel<T, V>, shape, stream, typed, inv_smooth, absmax, q, scale, samples, pixels, channels,
                   per_block);
   });
 }

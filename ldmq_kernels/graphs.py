@@ -171,7 +171,7 @@ def _signature(leaf: Any) -> Any:
 def _with_timestep(
     args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the time step on the device, so that every step replays the same graph.
+    """The arguments with the timestep on the device, so that every step replays the same graph.
 
     diffusers' denoisers take it second, or by name.
     """

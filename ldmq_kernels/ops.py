@@ -11,13 +11,13 @@ enlarges the input first, by nearest neighbours. Scales are float32. `x_scale` h
 or one for each token, (...), or sample, (N,). `weight_scale` is (out,). `multiplier` (uint8) and
 `group_scale` (float32) are (N, groups) for a linear and (K, R, S, groups) for a convolution.
 
-A producer (norm, SiLU, GEGLU) with the quantization of its output gives (x_q, scale). With `reciprocal`, the
-smoothing's reciprocal over a calibrated scale, it is static and its second result is empty; without, `smoothing`
+A producer (norm, SiLU, GEGLU) with the quantization of its output gives (x_q, scale). With `inv_scale`, the
+smoothing's reciprocal over a calibrated scale, it is static and its second result is empty; without, `inv_smooth`
 is multiplied in and the scale is measured. In float32 throughout.
 
 Epilogue, in float32, rounded once to `out_dtype`:
 
-    out = accumulator * x_scale * weight_scale + bias + sample_vector[:, :, None, None] + residual
+    out = accumulator * x_scale * weight_scale + bias + sample_bias[:, :, None, None] + residual
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _LIBRARY = torch.library.Library("ldmq", "DEF")
 
 _CONV = "int[2] kernel_size, int[2] stride, int[4] padding, int[2] dilation, int groups, int upsample"
 _NORM = "Tensor? norm_weight, Tensor? norm_bias"
-_QUANTIZE = "Tensor? reciprocal, Tensor? smoothing"
+_QUANTIZE = "Tensor? inv_scale, Tensor? inv_smooth"
 SCHEMAS = {
-    "quantize_static": "(Tensor x, Tensor reciprocal, int channel_dim) -> Tensor",
-    "quantize_per_token": "(Tensor x, Tensor? smoothing) -> (Tensor, Tensor)",
-    "quantize_per_sample": "(Tensor x, Tensor? smoothing) -> (Tensor, Tensor)",
+    "quantize_static": "(Tensor x, Tensor inv_scale, int channel_dim) -> Tensor",
+    "quantize_per_token": "(Tensor x, Tensor? inv_smooth) -> (Tensor, Tensor)",
+    "quantize_per_sample": "(Tensor x, Tensor? inv_smooth) -> (Tensor, Tensor)",
     "group_norm_silu_quantize": f"(Tensor x, {_NORM}, int num_groups, float eps, bool silu, {_QUANTIZE}, "
     "bool per_token) -> (Tensor, Tensor)",
     "layer_norm_quantize": f"(Tensor x, {_NORM}, float eps, {_QUANTIZE}) -> (Tensor, Tensor)",
@@ -49,14 +49,14 @@ SCHEMAS = {
     "Tensor? residual, ScalarType out_dtype) -> Tensor",
     "linear_w4a8": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor multiplier, Tensor weight_scale, "
     "Tensor? bias, Tensor? residual, ScalarType out_dtype) -> Tensor",
-    "linear_static_w8a8": "(Tensor x, Tensor reciprocal, Tensor x_scale, Tensor weight, Tensor weight_scale, "
+    "linear_static_w8a8": "(Tensor x, Tensor inv_scale, Tensor x_scale, Tensor weight, Tensor weight_scale, "
     "Tensor? bias, Tensor? residual) -> Tensor",
     "linear_w8a16": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
     "linear_w4a16": "(Tensor x, Tensor weight, Tensor group_scale, Tensor? bias) -> Tensor",
     "conv2d_w8a8": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
-    f"Tensor? sample_vector, Tensor? residual, {_CONV}, ScalarType out_dtype) -> Tensor",
+    f"Tensor? sample_bias, Tensor? residual, {_CONV}, ScalarType out_dtype) -> Tensor",
     "conv2d_w4a8": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor multiplier, Tensor weight_scale, "
-    f"Tensor? bias, Tensor? sample_vector, Tensor? residual, {_CONV}, ScalarType out_dtype) -> Tensor",
+    f"Tensor? bias, Tensor? sample_bias, Tensor? residual, {_CONV}, ScalarType out_dtype) -> Tensor",
     "conv2d_w8a16": f"(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, {_CONV}) -> Tensor",
 }
 
@@ -65,17 +65,17 @@ def _channels_last(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _fake_quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
+def _fake_quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     if x.dim() == 4 and channel_dim == 1:
         return _channels_last(x, tuple(x.shape), torch.int8)
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
-def _fake_quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _fake_quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake_quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     return _channels_last(x, tuple(x.shape), torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
@@ -86,16 +86,16 @@ def _fake_group_norm_silu_quantize(
     _groups: int,
     _eps: float,
     _silu: bool,
-    reciprocal: Any,
+    inv_scale: Any,
     _s: Any,
     per_token: bool,
 ) -> tuple[Tensor, Tensor]:
-    scales = (0,) if reciprocal is not None else (x.shape[0], *x.shape[2:]) if per_token else (x.shape[0],)
+    scales = (0,) if inv_scale is not None else (x.shape[0], *x.shape[2:]) if per_token else (x.shape[0],)
     return _channels_last(x, tuple(x.shape), torch.int8), x.new_empty(scales, dtype=torch.float32)
 
 
-def _fake_producer(x: Tensor, channels: int, reciprocal: Tensor | None) -> tuple[Tensor, Tensor]:
-    scales = x.shape[:-1] if reciprocal is None else (0,)
+def _fake_producer(x: Tensor, channels: int, inv_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    scales = x.shape[:-1] if inv_scale is None else (0,)
     return x.new_empty((*x.shape[:-1], channels), dtype=torch.int8), x.new_empty(scales, dtype=torch.float32)
 
 
@@ -114,9 +114,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_per_token": _fake_quantize_per_token,
     "quantize_per_sample": _fake_quantize_per_sample,
     "group_norm_silu_quantize": _fake_group_norm_silu_quantize,
-    "layer_norm_quantize": lambda x, _w, _b, _eps, reciprocal, _s: _fake_producer(x, x.shape[-1], reciprocal),
-    "geglu_quantize": lambda x, reciprocal, _s: _fake_producer(x, x.shape[-1] // 2, reciprocal),
-    "silu_quantize": lambda x, reciprocal, _s: _fake_producer(x, x.shape[-1], reciprocal),
+    "layer_norm_quantize": lambda x, _w, _b, _eps, inv_scale, _s: _fake_producer(x, x.shape[-1], inv_scale),
+    "geglu_quantize": lambda x, inv_scale, _s: _fake_producer(x, x.shape[-1] // 2, inv_scale),
+    "silu_quantize": lambda x, inv_scale, _s: _fake_producer(x, x.shape[-1], inv_scale),
     "linear_w8a8": lambda x, _xs, _w, scale, _b, _r, dtype: _fake_linear(x, scale.shape[0], dtype),
     "linear_w4a8": lambda x, _xs, _w, _m, scale, _b, _r, dtype: _fake_linear(x, scale.shape[0], dtype),
     "linear_static_w8a8": lambda x, _r, _xs, _w, scale, _b, _res: _fake_linear(x, scale.shape[0], x.dtype),

@@ -117,12 +117,12 @@ def run_unet(unet: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
 def mixed_plan(model: nn.Module) -> Plan:
     """Every scheme in turn over the layers, each third 8-bit one smoothed; scales that need no calibration run.
 
-    Stepped ones are in it where the model is called with a time step: three groups, the middle one of `unet_inputs`.
+    Stepped ones are in it where the model is called with a timestep: three groups, the middle one of `unet_inputs`.
     """
     generator = torch.Generator().manual_seed(1)
     has_steps = "timestep" in inspect.signature(model.forward).parameters
-    plan = Plan(model_record(model), [{"pattern": "*", "scheme": "w8a8-dynamic"}], step_groups=[600.0, 300.0])
-    taken = [(name, s) for name, s in SCHEMES.items() if has_steps or not s.is_stepped]
+    plan = Plan(model_record(model), [{"pattern": "*", "scheme": "w8a8-dynamic"}], timestep_groups=[600.0, 300.0])
+    taken = [(name, s) for name, s in SCHEMES.items() if has_steps or not s.has_timestep_scales]
     names = {kind: cycle([n for n, s in taken if kind in s.format.layers]) for kind in ("linear", "conv2d")}
     for index, (name, layer) in enumerate(quantizable_layers(model).items()):
         scheme = SCHEMES[next(names[kind_of(layer)])]
@@ -130,7 +130,7 @@ def mixed_plan(model: nn.Module) -> Plan:
             plan.exceptions[name] = {"scheme": str(scheme), "reason": "every scheme in turn"}
         if scheme.is_static:
             scale = 0.02 + 0.001 * (index % 10)
-            plan.input_scales[name] = [1.2 * scale, scale, 0.7 * scale] if scheme.is_stepped else scale
+            plan.input_scales[name] = [1.2 * scale, scale, 0.7 * scale] if scheme.has_timestep_scales else scale
         if scheme.format.activation_bits == 8 and index % 3 == 0:
             exponents = torch.randint(-1, 2, (layer_shape(layer)[1],), generator=generator)
             plan.smoothing[name] = torch.exp2(exponents.float())

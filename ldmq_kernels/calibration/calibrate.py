@@ -27,7 +27,7 @@ class Calibration:
         first_tokens: layer that reads the text -> (2, steps, C) float32, the range of the text's first token in each
             half of the prompts, which `absmax` and `absmax_by_fold` leave out.
         concatenations: layer -> channels of the first part, where the input is a concatenation of two.
-        step_groups: descending timesteps between the groups that a stepped scale has.
+        timestep_groups: descending timesteps between the groups that a timestep scale has.
         absmax_by_fold: layer -> (2, steps, C) float32, `absmax` of each half of the prompts, by which choices are
             cross-validated; empty where there is one prompt.
     """
@@ -40,7 +40,7 @@ class Calibration:
     operations: dict[str, int]
     first_tokens: dict[str, Tensor] = field(default_factory=dict)
     concatenations: dict[str, int] = field(default_factory=dict)
-    step_groups: tuple[float, ...] = ()
+    timestep_groups: tuple[float, ...] = ()
     absmax_by_fold: dict[str, Tensor] = field(default_factory=dict)
 
     def of_fold(self, fold: int) -> Calibration:
@@ -68,8 +68,8 @@ class Calibration:
         return ranges.calibrated_absmax(self.absmax[layer], self.mode)
 
     def grouped_absmax(self, layer: str) -> Tensor:
-        """(groups, C) float32, over all steps of each step group."""
-        return ranges.grouped_absmax(self.absmax[layer], self.trajectory.timesteps(), self.step_groups)
+        """(groups, C) float32, over all steps of each timestep group."""
+        return ranges.grouped_absmax(self.absmax[layer], self.trajectory.timesteps(), self.timestep_groups)
 
 
 def _check(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ SAMPLED_STEPS = "sampled-steps"
 ALL_STEPS = "all-steps"
 MODES = (FIRST_STEP, SAMPLED_STEPS, ALL_STEPS)
 SAMPLED = 4  # sampling steps that "sampled-steps" calibrates on, the first and the last among them
-STEP_GROUPS = 4  # of a stepped scale: each holds as many of the calibration's steps
+TIMESTEP_GROUPS = 4  # of a timestep scale: each holds as many of the calibration's steps
 
 
 def channel_absmax(layer: nn.Module, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def calibrated_absmax(by_step: Tensor, mode: str) -> Tensor:
     return by_step[calibrated_steps(by_step.shape[0], mode)].amax(0)
 
 
-def group_boundaries(timesteps: Sequence[float], groups: int = STEP_GROUPS) -> tuple[float, ...]:
+def group_boundaries(timesteps: Sequence[float], groups: int = TIMESTEP_GROUPS) -> tuple[float, ...]:
     """Descending timesteps between groups of equally many steps, midway between their neighbours.
 
     Args:
@@ -133,7 +133,7 @@ def group_boundaries(timesteps: Sequence[float], groups: int = STEP_GROUPS) -> t
 
 
 def group_of(timestep: float, boundaries: Sequence[float]) -> int:
-    """The step group of a timestep: how many boundaries lie above it."""
+    """The timestep group of a timestep: how many boundaries lie above it."""
     return sum(timestep < boundary for boundary in boundaries)
 
 

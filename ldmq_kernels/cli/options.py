@@ -71,8 +71,8 @@ WorkDir = Annotated[
 Formats = Annotated[
     str | None,
     typer.Option(
-        help="Formats or schemes to choose among, with commas: w8a8, w4a8 (each static, stepped, dynamic and "
-        f"paired), w8a16, w4a16, fp16, or w8a8-static and so on. [default: {DEFAULT_FORMATS}]",
+        help="Formats or schemes to choose among, with commas: w8a8, w4a8 (each static, timestep, dynamic and "
+        f"split, w8a8x2), w8a16, w4a16, fp16, or w8a8-static and so on. [default: {DEFAULT_FORMATS}]",
         show_default=False,
     ),
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, step_groups
+from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, timestep_groups
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 
@@ -38,14 +38,14 @@ def convert(
     Raises:
         PlanError: the plan does not fit the model.
         ConversionError: the model is quantized already, has adapters on its layers, is not called with the time
-            step that stepped layers need, or one of its layers cannot be quantized.
+            step that timestep layers need, or one of its layers cannot be quantized.
     """
     check_convertible(model)
     layers = quantizable_layers(model)
     choices = {name: choice for name, choice in plan.layers(model).items() if choice.scheme.quantizes}
-    if any(choice.scheme.is_stepped for choice in choices.values()):
+    if any(choice.scheme.has_timestep_scales for choice in choices.values()):
         try:
-            step_groups.timestep_position(model)
+            timestep_groups.timestep_position(model)
         except ValueError as error:
             raise ConversionError(str(error)) from None
     moments = second_moments.get if isinstance(second_moments, Mapping) else second_moments
@@ -54,7 +54,7 @@ def convert(
         hessian = moments(name) if moments is not None and choice.rounding == "gptq" else None
         built[layers[name]] = quantize_layer(name, layers[name], choice, hessian)
     replace_modules(model, built)
-    step_groups.attach(model, plan.step_groups)
+    timestep_groups.attach(model, plan.timestep_groups)
     for listener in _listeners:
         listener(model, plan)
 

@@ -45,7 +45,7 @@ _SCALE_AT = {  # the argument with an element, or a row, for each column of the 
     "conv2d_w8a16": 2,
 }
 _KERNEL_AT = {"conv2d_w8a8": 7, "conv2d_w4a8": 8, "conv2d_w8a16": 4}  # then stride, padding, dilation, groups, upsample
-_RECIPROCAL_AT = {"group_norm_silu_quantize": 6, "layer_norm_quantize": 4, "geglu_quantize": 1, "silu_quantize": 1}
+_INV_SCALE_AT = {"group_norm_silu_quantize": 6, "layer_norm_quantize": 4, "geglu_quantize": 1, "silu_quantize": 1}
 
 
 def _key_of(op: str) -> Callable[[Arguments], tuple[Any, ...]]:
@@ -57,10 +57,10 @@ def _key_of(op: str) -> Callable[[Arguments], tuple[Any, ...]]:
         scale = _SCALE_AT[op]
         return lambda a: (a[0].shape, a[scale].shape[0])
     if op == "group_norm_silu_quantize":
-        at = _RECIPROCAL_AT[op]
+        at = _INV_SCALE_AT[op]
         return lambda a: (a[0].shape, a[at] is None, a[at + 2])
-    if op in _RECIPROCAL_AT:
-        at = _RECIPROCAL_AT[op]
+    if op in _INV_SCALE_AT:
+        at = _INV_SCALE_AT[op]
         return lambda a: (a[0].shape, a[at] is None)
     return lambda a: (a[0].shape,)
 
@@ -82,7 +82,7 @@ def _text(op: str, key: tuple[Any, ...]) -> str:
     text = _x(*shape) if is_picture else _x(torch.Size(shape[:-1]).numel(), *shape[-1:])
     if op in _SCALE_AT:
         return f"{text} to {rest[0]}"
-    if op in _RECIPROCAL_AT:
+    if op in _INV_SCALE_AT:
         measured, *per_token = rest
         return f"{text}, {'static' if not measured else 'per token' if all(per_token) else 'per sample'}"
     return text

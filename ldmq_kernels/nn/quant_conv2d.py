@@ -86,8 +86,8 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             out = ops.conv2d_w8a16(x, self.weight, self.weight_scale, self.bias, *self.geometry())
             return out if low_rank is None else out + low_rank
         x_q, x_scale = self.quantize(x)
-        if self.scheme.is_paired:
-            low_rank = self.convolve(self.second_of_pair(x, x_q, 1), None, x.dtype, residual=low_rank, second=True)
+        if self.scheme.is_split:
+            low_rank = self.convolve(self.low_part(x, x_q, 1), None, x.dtype, residual=low_rank, second=True)
         return self.convolve(x_q, x_scale, x.dtype, residual=low_rank)
 
     def _convolve_low_rank(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (N, C, H, W) as the scheme says: int8, and the scales of a dynamic one, (N, H, W) where pointwise."""
         if self.scheme.is_static:
-            return ops.quantize_static(x, self.input_reciprocal, 1), None
+            return ops.quantize_static(x, self.input_inv_scale, 1), None
         if not self.is_pointwise:
             return ops.quantize_per_sample(x, self.smoothing)
         x_q, x_scale = ops.quantize_per_token(x.permute(0, 2, 3, 1), self.smoothing)
@@ -114,7 +114,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         x_q: Tensor,
         x_scale: Tensor | None,
         out_dtype: Any,
-        sample_vector: Tensor | None = None,
+        sample_bias: Tensor | None = None,
         residual: Tensor | None = None,
         padding: tuple[int, int, int, int] | None = None,
         upsample: int = 1,
@@ -126,7 +126,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             x_q: (N, C, H, W) int8.
             x_scale: (N,) float32, or (N, H, W) where the layer is pointwise; not needed by a static scheme.
             out_dtype: float16, bfloat16 or float32.
-            sample_vector: (N, K) floating, added to every position in the epilogue; not where pointwise.
+            sample_bias: (N, K) floating, added to every position in the epilogue; not where pointwise.
             residual: (N, K, P, Q) floating, added in the epilogue.
             padding: zeros at (top, bottom, left, right) in place of the layer's own.
             upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
@@ -136,7 +136,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             pixels = None if residual is None else residual.permute(0, 2, 3, 1)
             return self.linear(x_q.permute(0, 2, 3, 1), x_scale, out_dtype, pixels, second=second).permute(0, 3, 1, 2)
         scale, bias = self.scale_and_bias(x_scale, second)
-        terms = (self.weight_scale, bias, sample_vector, residual)
+        terms = (self.weight_scale, bias, sample_bias, residual)
         rest = (*terms, *self.geometry(padding, upsample), out_dtype)
         if self.multiplier is None:
             return ops.conv2d_w8a8(x_q, scale, self.kernel_weight, *rest)

@@ -73,14 +73,14 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         if not self.scheme.is_static:
             x_q, x_scale = ops.quantize_per_token(x, self.smoothing)
             return self.linear(x_q, x_scale, x.dtype, residual)
-        if self.scheme.is_paired:
-            x_q = ops.quantize_static(x, self.input_reciprocal, -1)
-            residual = self.linear(self.second_of_pair(x, x_q, -1), None, x.dtype, residual, second=True)
+        if self.scheme.is_split:
+            x_q = ops.quantize_static(x, self.input_inv_scale, -1)
+            residual = self.linear(self.low_part(x, x_q, -1), None, x.dtype, residual, second=True)
             return self.linear(x_q, None, x.dtype, residual)
         if self.multiplier is not None:
-            return self.linear(ops.quantize_static(x, self.input_reciprocal, -1), None, x.dtype, residual)
+            return self.linear(ops.quantize_static(x, self.input_inv_scale, -1), None, x.dtype, residual)
         return ops.linear_static_w8a8(
-            x, self.input_reciprocal, self.call_scale, self.kernel_weight, self.weight_scale, self.bias, residual
+            x, self.input_inv_scale, self.call_scale, self.kernel_weight, self.weight_scale, self.bias, residual
         )
 
     def _project_first_token(self, x: Tensor) -> Tensor:

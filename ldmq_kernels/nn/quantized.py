@@ -18,11 +18,11 @@ from ldmq_kernels.numerics import affine
 from ldmq_kernels.numerics.formats import FLOAT, Scheme, schemes_of
 from ldmq_kernels.numerics.low_rank import low_rank_correction
 from ldmq_kernels.numerics.packing import pack_int4, unpack_int4
-from ldmq_kernels.numerics.paired import FINER, quantize_pair
 from ldmq_kernels.numerics.smoothing import smoothed_moments
+from ldmq_kernels.numerics.split import FINER, quantize_low_part
 
 if TYPE_CHECKING:
-    from ldmq_kernels.nn.step_groups import Slot
+    from ldmq_kernels.nn.timestep_groups import TimestepScaleView
 
 
 class QuantizedLayer(nn.Module):
@@ -33,13 +33,13 @@ class QuantizedLayer(nn.Module):
         weight: int8 (N, K) or (K, R, S, C), or uint8 with two int4 to a byte of the last axis.
         weight_scale: (out,) float32; with w4a8 beside `multiplier` (uint8).
         group_scale: (out, groups) float32, w4a16 only.
-        input_scale: float32 of calibrated activations: (1,), or (step groups,) of a stepped scheme.
+        input_scale: float32 of calibrated activations: (1,), or (timestep groups,) of a timestep scheme.
         smoothing: (C,) float32, the reciprocal that inputs are multiplied with, or None.
         low_rank_down, low_rank_up: (rank, ...) and (out, rank) in the model's dtype, with a rank only.
         first_token: whether the row of the first token is computed from its 16-bit input.
         rank: of the low-rank correction, which is added in 16 bit; 0 for none.
         adds_bias: whether the float layer had no bias, and a correction gave this one its own.
-        slot: where a stepped layer finds the scale of the current call; None until a model's call set it.
+        slot: where a timestep layer finds the scale of the current call; None until a model's call set it.
     """
 
     kind: str
@@ -49,10 +49,10 @@ class QuantizedLayer(nn.Module):
     rank: int = 0
     adds_bias: bool = False
     packed_weight: Tensor | None = None
-    slot: Slot | None = None
+    slot: TimestepScaleView | None = None
     revision: int = 0  # of the buffers: grows whenever they are filled, loaded or moved
     _call_scale: Tensor | None = None
-    _call_reciprocal: Tensor | None = None
+    _call_inv_scale: Tensor | None = None
 
     # -- to be given by the layer ------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ class QuantizedLayer(nn.Module):
         Args:
             module: nn.Linear or nn.Conv2d.
             scheme: what to compute in, of `numerics.formats.SCHEMES`.
-            input_scale: (1,) float32, required by a static scheme; (step groups,) by a stepped one.
+            input_scale: (1,) float32, required by a static scheme; (timestep groups,) by a timestep one.
             smoothing: (C,) float32 reciprocal of the smoothing vector; the weight takes the vector itself. Of
                 8-bit activations only.
             first_token: compute the row x[:, :1] of an input (B, T, C) from its 16-bit values; linears only.
@@ -115,7 +115,7 @@ class QuantizedLayer(nn.Module):
             layer.weight, layer.bias = module.weight, module.bias  # type: ignore[assignment]
             return layer.train(module.training)
         scales = 1 if input_scale is None else input_scale.numel()
-        if scheme.is_static and (input_scale is None or (scales != 1 and not scheme.is_stepped)):
+        if scheme.is_static and (input_scale is None or (scales != 1 and not scheme.has_timestep_scales)):
             found = "no scale" if input_scale is None else f"{scales} scales"
             raise ValueError(
                 f"{scheme} needs a calibrated input scale, this has {found}: calibrate first, or choose a dynamic "
@@ -125,7 +125,7 @@ class QuantizedLayer(nn.Module):
             module,
             scheme,
             smoothed=smoothing is not None,
-            step_groups=scales,
+            timestep_groups=scales,
             first_token=first_token,
             rank=rank,
             corrected=bias_correction is not None,
@@ -160,7 +160,7 @@ class QuantizedLayer(nn.Module):
         scheme: Scheme,
         *,
         smoothed: bool = False,
-        step_groups: int = 1,
+        timestep_groups: int = 1,
         first_token: bool = False,
         rank: int = 0,
         corrected: bool = False,
@@ -196,7 +196,7 @@ class QuantizedLayer(nn.Module):
         buffer("multiplier", groups, torch.uint8, two_level)
         buffer("weight_scale", (out_channels,), torch.float32, not four_bit or two_level)
         buffer("group_scale", groups, torch.float32, four_bit and not two_level)
-        buffer("input_scale", (step_groups if scheme.is_stepped else 1,), torch.float32, scheme.is_static)
+        buffer("input_scale", (timestep_groups if scheme.has_timestep_scales else 1,), torch.float32, scheme.is_static)
         buffer("smoothing", (channels,), torch.float32, smoothed)
         if rank:
             buffer("low_rank_down", (rank, *shape[1:]), float_dtype)
@@ -259,7 +259,7 @@ class QuantizedLayer(nn.Module):
             self._buffers["weight"] = None
 
     def _derive_for_call(self) -> None:
-        self.use_step_group(0)
+        self.use_timestep_group(0)
         if self.first_token:
             scale = self.weight_scale[:, None] * self.multiplier if self.multiplier is not None else None
             self.register_buffer("first_token_scale", scale, persistent=False)
@@ -267,8 +267,8 @@ class QuantizedLayer(nn.Module):
 
     # -- the scale of the current call ---------------------------------------------------------------
 
-    def use_step_group(self, index: int) -> None:
-        """Take a step group's input scale, until the next call of a model that it is attached to.
+    def use_timestep_group(self, index: int) -> None:
+        """Take a timestep group's input scale, until the next call of a model that it is attached to.
 
         Args:
             index: 0 for the noisiest steps, and for static schemes; of no meaning for dynamic ones.
@@ -280,7 +280,7 @@ class QuantizedLayer(nn.Module):
             self.slot = None
         self._call_scale = self.input_scale[index : index + 1]
         inverse = 1 / self._call_scale
-        self._call_reciprocal = inverse if self.smoothing is None else self.smoothing * inverse
+        self._call_inv_scale = inverse if self.smoothing is None else self.smoothing * inverse
 
     @property
     def call_scale(self) -> Tensor | None:
@@ -290,16 +290,16 @@ class QuantizedLayer(nn.Module):
         return self._call_scale
 
     @property
-    def input_reciprocal(self) -> Tensor | None:
+    def input_inv_scale(self) -> Tensor | None:
         """(1,) or (C,) float32: what a calibrated input of the current call is multiplied with to be rounded."""
         if self.slot is not None and torch.compiler.is_compiling():
-            return self.slot.traced_reciprocal(self._call_reciprocal)
-        return self._call_reciprocal
+            return self.slot.traced_inv_scale(self._call_inv_scale)
+        return self._call_inv_scale
 
-    def second_of_pair(self, x: Tensor, x_q: Tensor, axis: int) -> Tensor:
-        """Of a paired scheme: the second int8 value of each activation."""
-        reciprocal: Any = self.input_reciprocal
-        return quantize_pair(x, x_q, reciprocal, axis)
+    def low_part(self, x: Tensor, x_q: Tensor, axis: int) -> Tensor:
+        """Of a split scheme: the second int8 value of each activation."""
+        inv_scale: Any = self.input_inv_scale
+        return quantize_low_part(x, x_q, inv_scale, axis)
 
     def scale_and_bias(self, x_scale: Tensor | None, second: bool) -> tuple[Tensor | None, Tensor | None]:
         """Of a product: the input's scale, and the bias, which the product of a pair's second values leaves out."""
@@ -309,7 +309,7 @@ class QuantizedLayer(nn.Module):
     @property
     def takes_int8(self) -> bool:
         """Whether an input that is quantized already is all that the layer needs."""
-        return self.scheme.format.activation_bits == 8 and not (self.first_token or self.rank or self.scheme.is_paired)
+        return self.scheme.format.activation_bits == 8 and not (self.first_token or self.rank or self.scheme.is_split)
 
     # -- the packed weight stays out of sight --------------------------------------------------------
 
@@ -335,18 +335,18 @@ class QuantizedLayer(nn.Module):
             return super()._apply(fn, recurse)
         self.unpack()
         kept = {name: self._buffers[name] for name in FLOAT32_BUFFERS}
-        scale, reciprocal = self._call_scale, self._call_reciprocal
+        scale, inv_scale = self._call_scale, self._call_inv_scale
         super()._apply(fn, recurse)
         for name, original in kept.items():
             moved = self._buffers[name]
             if original is not None and moved is not None and moved.dtype != original.dtype:
                 self._buffers[name] = original.to(moved.device)
         self.finish()
-        if self.scheme.is_stepped and scale is not None and not (scale.is_meta or self.input_scale.is_meta):
-            # the model may be moved between the hook that chose the step group and the call: the group stays
-            assert reciprocal is not None
+        if self.scheme.has_timestep_scales and scale is not None and not (scale.is_meta or self.input_scale.is_meta):
+            # the model may be moved between the hook that chose the timestep group and the call: the group stays
+            assert inv_scale is not None
             device = self.input_scale.device
-            self._call_scale, self._call_reciprocal = scale.to(device), reciprocal.to(device)
+            self._call_scale, self._call_inv_scale = scale.to(device), inv_scale.to(device)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

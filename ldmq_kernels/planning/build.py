@@ -38,7 +38,7 @@ def build_plan(
     rules, exceptions = compress(schemes)
     calibration = analysis.calibration
     plan = Plan(model_record(model), rules, target=target.to_dict())
-    plan.step_groups = list(calibration.step_groups)
+    plan.timestep_groups = list(calibration.timestep_groups)
     precise = {name: block for name in exceptions if (block := block_of(model, name)) in sensitive}
     reasons = {name: _reason(name, schemes[name], analysis, precise.get(name), times) for name in exceptions}
     for name, scheme in schemes.items():
@@ -51,7 +51,7 @@ def build_plan(
         "texts": list(calibration.prompts),
         **asdict(calibration.settings),
         "analysed_steps": analysis.steps,
-        "step_groups": list(calibration.step_groups),
+        "step_groups": list(calibration.timestep_groups),
         "formats": list(formats),
     }
     return plan

@@ -108,10 +108,10 @@ def sensitive_blocks(model: nn.Module, analysis: Analysis, share: float) -> list
 
 
 def is_precise(scheme: Scheme) -> bool:
-    """Whether a scheme is of those that sensitive blocks start with: w8a16, fp16, and w8a8 dynamic or paired."""
+    """Whether a scheme is of those that sensitive blocks start with: w8a16, fp16, and w8a8 dynamic or split."""
     if scheme.format.weight_bits < 8:
         return False
-    return scheme.format.activation_bits == 16 or scheme.activations in ("dynamic", "paired")
+    return scheme.format.activation_bits == 16 or scheme.activations in ("dynamic", "split")
 
 
 def restricted(model: nn.Module, options: Sequence[Option], blocks: Collection[str]) -> list[Option]:

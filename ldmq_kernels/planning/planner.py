@@ -174,7 +174,7 @@ def plan(
         target_bytes: most bytes of the UNet's quantizable weights.
         target_milliseconds: most time of one UNet call for one picture on the pipeline's device.
         target_layers: most layers that may stay in 16 bit.
-        formats: formats or schemes to choose among; "w8a8" stands for static, stepped, dynamic and paired.
+        formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic and split.
         calibration_mode: "first-step" (the paper's single sampling step), "sampled-steps" or "all-steps": which steps
             a static range starts from. The search widens it where the analysed trajectory shows more.
         signals: "sqnr", and "ssim" to keep the structure of pictures too; see `planning.choice.Chooser`.

@@ -12,7 +12,7 @@ from ldmq_kernels.calibration.second_moments import second_moments
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.conversion.moments import BYTES_AT_ONCE
-from ldmq_kernels.nn.step_groups import following
+from ldmq_kernels.nn.timestep_groups import following
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
@@ -78,7 +78,7 @@ class Trials:
         self._copies |= self._made({key: plan for key, plan in quantized.items() if key not in self._copies})
         with (
             swapped(self._model, {name: copy for (name, _), copy in self._copies.items()}),
-            following(self._model, self._analysis.calibration.step_groups),
+            following(self._model, self._analysis.calibration.timestep_groups),
         ):
             yield
 
@@ -130,5 +130,5 @@ def measure_plan(
         if choice.scheme.quantizes:
             hessian = moments(name) if moments is not None and choice.rounding == "gptq" else None
             copies[name] = quantize_layer(name, layers[name], choice, hessian)
-    with swapped(model, copies), following(model, plan.step_groups):
+    with swapped(model, copies), following(model, plan.timestep_groups):
         return output_noise(model, trajectory)

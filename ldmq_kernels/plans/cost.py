@@ -16,9 +16,9 @@ FLOAT_BYTES = 2
 # of int8 on tensor cores and on AMX; a dynamic scale adds a pass over the activations.
 OPERATION_COST = {
     "static": 1.0,
-    "stepped": 1.0,
+    "timestep": 1.0,
     "dynamic": 1.1,
-    "paired": 2.2,
+    "split": 2.2,
 }  # by where the activation scale comes from
 FLOAT_OPERATION_COST = 2.0
 WEIGHT_ONLY_OPERATION_COST = 2.1
@@ -30,7 +30,7 @@ def choice_bytes(layer: nn.Linear | nn.Conv2d, choice: LayerPlan) -> int:
         layer,
         choice.scheme,
         smoothed=choice.smoothing is not None,
-        step_groups=len(choice.scales),
+        timestep_groups=len(choice.scales),
         rank=choice.rank,
         adds_bias=choice.bias_correction is not None and layer.bias is None,
     )
@@ -41,7 +41,7 @@ def weight_bytes(
     scheme: Scheme,
     *,
     smoothed: bool = False,
-    step_groups: int = 1,
+    timestep_groups: int = 1,
     rank: int = 0,
     adds_bias: bool = False,
 ) -> int:
@@ -62,7 +62,7 @@ def weight_bytes(
     else:
         total = rows * positions * -(-channels // 2) + 4 * groups
     if scheme.is_static:
-        total += 4 * (step_groups if scheme.is_stepped else 1)
+        total += 4 * (timestep_groups if scheme.has_timestep_scales else 1)
     if smoothed and scheme.format.activation_bits == 8:
         total += 4 * channels
     return total + FLOAT_BYTES * (rank * (rows + positions * channels) + (rows if adds_bias else 0))

@@ -1,20 +1,20 @@
 """The plan: which precision each layer of a UNet gets, as a JSON file that a person can read and edit.
 
     {
-      "ldmq_plan": 2,
+      "ldmq_plan": 3,
       "model": {"class": "UNet2DConditionModel", "layers": 93, "fingerprint": "..."},
       "calibration": {"texts": ["a prompt", ...], ...}, "target": {...}, "measured": {...},
       "rules": [{"pattern": "*", "scheme": "w8a8-static"}],
       "exceptions": {"conv_in": {"scheme": "fp16", "reason": "..."}},
-      "step_groups": [750.0, 400.0],
+      "timestep_groups": [750.0, 400.0],
       "input_scales": {"conv_in": 0.0231, "conv_out": [0.041, 0.033, 0.029], ...},
       "smoothing": {"mid_block.attentions.0...": "<base64 of float32>"},
       "bias_correction": {"down_blocks.0...": "<base64 of float32>"},
       "details": {"mid_block...to_k": {"first_token": true, "rounding": "gptq", "rank": 16}}
     }
 
-The last rule whose pattern (fnmatch) fits a layer's name holds for it; an exception beats all rules. `step_groups`
-are time steps, descending: a call belongs to the group of as many boundaries as are above its time step.
+The last rule whose pattern (fnmatch) fits a layer's name holds for it; an exception beats all rules. `timestep_groups`
+are timesteps, descending: a call belongs to the group of as many boundaries as are above its timestep.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.files import write_whole
-from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
+from ldmq_kernels.numerics.formats import FLOAT, FORMER_NAMES, SCHEMES, Scheme
 from ldmq_kernels.plans.layers import fingerprint, kind_of, layer_shape, quantizable_layers
 
-VERSION = 2  # version 1 is read too: it had no step groups, bias corrections and details
+VERSION = 3  # 1 and 2 are read too: 1 had no timestep groups, bias corrections and details; both had other words
 ROUNDINGS = ("nearest", "gptq")
 DETAILS = ("first_token", "rounding", "rank")  # what an entry of `details` may say
 
@@ -52,7 +52,7 @@ class LayerPlan:
     """What one layer becomes.
 
     Attributes:
-        input_scale: of a static scheme; one for each step group where it is stepped.
+        input_scale: of a static scheme; one for each timestep group of a timestep scheme.
         smoothing: (C,) float32, the reciprocal that inputs are multiplied with.
         first_token: whether the first token's row is computed from its 16-bit input.
         bias_correction: (out,) float32, added to the bias.
@@ -71,7 +71,7 @@ class LayerPlan:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """The input scales: none, the one, or one for each step group."""
+        """The input scales: none, the one, or one for each timestep group."""
         scale = self.input_scale
         return () if scale is None else scale if isinstance(scale, tuple) else (scale,)
 
@@ -88,7 +88,7 @@ class Plan:
     calibration: dict[str, Any] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
-    step_groups: list[float] = field(default_factory=list)
+    timestep_groups: list[float] = field(default_factory=list)
     bias_correction: dict[str, Tensor] = field(default_factory=dict)
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -158,11 +158,11 @@ class Plan:
             for name in group:
                 if name not in found:
                     raise PlanError(f"the plan names a layer {name!r} that the model does not have: remove it")
-        _check_step_groups(self.step_groups, "the plan")
+        _check_timestep_groups(self.timestep_groups, "the plan")
         chosen = {name: self.layer(name) for name in found}
         for name, choice in chosen.items():
             try:
-                _check_choice(found[name], choice, len(self.step_groups) + 1)
+                _check_choice(found[name], choice, len(self.timestep_groups) + 1)
             except PlanError as error:
                 raise PlanError(f"{name}: {error}") from None
         return chosen
@@ -186,7 +186,7 @@ class Plan:
             "measured": self.measured,
             "rules": self.rules,
             "exceptions": self.exceptions,
-            "step_groups": self.step_groups,
+            "timestep_groups": self.timestep_groups,
             "input_scales": self.input_scales,
             "smoothing": encoded(self.smoothing),
             "bias_correction": encoded(self.bias_correction),
@@ -207,6 +207,7 @@ class Plan:
             raise PlanError(
                 f"{source} has plan version {version}, this package reads up to {VERSION}: upgrade ldmq_kernels"
             )
+        data = _in_current_words(data)
         schema = json.loads(resources.files("ldmq_kernels.plans").joinpath("plan.schema.json").read_text())
         errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(data), key=lambda e: e.json_path)
         if errors:
@@ -215,7 +216,7 @@ class Plan:
             for value in scale if isinstance(scale, list) else [scale]:
                 if not (math.isfinite(value) and value > 0):
                     raise PlanError(f"{source}: the input scale of {name} is {value}, it must be positive and finite")
-        _check_step_groups(data.get("step_groups", []), source)
+        _check_timestep_groups(data.get("timestep_groups", []), source)
         vectors: dict[str, dict[str, Tensor]] = {"smoothing": {}, "bias_correction": {}}
         for key, decoded in vectors.items():
             for name, text in data.get(key, {}).items():
@@ -246,6 +247,24 @@ class Plan:
         return cls.from_dict(data, str(path))
 
 
+def _in_current_words(data: dict[str, Any]) -> dict[str, Any]:
+    """A plan of version 1 or 2 with the key and the scheme names of version 3; what is no plan stays as it is."""
+    if data["ldmq_plan"] not in (1, 2):
+        return data
+    data = {"timestep_groups" if key == "step_groups" else key: value for key, value in data.items()}
+
+    def renamed(entry: Any) -> Any:
+        if not isinstance(entry, dict) or not isinstance(entry.get("scheme"), str):
+            return entry
+        return {**entry, "scheme": FORMER_NAMES.get(entry["scheme"], entry["scheme"])}
+
+    if isinstance(data.get("rules"), list):
+        data["rules"] = [renamed(rule) for rule in data["rules"]]
+    if isinstance(data.get("exceptions"), dict):
+        data["exceptions"] = {name: renamed(entry) for name, entry in data["exceptions"].items()}
+    return data
+
+
 def _encode(vector: Tensor) -> str:
     return base64.b64encode(vector.cpu().numpy().astype("<f4").tobytes()).decode()
 
@@ -261,14 +280,14 @@ def _decode(text: str, what: str) -> Tensor:
     return vector
 
 
-def _check_step_groups(boundaries: list[float], source: str) -> None:
+def _check_timestep_groups(boundaries: list[float], source: str) -> None:
     descending = all(later < earlier for earlier, later in itertools.pairwise(boundaries))
     if not (descending and all(math.isfinite(boundary) for boundary in boundaries)):
-        raise PlanError(f"{source} has the step groups {boundaries}: time steps must be finite and descending")
+        raise PlanError(f"{source} has the timestep groups {boundaries}: timesteps must be finite and descending")
 
 
 def _check_choice(layer: nn.Linear | nn.Conv2d, choice: LayerPlan, groups: int) -> None:
-    """Refuse what a layer cannot become; `groups` is the number of step groups."""
+    """Refuse what a layer cannot become; `groups` is the number of timestep groups."""
     scheme, kind, (out, channels) = choice.scheme, kind_of(layer), layer_shape(layer)[:2]
     if kind not in scheme.format.layers:
         accepted = ", ".join(n for n, s in SCHEMES.items() if kind in s.format.layers)
@@ -279,12 +298,12 @@ def _check_choice(layer: nn.Linear | nn.Conv2d, choice: LayerPlan, groups: int) 
             f"{scheme} needs an entry in input_scales, which only a calibration gives: "
             "plan again, or choose the dynamic scheme"
         )
-    if scheme.is_stepped and len(choice.scales) != groups:
+    if scheme.has_timestep_scales and len(choice.scales) != groups:
         raise PlanError(
-            f"input_scales has {len(choice.scales)} values, {scheme} takes one for each of the {groups} step "
+            f"input_scales has {len(choice.scales)} values, {scheme} takes one for each of the {groups} timestep "
             "groups: plan again, or choose the static or dynamic scheme"
         )
-    if scheme.is_static and not scheme.is_stepped and isinstance(scale, tuple):
+    if scheme.is_static and not scheme.has_timestep_scales and isinstance(scale, tuple):
         raise PlanError(f"input_scales has a list of {len(scale)} values, {scheme} takes one number: give its largest")
     for what, vector, size in (
         ("smoothing", choice.smoothing, channels),

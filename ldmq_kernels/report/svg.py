@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 INK, MUTED, LINE, PAPER = "#010101", "#010102", "#010103", "#010104"
 SCHEME_COLOURS = {
     "w8a8-static": "#010211",
-    "w8a8-stepped": "#010218",
-    "w8a8-paired": "#010220",
+    "w8a8-timestep": "#010218",
+    "w8a8x2": "#010220",
     "w8a8-dynamic": "#010212",
     "w8a16": "#010213",
     "w4a8-static": "#010214",
-    "w4a8-stepped": "#010219",
-    "w4a8-paired": "#010221",
+    "w4a8-timestep": "#010219",
+    "w4a8x2": "#010221",
     "w4a8-dynamic": "#010215",
     "w4a16": "#010216",
     "fp16": "#010217",

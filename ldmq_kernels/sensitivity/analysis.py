@@ -15,7 +15,7 @@ from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.ranges import range_drift, spread_steps
 from ldmq_kernels.calibration.trajectory import Trajectory, denoiser
 from ldmq_kernels.conversion.convert import quantize_layer
-from ldmq_kernels.nn import step_groups
+from ldmq_kernels.nn import timestep_groups
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import fingerprint, quantizable_layers
@@ -87,7 +87,7 @@ def cross_validated_noise(
     modules, found = quantizable_layers(model), []
     for fold, trajectory in folds.items():
         copies = {name: quantize_layer(name, modules[name], c.judged_on(fold)) for name, c in chosen.items()}
-        with swapped(model, copies), step_groups.following(model, calibration.step_groups):
+        with swapped(model, copies), timestep_groups.following(model, calibration.timestep_groups):
             found.append(output_noise(model, trajectory, guidance_scale=calibration.settings.guidance_scale))
     return pooled(found)
 
@@ -104,7 +104,7 @@ class _Bench:
     @contextlib.contextmanager
     def quantized(self, copies: Mapping[str, nn.Module]) -> Iterator[None]:
         """The model with these layers in place of its own, inside this block."""
-        with swapped(self.model, copies), step_groups.following(self.model, self.calibration.step_groups):
+        with swapped(self.model, copies), timestep_groups.following(self.model, self.calibration.timestep_groups):
             yield
 
     def noise_of(self, chosen: dict[str, Candidate]) -> StepNoise:

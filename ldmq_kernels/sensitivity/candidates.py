@@ -38,7 +38,7 @@ NARROWER = 0.85  # share of the range; still narrower ones serve the calibration
 WORTH_A_RANGE_DB = 0.5
 WORTH_GPTQ_DB = 0.1
 WORTH_A_BIAS_DB = 0.2
-PAIRED_ROOM = 1.25
+SPLIT_ROOM = 1.25
 MOMENT_ROWS = 1024  # of a layer's inputs in one call, for GPTQ
 
 
@@ -164,10 +164,10 @@ class LayerSearch:
         scheme = recipe.scheme
         if not scheme.is_static:
             return None
-        if scheme.is_paired:  # so fine that the range of all steps can be covered, with room
+        if scheme.is_split:  # so fine that the range of all steps can be covered, with room
             scale = static_scale(calibration.absmax[self.name].amax(0), smoothing)
-            return None if scale is None else scale * PAIRED_ROOM
-        if not scheme.is_stepped:
+            return None if scale is None else scale * SPLIT_ROOM
+        if not scheme.has_timestep_scales:
             by_step = calibration.absmax[self.name].amax(0) if recipe.widened else calibration.input_absmax(self.name)
             scale = static_scale(by_step, smoothing)
             return None if scale is None else scale * recipe.share
@@ -240,7 +240,7 @@ class LayerSearch:
     def _copies(self, recipe: _Recipe, judged: Sequence[LayerPlan]) -> Callable[[Seen], QuantizedLayer]:
         """Gives for a call the layer as the other fold makes it, set to its step."""
         copies = [
-            set_to_step(self._quantized(recipe, choice, fold), self.timesteps, self.calibration.step_groups)
+            set_to_step(self._quantized(recipe, choice, fold), self.timesteps, self.calibration.timestep_groups)
             for fold, choice in enumerate(judged)
         ]
         return lambda seen: copies[seen.fold % len(copies)](seen)
@@ -256,7 +256,7 @@ class LayerSearch:
         if self._choice(plain) is None:
             return None
         trial = self._try(plain)
-        asked = scheme.format.activation_bits == 8 and not scheme.is_paired and self.method.first_token
+        asked = scheme.format.activation_bits == 8 and not scheme.is_split and self.method.first_token
         if not asked or self.name not in self.calibration.text_layers or not isinstance(self.layer, nn.Linear):
             return trial
         apart = replace(plain, first_token=True)
@@ -267,7 +267,7 @@ class LayerSearch:
 
     def _smoothings(self, scheme: Scheme, sibling: _Recipe | None) -> Iterator[float | str]:
         """Smoothings worth a trial: all of them, or the one that the same activations chose already."""
-        searched = scheme.format.activation_bits == 8 and not scheme.is_paired
+        searched = scheme.format.activation_bits == 8 and not scheme.is_split
         if not (self.method.smoothing and self.smoothable and searched):
             return
         if sibling is not None:
@@ -291,7 +291,7 @@ class LayerSearch:
 
     def _ranged(self, start: _Trial, sibling: _Recipe | None) -> _Trial:
         scheme = start.recipe.scheme
-        if not (self.method.ranges and scheme.is_static) or scheme.is_paired:
+        if not (self.method.ranges and scheme.is_static) or scheme.is_split:
             return start
         if sibling is not None:
             known = replace(start.recipe, widened=sibling.widened, share=sibling.share)
@@ -339,7 +339,7 @@ class LayerSearch:
         for scheme in order:
             sibling = tried.get(f"w8a8-{scheme.activations}") if scheme.format.weight_bits == 4 else None
             smoothed_alike = sibling
-            if smoothed_alike is None and scheme.is_stepped:
+            if smoothed_alike is None and scheme.has_timestep_scales:
                 smoothed_alike = tried.get(f"{scheme.format.name}-static")
             smoothed = self._smoothed(scheme, smoothed_alike)
             if smoothed is None:

@@ -58,11 +58,11 @@ def _channels_last(output: Tensor) -> Tensor:
 def set_to_step(
     copy: QuantizedLayer, timesteps: Sequence[float], boundaries: Sequence[float]
 ) -> Callable[[Seen], QuantizedLayer]:
-    """Gives the copy for a call, set to the step group of its step where it is stepped."""
+    """Gives the copy for a call, set to the timestep group of its step where it has scales of timesteps."""
 
     def copy_for(seen: Seen) -> QuantizedLayer:
-        if copy.scheme.is_stepped:
-            copy.use_step_group(group_of(timesteps[seen.step], boundaries))
+        if copy.scheme.has_timestep_scales:
+            copy.use_timestep_group(group_of(timesteps[seen.step], boundaries))
         return copy
 
     return copy_for

@@ -130,13 +130,13 @@ def _producer(op: str, shape: Input, device: torch.device) -> tuple[Any, ...]:
     if x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     channel_dim = 1 if x.dim() == 4 else -1
-    reciprocal = 1 / _positive(device, 1) if shape.scale == STATIC else None
+    inv_scale = 1 / _positive(device, 1) if shape.scale == STATIC else None
     if op == "quantize_static":
-        return x, reciprocal, channel_dim
+        return x, inv_scale, channel_dim
     if op.startswith("quantize"):
         return x, None
     if op == "geglu_quantize":
-        return x, reciprocal, None
+        return x, inv_scale, None
     weight = torch.ones(shape.sizes[1], dtype=x.dtype, device=device)
     is_activated = shape.scale != PER_TOKEN  # before a linear, a norm has no SiLU
-    return x, weight, torch.zeros_like(weight), GROUPS, EPS, is_activated, reciprocal, None, shape.scale == PER_TOKEN
+    return x, weight, torch.zeros_like(weight), GROUPS, EPS, is_activated, inv_scale, None, shape.scale == PER_TOKEN

@@ -58,10 +58,10 @@ def test_plain_scales_are_the_whole_range_of_their_steps(bench: Workbench) -> No
     assert bench.calibration.text_layers
 
 
-def test_stepped_scales_are_of_each_group(bench: Workbench) -> None:
+def test_timestep_scales_are_of_each_group(bench: Workbench) -> None:
     plans = own_plans.OwnPlans(bench)
-    plan = plans.plain("w8a8-stepped")
-    assert plan.step_groups == list(bench.calibration.step_groups)
+    plan = plans.plain("w8a8-timestep")
+    assert plan.timestep_groups == list(bench.calibration.timestep_groups)
     wanted = [float(row.amax()) / 127 for row in bench.calibration.grouped_absmax("conv_in")]
     assert plan.layer("conv_in").input_scale == pytest.approx(tuple(wanted))
 
@@ -107,7 +107,7 @@ def test_other_tools_layers_are_taken_over(bench: Workbench) -> None:
 def test_a_plan_on_another_tools_layers_quantizes_exactly_these(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own_plans, "ALL_FORMATS", ("w8a8-dynamic", "w8a8-paired", "w8a16"))
+    monkeypatch.setattr(own_plans, "ALL_FORMATS", ("w8a8-dynamic", "w8a8x2", "w8a16"))
     plans = own_plans.OwnPlans(bench)
     names = list(quantizable_layers(bench.unet))
     stored, computed = names[:8], names[:5]
@@ -283,7 +283,7 @@ def _data(names: list[str], failed: str | None = None) -> dict[str, Any]:
 
 
 def test_the_pages_tell_every_case_and_what_did_not_help(tmp_path: Path) -> None:
-    plain, searched = (study_cases.own_name(study_cases.words(s)) for s in ("w8a8-static", "w8a8-stepped"))
+    plain, searched = (study_cases.own_name(study_cases.words(s)) for s in ("w8a8-static", "w8a8-timestep"))
     data = _data([plain, searched, "sdnq: as it comes", "torchao: weight-only"], failed="RuntimeError: missing")
     page = study_report.text(data)
     for row in data["rows"]:

@@ -199,7 +199,7 @@ def test_the_prompt_that_gives_nan_is_named(pipe):
     ("timesteps", "groups", "expected"),
     [([900, 700, 500, 300], 2, (600.0,)), ([900, 700, 500, 300], 4, (800.0, 600.0, 400.0)), ([5], 4, ())],
 )
-def test_step_groups_hold_equally_many_steps(timesteps, groups, expected):
+def test_timestep_groups_hold_equally_many_steps(timesteps, groups, expected):
     assert group_boundaries(timesteps, groups) == expected
 
 

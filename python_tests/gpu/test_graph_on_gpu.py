@@ -1,4 +1,4 @@
-"""Captured UNets: bit for bit what the module itself gives, for every time step and shape."""
+"""Captured UNets: bit for bit what the module itself gives, for every timestep and shape."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import ldmq_kernels as ldmq
 from ldmq_kernels.conversion import ConversionError, convert, summarize
 from ldmq_kernels.integrations.diffusers import LdmqConfig
 from ldmq_kernels.integrations.diffusers.fused import unfuse
-from ldmq_kernels.nn import QuantizedLayer, step_groups
+from ldmq_kernels.nn import QuantizedLayer, timestep_groups
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
@@ -144,4 +144,4 @@ def test_gptq_without_a_pipeline_or_without_texts_says_what_to_do(tmp_path: Any)
     plan.calibration = {}
     with pytest.raises(PlanError, match=r"conv_in by GPTQ, but holds no calibration texts.*plan again"):
         ldmq.quantize(pipe, plan)
-    assert step_groups.attached(pipe.unet) is None
+    assert timestep_groups.attached(pipe.unet) is None

@@ -88,12 +88,12 @@ def test_quantizing_under_a_loaded_adapter_is_refused_by_name_and_works_once_it_
     assert sqnr_db(fused, run_unet(pipe.unet)) > 30
 
 
-def test_an_adapter_loads_onto_stepped_layers_that_still_follow_the_time_step(lora_folder):
+def test_an_adapter_loads_onto_layers_that_still_follow_the_timestep(lora_folder):
     unet = tiny_unet()
     plan = mixed_plan(unet)
     ldmq.quantize(unet, plan)
     unet.load_lora_adapter(lora_folder, **FILE)
     run_unet(unet)
-    stepped = [m for m in unet.modules() if isinstance(m, QuantizedLayer) and m.scheme.is_stepped]
-    assert any(name.endswith("base_layer") and m in stepped for name, m in unet.named_modules())
-    assert all(torch.equal(layer.call_scale, layer.input_scale[1:2]) for layer in stepped)
+    timestep = [m for m in unet.modules() if isinstance(m, QuantizedLayer) and m.scheme.has_timestep_scales]
+    assert any(name.endswith("base_layer") and m in timestep for name, m in unet.named_modules())
+    assert all(torch.equal(layer.call_scale, layer.input_scale[1:2]) for layer in timestep)

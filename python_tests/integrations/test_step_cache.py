@@ -19,7 +19,7 @@ from ldmq_kernels.integrations.diffusers.step_cache import (
     cache_time_embeddings,
     uncache_time_embeddings,
 )
-from ldmq_kernels.nn import QuantLinear, step_groups
+from ldmq_kernels.nn import QuantLinear, timestep_groups
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.plans.plan import uniform_plan
 from python_tests.integrations.cached_unets import RESNET, SCHEMES, STEPS, layer_calls, made, run
@@ -75,7 +75,7 @@ def test_by_default_the_table_holds_the_training_steps() -> None:
     assert all(torch.equal(run(unet, step), out) for step, out in zip((0, 1, 999), wanted, strict=True))
 
 
-# -- time steps that are not in the table --------------------------------------------------------------
+# -- timesteps that are not in the table --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("timestep", [8, -1, 5000, 321.5, 17.2500001, 17.250002, float("inf"), torch.tensor([321, 8])])
@@ -189,16 +189,16 @@ def test_a_model_hooked_before_is_not_cached(name: str, caplog: pytest.LogCaptur
     assert "hooked" in caplog.text
 
 
-def test_stepped_layers_take_the_scales_of_their_row(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_with_timestep_scales_take_those_of_their_row(caplog: pytest.LogCaptureFixture) -> None:
     unet = made("mixed")
     layers = [unet.time_embedding.linear_1, unet.time_embedding.linear_2]
     layers += [module.time_emb_proj for module in unet.modules() if type(module).__name__ == "ResnetBlock2D"]
-    assert any(isinstance(layer, QuantLinear) and layer.scheme.is_stepped for layer in layers)
+    assert any(isinstance(layer, QuantLinear) and layer.scheme.has_timestep_scales for layer in layers)
     steps = [900, 450, 100]  # one in each group
     wanted = [run(unet, step) for step in steps]
     cache_time_embeddings(unet, steps)
     assert all(torch.equal(run(unet, step), out) for step, out in zip(steps, wanted, strict=True))
-    step_groups.detach(unet)
+    timestep_groups.detach(unet)
     assert cache_time_embeddings(unet, steps) == 0
     assert "attach" in caplog.text
 

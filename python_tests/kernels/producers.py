@@ -13,7 +13,7 @@ from torch import Tensor
 from python_tests.kernels.operands import Backend
 
 EPS = 2.0**-23
-STATIC = ("one reciprocal", "reciprocals")
+STATIC = ("one inv_scale", "inv_scales")
 MODES = (*STATIC, "measured", "smoothed")
 TIES = 0.01  # the largest share of values that may be near a tie, for a test to say anything
 
@@ -22,10 +22,10 @@ def factors(mode: str, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """A reciprocal that clamps the largest values of y (..., C), or a smoothing vector, or neither."""
     channels = y.shape[-1]
     spread = torch.exp2(torch.randint(-2, 3, (channels,)).float())
-    reciprocal = 160 / y.abs().amax().float().clamp_min(1e-3)
+    inv_scale = 160 / y.abs().amax().float().clamp_min(1e-3)
     return {
-        "one reciprocal": (reciprocal.view(1), None),
-        "reciprocals": (reciprocal * spread * 0.7, None),
+        "one inv_scale": (inv_scale.view(1), None),
+        "inv_scales": (inv_scale * spread * 0.7, None),
         "measured": (None, None),
         "smoothed": (None, spread * 1.1),
     }[mode]
@@ -43,8 +43,8 @@ def assert_quantized(
     scale: Tensor,
     y: Tensor,
     error: Tensor,
-    reciprocal: Tensor | None,
-    smoothing: Tensor | None,
+    inv_scale: Tensor | None,
+    inv_smooth: Tensor | None,
     bound: Tensor | None = None,
     ties: float = TIES,
 ) -> None:
@@ -56,17 +56,17 @@ def assert_quantized(
         scale: what the scales of y's rows broadcast from, float32; (0,) with a reciprocal.
         y: (..., C) float64, exact.
         error: (..., C) float64, what float arithmetic may be off by.
-        reciprocal: (1,) or (C,), or None where the scale is measured.
-        smoothing: (C,), or None.
+        inv_scale: (1,) or (C,), or None where the scale is measured.
+        inv_smooth: (C,), or None.
         bound: what the largest value of a row is, where it is not its largest absolute value.
         ties: more of them than TIES, where the error must be large.
     """
-    if reciprocal is not None:
+    if inv_scale is not None:
         assert scale.shape == (0,)
         assert scale.dtype == torch.float32
-        exact, error = y * reciprocal.double(), error * reciprocal.double()
+        exact, error = y * inv_scale.double(), error * inv_scale.double()
     else:
-        factor = torch.ones(()) if smoothing is None else smoothing
+        factor = torch.ones(()) if inv_smooth is None else inv_smooth
         z, error = y * factor.double(), error * factor.double()
         largest = (z.abs().amax(-1) if bound is None else bound).clamp_min(1e-12)
         allowed = (error.amax(-1) if bound is None else error.amax()) + 4 * EPS * largest

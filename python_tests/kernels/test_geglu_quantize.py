@@ -39,7 +39,7 @@ def test_the_values_come_first_and_the_gates_after_them(backend: Backend) -> Non
 
 def test_gates_over_the_whole_range_of_float16(backend: Backend) -> None:
     gate = torch.tensor([-65504, -300, -12, -6, -5.5, -4, -1e-4, -6e-8, 0, 6e-8, 0.7, 3, 6, 12, 300, 65504]).half()
-    check(backend, torch.cat([torch.full_like(gate, 1e-3), gate]).view(1, -1), "reciprocals")
+    check(backend, torch.cat([torch.full_like(gate, 1e-3), gate]).view(1, -1), "inv_scales")
 
 
 def test_a_row_of_zeros_has_a_positive_scale(backend: Backend) -> None:
@@ -65,6 +65,6 @@ def test_any_shape(backend: Backend, batch: list[int], channels: int, mode: str)
     if x.numel():
         check(backend, x, mode)
     else:
-        reciprocal = torch.ones(1) if "reciprocal" in mode else None
-        q, _ = backend.call("geglu_quantize", x, reciprocal, None)
+        inv_scale = torch.ones(1) if "inv_scale" in mode else None
+        q, _ = backend.call("geglu_quantize", x, inv_scale, None)
         assert q.shape == (*batch, channels)

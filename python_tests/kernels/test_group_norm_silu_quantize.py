@@ -56,15 +56,15 @@ def check(
     # the mean is itself a float32, so x - mean is off by its rounding
     error = ((grouped.abs() + mean.abs()) / deviation).flatten(-2) * weight64.abs() + normed.abs() + bias64.abs()
     error = 8 * EPS * (error + y.abs() * normed.abs()) + rounding(backend, x.dtype, normed, bias64, y)
-    reciprocal, smoothing = factors(mode, y)
-    arguments = x, weight, bias, groups, NORM_EPS, with_silu, reciprocal, smoothing, per_token
+    inv_scale, inv_smooth = factors(mode, y)
+    arguments = x, weight, bias, groups, NORM_EPS, with_silu, inv_scale, inv_smooth, per_token
     q, scale = backend.call(OP, *arguments)
     bound = None
-    if reciprocal is None and not per_token:
-        factor = torch.ones(()).double() if smoothing is None else smoothing.double()
+    if inv_scale is None and not per_token:
+        factor = torch.ones(()).double() if inv_smooth is None else inv_smooth.double()
         bound = sample_bound(normed, factor, with_silu).view(-1, 1, 1)
         scale = scale.view(-1, 1, 1)
-    assert_quantized(backend, q.permute(0, 2, 3, 1), scale, y, error, reciprocal, smoothing, bound, ties)
+    assert_quantized(backend, q.permute(0, 2, 3, 1), scale, y, error, inv_scale, inv_smooth, bound, ties)
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,12 +127,12 @@ def test_parts_of_a_small_variance_about_a_large_mean(in_parts: Backend) -> None
 @pytest.mark.parametrize("size", [2, 63])
 def test_a_small_variance_about_a_large_mean_is_found(backend: Backend, size: int) -> None:
     """The mean of the squares less the square of the mean would have no digit of it."""
-    check(backend, torch.randn(1, 16, size, size) + 512, 2, None, None, "one reciprocal", ties=0.2)
+    check(backend, torch.randn(1, 16, size, size) + 512, 2, None, None, "one inv_scale", ties=0.2)
 
 
 def test_a_map_larger_than_one_program_reads(backend: Backend) -> None:
     x, weight, bias = operands((1, 8, 130, 131), torch.float16)
-    check(backend, x, 2, weight, bias, "reciprocals")
+    check(backend, x, 2, weight, bias, "inv_scales")
     check(backend, x, 2, weight, bias, "smoothed")
 
 
@@ -192,6 +192,6 @@ def test_any_shape(
     if samples:
         check(backend, x, groups, weight, bias, mode, per_token=per_token)
     else:
-        reciprocal = torch.ones(1) if "reciprocal" in mode else None
-        q, _ = backend.call(OP, x, weight, bias, groups, NORM_EPS, True, reciprocal, None, per_token)
+        inv_scale = torch.ones(1) if "inv_scale" in mode else None
+        q, _ = backend.call(OP, x, weight, bias, groups, NORM_EPS, True, inv_scale, None, per_token)
         assert q.shape == x.shape

@@ -77,6 +77,6 @@ def test_any_shape(backend: Backend, batch: list[int], channels: int, mode: str)
     if x.numel():
         check(backend, x, torch.rand(channels) + 0.5, torch.randn(channels), mode)
     else:
-        reciprocal = torch.ones(1) if "reciprocal" in mode else None
-        q, _ = backend.call("layer_norm_quantize", x, None, None, NORM_EPS, reciprocal, None)
+        inv_scale = torch.ones(1) if "inv_scale" in mode else None
+        q, _ = backend.call("layer_norm_quantize", x, None, None, NORM_EPS, inv_scale, None)
         assert q.shape == x.shape

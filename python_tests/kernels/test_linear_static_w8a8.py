@@ -25,8 +25,8 @@ from python_tests.kernels.operands import (
 ONE = torch.ones(1)
 
 
-def quantized(x: Tensor, reciprocal: Tensor) -> Tensor:
-    return torch.from_numpy(rounded_int8(x.float().numpy() * reciprocal.numpy()))
+def quantized(x: Tensor, inv_scale: Tensor) -> Tensor:
+    return torch.from_numpy(rounded_int8(x.float().numpy() * inv_scale.numpy()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,11 +38,11 @@ def test_accumulator_is_exact(
     backend: Backend, dtype: torch.dtype, rows: int, depth: int, columns: int, smoothed: bool
 ) -> None:
     x, weight = (torch.randn(rows, depth) * 2).to(dtype), random_int8(columns, depth)
-    reciprocal = torch.rand(depth if smoothed else 1) * 40 + 1
-    exact = exact_linear(quantized(x, reciprocal), weight)
+    inv_scale = torch.rand(depth if smoothed else 1) * 40 + 1
+    exact = exact_linear(quantized(x, inv_scale), weight)
     x_scale = ONE if dtype == torch.float32 else ONE / 2**10
     for given_x in (x, scrambled(x)):
-        out = backend.call("linear_static_w8a8", given_x, reciprocal, x_scale, weight, torch.ones(columns), None, None)
+        out = backend.call("linear_static_w8a8", given_x, inv_scale, x_scale, weight, torch.ones(columns), None, None)
         assert out.dtype == dtype
         if dtype == torch.float32:
             assert torch.equal(out.long(), exact)
@@ -53,11 +53,11 @@ def test_accumulator_is_exact(
 @pytest.mark.parametrize("rows", [5, 150])
 @pytest.mark.parametrize("columns", [70, 650])
 def test_epilogue_rounds_once(backend: Backend, rows: int, columns: int) -> None:
-    x, weight, reciprocal = torch.randn(2, rows, 64), random_int8(columns, 64), torch.rand(1) * 40
+    x, weight, inv_scale = torch.randn(2, rows, 64), random_int8(columns, 64), torch.rand(1) * 40
     x_scale, weight_scale = random_scale(1), random_scale(columns)
     bias, residual = torch.randn(columns), torch.randn(2, rows, columns)
-    out = backend.call("linear_static_w8a8", x, reciprocal, x_scale, weight, weight_scale, bias, residual)
-    accumulator = exact_linear(quantized(x, reciprocal), weight)
+    out = backend.call("linear_static_w8a8", x, inv_scale, x_scale, weight, weight_scale, bias, residual)
+    accumulator = exact_linear(quantized(x, inv_scale), weight)
     assert_rounded_once(out, *exact_epilogue(accumulator, x_scale, weight_scale, terms=(bias, residual)))
 
 
@@ -83,6 +83,6 @@ def test_a_packed_weight_gives_the_same_or_is_refused(backend: Backend) -> None:
 @FEW_EXAMPLES
 @given(batch=st.lists(st.integers(0, 5), max_size=3), depth=st.integers(1, 150), columns=st.integers(1, 150))
 def test_any_shape(backend: Backend, batch: list[int], depth: int, columns: int) -> None:
-    x, weight, reciprocal = torch.randn(*batch, depth), random_int8(columns, depth), torch.rand(depth) * 40
-    out = backend.call("linear_static_w8a8", x, reciprocal, ONE, weight, torch.ones(columns), None, None)
-    assert torch.equal(out.long(), exact_linear(quantized(x, reciprocal), weight))
+    x, weight, inv_scale = torch.randn(*batch, depth), random_int8(columns, depth), torch.rand(depth) * 40
+    out = backend.call("linear_static_w8a8", x, inv_scale, ONE, weight, torch.ones(columns), None, None)
+    assert torch.equal(out.long(), exact_linear(quantized(x, inv_scale), weight))

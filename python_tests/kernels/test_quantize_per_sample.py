@@ -12,10 +12,10 @@ from torch import Tensor
 from python_tests.kernels.operands import DTYPES, FEW_EXAMPLES, Backend, dynamically_quantized, scrambled
 
 
-def check(backend: Backend, x: Tensor, smoothing: Tensor | None) -> None:
-    factor = np.ones(1, np.float32) if smoothing is None else smoothing.numpy()
+def check(backend: Backend, x: Tensor, inv_smooth: Tensor | None) -> None:
+    factor = np.ones(1, np.float32) if inv_smooth is None else inv_smooth.numpy()
     wanted_q, wanted_scale = dynamically_quantized(x.float().numpy() * factor[:, None, None], (1, 2, 3))
-    q, scale = backend.call("quantize_per_sample", x, smoothing)
+    q, scale = backend.call("quantize_per_sample", x, inv_smooth)
     assert torch.equal(q, wanted_q)
     assert torch.equal(scale, wanted_scale)
 
@@ -25,10 +25,10 @@ def check(backend: Backend, x: Tensor, smoothing: Tensor | None) -> None:
 @pytest.mark.parametrize("smoothed", [False, True])
 def test_is_the_definition(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...], smoothed: bool) -> None:
     x = (torch.randn(shape) * torch.logspace(-2, 2, shape[0])[:, None, None, None]).to(dtype)
-    smoothing = torch.exp2(torch.randint(-3, 4, shape[1:2]).float()) if smoothed else None
-    check(backend, x, smoothing)
-    check(backend, x.contiguous(memory_format=torch.channels_last), smoothing)
-    check(backend, scrambled(x), smoothing)
+    inv_smooth = torch.exp2(torch.randint(-3, 4, shape[1:2]).float()) if smoothed else None
+    check(backend, x, inv_smooth)
+    check(backend, x.contiguous(memory_format=torch.channels_last), inv_smooth)
+    check(backend, scrambled(x), inv_smooth)
 
 
 @pytest.mark.parametrize("position", [0, 4 * 257 * 257 - 1])

@@ -12,10 +12,10 @@ from torch import Tensor
 from python_tests.kernels.operands import DTYPES, FEW_EXAMPLES, Backend, dynamically_quantized, scrambled
 
 
-def check(backend: Backend, x: Tensor, smoothing: Tensor | None) -> None:
-    y = x.float().numpy() * (np.float32(1) if smoothing is None else smoothing.numpy())
+def check(backend: Backend, x: Tensor, inv_smooth: Tensor | None) -> None:
+    y = x.float().numpy() * (np.float32(1) if inv_smooth is None else inv_smooth.numpy())
     wanted_q, wanted_scale = dynamically_quantized(y, (-1,))
-    q, scale = backend.call("quantize_per_token", x, smoothing)
+    q, scale = backend.call("quantize_per_token", x, inv_smooth)
     assert torch.equal(q, wanted_q)
     assert torch.equal(scale, wanted_scale)
 
@@ -25,9 +25,9 @@ def check(backend: Backend, x: Tensor, smoothing: Tensor | None) -> None:
 @pytest.mark.parametrize("smoothed", [False, True])
 def test_is_the_definition(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...], smoothed: bool) -> None:
     x = (torch.randn(shape) * torch.logspace(-3, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))).to(dtype)
-    smoothing = torch.exp2(torch.randint(-3, 4, shape[-1:]).float()) if smoothed else None
-    check(backend, x, smoothing)
-    check(backend, scrambled(x), smoothing)
+    inv_smooth = torch.exp2(torch.randint(-3, 4, shape[-1:]).float()) if smoothed else None
+    check(backend, x, inv_smooth)
+    check(backend, scrambled(x), inv_smooth)
 
 
 def test_a_row_of_zeros_has_a_positive_scale(backend: Backend) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from python_tests.kernels.operands import DTYPES, FEW_EXAMPLES, Backend, rounded_int8, scrambled
 
 
-def expected(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
-    y = np.moveaxis(x.float().numpy(), channel_dim, -1) * reciprocal.numpy()
+def expected(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
+    y = np.moveaxis(x.float().numpy(), channel_dim, -1) * inv_scale.numpy()
     return torch.from_numpy(np.moveaxis(rounded_int8(y), -1, channel_dim))
 
 
@@ -27,11 +27,11 @@ def test_is_the_definition(
     backend: Backend, dtype: torch.dtype, shape: tuple[int, ...], channel_dim: int, per_channel: bool
 ) -> None:
     x = (torch.randn(shape) * 3).to(dtype)
-    reciprocal = torch.rand(shape[channel_dim] if per_channel else 1) * 60 + 1
-    wanted = expected(x, reciprocal, channel_dim)
+    inv_scale = torch.rand(shape[channel_dim] if per_channel else 1) * 60 + 1
+    wanted = expected(x, inv_scale, channel_dim)
     assert wanted.unique().numel() > 50
-    assert torch.equal(backend.call("quantize_static", x, reciprocal, channel_dim), wanted)
-    assert torch.equal(backend.call("quantize_static", scrambled(x), reciprocal, channel_dim), wanted)
+    assert torch.equal(backend.call("quantize_static", x, inv_scale, channel_dim), wanted)
+    assert torch.equal(backend.call("quantize_static", scrambled(x), inv_scale, channel_dim), wanted)
 
 
 def test_rounds_half_to_even_and_clamps(backend: Backend) -> None:
@@ -42,13 +42,13 @@ def test_rounds_half_to_even_and_clamps(backend: Backend) -> None:
 
 def test_the_product_is_rounded_before_it_is_rounded_to_an_integer(backend: Backend) -> None:
     """Products that round onto a tie in float32: a fused multiply-add would see which side they came from."""
-    reciprocal = (torch.rand(127) + 0.5).float()
-    x = ((torch.arange(127) + 0.5).double() / reciprocal.double()).float()
-    exact = x.double() * reciprocal.double()
+    inv_scale = (torch.rand(127) + 0.5).float()
+    x = ((torch.arange(127) + 0.5).double() / inv_scale.double()).float()
+    exact = x.double() * inv_scale.double()
     fused = torch.round(exact).to(torch.int8)
-    wanted = expected(x, reciprocal, -1)
+    wanted = expected(x, inv_scale, -1)
     assert (fused != wanted).sum() > 5
-    assert torch.equal(backend.call("quantize_static", x, reciprocal, -1), wanted)
+    assert torch.equal(backend.call("quantize_static", x, inv_scale, -1), wanted)
 
 
 @FEW_EXAMPLES
@@ -58,7 +58,5 @@ def test_the_product_is_rounded_before_it_is_rounded_to_an_integer(backend: Back
 def test_any_shape(backend: Backend, shape: list[int], channels: int, last: bool) -> None:
     channel_dim = -1 if last else 1
     shape[channel_dim] = channels
-    x, reciprocal = torch.randn(shape), torch.rand(channels) * 40
-    assert torch.equal(
-        backend.call("quantize_static", x, reciprocal, channel_dim), expected(x, reciprocal, channel_dim)
-    )
+    x, inv_scale = torch.randn(shape), torch.rand(channels) * 40
+    assert torch.equal(backend.call("quantize_static", x, inv_scale, channel_dim), expected(x, inv_scale, channel_dim))

@@ -53,6 +53,6 @@ def test_any_shape(backend: Backend, batch: list[int], channels: int, mode: str)
     if x.numel():
         check(backend, x, mode)
     else:
-        reciprocal = torch.ones(1) if "reciprocal" in mode else None
-        q, _ = backend.call("silu_quantize", x, reciprocal, None)
+        inv_scale = torch.ones(1) if "inv_scale" in mode else None
+        q, _ = backend.call("silu_quantize", x, inv_scale, None)
         assert q.shape == x.shape

@@ -53,7 +53,7 @@ cat "$(dirname "$0")/log" >&2
 """
 
 TOKENS: dict[str, Any] = {
-    "x": 4096, "dtype": "float16", "smoothing": 0, "q": 8192, "scale": 12288, "rows": 3, "channels": 320,
+    "x": 4096, "dtype": "float16", "inv_smooth": 0, "q": 8192, "scale": 12288, "rows": 3, "channels": 320,
     "device": 0, "stream": 0,
 }  # fmt: skip
 SAMPLES = {name: value for name, value in TOKENS.items() if name != "rows"} | {
@@ -61,9 +61,9 @@ SAMPLES = {name: value for name, value in TOKENS.items() if name != "rows"} | {
     "samples": 2,
     "pixels": 16,
 }
-STATIC = {name: value for name, value in TOKENS.items() if name not in ("smoothing", "scale")} | {
-    "reciprocal": 16384,
-    "reciprocal_count": 320,
+STATIC = {name: value for name, value in TOKENS.items() if name not in ("inv_smooth", "scale")} | {
+    "inv_scale": 16384,
+    "inv_scale_count": 320,
 }
 CALLS = {"quantize_static": STATIC, "quantize_per_token": TOKENS, "quantize_per_sample": SAMPLES}
 
@@ -79,11 +79,11 @@ CALLS = {"quantize_static": STATIC, "quantize_per_token": TOKENS, "quantize_per_
         *((op, {"device": -1}, "device is -1") for op in CALLS),
         *((op, {"x": 4097}, "x is not aligned to 2 bytes") for op in CALLS),
         ("quantize_static", {"rows": 2**62}, "overflow"),
-        ("quantize_static", {"reciprocal": 0}, "reciprocal is null"),
-        ("quantize_static", {"reciprocal_count": 7}, "reciprocal has 7 elements, must have 1 or 320"),
+        ("quantize_static", {"inv_scale": 0}, "inv_scale is null"),
+        ("quantize_static", {"inv_scale_count": 7}, "inv_scale has 7 elements, must have 1 or 320"),
         ("quantize_per_token", {"scale": 0}, "scale is null"),
         ("quantize_per_token", {"scale": 12290}, "scale is not aligned to 4 bytes"),
-        ("quantize_per_token", {"smoothing": 12290}, "smoothing is not aligned to 4 bytes"),
+        ("quantize_per_token", {"inv_smooth": 12290}, "inv_smooth is not aligned to 4 bytes"),
         ("quantize_per_token", {"rows": -5}, "rows is -5"),
         ("quantize_per_sample", {"absmax": 0}, "absmax is null"),
         ("quantize_per_sample", {"samples": 2**40, "pixels": 2**40}, "overflow"),

@@ -18,7 +18,7 @@ from ldmq_kernels.kernels import cuda, reference
 from ldmq_kernels.kernels.dispatch import Unsupported
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-MODES = ["one reciprocal", "reciprocals", "measured", "smoothed"]
+MODES = ["one inv_scale", "inv_scales", "measured", "smoothed"]
 EPS = 1e-5
 NORMS = [  # with their groups
     ((1, 320, 9, 13), 32),  # several parts, and groups of 10: vectors across groups
@@ -49,8 +49,8 @@ def seeded() -> None:
 def factors(mode: str, channels: int) -> tuple[Tensor | None, Tensor | None]:
     """A reciprocal by which a few values are clamped, or a smoothing vector, or neither."""
     return {
-        "one reciprocal": (torch.tensor([45.0]), None),
-        "reciprocals": (torch.rand(channels) * 40 + 20, None),
+        "one inv_scale": (torch.tensor([45.0]), None),
+        "inv_scales": (torch.rand(channels) * 40 + 20, None),
         "measured": (None, None),
         "smoothed": (None, torch.rand(channels) * 3 + 0.1),
     }[mode]
@@ -94,11 +94,11 @@ def check_norm(device: torch.device, x: Tensor, *arguments: Any) -> None:
 def test_group_norms_are_near_the_reference(
     device: torch.device, shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype, mode: str
 ) -> None:
-    x, (reciprocal, smoothing) = picture(shape, dtype), factors(mode, shape[1])
+    x, (inv_scale, inv_smooth) = picture(shape, dtype), factors(mode, shape[1])
     weight, bias = torch.randn(shape[1]).to(dtype), torch.randn(shape[1])
-    check_norm(device, x, weight, bias, groups, EPS, True, reciprocal, smoothing, False)
-    if reciprocal is None:
-        check_norm(device, x, None, None, groups, EPS, False, None, smoothing, True)
+    check_norm(device, x, weight, bias, groups, EPS, True, inv_scale, inv_smooth, False)
+    if inv_scale is None:
+        check_norm(device, x, None, None, groups, EPS, False, None, inv_smooth, True)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -114,7 +114,7 @@ def test_pixels_that_several_warps_share(device: torch.device, channels: int) ->
     check_norm(device, x, torch.randn(channels).half(), None, 8, EPS, True, None, None, True)
 
 
-@pytest.mark.parametrize("mode", ["one reciprocal", "smoothed"])
+@pytest.mark.parametrize("mode", ["one inv_scale", "smoothed"])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_pictures_that_are_not_aligned_to_a_vector(device: torch.device, mode: str, per_token: bool) -> None:
     storage = torch.randn(2 * 5 * 3 * 64 + 1).half()
@@ -131,8 +131,8 @@ def test_a_small_variance_about_a_large_mean_is_found(device: torch.device, size
     x = (torch.randn(2, 128, *size) * 0.01 + 1000).contiguous(memory_format=torch.channels_last)
     grouped = x.double().reshape(2, groups, -1)
     y = (grouped - grouped.mean(-1, keepdim=True)) / (grouped.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
-    reciprocal = torch.tensor([30.0])
-    got, _ = cuda.group_norm_silu_quantize(*moved(device, x, None, None, groups, EPS, False, reciprocal, None, False))
+    inv_scale = torch.tensor([30.0])
+    got, _ = cuda.group_norm_silu_quantize(*moved(device, x, None, None, groups, EPS, False, inv_scale, None, False))
     steps = (got.cpu() - (y.view(x.shape) * 30).round().clamp(-127, 127)).abs()
     assert steps.max() <= 1
     assert (steps > 0).double().mean() < 0.02
@@ -144,7 +144,7 @@ def test_every_run_gives_the_same(device: torch.device) -> None:
     assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["one reciprocal", "measured"])
+@pytest.mark.parametrize("mode", ["one inv_scale", "measured"])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_scratch_is_as_large_as_the_binding_says(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, mode: str, per_token: bool
@@ -202,17 +202,17 @@ def test_a_gate_without_bounds_is_clamped(device: torch.device, gate: float) -> 
 
 
 def test_a_calibrated_scale_takes_rows_of_any_length(device: torch.device) -> None:
-    x, reciprocal = torch.randn(1, 2 * 16392).half(), torch.tensor([20.0])
-    got = cuda.geglu_quantize(*moved(device, x, reciprocal, None))
-    assert_near(got, reference.geglu_quantize(x, reciprocal, None))
+    x, inv_scale = torch.randn(1, 2 * 16392).half(), torch.tensor([20.0])
+    got = cuda.geglu_quantize(*moved(device, x, inv_scale, None))
+    assert_near(got, reference.geglu_quantize(x, inv_scale, None))
     x = picture((1, 4104, 1, 1), torch.float16)
-    check_norm(device, x, None, None, 8, EPS, True, reciprocal, None, True)
+    check_norm(device, x, None, None, 8, EPS, True, inv_scale, None, True)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_empty_batches_launch_nothing(device: torch.device, mode: str) -> None:
     none = torch.empty(0, 320, 4, 4).contiguous(memory_format=torch.channels_last)
-    for per_token, scales in ((False, (0,)), (True, (0,) if "reciprocal" in mode else (0, 4, 4))):
+    for per_token, scales in ((False, (0,)), (True, (0,) if "inv_scale" in mode else (0, 4, 4))):
         arguments = moved(device, none, None, None, 32, EPS, True, *factors(mode, 320), per_token)
         q, scale = cuda.group_norm_silu_quantize(*arguments)
         assert (q.shape, scale.shape) == ((0, 320, 4, 4), scales)
@@ -221,7 +221,7 @@ def test_empty_batches_launch_nothing(device: torch.device, mode: str) -> None:
 
 
 def norm(x: Tensor, weight: Tensor | None = None, groups: int = 4, **changes: Any) -> object:
-    keywords = {"reciprocal": None, "smoothing": None, "per_token": False} | changes
+    keywords = {"inv_scale": None, "inv_smooth": None, "per_token": False} | changes
     return cuda.group_norm_silu_quantize(x, weight, None, groups, EPS, True, **keywords)
 
 
@@ -235,9 +235,9 @@ def norm(x: Tensor, weight: Tensor | None = None, groups: int = 4, **changes: An
         (lambda x: norm(x, torch.ones(7, device=x.device)), r"weight is \(7,\), must be \(16,\)"),
         (lambda x: norm(x, torch.ones(16, device=x.device).double()), "weight is torch.float64"),
         (lambda x: norm(x, torch.ones(32, device=x.device)[::2]), "must be contiguous"),
-        (lambda x: norm(x, reciprocal=torch.ones(7, device=x.device)), "reciprocal has 7 elements, must have 1 or 16"),
-        (lambda x: norm(x, smoothing=torch.ones(1, device=x.device)), "smoothing has 1 elements, must have 16"),
-        (lambda x: norm(x, smoothing=torch.ones(16, device=x.device).half()), "smoothing is torch.float16"),
+        (lambda x: norm(x, inv_scale=torch.ones(7, device=x.device)), "inv_scale has 7 elements, must have 1 or 16"),
+        (lambda x: norm(x, inv_smooth=torch.ones(1, device=x.device)), "smoothing has 1 elements, must have 16"),
+        (lambda x: norm(x, inv_smooth=torch.ones(16, device=x.device).half()), "smoothing is torch.float16"),
         (lambda x: norm(torch.ones(1, 4104, 1, 1, device=x.device), per_token=True), "channels must be at most 4096"),
         (lambda x: cuda.geglu_quantize(x.double(), None, None), "float64"),
         (lambda x: cuda.geglu_quantize(x[..., :3], None, None), "as many gates"),
@@ -254,7 +254,7 @@ def test_what_the_kernels_cannot_take_is_refused_with_the_reason(
 
 
 GEGLU: dict[str, Any] = {
-    "x": 4096, "dtype": "float16", "reciprocal": 0, "reciprocal_count": 0, "smoothing": 0, "q": 8192, "scale": 12288,
+    "x": 4096, "dtype": "float16", "inv_scale": 0, "inv_scale_count": 0, "inv_smooth": 0, "q": 8192, "scale": 12288,
     "rows": 3, "channels": 320, "device": 7, "stream": 0,
 }  # fmt: skip
 NORM: dict[str, Any] = {name: value for name, value in GEGLU.items() if name != "rows"} | {
@@ -271,13 +271,13 @@ CALLS = {"geglu_quantize": GEGLU, "group_norm_silu_quantize": NORM}
         *((op, {"q": 0}, "q is null") for op in CALLS),
         *((op, {"scale": 0}, "scale is null") for op in CALLS),
         *((op, {"scale": 12290}, "scale is not aligned to 4 bytes") for op in CALLS),
-        *((op, {"smoothing": 12290}, "smoothing is not aligned to 4 bytes") for op in CALLS),
+        *((op, {"inv_smooth": 12290}, "inv_smooth is not aligned to 4 bytes") for op in CALLS),
         *((op, {"x": 4097}, "x is not aligned to 2 bytes") for op in CALLS),
         *((op, {"channels": -32}, "channels is -32, must be 0 or more") for op in CALLS),
         *((op, {"channels": 2**24}, "channels is 16777216, must be at most") for op in CALLS),
         *((op, {"dtype": "float64"}, "dtype is float64") for op in CALLS),
         *((op, {"device": -1}, "device is -1") for op in CALLS),
-        *((op, {"reciprocal": 16384, "reciprocal_count": 7}, "7 elements, must have 1 or 320") for op in CALLS),
+        *((op, {"inv_scale": 16384, "inv_scale_count": 7}, "7 elements, must have 1 or 320") for op in CALLS),
         ("geglu_quantize", {"rows": 2**62}, "overflow"),
         ("group_norm_silu_quantize", {"scratch": 0}, "scratch is null"),
         ("group_norm_silu_quantize", {"scratch": 16388}, "scratch is not aligned to 8 bytes"),

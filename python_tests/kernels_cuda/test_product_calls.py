@@ -88,8 +88,8 @@ def test_what_the_kernels_cannot_take_is_refused_with_the_reason(
         ("linear_w8a8", {"x_scale": torch.ones(4).half()}, "x_scale is torch.float16, must be float32"),
         ("linear_w8a8", {"weight_scale": torch.ones(8).double()}, "weight_scale is torch.float64, must be float32"),
         ("linear_w8a8", {"bias": torch.ones(8).double()}, "bias is torch.float64, must be float32 or float16 or"),
-        ("linear_w8a8", {"out_dtype": torch.int8, "out_reciprocal": torch.ones(8).half()}, "out_reciprocal is torch.f"),
-        ("linear_w8a8", {"out_dtype": torch.int8, "out_reciprocal": torch.ones(3)}, "3 elements, must have 1 or 8"),
+        ("linear_w8a8", {"out_dtype": torch.int8, "out_inv_scale": torch.ones(8).half()}, "out_inv_scale is torch.f"),
+        ("linear_w8a8", {"out_dtype": torch.int8, "out_inv_scale": torch.ones(3)}, "3 elements, must have 1 or 8"),
         *(
             ("linear_w8a8", {name: torch.ones(size, device="meta"), **more}, f"{name} is on meta, must be on")
             for name, size, more in (
@@ -97,12 +97,12 @@ def test_what_the_kernels_cannot_take_is_refused_with_the_reason(
                 ("weight_scale", (8,), {}),
                 ("bias", (8,), {}),
                 ("residual", (4, 8), {"out_dtype": torch.float32}),
-                ("out_reciprocal", (8,), {"out_dtype": torch.int8}),
+                ("out_inv_scale", (8,), {"out_dtype": torch.int8}),
             )
         ),
         ("linear_w8a8", {"weight": torch.empty(8, 32, dtype=torch.int8, device="meta")}, "weight is on meta"),
         ("linear_w4a8", {"multiplier": torch.empty(8, 1, dtype=torch.uint8, device="meta")}, "multiplier is on meta"),
-        ("conv2d_w8a8", {"sample_vector": torch.empty(1, 8, device="meta").half()}, "sample_vector is on meta"),
+        ("conv2d_w8a8", {"sample_bias": torch.empty(1, 8, device="meta").half()}, "sample_bias is on meta"),
     ],
 )
 def test_an_operand_of_another_dtype_or_device_is_refused_by_op_and_name(
@@ -112,7 +112,7 @@ def test_an_operand_of_another_dtype_or_device_is_refused_by_op_and_name(
     arguments = {
         "linear_w8a8": {"weight": random_int8(8, 32)},
         "linear_w4a8": {"weight": pack_int4(random_int4(8, 32)), "multiplier": random_multiplier(8, 32)},
-        "conv2d_w8a8": {"weight": random_int8(8, 1, 1, 32), "sample_vector": None, **POINT},
+        "conv2d_w8a8": {"weight": random_int8(8, 1, 1, 32), "sample_bias": None, **POINT},
     }[op]
     arguments |= {"x_scale": ONE, "weight_scale": torch.ones(8), "bias": None, "residual": None}
     arguments |= {"out_dtype": torch.float16} | changes
@@ -143,7 +143,7 @@ def test_the_callers_device_stays_current(emulated: ModuleType, before: int, dur
     emulated.set_device(before)
     try:
         emulated.quantize_per_token(
-            x=x.data_ptr(), dtype="float32", smoothing=0, q=q.data_ptr(), scale=scale.data_ptr(), rows=2, channels=8,
+            x=x.data_ptr(), dtype="float32", inv_smooth=0, q=q.data_ptr(), scale=scale.data_ptr(), rows=2, channels=8,
             device=during, stream=0,
         )  # fmt: skip
         assert emulated.get_device() == before

@@ -268,10 +268,10 @@ def test_convolution_epilogue_rounds_once(
 def test_an_output_is_quantized_for_the_next_layer(device: torch.device, per_channel: bool) -> None:
     x, weight, bias = random_int8(70, 64), random_int8(48, 64), torch.randn(48)
     x_scale, weight_scale = random_scale(70), random_scale(48)
-    reciprocal = torch.rand(48 if per_channel else 1) * 20 + 30
+    inv_scale = torch.rand(48 if per_channel else 1) * 20 + 30
     operands = on(device, x, x_scale, weight, weight_scale, bias)
-    out = cuda.linear_w8a8(*operands, None, torch.int8, out_reciprocal=reciprocal.to(device))
-    value = (exact_linear(x, weight).double() * x_scale[:, None] * weight_scale + bias) * reciprocal
+    out = cuda.linear_w8a8(*operands, None, torch.int8, out_inv_scale=inv_scale.to(device))
+    value = (exact_linear(x, weight).double() * x_scale[:, None] * weight_scale + bias) * inv_scale
     wanted = value.round().clamp(-127, 127)
     assert (wanted.abs() == 127).any()
     assert (wanted.abs() < 127).any()
@@ -281,9 +281,9 @@ def test_an_output_is_quantized_for_the_next_layer(device: torch.device, per_cha
 
 
 def test_a_static_linear_is_its_two_halves(device: torch.device) -> None:
-    x, reciprocal, scale = torch.randn(33, 64), torch.rand(64) * 40 + 1, random_scale(1)
+    x, inv_scale, scale = torch.randn(33, 64), torch.rand(64) * 40 + 1, random_scale(1)
     weight, weight_scale = random_int8(24, 64), random_scale(24)
-    operands = on(device, x, reciprocal, scale, weight, weight_scale)
+    operands = on(device, x, inv_scale, scale, weight, weight_scale)
     out = cuda.linear_static_w8a8(*operands, None, None)
     x_q = cuda.quantize_static(operands[0], operands[1], -1)
     assert torch.equal(out, cuda.linear_w8a8(x_q, *operands[2:], None, None, torch.float32))

@@ -42,9 +42,9 @@ def assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
 def test_static_rows_equal_the_reference(
     device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, per_channel: bool
 ) -> None:
-    x, reciprocal = hard_values(shape, dtype), factors(shape[-1] if per_channel else 1)
-    got = cuda.quantize_static(x.to(device), reciprocal.to(device), -1)
-    assert_same((got,), (reference.quantize_static(x, reciprocal, -1),))
+    x, inv_scale = hard_values(shape, dtype), factors(shape[-1] if per_channel else 1)
+    got = cuda.quantize_static(x.to(device), inv_scale.to(device), -1)
+    assert_same((got,), (reference.quantize_static(x, inv_scale, -1),))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,9 +53,9 @@ def test_static_pictures_equal_the_reference(
     device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     x = hard_values(shape, dtype).contiguous(memory_format=torch.channels_last)
-    reciprocal = factors(shape[1])
-    got = cuda.quantize_static(x.to(device), reciprocal.to(device), 1)
-    assert_same((got,), (reference.quantize_static(x, reciprocal, 1),))
+    inv_scale = factors(shape[1])
+    got = cuda.quantize_static(x.to(device), inv_scale.to(device), 1)
+    assert_same((got,), (reference.quantize_static(x, inv_scale, 1),))
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -65,9 +65,9 @@ def test_static_pictures_equal_the_reference(
 def test_tokens_equal_the_reference(
     device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, smooth: bool
 ) -> None:
-    x, smoothing = hard_values(shape, dtype), factors(shape[-1]) if smooth else None
-    got = cuda.quantize_per_token(x.to(device), smoothing.to(device) if smoothing is not None else None)
-    assert_same(got, reference.quantize_per_token(x, smoothing))
+    x, inv_smooth = hard_values(shape, dtype), factors(shape[-1]) if smooth else None
+    got = cuda.quantize_per_token(x.to(device), inv_smooth.to(device) if inv_smooth is not None else None)
+    assert_same(got, reference.quantize_per_token(x, inv_smooth))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,9 +77,9 @@ def test_samples_equal_the_reference(
     device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype, smooth: bool
 ) -> None:
     x = hard_values(shape, dtype).contiguous(memory_format=torch.channels_last)
-    smoothing = factors(shape[1]) if smooth else None
-    got = cuda.quantize_per_sample(x.to(device), smoothing.to(device) if smoothing is not None else None)
-    assert_same(got, reference.quantize_per_sample(x, smoothing))
+    inv_smooth = factors(shape[1]) if smooth else None
+    got = cuda.quantize_per_sample(x.to(device), inv_smooth.to(device) if inv_smooth is not None else None)
+    assert_same(got, reference.quantize_per_sample(x, inv_smooth))
     assert got[0].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -107,14 +107,14 @@ def test_smoothing_and_scale_are_two_products_in_that_order(device: torch.device
     telling = ((x * factor) * inverse).round() != (x * (factor * inverse)).round()
     assert int(telling.sum()) > 8, "no value tells the two orders apart"
     row = torch.cat([x[telling], largest[None]])
-    smoothing = factor.expand(row.numel()).contiguous()
+    inv_smooth = factor.expand(row.numel()).contiguous()
     if pictures:
         row = row.view(1, -1, 1, 1)
-        got = cuda.quantize_per_sample(row.to(device), smoothing.to(device))
-        assert_same(got, reference.quantize_per_sample(row, smoothing))
+        got = cuda.quantize_per_sample(row.to(device), inv_smooth.to(device))
+        assert_same(got, reference.quantize_per_sample(row, inv_smooth))
     else:
-        got = cuda.quantize_per_token(row[None].to(device), smoothing.to(device))
-        assert_same(got, reference.quantize_per_token(row[None], smoothing))
+        got = cuda.quantize_per_token(row[None].to(device), inv_smooth.to(device))
+        assert_same(got, reference.quantize_per_token(row[None], inv_smooth))
 
 
 def test_a_nan_reaches_the_scale_of_its_own_row_alone(device: torch.device) -> None:
@@ -159,7 +159,7 @@ def test_a_device_that_is_not_there_is_an_error_that_names_op_shape_and_device(e
     x, q, scale = torch.ones(2, 8), torch.empty(2, 8, dtype=torch.int8), torch.empty(2)
     with pytest.raises(RuntimeError, match=r"quantize_per_token of float32 \(rows=2, channels=8\) on cuda:7 .*ordinal"):
         emulated.quantize_per_token(
-            x=x.data_ptr(), dtype="float32", smoothing=0, q=q.data_ptr(), scale=scale.data_ptr(), rows=2, channels=8,
+            x=x.data_ptr(), dtype="float32", inv_smooth=0, q=q.data_ptr(), scale=scale.data_ptr(), rows=2, channels=8,
             device=7, stream=0,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from ldmq_kernels.numerics.affine import expand_groups, fold_multiplier
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.packing import unpack_int4
 
-LINEAR_SCHEMES = [name for name, s in SCHEMES.items() if s.quantizes and not s.is_paired]
+LINEAR_SCHEMES = [name for name, s in SCHEMES.items() if s.quantizes and not s.is_split]
 INT8_SCHEMES = [name for name in LINEAR_SCHEMES if SCHEMES[name].format.activation_bits == 8]
 SMOOTHED_OR_NOT = [
     (name, smooth) for name in LINEAR_SCHEMES for smooth in (False, True) if name in INT8_SCHEMES or not smooth
@@ -54,7 +54,7 @@ def dequantized_input(
     shape[channel_dim] = -1
     smoothed = x.float() if layer.smoothing is None else x.float() * layer.smoothing.view(shape)
     if layer.scheme.is_static:
-        reciprocal = layer.input_reciprocal if layer.smoothing is None else layer.input_reciprocal.view(shape)
-        return torch.round(x.float() * reciprocal).clamp(-127, 127).double() * layer.input_scale.double()
+        inv_scale = layer.input_inv_scale if layer.smoothing is None else layer.input_inv_scale.view(shape)
+        return torch.round(x.float() * inv_scale).clamp(-127, 127).double() * layer.input_scale.double()
     scale = smoothed.abs().amax(amax_dims, keepdim=True) / 127
     return torch.round(smoothed * (1 / scale)).clamp(-127, 127).double() * scale.double()

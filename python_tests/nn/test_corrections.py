@@ -24,7 +24,7 @@ DUPLICATES = [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), la
 
 def made(layer: nn.Module, scheme: str, **corrections: Any) -> Any:
     kind: type[QuantizedLayer] = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
-    scale = torch.tensor([0.03] if not scheme.endswith("stepped") else [0.03, 0.02])
+    scale = torch.tensor([0.03] if not scheme.endswith("timestep") else [0.03, 0.02])
     return kind.from_float(layer, SCHEMES[scheme], input_scale=scale, **corrections)
 
 
@@ -223,7 +223,7 @@ def test_the_hessian_is_taken_after_smoothing_in_the_order_of_the_weights_axes()
     assert torch.equal(layer.weight_scale, scale)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8-stepped", "w4a8-dynamic", "w8a16"])
+@pytest.mark.parametrize("scheme", ["w8a8-timestep", "w4a8-dynamic", "w8a16"])
 def test_compiled_without_graph_breaks_all_corrections_give_the_same(scheme: str) -> None:
     layer = made(linear(), scheme, smoothing=SMOOTHING, first_token=True, rank=3, bias_correction=torch.randn(33))
     torch._dynamo.reset()
@@ -232,26 +232,26 @@ def test_compiled_without_graph_breaks_all_corrections_give_the_same(scheme: str
         assert torch.equal(compiled(text()), layer(text()))
 
 
-@pytest.mark.parametrize("scheme", ["w8a8-paired", "w4a8-paired"])
+@pytest.mark.parametrize("scheme", ["w8a8x2", "w4a8x2"])
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("smoothing", [None, SMOOTHING])
-def test_a_paired_linear_is_as_exact_as_its_weight(scheme, backend, smoothing):
+def test_a_split_linear_is_as_exact_as_its_weight(scheme, backend, smoothing):
     x = 0.4 * torch.randn(3, 11, 70, generator=torch.Generator().manual_seed(2))
     layer = made(linear(), scheme, smoothing=smoothing)
     with use_backend(backend) if backend else contextlib.nullcontext():
         out = layer(x)
     exact = nn.functional.linear(x, layer.real_weight(), layer.bias)
-    single = made(linear(), scheme.replace("paired", "static"), smoothing=smoothing)
+    single = made(linear(), scheme.replace("x2", "-static"), smoothing=smoothing)
     assert sqnr_db(exact, out) > 75
     assert sqnr_db(exact, out) > sqnr_db(exact, single(x)) + 30
 
 
 @pytest.mark.parametrize("case", ["unet", "downsampler", "shortcut", "circular"])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_paired_convolution_is_as_exact_as_its_weight(case, rank):
+def test_a_split_convolution_is_as_exact_as_its_weight(case, rank):
     layer, x = convolution(case)
     x = 0.4 * x  # within the calibrated range
-    quantized = made(layer, "w8a8-paired", rank=rank)
+    quantized = made(layer, "w8a8x2", rank=rank)
     twin = copy.deepcopy(layer)
     weight = quantized.real_weight().permute(0, 3, 1, 2)
     if rank:

@@ -137,15 +137,15 @@ def test_packed_and_plain_layers_have_the_same_state(scheme):
 def test_a_change_of_dtype_leaves_integers_and_scales_alone(scheme, move):
     layer = quantized(make(), scheme, smooth=scheme in INT8_SCHEMES)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    reciprocal = layer.input_reciprocal
+    inv_scale = layer.input_inv_scale
     move(layer)
     for name, tensor in layer.state_dict().items():
         if name != "bias":
             assert tensor.dtype == before[name].dtype
             assert torch.equal(tensor, before[name]), name
     assert layer.bias.dtype != torch.float32
-    if reciprocal is not None:
-        assert torch.equal(layer.input_reciprocal, reciprocal)
+    if inv_scale is not None:
+        assert torch.equal(layer.input_inv_scale, inv_scale)
 
 
 @pytest.mark.parametrize("name", FLOAT32_BUFFERS)

@@ -8,9 +8,9 @@ from torch import nn
 
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
 from ldmq_kernels.nn.same_weight import with_activations
-from ldmq_kernels.numerics.formats import SCHEMES
+from ldmq_kernels.numerics.formats import FORMATS, SCHEMES, Scheme
 
-SCALES = {"static": [0.03], "stepped": [0.04, 0.02], "paired": [0.03]}
+SCALES = {"static": [0.03], "timestep": [0.04, 0.02], "split": [0.03]}
 
 
 def float_layer(kind: str) -> tuple[nn.Module, torch.Tensor]:
@@ -27,7 +27,7 @@ def quantized(layer: nn.Module, scheme: str, **others: Any) -> Any:
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 @pytest.mark.parametrize("form", ["w8a8", "w4a8"])
-@pytest.mark.parametrize("activations", ["static", "stepped", "dynamic", "paired"])
+@pytest.mark.parametrize("activations", ["static", "timestep", "dynamic", "split"])
 @pytest.mark.parametrize("smooth", [False, True])
 @torch.no_grad()
 def test_the_same_weight_computes_what_a_layer_of_its_own_does(
@@ -37,14 +37,15 @@ def test_the_same_weight_computes_what_a_layer_of_its_own_does(
     channels = x.shape[1 if kind == "conv2d" else -1]
     smoothing = torch.exp2(torch.arange(channels) % 3 - 1.0) if smooth else None
     scale = torch.tensor(SCALES[activations]) if activations in SCALES else None
-    first_token = kind == "linear" and activations != "paired"
-    own = quantized(layer, f"{form}-{activations}", input_scale=scale, smoothing=smoothing, first_token=first_token)
+    first_token = kind == "linear" and activations != "split"
+    scheme = str(Scheme(FORMATS[form], activations))
+    own = quantized(layer, scheme, input_scale=scale, smoothing=smoothing, first_token=first_token)
     base = quantized(layer, f"{form}-dynamic", smoothing=smoothing)
     before = base(x)
     shared = with_activations(base, own.scheme, input_scale=scale, first_token=first_token)
-    for group in (0, 1) if activations == "stepped" else (0,):
-        own.use_step_group(group)
-        shared.use_step_group(group)
+    for group in (0, 1) if activations == "timestep" else (0,):
+        own.use_timestep_group(group)
+        shared.use_timestep_group(group)
         assert torch.equal(shared(x), own(x))
     assert torch.equal(base(x), before)  # the one that it was made of stays as it is
     states = own.state_dict(), shared.state_dict()

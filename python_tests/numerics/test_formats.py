@@ -4,7 +4,7 @@ import pytest
 
 from ldmq_kernels.numerics.formats import SCHEMES, parse_schemes
 
-W8A8 = ["w8a8-static", "w8a8-stepped", "w8a8-dynamic", "w8a8-paired"]
+W8A8 = ["w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w8a8x2"]
 
 
 def test_w8a8_stands_for_all_its_ways_of_scaling():
@@ -21,7 +21,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def test_all_but_dynamic_schemes_of_8_bit_activations_need_scales():
-    assert {name for name, s in SCHEMES.items() if s.is_stepped} == {"w8a8-stepped", "w4a8-stepped"}
-    assert {name for name, s in SCHEMES.items() if s.is_paired} == {"w8a8-paired", "w4a8-paired"}
-    static = {f"{f}-{a}" for f in ("w8a8", "w4a8") for a in ("static", "stepped", "paired")}
+    assert {name for name, s in SCHEMES.items() if s.has_timestep_scales} == {"w8a8-timestep", "w4a8-timestep"}
+    assert {name for name, s in SCHEMES.items() if s.is_split} == {"w8a8x2", "w4a8x2"}
+    static = {f + ending for f in ("w8a8", "w4a8") for ending in ("-static", "-timestep", "x2")}
     assert {name for name, s in SCHEMES.items() if s.is_static} == static

@@ -34,7 +34,7 @@ from ldmq_kernels.sensitivity.output_noise import output_noise
 from python_tests.tiny import PROMPTS, tiny_pipeline
 
 SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=4.0)
-FORMATS = ["w8a8-static", "w8a8-stepped", "w8a8-dynamic", "w4a8-dynamic", "w8a16", "fp16"]
+FORMATS = ["w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w4a8-dynamic", "w8a16", "fp16"]
 Found = tuple[Analysis, Trajectory]
 
 
@@ -127,10 +127,10 @@ def test_runs_leave_the_model_as_it_was_and_a_choice_of_floats_is_exact(
     analysis, held_out = found
     trials = Trials(shared_pipe.unet, analysis)
     names = list(quantizable_layers(shared_pipe.unet))
-    quantized = trials.noise(dict.fromkeys(names, "w8a8-stepped"), held_out)
+    quantized = trials.noise(dict.fromkeys(names, "w8a8-timestep"), held_out)
     assert 0 < quantized.mean_power < 1
     assert trials.noise(dict.fromkeys(names, "fp16"), held_out).mean_power == 0.0
-    assert trials.noise(dict.fromkeys(names, "w8a8-stepped"), held_out) == quantized
+    assert trials.noise(dict.fromkeys(names, "w8a8-timestep"), held_out) == quantized
 
 
 def test_runs_of_one_session_are_not_repeated(shared_pipe: StableDiffusionPipeline, found: Found) -> None:

@@ -136,13 +136,13 @@ def test_the_plan_says_what_it_was_made_from(
     unet: nn.Module, analysis: Analysis, run_with: Callable[..., Runs]
 ) -> None:
     run_with()
-    calibration = dataclasses.replace(analysis.calibration, step_groups=(600.0, 200.0))
+    calibration = dataclasses.replace(analysis.calibration, timestep_groups=(600.0, 200.0))
     analysis = dataclasses.replace(analysis, calibration=calibration)
     result = _session(unet, analysis).plan(Target(sqnr_db=33.0))
     plan = Plan.from_dict(result.plan.to_dict())
-    assert plan.step_groups == [600.0, 200.0]
+    assert plan.timestep_groups == [600.0, 200.0]
     recorded = {"mode": "first-step", "texts": ["a prompt"], "prompts": 1, "seed": 0, "num_inference_steps": 8}
-    assert plan.calibration.items() >= {**recorded, "guidance_scale": 4.0, "step_groups": [600.0, 200.0]}.items()
+    assert plan.calibration.items() >= {**recorded, "guidance_scale": 4.0, "timestep_groups": [600.0, 200.0]}.items()
     assert plan.target == {"sqnr_db": 33.0}
     assert all(entry["reason"] for entry in plan.exceptions.values())
     assert all(rule["reason"] for rule in plan.rules)

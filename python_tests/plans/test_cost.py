@@ -20,7 +20,7 @@ from ldmq_kernels.plans.plan import LayerPlan
 @pytest.mark.parametrize("bias", [False, True])
 def test_bytes_match_the_state_dict(layer, scheme, smoothed, bias):
     kind = "linear" if isinstance(layer, nn.Linear) else "conv2d"
-    scales = (0.3, 0.2, 0.1) if scheme.is_stepped else 0.1
+    scales = (0.3, 0.2, 0.1) if scheme.has_timestep_scales else 0.1
     choice = LayerPlan(scheme, "", scales)
     if kind not in scheme.format.layers:
         with pytest.raises(ValueError, match=str(scheme)):
@@ -54,4 +54,4 @@ def test_a_low_rank_correction_costs_its_operations_in_16_bit():
 
 def test_no_scheme_is_dearer_than_float_but_weight_only_ones():
     costs = {name: operation_cost(1000, scheme) for name, scheme in SCHEMES.items()}
-    assert costs["w8a8-static"] == costs["w8a8-stepped"] < costs["w8a8-dynamic"] < costs["fp16"] < costs["w8a16"]
+    assert costs["w8a8-static"] == costs["w8a8-timestep"] < costs["w8a8-dynamic"] < costs["fp16"] < costs["w8a16"]

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from ldmq_kernels.numerics.formats import SCHEMES
+from ldmq_kernels.numerics.formats import FORMER_NAMES, SCHEMES
 from ldmq_kernels.plans.layers import fingerprint
 from ldmq_kernels.plans.plan import LayerPlan, Plan, PlanError, model_record, uniform_plan
 from python_tests.tiny import mixed_plan, tiny_unet
@@ -85,7 +85,7 @@ def test_smoothing_of_the_wrong_length_names_the_layer(unet):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"ldmq_plan": 3}, "upgrade"),
+        ({"ldmq_plan": 4}, "upgrade"),
         ({"ldmq_plan": "one"}, "ldmq_plan"),
         ({"rules": [{"pattern": "*", "scheme": "int3"}]}, "int3"),
         ({"exceptions": {"conv_in": {"bits": 3}}}, "conv_in"),
@@ -100,10 +100,10 @@ def test_smoothing_of_the_wrong_length_names_the_layer(unet):
         ({"input_scales": {"conv_in": []}}, "conv_in"),
         ({"input_scales": {"conv_in": [0.1, 0.0]}}, "conv_in"),
         ({"input_scales": {"conv_in": [0.1, float("inf")]}}, "conv_in"),
-        ({"step_groups": [300.0, 600.0]}, "descending"),
-        ({"step_groups": [300.0, 300.0]}, "descending"),
-        ({"step_groups": [float("inf"), 300.0]}, "finite"),
-        ({"step_groups": ["late"]}, "step_groups"),
+        ({"timestep_groups": [300.0, 600.0]}, "descending"),
+        ({"timestep_groups": [300.0, 300.0]}, "descending"),
+        ({"timestep_groups": [float("inf"), 300.0]}, "finite"),
+        ({"timestep_groups": ["late"]}, "timestep_groups"),
         ({"details": {"conv_in": {"rank": -1}}}, "rank"),
         ({"details": {"conv_in": {"rounding": "up"}}}, "rounding"),
         ({"details": {"conv_in": {"bits": 4}}}, "bits"),
@@ -135,7 +135,7 @@ def test_a_uniform_plan_takes_no_static_scheme(unet):
 
 LINEAR = "time_embedding.linear_1"
 RICH = LayerPlan(
-    SCHEMES["w4a8-stepped"],
+    SCHEMES["w4a8-timestep"],
     "by hand",
     (0.3, 0.2, 0.1),
     torch.full((32,), 0.5),
@@ -154,7 +154,7 @@ def assert_same_choice(found, wanted):
 
 def rich_plan(unet):
     plan = uniform_plan(unet, "w8a8-dynamic")
-    plan.step_groups = [700.0, 300.0]
+    plan.timestep_groups = [700.0, 300.0]
     plan.calibration = {"texts": ["a red circle"], "prompts": 1}
     plan.set(LINEAR, RICH)
     return plan
@@ -168,7 +168,7 @@ def test_what_is_set_is_what_a_layer_becomes_also_after_the_file(unet, tmp_path)
         assert found.needs_inputs
         assert found.to_dict() == plan.to_dict()
     written = json.loads((tmp_path / "plan.json").read_text())
-    assert written["ldmq_plan"] == 2
+    assert written["ldmq_plan"] == 3
     assert written["input_scales"] == {LINEAR: [0.3, 0.2, 0.1]}
     assert written["details"] == {LINEAR: {"first_token": True, "rounding": "gptq", "rank": 7}}
 
@@ -176,7 +176,7 @@ def test_what_is_set_is_what_a_layer_becomes_also_after_the_file(unet, tmp_path)
 def test_setting_again_leaves_nothing_of_before(unet):
     plan, untouched = rich_plan(unet), uniform_plan(unet, "w8a8-dynamic")
     plan.set(LINEAR, LayerPlan(SCHEMES["w8a8-dynamic"], "as all"))
-    untouched.step_groups, untouched.calibration = plan.step_groups, plan.calibration
+    untouched.timestep_groups, untouched.calibration = plan.timestep_groups, plan.calibration
     assert plan.to_dict() == untouched.to_dict()
     assert not plan.needs_inputs
 
@@ -204,9 +204,9 @@ def test_a_config_leaves_out_vectors_and_texts_but_names_who_has_them(unet):
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        (LINEAR, {"input_scale": (0.3, 0.2)}, r"linear_1: input_scales has 2 values.*each of the 3 step groups"),
-        (LINEAR, {"input_scale": 0.3}, r"linear_1: input_scales has 1 values.*each of the 3 step groups"),
-        (LINEAR, {"input_scale": None}, "linear_1: w4a8-stepped needs an entry in input_scales"),
+        (LINEAR, {"input_scale": (0.3, 0.2)}, r"linear_1: input_scales has 2 values.*each of the 3 timestep groups"),
+        (LINEAR, {"input_scale": 0.3}, r"linear_1: input_scales has 1 values.*each of the 3 timestep groups"),
+        (LINEAR, {"input_scale": None}, "linear_1: w4a8-timestep needs an entry in input_scales"),
         (LINEAR, {"scheme": SCHEMES["w8a8-static"]}, "linear_1: input_scales has a list of 3.*takes one number"),
         (LINEAR, {"smoothing": torch.ones(31)}, "linear_1: smoothing has 31 values, the layer takes 32"),
         (LINEAR, {"bias_correction": torch.ones(32)}, "linear_1: bias_correction has 32 values, the layer takes 128"),
@@ -223,10 +223,10 @@ def test_a_layer_that_cannot_become_what_is_set_is_named(unet, name, changes, sa
         plan.layers(unet)
 
 
-def test_step_groups_out_of_order_are_refused(unet):
+def test_timestep_groups_out_of_order_are_refused(unet):
     plan = rich_plan(unet)
-    plan.step_groups = [300.0, 700.0]
-    with pytest.raises(PlanError, match=r"step groups \[300.0, 700.0\]"):
+    plan.timestep_groups = [300.0, 700.0]
+    with pytest.raises(PlanError, match=r"timestep groups \[300.0, 700.0\]"):
         plan.layers(unet)
 
 
@@ -234,12 +234,27 @@ def test_a_file_of_version_1_still_loads(unet, tmp_path):
     plan = uniform_plan(unet, "w8a16")
     plan.set("conv_in", LayerPlan(SCHEMES["w8a8-static"], "by hand", 0.02, torch.full((4,), 2.0)))
     old = plan.to_dict() | {"ldmq_plan": 1}
-    for new in ("step_groups", "bias_correction", "details"):
+    for new in ("timestep_groups", "bias_correction", "details"):
         del old[new]
     (tmp_path / "old.json").write_text(json.dumps(old))
     loaded = Plan.load(tmp_path / "old.json")
     assert loaded.to_dict() == plan.to_dict()
     assert_same_choice(loaded.layers(unet)["conv_in"], plan.layer("conv_in"))
+
+
+def test_a_file_of_version_2_is_read_in_the_words_of_today(unet, tmp_path):
+    plan = rich_plan(unet)
+    plan.set("conv_in", LayerPlan(SCHEMES["w8a8x2"], "by hand", 0.02))
+    plan.rules.append({"pattern": "mid_block.*.to_k", "scheme": "w8a8-timestep"})
+    old = plan.to_dict() | {"ldmq_plan": 2}
+    old["step_groups"] = old.pop("timestep_groups")
+    text = json.dumps(old)
+    for former, name in FORMER_NAMES.items():
+        text = text.replace(f'"{name}"', f'"{former}"')
+    assert "w8a8-stepped" in text
+    assert "w8a8x2" not in text
+    (tmp_path / "old.json").write_text(text)
+    assert Plan.load(tmp_path / "old.json").to_dict() == plan.to_dict()
 
 
 def test_a_plan_records_the_model_it_was_made_for(unet):

@@ -97,10 +97,10 @@ def test_a_rare_outlier_is_clipped(linear):
 
 def test_a_first_step_that_saw_too_little_is_widened(linear):
     inputs = [random(4, 50, 64, seed=s) * (1 + 0.4 * s) for s in range(STEPS)]
-    found = search(linear, inputs, ["w8a8-static", "w8a8-stepped"], mode="first-step", method=Method(smoothing=False))
+    found = search(linear, inputs, ["w8a8-static", "w8a8-timestep"], mode="first-step", method=Method(smoothing=False))
     assert float(found["w8a8-static"].label.removeprefix("range ").split(",")[0]) > 1.5
-    assert found["w8a8-stepped"].noise < found["w8a8-static"].noise
-    scales = found["w8a8-stepped"].choice.input_scale
+    assert found["w8a8-timestep"].noise < found["w8a8-static"].noise
+    scales = found["w8a8-timestep"].choice.input_scale
     assert len(scales) == 4
     assert list(scales) == sorted(scales)
 
@@ -149,15 +149,15 @@ def test_a_first_token_like_the_others_is_not_kept_out(linear):
     known = dataclasses.replace(known, first_tokens={"layer": first.expand(2, -1, -1)})
     seen = [Seen(step, x, 1.0) for step, x in enumerate(inputs)]
     with torch.no_grad():
-        schemes = parse_schemes(["w8a8-static", "w8a8-dynamic", "w8a8-paired"])
+        schemes = parse_schemes(["w8a8-static", "w8a8-dynamic", "w8a8x2"])
         found = LayerSearch("layer", linear, seen, known, Method()).candidates(schemes)
     assert not any(candidate.choice.first_token for candidate in found)
 
 
 def test_a_pair_is_as_good_as_16_bit_activations(linear):
     inputs = [random(4, 50, 64, seed=s) for s in range(STEPS)]
-    found = search(linear, inputs, ["w8a8-paired", "w8a16"], method=PLAIN)
-    assert found["w8a8-paired"].noise == pytest.approx(found["w8a16"].noise, rel=0.02)
+    found = search(linear, inputs, ["w8a8x2", "w8a16"], method=PLAIN)
+    assert found["w8a8x2"].noise == pytest.approx(found["w8a16"].noise, rel=0.02)
 
 
 def test_an_input_of_zeros_has_no_static_candidate(linear):

@@ -50,7 +50,7 @@ def analysis(outlier_pipe):
 
 def test_every_layer_is_measured_in_every_scheme_it_can_have(outlier_pipe, analysis):
     names = set(quantizable_layers(outlier_pipe.unet))
-    for scheme in ("w8a8-static", "w8a8-stepped", "w8a8-dynamic", "w8a16"):
+    for scheme in ("w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w8a16"):
         assert {layer for layer, s in analysis.output if s == scheme} == names
     assert all(noise.mean_power > 0 for noise in analysis.output.values())
 

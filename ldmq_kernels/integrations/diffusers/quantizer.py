@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.conversion.convert import ConversionError, quantize_layer, quantized_class, replace_modules
 from ldmq_kernels.integrations.diffusers.config import LdmqConfig
-from ldmq_kernels.nn import QuantizedLayer, step_groups
+from ldmq_kernels.nn import QuantizedLayer, timestep_groups
 from ldmq_kernels.nn.stored import BUFFERS, check_stored
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan
@@ -81,7 +81,7 @@ class LdmqQuantizer(DiffusersQuantizer):
                 layers[name],
                 choice.scheme,
                 smoothed=name in plan.smoothing,
-                step_groups=len(choice.scales),
+                timestep_groups=len(choice.scales),
                 first_token=choice.first_token,
                 rank=choice.rank,
                 corrected=name in plan.bias_correction,
@@ -175,7 +175,7 @@ class LdmqQuantizer(DiffusersQuantizer):
         self._corrections = {}
         plan = self.quantization_config.plan
         assert plan is not None
-        step_groups.attach(model, plan.step_groups)
+        timestep_groups.attach(model, plan.timestep_groups)
         self.attach(model)
         from ldmq_kernels.integrations.diffusers.fused import fuse  # not while diffusers is being imported
 

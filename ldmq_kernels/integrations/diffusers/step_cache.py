@@ -1,7 +1,7 @@
-"""What a UNet computes from the time step alone, tabulated: its time embedding and each block's projection of it.
+"""What a UNet computes from the timestep alone, tabulated: its time embedding and each block's projection of it.
 
-In Stable Diffusion 1 and 2 the residual blocks' `time_emb_proj(silu(emb))` depends on the time step and on nothing
-else. `cache_time_embeddings` computes it once for each time step, and a call of the UNet gathers a row on the
+In Stable Diffusion 1 and 2 the residual blocks' `time_emb_proj(silu(emb))` depends on the timestep and on nothing
+else. `cache_time_embeddings` computes it once for each timestep, and a call of the UNet gathers a row on the
 device: [emb | projection of the first block | of the second | ...]. `time_proj` gives the row in place of the
 sinusoids, `time_embedding` passes it on, and each block takes its columns. Nothing is kept between calls, so the
 table works with threads, torch.compile and CUDA graphs. In SDXL `emb` also holds the pooled text: nothing is cached.
@@ -11,11 +11,11 @@ A call computes everything as before where gradients or autocast are on, or wher
 projects `emb`, which the row has too. The table is dropped when the model's dtype changes, in training mode, and
 not used once parts of `time_embedding` are replaced or loaded. Weights that are written in place by other means,
 and blocks that are exchanged between UNets, are not noticed: call `cache_time_embeddings` again. A row is computed with
-the input scales of its own time step, where a call without the table takes those of its first sample's.
+the input scales of its own timestep, where a call without the table takes those of its first sample's.
 
-It is asked for, and no part of `ldmq.quantize`: which time steps there will be is the scheduler's to say, the
+It is asked for, and no part of `ldmq.quantize`: which timesteps there will be is the scheduler's to say, the
 device and dtype in which the model will run are not known at conversion, and a table of all 1000 steps takes
-43 MB in 16 bit where one of 30 steps takes 1.3 MB. On a GPU a time step that is not in the table cannot be
+43 MB in 16 bit where one of 30 steps takes 1.3 MB. On a GPU a timestep that is not in the table cannot be
 noticed without waiting for it, and nobody who did not ask for a table should meet it.
 """
 
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ldmq_kernels.integrations.diffusers.fused.bare import is_bare, is_unhooked
 from ldmq_kernels.integrations.diffusers.fused.resnet import FusedResnetBlock2D, TimeColumns, is_bare_linear
 from ldmq_kernels.nn import QuantLinear
-from ldmq_kernels.nn.step_groups import attached
+from ldmq_kernels.nn.timestep_groups import attached
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,11 @@ class TabulatedTimestepEmbedding(TimestepEmbedding):
 
 
 class TabulatedTimesteps(Timesteps):
-    """Timesteps that gives a row of a table for each time step.
+    """Timesteps that gives a row of a table for each timestep.
 
     Attributes:
-        steps: (n + 1,) float32, ascending; the last is NaN, which no time step equals.
-        table: (n + 1, row_width) in the model's dtype; the last row is NaN, for time steps that are not there.
+        steps: (n + 1,) float32, ascending; the last is NaN, which no timestep equals.
+        table: (n + 1, row_width) in the model's dtype; the last row is NaN, for timesteps that are not there.
     """
 
     steps: Tensor
@@ -147,7 +147,7 @@ def cache_time_embeddings(unet: nn.Module, timesteps: Tensor | Sequence[float] |
         cache_time_embeddings(pipe.unet, pipe.scheduler.timesteps)
 
     A row is what a call with a batch of two computes, bit for bit, on the device and in the dtype the UNet has now.
-    A time step of a call is found by its exact float32 value. One that is not in the table is computed on a CPU;
+    A timestep of a call is found by its exact float32 value. One that is not in the table is computed on a CPU;
     on a GPU, and in compiled code, it makes the UNet's output NaN, since no call waits for the device to look.
 
     Args:
@@ -159,7 +159,7 @@ def cache_time_embeddings(unet: nn.Module, timesteps: Tensor | Sequence[float] |
         How many blocks' projections are cached; 0 where none can be, and the log says why.
 
     Raises:
-        ValueError: a time step is not finite, or there are none.
+        ValueError: a timestep is not finite, or there are none.
     """
     steps = _ascending(range(TRAIN_STEPS) if timesteps is None else timesteps)
     uncache_time_embeddings(unet)
@@ -201,7 +201,7 @@ def uncache_time_embeddings(unet: nn.Module) -> None:
 
 
 def _ascending(timesteps: Tensor | Sequence[float]) -> Tensor:
-    """Each time step once, (n,) float32."""
+    """Each timestep once, (n,) float32."""
     given = torch.as_tensor(timesteps if isinstance(timesteps, Tensor) else list(timesteps))
     steps = given.detach().float().flatten().unique()
     if not len(steps) or not bool(torch.isfinite(steps).all()):
@@ -211,10 +211,10 @@ def _ascending(timesteps: Tensor | Sequence[float]) -> Tensor:
 
 
 def _row(unet: Any, resnets: list[FusedResnetBlock2D], step: Tensor) -> Tensor:
-    """A row of the table, (1, row_width), for a time step (1,), computed as a call with GUIDED_BATCH samples would."""
-    step_groups = attached(unet)
-    if step_groups is not None:
-        step_groups.before(unet, (), {"timestep": step})
+    """A row of the table, (1, row_width), for a timestep (1,), computed as a call with GUIDED_BATCH samples would."""
+    timestep_groups = attached(unet)
+    if timestep_groups is not None:
+        timestep_groups.before(unet, (), {"timestep": step})
     embedding = unet.time_embedding(unet.time_proj(step.expand(GUIDED_BATCH)).to(unet.dtype))
     return torch.cat([embedding, *(resnet.project_time(embedding) for resnet in resnets)], dim=1)[:1]
 
@@ -247,7 +247,7 @@ def _obstacle(unet: Any) -> str | None:
         return "its weights are not in memory (meta device), load them first"
     for name in CONDITIONS:
         if unet.config.get(name) is not None:
-            return f"with {name}={unet.config[name]!r} its time embedding holds more than the time step"
+            return f"with {name}={unet.config[name]!r} its time embedding holds more than the timestep"
     if unet.time_embed_act is not None:
         return f"time_embedding_act_fn={unet.config.time_embedding_act_fn!r} is applied to the whole embedding"
     if not is_bare(unet.time_proj, Timesteps):
@@ -269,6 +269,7 @@ def _obstacle_in_blocks(unet: Any) -> str | None:
     if not any(_is_cacheable(resnet) for resnet in resnets):
         return "every time_emb_proj is hooked, has an adapter on it, or gives a scale and a shift"
     layers = [unet.time_embedding.linear_1, unet.time_embedding.linear_2, *(r.time_emb_proj for r in resnets)]
-    if attached(unet) is None and any(isinstance(layer, QuantLinear) and layer.scheme.is_stepped for layer in layers):
-        return "its stepped layers do not follow its time step: call step_groups.attach(unet, boundaries) first"
+    follows = attached(unet) is not None
+    if not follows and any(isinstance(m, QuantLinear) and m.scheme.has_timestep_scales for m in layers):
+        return "its timestep layers do not follow its timestep: call timestep_groups.attach(unet, boundaries) first"
     return None

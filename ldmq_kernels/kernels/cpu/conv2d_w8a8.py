@@ -1,4 +1,4 @@
-"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_vector + residual, in oneDNN's int8."""
+"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, in oneDNN's int8."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ldmq_kernels.kernels.cpu.packing import lay_out_conv2d, pack_conv2d
 from ldmq_kernels.kernels.geometry import conv2d_output_size, enlarged_and_padded
 
 
-def _shifts(bias: Tensor | None, sample_vector: Tensor | None, samples: int) -> list[Tensor | None]:
+def _shifts(bias: Tensor | None, sample_bias: Tensor | None, samples: int) -> list[Tensor | None]:
     """What is added to every position of each sample: (K,) float32, or None."""
     shared = None if bias is None else bias.float()
-    if sample_vector is None:
+    if sample_bias is None:
         return [shared] * samples
-    own = sample_vector.float()
+    own = sample_bias.float()
     return list(own if shared is None else own + shared)
 
 
@@ -27,7 +27,7 @@ def conv2d_w8a8(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    sample_vector: Tensor | None,
+    sample_bias: Tensor | None,
     residual: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
@@ -45,7 +45,7 @@ def conv2d_w8a8(
         weight: packed by `packing.pack_conv2d`, or (K, R, S, C / groups) int8, which is packed anew in each call.
         weight_scale: (K,) float32.
         bias: (K,) floating.
-        sample_vector: (N, K) floating, added to every position (the time embedding).
+        sample_bias: (N, K) floating, added to every position (the time embedding).
         residual: (N, K, P, Q) floating, added last.
         kernel_size: (R, S), which a packed weight no longer shows.
         padding: zeros at (top, bottom, left, right).
@@ -65,8 +65,8 @@ def conv2d_w8a8(
     geometry = (stride, pads, dilation, groups)
     packed = weight if weight.is_mkldnn else pack_conv2d(weight)
     lay_out_conv2d(packed, *geometry, x_q.shape)
-    shifts = _shifts(bias, sample_vector, samples)
-    is_static, is_shared = x_scale.numel() == 1, sample_vector is None or samples == 1
+    shifts = _shifts(bias, sample_bias, samples)
+    is_static, is_shared = x_scale.numel() == 1, sample_bias is None or samples == 1
     if is_static and is_shared and residual is None and out_dtype in WRITTEN_BY_ONEDNN:
         return onednn.conv2d(x_q, float(x_scale), packed, weight_scale, shifts[0], *geometry, out_dtype)
     accumulator = onednn.conv2d(x_q, 1.0, packed, weight_scale, None, *geometry, torch.float32)

@@ -8,16 +8,16 @@ from torch import Tensor
 from ldmq_kernels.kernels.cpu.producers import quantize_tokens
 
 
-def geglu_quantize(x: Tensor, reciprocal: Tensor | None, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def geglu_quantize(x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gated half of a GEGLU layer and the quantization of its result.
 
     Args:
         x: (..., 2 C) floating: the values, then their gates.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
 
     Returns:
-        (..., C) int8 and the scales (...) float32, or (0,) with a `reciprocal`.
+        (..., C) int8 and the scales (...) float32, or (0,) with a `inv_scale`.
     """
     value, gate = x.chunk(2, dim=-1)
-    return quantize_tokens(value * torch.nn.functional.gelu(gate), reciprocal, smoothing)
+    return quantize_tokens(value * torch.nn.functional.gelu(gate), inv_scale, inv_smooth)

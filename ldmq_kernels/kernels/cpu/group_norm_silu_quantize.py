@@ -16,8 +16,8 @@ def group_norm_silu_quantize(
     num_groups: int,
     eps: float,
     silu: bool,
-    reciprocal: Tensor | None,
-    smoothing: Tensor | None,
+    inv_scale: Tensor | None,
+    inv_smooth: Tensor | None,
     per_token: bool,
 ) -> tuple[Tensor, Tensor]:
     """Group normalization, SiLU where asked for, and the quantization of the result.
@@ -32,18 +32,18 @@ def group_norm_silu_quantize(
         num_groups: divides C.
         eps: added to the variance.
         silu: whether SiLU follows.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
         per_token: whether a measured scale is each pixel's own, and not each sample's.
 
     Returns:
         (N, C, H, W) int8, channels_last, and the scales, float32: (N,), (N, H, W) if `per_token`, or (0,) with a
-        `reciprocal`.
+        `inv_scale`.
     """
     weight, bias = in_dtype_of(x, norm_weight), in_dtype_of(x, norm_bias)
     y = torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)
     y = torch.nn.functional.silu(y) if silu else y
-    if per_token or reciprocal is not None:
-        q, scale = quantize_tokens(y.permute(0, 2, 3, 1), reciprocal, smoothing)
+    if per_token or inv_scale is not None:
+        q, scale = quantize_tokens(y.permute(0, 2, 3, 1), inv_scale, inv_smooth)
         return q.permute(0, 3, 1, 2), scale
-    return quantize_per_sample(y, smoothing)
+    return quantize_per_sample(y, inv_smooth)

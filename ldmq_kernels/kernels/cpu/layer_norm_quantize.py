@@ -13,8 +13,8 @@ def layer_norm_quantize(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
-    reciprocal: Tensor | None,
-    smoothing: Tensor | None,
+    inv_scale: Tensor | None,
+    inv_smooth: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Layer normalization over the last axis and the quantization of the result.
 
@@ -23,12 +23,12 @@ def layer_norm_quantize(
         norm_weight: (C,) floating, or None for ones.
         norm_bias: (C,) floating, or None for zeros.
         eps: added to the variance.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
 
     Returns:
-        (..., C) int8 and the scales (...) float32, or (0,) with a `reciprocal`.
+        (..., C) int8 and the scales (...) float32, or (0,) with a `inv_scale`.
     """
     weight, bias = in_dtype_of(x, norm_weight), in_dtype_of(x, norm_bias)
     normed = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return quantize_tokens(normed, reciprocal, smoothing)
+    return quantize_tokens(normed, inv_scale, inv_smooth)

@@ -10,7 +10,7 @@ from ldmq_kernels.kernels.cpu.quantize_static import quantize_static
 
 def linear_static_w8a8(
     x: Tensor,
-    reciprocal: Tensor,
+    inv_scale: Tensor,
     x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -21,7 +21,7 @@ def linear_static_w8a8(
 
     Args:
         x: (..., K) floating.
-        reciprocal: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
+        inv_scale: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
         x_scale: (1,) float32, the scale.
         weight: (N, K) int8 packed by `packing.pack_linear`, or plain.
         weight_scale: (N,) float32.
@@ -31,4 +31,4 @@ def linear_static_w8a8(
     Returns:
         (..., N) of x's dtype.
     """
-    return linear_w8a8(quantize_static(x, reciprocal, -1), x_scale, weight, weight_scale, bias, residual, x.dtype)
+    return linear_w8a8(quantize_static(x, inv_scale, -1), x_scale, weight, weight_scale, bias, residual, x.dtype)

@@ -13,11 +13,11 @@ from ldmq_kernels.kernels.cpu.quantize_static import quantize_static
 from ldmq_kernels.kernels.reference.producers import no_scale
 
 
-def quantize_tokens(y: Tensor, reciprocal: Tensor | None, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_tokens(y: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """(..., C) with a calibrated scale, or with each token's own."""
-    if reciprocal is not None:
-        return quantize_static(y, reciprocal, -1), no_scale(y)
-    return quantize_per_token(y, smoothing)
+    if inv_scale is not None:
+        return quantize_static(y, inv_scale, -1), no_scale(y)
+    return quantize_per_token(y, inv_smooth)
 
 
 def in_dtype_of(x: Tensor, parameter: Tensor | None) -> Tensor | None:

@@ -9,20 +9,20 @@ from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows, row_blocks
 from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 
 
-def _absmax(rows: Tensor, smoothing: Tensor | None) -> Tensor:
+def _absmax(rows: Tensor, inv_smooth: Tensor | None) -> Tensor:
     """Largest absolute value of fp32(rows) * smoothing, without making the product: rounding keeps order."""
-    if smoothing is None:
+    if inv_smooth is None:
         lowest, highest = torch.aminmax(rows)
         return torch.maximum(highest, -lowest).float()
-    return (torch.maximum(rows.amax(0), -rows.amin(0)).float() * smoothing).amax()
+    return (torch.maximum(rows.amax(0), -rows.amin(0)).float() * inv_smooth).amax()
 
 
-def quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each picture of a batch with the scale of its own largest value.
 
     Args:
         x: (N, C, H, W) floating.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in first.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in first.
 
     Returns:
         (N, C, H, W) int8, channels_last, and the scales (N,) float32.
@@ -34,24 +34,24 @@ def quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Te
         return out, scale
     for block in row_blocks(x.shape[0], x[0].numel()):
         if x[block].shape[0] == 1:
-            scale[block] = _quantize_one(x[block], smoothing, out[block])
+            scale[block] = _quantize_one(x[block], inv_smooth, out[block])
         else:
-            scale[block] = _quantize_together(x[block], smoothing, out[block])
+            scale[block] = _quantize_together(x[block], inv_smooth, out[block])
     return out, scale
 
 
-def _quantize_one(x: Tensor, smoothing: Tensor | None, out: Tensor) -> Tensor:
+def _quantize_one(x: Tensor, inv_smooth: Tensor | None, out: Tensor) -> Tensor:
     """One sample, which may be larger than the cache; writes `out` and gives the scale (1,)."""
     rows = as_rows(x)
-    scale = dynamic_scale(_absmax(rows, smoothing)).reshape(1)
-    quantize_rows(rows, (1 / scale,) if smoothing is None else (smoothing, 1 / scale), as_rows(out))
+    scale = dynamic_scale(_absmax(rows, inv_smooth)).reshape(1)
+    quantize_rows(rows, (1 / scale,) if inv_smooth is None else (inv_smooth, 1 / scale), as_rows(out))
     return scale
 
 
-def _quantize_together(x: Tensor, smoothing: Tensor | None, out: Tensor) -> Tensor:
+def _quantize_together(x: Tensor, inv_smooth: Tensor | None, out: Tensor) -> Tensor:
     """Several samples that fit the cache together; writes `out` and gives the scales (n,)."""
     y = x.permute(0, 2, 3, 1).float()
-    y = y * smoothing if smoothing is not None else y
+    y = y * inv_smooth if inv_smooth is not None else y
     scale = dynamic_scale(torch.maximum(y.amax((1, 2, 3)), y.amin((1, 2, 3)).neg_()))
     # no clamp: absmax times the reciprocal of its own scale rounds to 127
     out.permute(0, 2, 3, 1).copy_((y * (1 / scale).view(-1, 1, 1, 1)).round_())

@@ -9,12 +9,12 @@ from ldmq_kernels.kernels.cpu.blocks import row_blocks
 from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 
 
-def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value.
 
     Args:
         x: (..., K) floating.
-        smoothing: (K,) float32 reciprocal smoothing vector, multiplied in first.
+        inv_smooth: (K,) float32 reciprocal smoothing vector, multiplied in first.
 
     Returns:
         (..., K) int8 and the scales (...) float32.
@@ -31,8 +31,8 @@ def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Ten
         if buffer is None:
             buffer = torch.empty(chunk.shape, dtype=torch.float32)
         y = buffer[: chunk.shape[0]].copy_(chunk)
-        if smoothing is not None:
-            y.mul_(smoothing)
+        if inv_smooth is not None:
+            y.mul_(inv_smooth)
         absmax = torch.maximum(y.amax(-1), y.amin(-1).neg_())
         scales[block] = dynamic_scale(absmax)
         # no clamp: absmax times the reciprocal of its own scale rounds to 127

@@ -8,13 +8,13 @@ from torch import Tensor
 from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows
 
 
-def quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
+def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     """Quantize with a calibrated scale.
 
     Args:
         x: any shape, floating; (N, C, H, W) where `channel_dim` is 1.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
-        channel_dim: the axis of x that `reciprocal` runs along, 1 or -1.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
+        channel_dim: the axis of x that `inv_scale` runs along, 1 or -1.
 
     Returns:
         int8 of x's shape, channels_last for a 4-D x with channels in axis 1.
@@ -24,8 +24,8 @@ def quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
     out = torch.empty_like(x, dtype=torch.int8)
     if x.numel():
         if is_image:
-            quantize_rows(as_rows(x), (reciprocal,), as_rows(out))
+            quantize_rows(as_rows(x), (inv_scale,), as_rows(out))
         else:
             columns = x.shape[-1] if x.dim() else 1
-            quantize_rows(x.view(-1, columns), (reciprocal,), out.view(-1, columns))
+            quantize_rows(x.view(-1, columns), (inv_scale,), out.view(-1, columns))
     return out

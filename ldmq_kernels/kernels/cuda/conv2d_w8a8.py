@@ -16,7 +16,7 @@ def conv2d_w8a8(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    sample_vector: Tensor | None,
+    sample_bias: Tensor | None,
     residual: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
@@ -25,7 +25,7 @@ def conv2d_w8a8(
     groups: int,
     upsample: int,
     out_dtype: torch.dtype,
-    out_reciprocal: Tensor | None = None,
+    out_inv_scale: Tensor | None = None,
 ) -> Tensor:
     """Convolution on int8 activations and int8 weights.
 
@@ -35,14 +35,14 @@ def conv2d_w8a8(
         weight: (K, R, S, C) int8, K a multiple of 8.
         weight_scale: (K,) float32.
         bias: (K,) floating.
-        sample_vector: (N, K) of `out_dtype`, added to every position (the time embedding).
+        sample_bias: (N, K) of `out_dtype`, added to every position (the time embedding).
         residual: (N, K, P, Q) of `out_dtype`, added last.
         kernel_size: (R, S).
         padding: zeros at (top, bottom, left, right).
         groups: 1.
         upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
-        out_dtype: float16, bfloat16 or float32; int8 with `out_reciprocal`.
-        out_reciprocal: (1,) or (K,) float32: the output is quantized for the next int8 layer.
+        out_dtype: float16, bfloat16 or float32; int8 with `out_inv_scale`.
+        out_inv_scale: (1,) or (K,) float32: the output is quantized for the next int8 layer.
 
     Returns:
         (N, K, P, Q) of `out_dtype`, channels_last.
@@ -60,5 +60,5 @@ def conv2d_w8a8(
     out = torch.empty((samples, columns, *size), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
     top, _, left, _ = padding
     pictures = product.Pictures(samples, height, width, *size, *kernel_size, *stride, *dilation, top, left, upsample)
-    terms = product.Terms(x_scale, weight_scale, bias, residual, sample_vector, out_reciprocal)
+    terms = product.Terms(x_scale, weight_scale, bias, residual, sample_bias, out_inv_scale)
     return product.run("conv2d_w8a8", x, weight, None, terms, out, depth=channels, pictures=pictures)

@@ -97,7 +97,7 @@ def check_factors(factors: Tensor, name: str, x: Tensor, channels: int) -> None:
     Raises:
         Unsupported: another dtype, device, layout or count.
     """
-    counts = (1, channels) if name == "reciprocal" else (channels,)
+    counts = (1, channels) if name == "inv_scale" else (channels,)
     if factors.dtype != torch.float32 or factors.device != x.device or not factors.is_contiguous():
         raise Unsupported(f"{name} is {factors.dtype} on {factors.device}, must be contiguous float32 on {x.device}")
     if factors.numel() not in counts:

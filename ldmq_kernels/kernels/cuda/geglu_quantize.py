@@ -11,16 +11,16 @@ from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.reference.producers import no_scale
 
 
-def geglu_quantize(x: Tensor, reciprocal: Tensor | None, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def geglu_quantize(x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gated half of a GEGLU layer and the quantization of its result.
 
     Args:
         x: (..., 2 C) float32, float16 or bfloat16: the values, then their gates; copied where it is not contiguous.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
 
     Returns:
-        (..., C) int8 and the scales (...) float32, or (0,) with a `reciprocal`.
+        (..., C) int8 and the scales (...) float32, or (0,) with a `inv_scale`.
 
     Raises:
         Unsupported: another dtype, device or size of an operand, or too many channels for a scale of each row.
@@ -30,9 +30,9 @@ def geglu_quantize(x: Tensor, reciprocal: Tensor | None, smoothing: Tensor | Non
     x = x.contiguous()
     arguments = extension.source(x, torch.contiguous_format) | extension.target(x)
     channels = x.shape[-1] // 2
-    arguments |= factors(reciprocal, smoothing, x, channels)
+    arguments |= factors(inv_scale, inv_smooth, x, channels)
     q = torch.empty((*x.shape[:-1], channels), dtype=torch.int8, device=x.device)
-    scale = no_scale(x) if reciprocal is not None else x.new_empty(x.shape[:-1], dtype=torch.float32)
+    scale = no_scale(x) if inv_scale is not None else x.new_empty(x.shape[:-1], dtype=torch.float32)
     if q.numel() == 0:
         return q, scale
     binding = extension.binding()

@@ -21,8 +21,8 @@ def group_norm_silu_quantize(
     num_groups: int,
     eps: float,
     silu: bool,
-    reciprocal: Tensor | None,
-    smoothing: Tensor | None,
+    inv_scale: Tensor | None,
+    inv_smooth: Tensor | None,
     per_token: bool,
 ) -> tuple[Tensor, Tensor]:
     """Group normalization, SiLU where asked for, and the quantization of the result.
@@ -34,13 +34,13 @@ def group_norm_silu_quantize(
         num_groups: divides C.
         eps: added to the variance.
         silu: whether SiLU follows.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
         per_token: whether a measured scale is each pixel's own, and not each sample's.
 
     Returns:
         (N, C, H, W) int8, channels_last, and the scales, float32: (N,), (N, H, W) if `per_token`, or (0,) with a
-        `reciprocal`.
+        `inv_scale`.
 
     Raises:
         Unsupported: another dtype, device or size of an operand, groups that do not divide the channels, or too many
@@ -54,10 +54,10 @@ def group_norm_silu_quantize(
     if num_groups < 1 or channels % num_groups:
         raise Unsupported(f"{num_groups} groups for {channels} channels")
     arguments |= vector("weight", norm_weight, x, channels) | vector("bias", norm_bias, x, channels)
-    arguments |= factors(reciprocal, smoothing, x, channels)
-    per_token = per_token and reciprocal is None
+    arguments |= factors(inv_scale, inv_smooth, x, channels)
+    per_token = per_token and inv_scale is None
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
-    if reciprocal is not None:
+    if inv_scale is not None:
         scale = no_scale(x)
     else:
         scale = x.new_empty((samples, height, width) if per_token else (samples,), dtype=torch.float32)
@@ -67,7 +67,7 @@ def group_norm_silu_quantize(
     sizes = {"samples": samples, "pixels": height * width, "channels": channels, "groups": num_groups}
     try:
         scratch_bytes = binding.group_norm_scratch(
-            has_reciprocal=reciprocal is not None, per_token=per_token, device=arguments["device"], **sizes
+            has_inv_scale=inv_scale is not None, per_token=per_token, device=arguments["device"], **sizes
         )
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=x.device)
         binding.group_norm_silu_quantize(

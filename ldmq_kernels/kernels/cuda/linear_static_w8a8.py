@@ -10,7 +10,7 @@ from ldmq_kernels.kernels.cuda.quantize_static import quantize_static
 
 def linear_static_w8a8(
     x: Tensor,
-    reciprocal: Tensor,
+    inv_scale: Tensor,
     x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -21,7 +21,7 @@ def linear_static_w8a8(
 
     Args:
         x: (..., K) floating.
-        reciprocal: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
+        inv_scale: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
         x_scale: (1,) float32.
         weight: (N, K) int8.
         weight_scale: (N,) float32.
@@ -34,5 +34,5 @@ def linear_static_w8a8(
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
-    x_q = quantize_static(x.contiguous(), reciprocal, -1)
+    x_q = quantize_static(x.contiguous(), inv_scale, -1)
     return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, x.dtype)

@@ -16,7 +16,7 @@ def linear_w8a8(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
-    out_reciprocal: Tensor | None = None,
+    out_inv_scale: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on int8 activations and int8 weights.
 
@@ -27,8 +27,8 @@ def linear_w8a8(
         weight_scale: (N,) float32.
         bias: (N,) floating.
         residual: (..., N) of `out_dtype`, added last.
-        out_dtype: float16, bfloat16 or float32; int8 with `out_reciprocal`.
-        out_reciprocal: (1,) or (N,) float32: the output is quantized for the next int8 layer.
+        out_dtype: float16, bfloat16 or float32; int8 with `out_inv_scale`.
+        out_inv_scale: (1,) or (N,) float32: the output is quantized for the next int8 layer.
 
     Returns:
         (..., N) of `out_dtype`.
@@ -40,5 +40,5 @@ def linear_w8a8(
     weight = product.plain(weight, torch.int8, (columns, depth))
     x = product.int8(x_q).reshape(-1, depth).contiguous()
     out = torch.empty((*x_q.shape[:-1], columns), dtype=out_dtype, device=x.device)
-    terms = product.Terms(x_scale, weight_scale, bias, residual, out_reciprocal=out_reciprocal)
+    terms = product.Terms(x_scale, weight_scale, bias, residual, out_inv_scale=out_inv_scale)
     return product.run("linear_w8a8", x, weight, None, terms, out, depth=depth)

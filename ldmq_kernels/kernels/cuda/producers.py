@@ -13,19 +13,19 @@ from ldmq_kernels.kernels.dispatch import Unsupported
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def factors(reciprocal: Tensor | None, smoothing: Tensor | None, x: Tensor, channels: int) -> dict[str, Any]:
+def factors(inv_scale: Tensor | None, inv_smooth: Tensor | None, x: Tensor, channels: int) -> dict[str, Any]:
     """The arguments of a calibrated reciprocal, or of a smoothing vector for a measured scale.
 
     Raises:
         Unsupported: another dtype, device, layout or count.
     """
-    chosen, name = (smoothing, "smoothing") if reciprocal is None else (reciprocal, "reciprocal")
-    arguments = {"reciprocal": 0, "reciprocal_count": 0, "smoothing": 0}
+    chosen, name = (inv_smooth, "inv_smooth") if inv_scale is None else (inv_scale, "inv_scale")
+    arguments = {"inv_scale": 0, "inv_scale_count": 0, "inv_smooth": 0}
     if chosen is not None:
         extension.check_factors(chosen, name, x, channels)
         arguments[name] = chosen.data_ptr()
-    if reciprocal is not None:
-        arguments["reciprocal_count"] = reciprocal.numel()
+    if inv_scale is not None:
+        arguments["inv_scale_count"] = inv_scale.numel()
     return arguments
 
 

@@ -48,16 +48,16 @@ class Terms(NamedTuple):
         weight_scale: (N,) float32.
         bias: (N,) floating.
         residual: the output's shape and dtype.
-        sample_vector: (samples, N) of the output's dtype.
-        out_reciprocal: (1,) or (N,) float32, the reciprocal of an int8 output's scale.
+        sample_bias: (samples, N) of the output's dtype.
+        out_inv_scale: (1,) or (N,) float32, the reciprocal of an int8 output's scale.
     """
 
     x_scale: Tensor
     weight_scale: Tensor
     bias: Tensor | None = None
     residual: Tensor | None = None
-    sample_vector: Tensor | None = None
-    out_reciprocal: Tensor | None = None
+    sample_bias: Tensor | None = None
+    out_inv_scale: Tensor | None = None
 
     def checked(self, op: str, x: Tensor, out: Tensor, units: int) -> Terms:
         """The same beside x, of the dtypes that the kernels take, contiguous in the output's order.
@@ -72,7 +72,7 @@ class Terms(NamedTuple):
             Unsupported: another dtype, device or count; the text names op and operand.
         """
         columns = self.weight_scale.numel()
-        reciprocal, bias = self.out_reciprocal, self.bias
+        inv_scale, bias = self.out_inv_scale, self.bias
         if bias is not None:
             bias = _check(op, "bias", bias, x, tuple(_BIAS_DTYPES)).expand(columns).contiguous()
         return Terms(
@@ -80,13 +80,13 @@ class Terms(NamedTuple):
             _factors(op, "weight_scale", self.weight_scale, x, (columns, columns)),
             bias,
             _added(op, "residual", self.residual, x, out.shape, out.dtype),
-            _added(op, "sample_vector", self.sample_vector, x, (units, columns), out.dtype),
-            None if reciprocal is None else _factors(op, "out_reciprocal", reciprocal, x, (1, columns)),
+            _added(op, "sample_bias", self.sample_bias, x, (units, columns), out.dtype),
+            None if inv_scale is None else _factors(op, "out_inv_scale", inv_scale, x, (1, columns)),
         )
 
     def arguments(self, rows_of_unit: int) -> dict[str, Any]:
         """Of the binding, for terms that are checked."""
-        reciprocal = self.out_reciprocal
+        inv_scale = self.out_inv_scale
         return {
             "x_scale": self.x_scale.data_ptr(),
             "scale_count": self.x_scale.numel(),
@@ -94,10 +94,10 @@ class Terms(NamedTuple):
             "weight_scale": self.weight_scale.data_ptr(),
             "bias": _address(self.bias),
             "bias_dtype": "float32" if self.bias is None else _BIAS_DTYPES[self.bias.dtype],
-            "sample_vector": _address(self.sample_vector),
+            "sample_bias": _address(self.sample_bias),
             "residual": _address(self.residual),
-            "out_reciprocal": _address(reciprocal),
-            "out_reciprocal_count": 0 if reciprocal is None else reciprocal.numel(),
+            "out_inv_scale": _address(inv_scale),
+            "out_inv_scale_count": 0 if inv_scale is None else inv_scale.numel(),
         }
 
 
@@ -195,7 +195,7 @@ def run(
         weight: (N, depth) or (K, R, S, C) int8, or (N, depth / 2) uint8 holding int4; contiguous.
         multiplier: (N, groups) uint8 contiguous, of an int4 weight.
         terms: scales, and what is added.
-        out: (..., N) contiguous or (samples, N, P, Q) channels_last; floating, or int8 with an `out_reciprocal`.
+        out: (..., N) contiguous or (samples, N, P, Q) channels_last; floating, or int8 with an `out_inv_scale`.
         depth: input channels.
         pictures: of a convolution.
 

@@ -9,12 +9,12 @@ from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.dispatch import Unsupported
 
 
-def quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each picture of a batch with the scale of its own largest value.
 
     Args:
         x: (N, C, H, W) channels_last, float32, float16 or bfloat16.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in first.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in first.
 
     Returns:
         (N, C, H, W) int8, channels_last, and the scales (N,) float32.
@@ -26,14 +26,14 @@ def quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Te
         raise Unsupported(f"x has {x.dim()} axes, must be (N, C, H, W)")
     arguments = extension.source(x, torch.channels_last) | extension.target(x)
     samples, channels, height, width = x.shape
-    if smoothing is not None:
-        extension.check_factors(smoothing, "smoothing", x, channels)
+    if inv_smooth is not None:
+        extension.check_factors(inv_smooth, "inv_smooth", x, channels)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
     scale = torch.empty(samples, dtype=torch.float32, device=x.device)
     absmax = torch.empty(samples, dtype=torch.int32, device=x.device)
     extension.binding().quantize_per_sample(
         **arguments,
-        smoothing=0 if smoothing is None else smoothing.data_ptr(),
+        inv_smooth=0 if inv_smooth is None else inv_smooth.data_ptr(),
         q=q.data_ptr(),
         scale=scale.data_ptr(),
         absmax=absmax.data_ptr(),

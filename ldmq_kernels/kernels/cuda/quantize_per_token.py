@@ -9,12 +9,12 @@ from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.dispatch import Unsupported
 
 
-def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value.
 
     Args:
         x: (..., K) contiguous, float32, float16 or bfloat16.
-        smoothing: (K,) float32 reciprocal smoothing vector, multiplied in first.
+        inv_smooth: (K,) float32 reciprocal smoothing vector, multiplied in first.
 
     Returns:
         (..., K) int8 and the scales (...) float32.
@@ -26,13 +26,13 @@ def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Ten
         raise Unsupported("x has no axis of channels")
     arguments = extension.source(x, torch.contiguous_format) | extension.target(x)
     channels = x.shape[-1]
-    if smoothing is not None:
-        extension.check_factors(smoothing, "smoothing", x, channels)
+    if inv_smooth is not None:
+        extension.check_factors(inv_smooth, "inv_smooth", x, channels)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     extension.binding().quantize_per_token(
         **arguments,
-        smoothing=0 if smoothing is None else smoothing.data_ptr(),
+        inv_smooth=0 if inv_smooth is None else inv_smooth.data_ptr(),
         q=q.data_ptr(),
         scale=scale.data_ptr(),
         rows=scale.numel(),

@@ -9,13 +9,13 @@ from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.dispatch import Unsupported
 
 
-def quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
+def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     """Quantize with a calibrated scale.
 
     Args:
         x: float32, float16 or bfloat16; (N, C, H, W) channels_last with `channel_dim` 1, or (..., C) contiguous.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
-        channel_dim: the axis of x that `reciprocal` runs along, 1 or -1.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
+        channel_dim: the axis of x that `inv_scale` runs along, 1 or -1.
 
     Returns:
         int8 of x's shape and strides.
@@ -29,12 +29,12 @@ def quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
     memory_format = torch.channels_last if pictures else torch.contiguous_format
     arguments = extension.source(x, memory_format) | extension.target(x)
     channels = x.shape[channel_dim]
-    extension.check_factors(reciprocal, "reciprocal", x, channels)
+    extension.check_factors(inv_scale, "inv_scale", x, channels)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=memory_format)
     extension.binding().quantize_static(
         **arguments,
-        reciprocal=reciprocal.data_ptr(),
-        reciprocal_count=reciprocal.numel(),
+        inv_scale=inv_scale.data_ptr(),
+        inv_scale_count=inv_scale.numel(),
         q=q.data_ptr(),
         rows=x.numel() // max(channels, 1),
         channels=channels,

@@ -1,4 +1,4 @@
-"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_vector + residual, in exact integers."""
+"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, in exact integers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def conv2d_w8a8(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    sample_vector: Tensor | None,
+    sample_bias: Tensor | None,
     residual: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
@@ -33,7 +33,7 @@ def conv2d_w8a8(
         weight: (K, R, S, C / groups) int8, or the CPU backend's packed form.
         weight_scale: (K,) float32.
         bias: (K,) floating.
-        sample_vector: (N, K) floating, added to every position (the time embedding).
+        sample_bias: (N, K) floating, added to every position (the time embedding).
         residual: (N, K, P, Q) floating, added last.
         kernel_size: (R, S), which a packed weight no longer shows.
         padding: zeros at (top, bottom, left, right).
@@ -51,8 +51,8 @@ def conv2d_w8a8(
     out = accumulator * x_scale.view(-1, 1, 1, 1) * weight_scale.view(1, -1, 1, 1)
     if bias is not None:
         out = out + bias.float().view(1, -1, 1, 1)
-    if sample_vector is not None:
-        out = out + sample_vector.float()[:, :, None, None]
+    if sample_bias is not None:
+        out = out + sample_bias.float()[:, :, None, None]
     if residual is not None:
         out = out + residual.float()
     return out.to(out_dtype).contiguous(memory_format=torch.channels_last)

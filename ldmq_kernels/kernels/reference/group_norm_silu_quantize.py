@@ -24,8 +24,8 @@ def group_norm_silu_quantize(
     num_groups: int,
     eps: float,
     silu: bool,
-    reciprocal: Tensor | None,
-    smoothing: Tensor | None,
+    inv_scale: Tensor | None,
+    inv_smooth: Tensor | None,
     per_token: bool,
 ) -> tuple[Tensor, Tensor]:
     """Group normalization, SiLU where asked for, and the quantization of the result.
@@ -37,23 +37,23 @@ def group_norm_silu_quantize(
         num_groups: divides C.
         eps: added to the variance.
         silu: whether SiLU follows.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
         per_token: whether a measured scale is each pixel's own, and not each sample's.
 
     Returns:
         (N, C, H, W) int8, channels_last, and the scales, float32: (N,), (N, H, W) if `per_token`, or (0,) with a
-        `reciprocal`.
+        `inv_scale`.
     """
     weight, bias = (None if v is None else v.float() for v in (norm_weight, norm_bias))
     normed = torch.nn.functional.group_norm(x.float(), num_groups, weight, bias, eps)
     pixels = (torch.nn.functional.silu(normed) if silu else normed).permute(0, 2, 3, 1).contiguous()
-    if per_token or reciprocal is not None:
-        q, scale = quantize_tokens(pixels, reciprocal, smoothing)
+    if per_token or inv_scale is not None:
+        q, scale = quantize_tokens(pixels, inv_scale, inv_smooth)
         return q.permute(0, 3, 1, 2), scale
     if not x.numel():
         return pixels.to(torch.int8).permute(0, 3, 1, 2), no_scale(x).new_empty(x.shape[0])
-    factor = torch.ones_like(normed[0, :, 0, 0]) if smoothing is None else smoothing
+    factor = torch.ones_like(normed[0, :, 0, 0]) if inv_smooth is None else inv_smooth
     lowest, highest = normed.amin((2, 3)), normed.amax((2, 3))  # (N, C)
     bound = torch.maximum(_at(lowest, silu).abs(), _at(highest, silu).abs())
     if silu:

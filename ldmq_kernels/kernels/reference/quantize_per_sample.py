@@ -9,18 +9,18 @@ from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 from ldmq_kernels.kernels.reference.quantize_static import round_to_int8
 
 
-def quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each picture of a batch with the scale of its own largest value.
 
     Args:
         x: (N, C, H, W) floating.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in first.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in first.
 
     Returns:
         (N, C, H, W) int8, channels_last, and the scales (N,) float32.
     """
     y = x.contiguous(memory_format=torch.channels_last).float()
-    if smoothing is not None:
-        y = y * smoothing.view(1, -1, 1, 1)
+    if inv_smooth is not None:
+        y = y * inv_smooth.view(1, -1, 1, 1)
     scale = dynamic_scale(y.abs().amax((1, 2, 3))) if y.numel() else torch.empty(y.shape[0], device=y.device)
     return round_to_int8(y * (1 / scale).view(-1, 1, 1, 1)), scale

@@ -15,18 +15,18 @@ def dynamic_scale(absmax: Tensor) -> Tensor:
     return absmax.clamp_min(ABSMAX_FLOOR) / absmax.new_tensor(127)  # a GPU multiplies by 1 / 127 for a plain 127
 
 
-def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value.
 
     Args:
         x: (..., K) floating.
-        smoothing: (K,) float32 reciprocal smoothing vector, multiplied in first.
+        inv_smooth: (K,) float32 reciprocal smoothing vector, multiplied in first.
 
     Returns:
         (..., K) int8 and the scales (...) float32.
     """
     y = x.contiguous().float()
-    if smoothing is not None:
-        y = y * smoothing
+    if inv_smooth is not None:
+        y = y * inv_smooth
     scale = dynamic_scale(y.abs().amax(-1)) if y.numel() else torch.empty(y.shape[:-1], device=y.device)
     return round_to_int8(y * (1 / scale).unsqueeze(-1)), scale

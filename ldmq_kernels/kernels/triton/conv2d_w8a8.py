@@ -1,4 +1,4 @@
-"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_vector + residual, in exact int32.
+"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, in exact int32.
 
 As the left operand a window of x goes through registers, since it is reshaped; transposed, with the weight on the
 left, both operands reach the tensor cores straight from shared memory. 160 columns are two accumulators, as in
@@ -148,7 +148,7 @@ def conv2d_w8a8(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    sample_vector: Tensor | None,
+    sample_bias: Tensor | None,
     residual: Tensor | None,
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
@@ -166,7 +166,7 @@ def conv2d_w8a8(
         weight: (K, R, S, C / groups) int8.
         weight_scale: (K,) float32.
         bias: (K,) floating.
-        sample_vector: (N, K) floating, added to every position (the time embedding).
+        sample_bias: (N, K) floating, added to every position (the time embedding).
         residual: (N, K, P, Q) floating, added last.
         kernel_size: (R, S).
         padding: zeros at (top, bottom, left, right).
@@ -183,7 +183,7 @@ def conv2d_w8a8(
     weight = plain(weight, torch.int8, (conv.out_channels, *conv.kernel_size, conv.group_channels))
     x = int8(x_q).contiguous(memory_format=torch.channels_last)
     out = conv.output(x, stored_dtype(x, out_dtype))
-    epilogue = Epilogue.of_convolution(conv, x_scale, weight_scale, bias, sample_vector, residual)
+    epilogue = Epilogue.of_convolution(conv, x_scale, weight_scale, bias, sample_bias, residual)
     if out.numel() == 0:
         return out.to(out_dtype)
     by_windows = conv.has_windows(x)

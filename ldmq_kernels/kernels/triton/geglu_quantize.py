@@ -73,30 +73,30 @@ def _geglu_quantize(
     )
 
 
-def geglu_quantize(x: Tensor, reciprocal: Tensor | None, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def geglu_quantize(x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gated half of a GEGLU layer and the quantization of its result.
 
     Args:
         x: (..., 2 C) floating: the values, then their gates.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
 
     Returns:
-        (..., C) int8 and the scales (...) float32, or (0,) with a `reciprocal`.
+        (..., C) int8 and the scales (...) float32, or (0,) with a `inv_scale`.
 
     Raises:
         Unsupported: x is not float16, bfloat16 or float32, or C is above 16384 and the scale measured.
     """
     x = floating(x).contiguous()
     channels = x.shape[-1] // 2
-    q, scale = token_outputs(x, channels, reciprocal)
+    q, scale = token_outputs(x, channels, inv_scale)
     if q.numel() == 0:
         return q, scale
     rows = q.numel() // channels
-    tile = row_tile(channels) if reciprocal is None else elementwise_tile(rows, channels)
-    keywords = factors(reciprocal, smoothing, channels) | tile
+    tile = row_tile(channels) if inv_scale is None else elementwise_tile(rows, channels)
+    keywords = factors(inv_scale, inv_smooth, channels) | tile
     with on_device(x):
         _geglu_quantize[(programs(rows, channels, tile),)](
-            x, out_ptr=q, scale_ptr=scale, rows=rows, channels=channels, DYNAMIC=reciprocal is None, **keywords
+            x, out_ptr=q, scale_ptr=scale, rows=rows, channels=channels, DYNAMIC=inv_scale is None, **keywords
         )
     return q, scale

@@ -96,7 +96,7 @@ def _store_group(
     shift: tl.tensor,  # (1, BLOCK_G) float32
     least: tl.tensor,  # (1, BLOCK_G) float32, of x
     largest: tl.tensor,
-    smoothing_ptr: tl.tensor,  # (channels,) float32, or None
+    inv_smooth_ptr: tl.tensor,  # (channels,) float32, or None
     normalization_ptr: tl.tensor,  # (samples, 2, channels) float32: mean, multiplier
     bound_ptr: tl.tensor,  # (samples, groups) float32, or None
     sample: tl.tensor,
@@ -117,8 +117,8 @@ def _store_group(
             bound = tl.where((low < SILU_DIP_AT) & (high > SILU_DIP_AT) & (bound < SILU_DIP), SILU_DIP, bound)
         else:
             bound = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL)
-        if smoothing_ptr is not None:
-            bound = bound * tl.load(smoothing_ptr + channel, mask=channel_mask, other=0.0)
+        if inv_smooth_ptr is not None:
+            bound = bound * tl.load(inv_smooth_ptr + channel, mask=channel_mask, other=0.0)
         tl.store(bound_ptr + tl.program_id(0), tl.max(absolute_maximum(tl.where(channel_mask, bound, 0.0), 1), 0))
 
 
@@ -127,7 +127,7 @@ def merge_statistics(
     statistics_ptr: tl.tensor,  # (samples, parts, 2 or 4, channels) float32: mean, M2, least and largest value
     weight_ptr: tl.tensor,  # (channels,) floating, or None
     bias_ptr: tl.tensor,  # (channels,) floating, or None
-    smoothing_ptr: tl.tensor,  # (channels,) float32, or None
+    inv_smooth_ptr: tl.tensor,  # (channels,) float32, or None
     normalization_ptr: tl.tensor,  # (samples, 2, channels) float32: mean, multiplier
     bound_ptr: tl.tensor,  # (samples, groups) float32, or None where there are no extremes
     pixels: tl.tensor,
@@ -175,7 +175,7 @@ def merge_statistics(
         shift,
         tl.min(least, 0, keep_dims=True),
         tl.max(largest, 0, keep_dims=True),
-        smoothing_ptr,
+        inv_smooth_ptr,
         normalization_ptr,
         bound_ptr,
         sample,

@@ -32,8 +32,8 @@ def group_norm_silu_quantize(
     num_groups: int,
     eps: float,
     silu: bool,
-    reciprocal: Tensor | None,
-    smoothing: Tensor | None,
+    inv_scale: Tensor | None,
+    inv_smooth: Tensor | None,
     per_token: bool,
 ) -> tuple[Tensor, Tensor]:
     """Group normalization, SiLU where asked for, and the quantization of the result.
@@ -45,13 +45,13 @@ def group_norm_silu_quantize(
         num_groups: divides C.
         eps: added to the variance.
         silu: whether SiLU follows.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
         per_token: whether a measured scale is each pixel's own, and not each sample's.
 
     Returns:
         (N, C, H, W) int8, channels_last, and the scales, float32: (N,), (N, H, W) if `per_token`, or (0,) with a
-        `reciprocal`.
+        `inv_scale`.
 
     Raises:
         Unsupported: x is not float16, bfloat16 or float32, the groups do not divide the channels, or there are more
@@ -61,9 +61,9 @@ def group_norm_silu_quantize(
     samples, channels, height, width = x.shape
     if num_groups < 1 or channels % num_groups:
         raise Unsupported(f"{num_groups} groups for {channels} channels")
-    per_token = per_token and reciprocal is None
+    per_token = per_token and inv_scale is None
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
-    if reciprocal is not None:
+    if inv_scale is not None:
         scale = no_scale(x)
     else:
         scale = x.new_empty((samples, height, width) if per_token else (samples,), dtype=torch.float32)
@@ -71,14 +71,14 @@ def group_norm_silu_quantize(
         return q, scale
     pixels, group = height * width, channels // num_groups
     norm = {"weight_ptr": channel_vector(norm_weight, channels), "bias_ptr": channel_vector(norm_bias, channels)}
-    factor = factors(reciprocal, smoothing, channels)
+    factor = factors(inv_scale, inv_smooth, channels)
     is_slab = triton.next_power_of_2(group) * pixels <= SLAB_ELEMENTS
     with on_device(x):
-        if is_slab and reciprocal is not None:
+        if is_slab and inv_scale is not None:
             _launch_slabs(x, norm, factor, q, None, None, num_groups, eps, silu)
             return q, scale
         bounds = None
-        if reciprocal is None and not per_token:
+        if inv_scale is None and not per_token:
             bounds = x.new_empty((samples, num_groups), dtype=torch.float32)
         normalization = x.new_empty((samples, 2, channels), dtype=torch.float32)
         if is_slab:
@@ -145,7 +145,7 @@ def _launch_slabs(
 def _launch_statistics(
     x: Tensor,
     norm: dict[str, Any],
-    smoothing: Tensor | None,
+    inv_smooth: Tensor | None,
     normalization: Tensor,
     bounds: Tensor | None,
     num_groups: int,
@@ -165,7 +165,7 @@ def _launch_statistics(
     block_g = triton.next_power_of_2(group)
     merge_statistics[(samples * num_groups,)](
         statistics,
-        smoothing_ptr=None if bounds is None else smoothing,
+        inv_smooth_ptr=None if bounds is None else inv_smooth,
         normalization_ptr=normalization,
         bound_ptr=bounds,
         eps=eps,

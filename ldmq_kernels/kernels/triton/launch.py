@@ -41,7 +41,7 @@ class Epilogue(NamedTuple):
         x_scale: Tensor | None,
         weight_scale: Tensor,
         bias: Tensor | None,
-        sample_vector: Tensor | None,
+        sample_bias: Tensor | None,
         residual: Tensor | None,
     ) -> Epilogue:
         """From an op's arguments.
@@ -53,7 +53,7 @@ class Epilogue(NamedTuple):
             None if x_scale is None else activation_scale(x_scale, conv.samples),
             weight_scale.contiguous(),
             expanded(bias, (conv.out_channels,)),
-            expanded(sample_vector, (conv.samples, conv.out_channels)),
+            expanded(sample_bias, (conv.samples, conv.out_channels)),
             expanded(residual, conv.out_shape, is_image=True),
         )
 

@@ -70,8 +70,8 @@ def layer_norm_quantize(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
-    reciprocal: Tensor | None,
-    smoothing: Tensor | None,
+    inv_scale: Tensor | None,
+    inv_smooth: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Layer normalization over the last axis and the quantization of the result.
 
@@ -80,18 +80,18 @@ def layer_norm_quantize(
         norm_weight: (C,) floating, or None for ones.
         norm_bias: (C,) floating, or None for zeros.
         eps: added to the variance.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
 
     Returns:
-        (..., C) int8 and the scales (...) float32, or (0,) with a `reciprocal`.
+        (..., C) int8 and the scales (...) float32, or (0,) with a `inv_scale`.
 
     Raises:
         Unsupported: x is not float16, bfloat16 or float32, or C is above 16384.
     """
     x = floating(x).contiguous()
     channels = x.shape[-1]
-    q, scale = token_outputs(x, channels, reciprocal)
+    q, scale = token_outputs(x, channels, inv_scale)
     if q.numel() == 0:
         return q, scale
     rows = q.numel() // channels
@@ -105,8 +105,8 @@ def layer_norm_quantize(
             rows=rows,
             channels=channels,
             eps=eps,
-            DYNAMIC=reciprocal is None,
-            **factors(reciprocal, smoothing, channels),
+            DYNAMIC=inv_scale is None,
+            **factors(inv_scale, inv_smooth, channels),
             **row_tile(channels),
         )
     return q, scale

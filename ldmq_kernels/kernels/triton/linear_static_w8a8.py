@@ -20,7 +20,7 @@ MOST_ROWS = 128  # below, one launch costs less than two whatever they do
 
 def linear_static_w8a8(
     x: Tensor,
-    reciprocal: Tensor,
+    inv_scale: Tensor,
     x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -31,7 +31,7 @@ def linear_static_w8a8(
 
     Args:
         x: (..., K) floating.
-        reciprocal: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
+        inv_scale: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
         x_scale: (1,) float32, the scale.
         weight: (N, K) int8.
         weight_scale: (N,) float32.
@@ -46,9 +46,9 @@ def linear_static_w8a8(
     """
     columns, depth = weight_scale.shape[0], x.shape[-1]
     weight = plain(weight, torch.int8, (columns, depth))
-    if reciprocal.numel() not in (1, depth):
-        raise Unsupported(f"{reciprocal.numel()} reciprocals for {depth} channels")
+    if inv_scale.numel() not in (1, depth):
+        raise Unsupported(f"{inv_scale.numel()} reciprocals for {depth} channels")
     rest = (x_scale, weight, weight_scale, bias, residual, x.dtype)
     if columns > MOST_COLUMNS and x.numel() > MOST_ROWS * depth:
-        return product("linear_w8a8", quantize_static(x, reciprocal, -1), None, *rest)
-    return product("linear_static_w8a8", floating(x), reciprocal.contiguous(), *rest)
+        return product("linear_w8a8", quantize_static(x, inv_scale, -1), None, *rest)
+    return product("linear_static_w8a8", floating(x), inv_scale.contiguous(), *rest)

@@ -33,25 +33,25 @@ from ldmq_kernels.kernels.triton.rounding import round_to_int8
 @triton.jit
 def _quantized(
     x: tl.tensor,
-    reciprocal_ptr: tl.tensor,
+    inv_scale_ptr: tl.tensor,
     first: tl.tensor,
     depth: tl.tensor,
     BLOCK_K: tl.constexpr,
-    ONE_RECIPROCAL: tl.constexpr,
+    ONE_INV_SCALE: tl.constexpr,
 ) -> tl.tensor:
     """(BLOCK_M, BLOCK_K) floating to int8, as quantize_static does."""
-    if ONE_RECIPROCAL:
-        y = x.to(tl.float32) * tl.load(reciprocal_ptr)
+    if ONE_INV_SCALE:
+        y = x.to(tl.float32) * tl.load(inv_scale_ptr)
     else:
         k = first + tl.arange(0, BLOCK_K)
-        y = x.to(tl.float32) * tl.load(reciprocal_ptr + k, mask=k < depth, other=0.0)[None, :]
+        y = x.to(tl.float32) * tl.load(inv_scale_ptr + k, mask=k < depth, other=0.0)[None, :]
     return round_to_int8(y)
 
 
 @triton.jit
 def _linear_w8a8(
     x: tl.tensor,  # (rows, depth) int8, or floating with a reciprocal: a descriptor or a pointer
-    reciprocal_ptr: tl.tensor,  # (1,) or (depth,) float32: quantize x on the way in; or None
+    inv_scale_ptr: tl.tensor,  # (1,) or (depth,) float32: quantize x on the way in; or None
     x_scale_ptr: tl.tensor,  # (1,) or (rows,) float32
     weight: tl.tensor,  # (columns, depth) int8, so K-major for the tensor core: a descriptor or a pointer
     extra_weight: tl.tensor,  # the same with blocks of EXTRA_N rows, or None
@@ -62,7 +62,7 @@ def _linear_w8a8(
     rows: tl.tensor,
     columns: tl.tensor,
     depth: tl.tensor,
-    ONE_RECIPROCAL: tl.constexpr,
+    ONE_INV_SCALE: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     TILED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,8 +84,8 @@ def _linear_w8a8(
             extra = tl.zeros((BLOCK_M, EXTRA_N), tl.int32)
         for k in range(start, stop, BLOCK_K):
             x_block = load_block(x, first_row, rows, k, depth, BLOCK_M, BLOCK_K, TILED)
-            if reciprocal_ptr is not None:
-                x_block = _quantized(x_block, reciprocal_ptr, k, depth, BLOCK_K, ONE_RECIPROCAL)
+            if inv_scale_ptr is not None:
+                x_block = _quantized(x_block, inv_scale_ptr, k, depth, BLOCK_K, ONE_INV_SCALE)
             block = load_block(weight, first_column, columns, k, depth, BLOCK_N, BLOCK_K, TILED)
             accumulator = tl.dot(x_block, block.T, accumulator, out_dtype=tl.int32)
             if EXTRA_N > 0:
@@ -104,7 +104,7 @@ def _linear_w8a8(
 def product(
     op: str,
     x: Tensor,
-    reciprocal: Tensor | None,
+    inv_scale: Tensor | None,
     x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -112,7 +112,7 @@ def product(
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The kernel's launch with operands that are checked: x (..., K) int8, or floating with a `reciprocal`."""
+    """The kernel's launch with operands that are checked: x (..., K) int8, or floating with a `inv_scale`."""
     columns, depth = weight.shape
     matrix = x.reshape(-1, depth).contiguous()
     rows = matrix.shape[0]
@@ -130,7 +130,7 @@ def product(
     with on_device(x):
         _linear_w8a8[grid(tile, triton.cdiv(rows, tile.rows), columns, x.device)](
             operand(matrix, tile.rows, tile.depth, tiled),
-            reciprocal,
+            inv_scale,
             x_scale,
             operand(weight, tile.main_columns, tile.depth, tiled),
             operand(weight, tile.extra_columns, tile.depth, tiled),
@@ -141,7 +141,7 @@ def product(
             rows,
             columns,
             depth,
-            ONE_RECIPROCAL=reciprocal is not None and reciprocal.numel() == 1,
+            ONE_INV_SCALE=inv_scale is not None and inv_scale.numel() == 1,
             ONE_SCALE=x_scale.numel() == 1,
             TILED=tiled,
             **tile.options_with_extra(),

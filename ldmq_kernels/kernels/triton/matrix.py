@@ -2,7 +2,7 @@
 
 Epilogue, in float32, rounded once to the output's dtype:
 
-    out = accumulator * x_scale * weight_scale + bias + sample_vector + residual
+    out = accumulator * x_scale * weight_scale + bias + sample_bias + residual
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def store_slice(
 def store_tile(
     accumulator: tl.tensor,  # (BLOCK_M, any width) int32 or float32
     terms: tl.tuple,  # pointers or None: x_scale (one, or one a sample), weight_scale (columns,), both float32;
-    # bias (columns,), sample_vector (samples, columns), residual (rows, columns), floating
+    # bias (columns,), sample_bias (samples, columns), residual (rows, columns), floating
     out_ptr: tl.tensor,  # (rows, columns) floating, or (SPLITS, rows, columns) int32
     rows: tl.tensor,
     columns: tl.tensor,

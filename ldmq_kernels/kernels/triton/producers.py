@@ -68,23 +68,23 @@ def channel_vector(vector: Tensor | None, channels: int) -> Tensor | None:
     return vector.contiguous()
 
 
-def factors(reciprocal: Tensor | None, smoothing: Tensor | None, channels: int) -> dict[str, Any]:
+def factors(inv_scale: Tensor | None, inv_smooth: Tensor | None, channels: int) -> dict[str, Any]:
     """Keyword arguments of `store_quantized`: the factor is a calibrated reciprocal, or a smoothing vector or None.
 
     Raises:
         Unsupported: there are neither one nor `channels` of them.
     """
-    if reciprocal is None:
-        return {"factor_ptr": channel_vector(smoothing, channels), "ONE_FACTOR": False}
-    if reciprocal.numel() not in (1, channels):
-        raise Unsupported(f"{reciprocal.numel()} reciprocals for {channels} channels")
-    return {"factor_ptr": reciprocal.contiguous(), "ONE_FACTOR": reciprocal.numel() == 1}
+    if inv_scale is None:
+        return {"factor_ptr": channel_vector(inv_smooth, channels), "ONE_FACTOR": False}
+    if inv_scale.numel() not in (1, channels):
+        raise Unsupported(f"{inv_scale.numel()} reciprocals for {channels} channels")
+    return {"factor_ptr": inv_scale.contiguous(), "ONE_FACTOR": inv_scale.numel() == 1}
 
 
-def token_outputs(x: Tensor, channels: int, reciprocal: Tensor | None) -> tuple[Tensor, Tensor]:
+def token_outputs(x: Tensor, channels: int, inv_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Empty results of a producer over the last axis: (..., channels) int8, and the scales or (0,)."""
     q = torch.empty((*x.shape[:-1], channels), dtype=torch.int8, device=x.device)
-    if reciprocal is not None:
+    if inv_scale is not None:
         return q, no_scale(x)
     return q, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
 

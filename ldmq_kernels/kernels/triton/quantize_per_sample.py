@@ -75,12 +75,12 @@ def _quantize_samples(
     store_quantized(y, None, out_ptr + start, None, row, channel, row_mask, channel_mask, channels, False, False)
 
 
-def quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each picture of a batch with the scale of its own largest value.
 
     Args:
         x: (N, C, H, W) floating.
-        smoothing: (C,) float32 reciprocal smoothing vector, multiplied in first.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in first.
 
     Returns:
         (N, C, H, W) int8, channels_last, and the scales (N,) float32.
@@ -95,7 +95,7 @@ def quantize_per_sample(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Te
     if x.numel() == 0:
         return out, scale
     pixels = height * width
-    factor = factors(None, smoothing, channels)
+    factor = factors(None, inv_smooth, channels)
     parts = parts_of_samples(samples, pixels, channels)
     tile, programs = sample_tile(samples, pixels, channels)
     maxima = torch.empty((samples, parts.count * parts.column_blocks), dtype=torch.float32, device=x.device)

@@ -35,12 +35,12 @@ def _quantize_per_token(
     )
 
 
-def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value.
 
     Args:
         x: (..., K) floating.
-        smoothing: (K,) float32 reciprocal smoothing vector, multiplied in first.
+        inv_smooth: (K,) float32 reciprocal smoothing vector, multiplied in first.
 
     Returns:
         (..., K) int8 and the scales (...) float32.
@@ -62,7 +62,7 @@ def quantize_per_token(x: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Ten
             scale_ptr=scale,
             rows=rows,
             channels=channels,
-            **factors(None, smoothing, channels),
+            **factors(None, inv_smooth, channels),
             **row_tile(channels),
         )
     return out, scale

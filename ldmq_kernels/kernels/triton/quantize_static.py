@@ -33,13 +33,13 @@ def _quantize_static(
     )
 
 
-def quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
+def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     """Quantize with a calibrated scale.
 
     Args:
         x: any shape, floating; (N, C, H, W) where `channel_dim` is 1.
-        reciprocal: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
-        channel_dim: the axis of x that `reciprocal` runs along, 1 or -1.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
+        channel_dim: the axis of x that `inv_scale` runs along, 1 or -1.
 
     Returns:
         int8 of x's shape, channels_last for a 4-D x with channels in axis 1.
@@ -51,7 +51,7 @@ def quantize_static(x: Tensor, reciprocal: Tensor, channel_dim: int) -> Tensor:
     x = floating(x).contiguous(memory_format=layout)
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=layout)
     channels = x.shape[1] if layout == torch.channels_last else x.shape[-1] if x.dim() else 1
-    keywords = factors(reciprocal, None, channels)
+    keywords = factors(inv_scale, None, channels)
     if x.numel() == 0:
         return out
     rows = x.numel() // channels

@@ -40,7 +40,7 @@ def quantized_norm(norm: nn.GroupNorm, x: Tensor, layer: Any, silu: bool, per_to
         norm.num_groups,
         norm.eps,
         silu,
-        layer.input_reciprocal,
+        layer.input_inv_scale,
         layer.smoothing,
         per_token,
     )
@@ -48,4 +48,4 @@ def quantized_norm(norm: nn.GroupNorm, x: Tensor, layer: Any, silu: bool, per_to
 
 def quantized_layer_norm(norm: nn.LayerNorm, x: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
     """LayerNorm and the quantization that `layer` wants, in one op; x (..., C)."""
-    return ops.layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, layer.input_reciprocal, layer.smoothing)
+    return ops.layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, layer.input_inv_scale, layer.smoothing)

@@ -95,7 +95,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
             return projection(temb)
         if not takes_int8(projection):
             return projection(self.nonlinearity(temb))
-        x_q, scale = ops.silu_quantize(temb, projection.input_reciprocal, projection.smoothing)
+        x_q, scale = ops.silu_quantize(temb, projection.input_inv_scale, projection.smoothing)
         return projection.linear(x_q, scale, temb.dtype)
 
     def _convolve(

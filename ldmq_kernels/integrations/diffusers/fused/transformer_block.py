@@ -156,7 +156,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         proj, out = net[0].proj, net[2]
         hidden = proj.linear(*quantized_layer_norm(norm, x, proj), x.dtype) if takes_int8(proj) else proj(norm(x))
         if takes_int8(out):
-            x_q, scale = ops.geglu_quantize(hidden, out.input_reciprocal, out.smoothing)
+            x_q, scale = ops.geglu_quantize(hidden, out.input_inv_scale, out.smoothing)
             return out.linear(x_q, scale, x.dtype, x)
         value, gate = hidden.chunk(2, dim=-1)
         return out(value * net[0].gelu(gate)) + x
@@ -170,7 +170,7 @@ def _is_traced(x: Tensor) -> bool:
 def _quantized(layer: QuantLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """An input that has no producer, as a layer wants it."""
     if layer.scheme.is_static:
-        return ops.quantize_static(x, layer.input_reciprocal, -1), None
+        return ops.quantize_static(x, layer.input_inv_scale, -1), None
     return ops.quantize_per_token(x, layer.smoothing)
 
 

@@ -10,13 +10,13 @@ from ldmq_kernels.numerics.affine import INT8_MAX
 FINER = 2 * INT8_MAX  # steps of the second value in one of the first: a remainder is half a step at most
 
 
-def quantize_pair(x: Tensor, high: Tensor, reciprocal: Tensor, axis: int) -> Tensor:
+def quantize_low_part(x: Tensor, high: Tensor, inv_scale: Tensor, axis: int) -> Tensor:
     """The second value of each pair: x = (high + low / FINER) / reciprocal, to 16 bits.
 
     Args:
         x: floating.
         high: int8, as x: the rounded x * reciprocal, as `quantize_static` gives it.
-        reciprocal: (1,) or (C,) float32.
+        inv_scale: (1,) or (C,) float32.
         axis: of the channels.
 
     Returns:
@@ -24,5 +24,5 @@ def quantize_pair(x: Tensor, high: Tensor, reciprocal: Tensor, axis: int) -> Ten
     """
     shape = [1] * x.dim()
     shape[axis] = -1
-    remainder = torch.addcmul(-high.float(), x.float(), reciprocal.view(shape))
+    remainder = torch.addcmul(-high.float(), x.float(), inv_scale.view(shape))
     return remainder.mul_(FINER).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)

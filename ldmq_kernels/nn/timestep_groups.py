@@ -1,4 +1,4 @@
-"""The input scales of stepped layers follow the time step that their model is called with.
+"""The input scales of timestep layers follow the timestep that their model is called with.
 
 All scales of a model lie in one table with a row for each group of sampling steps. When a call begins, a hook on the
 model looks up its row on the device, without waiting for it, and writes it where the layers read: one bucketize and
@@ -22,8 +22,8 @@ ALIGNMENT = 4  # floats: kernels read reciprocals in pieces of 16 bytes
 
 
 @dataclass(eq=False)
-class StepValues:
-    """The scales of all stepped layers on one device.
+class TimestepScales:
+    """The scales of all timestep layers on one device.
 
     Attributes:
         edges: (groups - 1,) float32, the boundaries ascending.
@@ -39,13 +39,13 @@ class StepValues:
 
 
 @dataclass(eq=False)
-class Slot:
-    """A layer's place in a row: its scale at `start`, its reciprocal of `size` from `reciprocal` on."""
+class TimestepScaleView:
+    """A layer's place in a row: its scale at `start`, its reciprocal of `size` from `inv_scale` on."""
 
-    groups: StepGroups
-    values: StepValues
+    groups: TimestepGroups
+    values: TimestepScales
     start: int
-    reciprocal: int
+    inv_scale: int
     size: int
 
     def traced_scale(self, otherwise: Tensor | None) -> Tensor | None:
@@ -53,30 +53,30 @@ class Slot:
         row = self.values.traced
         return otherwise if row is None else row[self.start : self.start + 1]
 
-    def traced_reciprocal(self, otherwise: Tensor | None) -> Tensor | None:
+    def traced_inv_scale(self, otherwise: Tensor | None) -> Tensor | None:
         """(size,) of the traced call; `otherwise` where only a part of the model is traced."""
         row = self.values.traced
-        return otherwise if row is None else row[self.reciprocal : self.reciprocal + self.size]
+        return otherwise if row is None else row[self.inv_scale : self.inv_scale + self.size]
 
 
-class StepGroups:
+class TimestepGroups:
     """Hooks of a model; see `attach`.
 
     Attributes:
-        is_stale: a stepped layer was filled, loaded or moved since the tables were made.
+        is_stale: a timestep layer was filled, loaded or moved since the tables were made.
     """
 
     def __init__(self, boundaries: Sequence[float], position: int) -> None:
         self.boundaries = tuple(boundaries)
         self.position = position
         self.handles: list[Any] = []
-        self.devices: list[StepValues] = []
+        self.devices: list[TimestepScales] = []
         self.is_stale = True
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Choose the group of the time step that the model is called with; of a batch, of its first element's."""
+        """Choose the group of the timestep that the model is called with; of a batch, of its first element's."""
         if "timestep" not in kwargs and len(args) <= self.position:
-            raise ValueError(f"{type(model).__name__} has stepped layers and must be called with a timestep")
+            raise ValueError(f"{type(model).__name__} has timestep layers and must be called with a timestep")
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[self.position]
         if self.is_stale:  # a compiler reads the tables below only after this
             self.find_layers(model)
@@ -94,17 +94,17 @@ class StepGroups:
 
     @torch.compiler.assume_constant_result
     def find_layers(self, model: nn.Module) -> int:
-        """Build the tables of the model's stepped layers anew; gives the number of layers."""
+        """Build the tables of the model's timestep layers anew; gives the number of layers."""
         by_device: dict[torch.device, list[QuantizedLayer]] = {}
         for layer in model.modules():
-            if isinstance(layer, QuantizedLayer) and layer.scheme.is_stepped:
+            if isinstance(layer, QuantizedLayer) and layer.scheme.has_timestep_scales:
                 by_device.setdefault(layer.input_scale.device, []).append(layer)
         with torch.inference_mode(False), torch.no_grad():
             self.devices = [self._tabulate(layers, device) for device, layers in by_device.items()]
         self.is_stale = False
         return sum(map(len, by_device.values()))
 
-    def _tabulate(self, layers: list[QuantizedLayer], device: torch.device) -> StepValues:
+    def _tabulate(self, layers: list[QuantizedLayer], device: torch.device) -> TimestepScales:
         groups = len(self.boundaries) + 1
         rows: list[list[Tensor]] = [[] for _ in range(groups)]
         slots: list[tuple[int, int, int]] = []
@@ -112,20 +112,20 @@ class StepGroups:
         for layer in layers:
             start = width
             for index in range(groups):
-                layer.use_step_group(min(index, layer.input_scale.numel() - 1))
-                entry = [_padded(tensor) for tensor in (layer.call_scale, layer.input_reciprocal) if tensor is not None]
+                layer.use_timestep_group(min(index, layer.input_scale.numel() - 1))
+                entry = [_padded(tensor) for tensor in (layer.call_scale, layer.input_inv_scale) if tensor is not None]
                 rows[groups - 1 - index] += entry
-            size = layer._call_reciprocal.numel()  # type: ignore[union-attr]
+            size = layer._call_inv_scale.numel()  # type: ignore[union-attr]
             slots.append((start, start + ALIGNMENT, size))
             width = start + sum(tensor.numel() for tensor in entry)
         table = torch.stack([torch.cat(row) for row in rows])
         edges = torch.tensor(sorted(self.boundaries), dtype=torch.float32, device=device)
-        values = StepValues(edges, table, table[-1:].clone())
+        values = TimestepScales(edges, table, table[-1:].clone())
         for layer, place in zip(layers, slots, strict=True):
-            layer.slot = Slot(self, values, *place)
-            start, reciprocal, size = place
+            layer.slot = TimestepScaleView(self, values, *place)
+            start, inv_scale, size = place
             layer._call_scale = values.current[0, start : start + 1]
-            layer._call_reciprocal = values.current[0, reciprocal : reciprocal + size]
+            layer._call_inv_scale = values.current[0, inv_scale : inv_scale + size]
         return values
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,30 +143,30 @@ def _padded(values: Tensor) -> Tensor:
     return nn.functional.pad(values, (0, -values.numel() % ALIGNMENT), value=1.0)
 
 
-def attached(model: nn.Module) -> StepGroups | None:
+def attached(model: nn.Module) -> TimestepGroups | None:
     """What `attach` gave the model."""
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, StepGroups)), None)
+    return next((owner for owner in owners if isinstance(owner, TimestepGroups)), None)
 
 
 def attach(model: nn.Module, boundaries: Sequence[float]) -> None:
-    """Make a model's stepped layers follow the time step that it is called with; in place of an earlier attachment.
+    """Make a model's timestep layers follow the timestep that it is called with; in place of an earlier attachment.
 
-    Where no such hook has run, or the layer is called by itself, a stepped layer takes the scale of its first group.
-    A layer that is put into the model later is found when one of its stepped layers is moved or loaded, or by
+    Where no such hook has run, or the layer is called by itself, a timestep layer takes the scale of its first group.
+    A layer that is put into the model later is found when one of its timestep layers is moved or loaded, or by
     attaching again.
 
     Args:
         model: with a `timestep` among its forward's arguments.
-        boundaries: time steps, descending: a call belongs to the group of as many as are above its time step.
+        boundaries: timesteps, descending: a call belongs to the group of as many as are above its timestep.
 
     Raises:
-        ValueError: the model has stepped layers, but no `timestep` to tell the groups by.
+        ValueError: the model has timestep layers, but no `timestep` to tell the groups by.
     """
     detach(model)
-    if not any(isinstance(m, QuantizedLayer) and m.scheme.is_stepped for m in model.modules()):
+    if not any(isinstance(m, QuantizedLayer) and m.scheme.has_timestep_scales for m in model.modules()):
         return
-    groups = StepGroups(boundaries, timestep_position(model))
+    groups = TimestepGroups(boundaries, timestep_position(model))
     groups.find_layers(model)
     # the handles go with every copy: they keep the ids of later hooks from colliding with these
     groups.handles = [
@@ -184,14 +184,14 @@ def timestep_position(model: nn.Module) -> int:
     parameters = list(inspect.signature(model.forward).parameters)
     if "timestep" not in parameters:
         raise ValueError(
-            f"a {type(model).__name__} is called without a timestep, which stepped layers need: give them a static "
+            f"a {type(model).__name__} is called without a timestep, which timestep layers need: give them a static "
             "or a dynamic scheme"
         )
     return parameters.index("timestep")
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`; stepped layers stay at the group of the last call."""
+    """Undo `attach`; timestep layers stay at the group of the last call."""
     groups = attached(model)
     if groups is not None:
         for handle in groups.handles:

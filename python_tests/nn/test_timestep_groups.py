@@ -1,4 +1,4 @@
-"""Stepped layers take the scale of the time step's group, wherever the model goes and however it is called."""
+"""Stepped layers take the scale of the timestep's group, wherever the model goes and however it is called."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldmq_kernels.conversion import ConversionError, convert
 from ldmq_kernels.integrations.diffusers.fused import unfuse
 from ldmq_kernels.kernels.dispatch import use_backend
-from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, step_groups
+from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, timestep_groups
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, model_record
@@ -24,13 +24,13 @@ from python_tests.tiny import mixed_plan, tiny_unet, unet_inputs
 
 BOUNDARIES = [750.0, 300.5, 20.0]
 SCALES = [0.031, 0.023, 0.017, 0.013]
-# on both sides of each boundary, and the group that holds the time step
+# on both sides of each boundary, and the group that holds the timestep
 TIMES = {999: 0, 750: 0, 749: 1, 301: 1, 300: 2, 20: 2, 19: 3, 0: 3}
 
 
-def stepped_plan(unet: nn.Module, scheme: str = "w8a8-stepped") -> Plan:
-    """Every layer stepped, each with scales of its own, every third one smoothed."""
-    plan = Plan(model_record(unet), [{"pattern": "*", "scheme": scheme}], step_groups=list(BOUNDARIES))
+def timestep_plan(unet: nn.Module, scheme: str = "w8a8-timestep") -> Plan:
+    """Every layer timestep, each with scales of its own, every third one smoothed."""
+    plan = Plan(model_record(unet), [{"pattern": "*", "scheme": scheme}], timestep_groups=list(BOUNDARIES))
     generator = torch.Generator().manual_seed(3)
     for index, (name, layer) in enumerate(quantizable_layers(unet).items()):
         plan.input_scales[name] = [scale * (1 + index % 5 / 10) for scale in SCALES]
@@ -41,14 +41,14 @@ def stepped_plan(unet: nn.Module, scheme: str = "w8a8-stepped") -> Plan:
 
 
 def static_plan_of(plan: Plan, group: int) -> Plan:
-    rules = [{"pattern": "*", "scheme": plan.rules[0]["scheme"].replace("stepped", "static")}]
+    rules = [{"pattern": "*", "scheme": plan.rules[0]["scheme"].replace("timestep", "static")}]
     scales: dict[str, Any] = {name: scale[group] for name, scale in plan.input_scales.items()}  # type: ignore[index]
-    return dataclasses.replace(plan, rules=rules, input_scales=scales, step_groups=[])
+    return dataclasses.replace(plan, rules=rules, input_scales=scales, timestep_groups=[])
 
 
-def stepped_unet(scheme: str = "w8a8-stepped") -> Any:
+def timestep_unet(scheme: str = "w8a8-timestep") -> Any:
     unet = tiny_unet()
-    convert(unet, stepped_plan(unet, scheme))
+    convert(unet, timestep_plan(unet, scheme))
     return unet
 
 
@@ -63,7 +63,7 @@ def by_group() -> list[Any]:
     unets = []
     for group in range(len(SCALES)):
         unet = tiny_unet()
-        convert(unet, static_plan_of(stepped_plan(unet), group))
+        convert(unet, static_plan_of(timestep_plan(unet), group))
         unets.append(unet)
     return unets
 
@@ -83,23 +83,23 @@ def test_groups_differ(by_group: list[Any]) -> None:
 def test_a_time_step_on_either_side_of_a_boundary_is_bit_equal_to_its_groups_static_scales(
     by_group: list[Any], form: Any
 ) -> None:
-    unet = stepped_unet()
+    unet = timestep_unet()
     for timestep in TIMES:
         assert torch.equal(run(unet, form(timestep)), expected(by_group, timestep)), timestep
 
 
 def test_the_time_step_may_come_by_position(by_group: list[Any]) -> None:
     inputs = unet_inputs()
-    unet = stepped_unet()
+    unet = timestep_unet()
     with torch.no_grad():
         out = unet(inputs["sample"], 20, inputs["encoder_hidden_states"]).sample
     assert torch.equal(out, expected(by_group, 20))
 
 
-@pytest.mark.parametrize("scheme", ["w8a8-stepped", "w4a8-stepped"])
+@pytest.mark.parametrize("scheme", ["w8a8-timestep", "w4a8-timestep"])
 def test_unfused_blocks_and_unpacked_weights_follow_the_time_step_too(scheme: str) -> None:
-    unet = stepped_unet(scheme)
-    plan = stepped_plan(tiny_unet(), scheme)
+    unet = timestep_unet(scheme)
+    plan = timestep_plan(tiny_unet(), scheme)
     with use_backend("reference"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldmq_kernels.kernels.cpu.serves", lambda _: False)
         unet = copy.deepcopy(unet)  # q, k and v are merged now
@@ -113,7 +113,7 @@ def test_unfused_blocks_and_unpacked_weights_follow_the_time_step_too(scheme: st
 
 def through_load_state_dict(unet: Any) -> Any:
     other = tiny_unet(seed=4)
-    plan = stepped_plan(other)
+    plan = timestep_plan(other)
     plan.input_scales = {name: [0.5, 0.4, 0.3, 0.2] for name in plan.input_scales}
     convert(other, plan)
     run(other, 20)
@@ -133,7 +133,7 @@ def through_load_state_dict(unet: Any) -> Any:
     ids=["deepcopy", "pickle", "all three", "to", "load_state_dict"],
 )
 def test_a_copied_moved_or_loaded_model_follows_the_time_step(by_group: list[Any], change: Any) -> None:
-    unet = stepped_unet()
+    unet = timestep_unet()
     run(unet, 20)
     other = change(unet)
     for timestep in TIMES:
@@ -143,7 +143,7 @@ def test_a_copied_moved_or_loaded_model_follows_the_time_step(by_group: list[Any
 
 
 def test_a_saved_model_follows_the_time_step_after_loading(by_group: list[Any], tmp_path: Any) -> None:
-    unet = stepped_unet()
+    unet = timestep_unet()
     unet.save_pretrained(tmp_path)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path)
     for timestep in TIMES:
@@ -153,20 +153,20 @@ def test_a_saved_model_follows_the_time_step_after_loading(by_group: list[Any], 
 def test_a_layer_called_by_itself_takes_the_first_group() -> None:
     torch.manual_seed(0)
     float_layer, x = nn.Linear(70, 33), torch.randn(3, 5, 70)
-    layer = QuantLinear.from_float(float_layer, SCHEMES["w8a8-stepped"], input_scale=torch.tensor(SCALES))
+    layer = QuantLinear.from_float(float_layer, SCHEMES["w8a8-timestep"], input_scale=torch.tensor(SCALES))
     for group in (0, 3, 1):
         static = QuantLinear.from_float(
             float_layer, SCHEMES["w8a8-static"], input_scale=torch.tensor(SCALES[group : group + 1])
         )
         if group:
-            layer.use_step_group(group)
+            layer.use_timestep_group(group)
         assert torch.equal(layer(x), static(x))
     assert "input_scale=0.031/0.023/0.017/0.013" in repr(layer)
 
 
 def test_the_group_stays_when_the_model_moves_between_the_hook_and_the_call(by_group: list[Any]) -> None:
     """As accelerate's offloading does: it moves the model inside of its forward."""
-    unet = stepped_unet()
+    unet = timestep_unet()
     forward = unet.forward
 
     def moved(*args: Any, **kwargs: Any) -> Any:
@@ -189,8 +189,8 @@ class Seen(TorchDispatchMode):
 
 
 def test_a_call_costs_one_bucketize_and_one_gather_and_waits_for_nothing() -> None:
-    unet = stepped_unet()
-    groups = step_groups.attached(unet)
+    unet = timestep_unet()
+    groups = timestep_groups.attached(unet)
     assert groups is not None
     with Seen() as seen:
         groups.before(unet, (None, torch.tensor(321)), {})
@@ -203,7 +203,7 @@ def test_a_call_costs_one_bucketize_and_one_gather_and_waits_for_nothing() -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_a_compiled_model_follows_the_time_step_without_a_graph_break(by_group: list[Any], backend: str) -> None:
-    unet = stepped_unet()
+    unet = timestep_unet()
     torch._dynamo.reset()
     compiled = torch.compile(unet, fullgraph=True, backend=backend)
     for timestep in TIMES:
@@ -219,12 +219,12 @@ def test_a_compiled_model_follows_the_time_step_without_a_graph_break(by_group: 
 def test_a_model_that_is_copied_or_loaded_before_a_compiled_call_follows_the_time_step(
     by_group: list[Any], change: Any
 ) -> None:
-    unet = change(stepped_unet())
+    unet = change(timestep_unet())
     torch._dynamo.reset()
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     assert torch.equal(run(compiled, torch.tensor(20)), expected(by_group, 20))
     other = tiny_unet()
-    plan = stepped_plan(other)
+    plan = timestep_plan(other)
     plan.input_scales = {name: scale[::-1] for name, scale in plan.input_scales.items()}  # type: ignore[index]
     convert(other, plan)
     unet.load_state_dict(other.state_dict())
@@ -234,7 +234,7 @@ def test_a_model_that_is_copied_or_loaded_before_a_compiled_call_follows_the_tim
 
 @pytest.mark.slow
 def test_compiled_blocks_of_an_eager_model_follow_the_time_step(by_group: list[Any]) -> None:
-    unet = stepped_unet()
+    unet = timestep_unet()
     torch._dynamo.reset()
     unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     for timestep in TIMES:
@@ -242,58 +242,58 @@ def test_compiled_blocks_of_an_eager_model_follow_the_time_step(by_group: list[A
 
 
 def test_copies_in_a_float_model_follow_the_time_step_inside_the_block(by_group: list[Any]) -> None:
-    unet = unfuse(stepped_unet())
-    step_groups.detach(unet)
+    unet = unfuse(timestep_unet())
+    timestep_groups.detach(unet)
     assert torch.equal(run(unet, 20), run(unfuse(copy.deepcopy(by_group[0])), 20))
-    with step_groups.following(unet, BOUNDARIES):
+    with timestep_groups.following(unet, BOUNDARIES):
         assert torch.equal(run(unet, 20), run(unfuse(copy.deepcopy(by_group[2])), 20))
-    assert step_groups.attached(unet) is None
+    assert timestep_groups.attached(unet) is None
     assert not unet._forward_pre_hooks
 
 
 def test_attaching_again_takes_the_place_of_the_first(by_group: list[Any]) -> None:
-    unet = stepped_unet()
+    unet = timestep_unet()
     hooks = len(unet._forward_pre_hooks)
-    step_groups.attach(unet, [1000.0, 999.5, 999.2])
+    timestep_groups.attach(unet, [1000.0, 999.5, 999.2])
     assert len(unet._forward_pre_hooks) == hooks == 1
     assert torch.equal(run(unet, 500), run(by_group[3], 500))
 
 
-def test_a_model_without_stepped_layers_or_without_a_time_step() -> None:
+def test_a_model_without_timestep_scales_or_without_a_timestep() -> None:
     plain = nn.Sequential(nn.Linear(8, 8))
-    step_groups.attach(plain, BOUNDARIES)
+    timestep_groups.attach(plain, BOUNDARIES)
     assert not plain._forward_pre_hooks
-    plan = Plan(model_record(plain), [{"pattern": "*", "scheme": "w8a8-stepped"}], input_scales={"0": [0.1]})
+    plan = Plan(model_record(plain), [{"pattern": "*", "scheme": "w8a8-timestep"}], input_scales={"0": [0.1]})
     with pytest.raises(ConversionError, match=r"Sequential is called without a timestep.*static"):
         convert(plain, plan)
     assert type(plain[0]) is nn.Linear
     with pytest.raises((TypeError, ValueError), match="timestep"):
-        stepped_unet()(unet_inputs()["sample"])
+        timestep_unet()(unet_inputs()["sample"])
 
 
 def test_scales_lie_where_kernels_read_them_in_pieces_of_16_bytes() -> None:
-    unet = stepped_unet()
+    unet = timestep_unet()
     run(unet, 20)
     layers = [m for m in unet.modules() if isinstance(m, QuantLinear | QuantConv2d)]
     assert all(isinstance(layer, QuantizedLayer) for layer in layers)
     for layer in layers:
         assert layer.call_scale.shape == (1,)
-        assert layer.call_scale.data_ptr() % 16 == layer.input_reciprocal.data_ptr() % 16 == 0
-        assert layer.input_reciprocal.is_contiguous()
+        assert layer.call_scale.data_ptr() % 16 == layer.input_inv_scale.data_ptr() % 16 == 0
+        assert layer.input_inv_scale.is_contiguous()
 
 
 def test_the_mixed_plan_takes_its_middle_group() -> None:
     unet = tiny_unet()
     convert(unet, mixed_plan(unet))
     run(unet, unet_inputs()["timestep"])
-    stepped = [m for m in unet.modules() if isinstance(m, QuantizedLayer) and m.scheme.is_stepped]
-    assert stepped
-    assert all(torch.equal(layer.call_scale, layer.input_scale[1:2]) for layer in stepped)
+    timestep = [m for m in unet.modules() if isinstance(m, QuantizedLayer) and m.scheme.has_timestep_scales]
+    assert timestep
+    assert all(torch.equal(layer.call_scale, layer.input_scale[1:2]) for layer in timestep)
 
 
 def test_inference_mode_and_no_grad_may_alternate(by_group: list[Any]) -> None:
     with torch.inference_mode():
-        unet = stepped_unet()
+        unet = timestep_unet()
     for timestep in TIMES:
         with torch.inference_mode():
             out = run(unet, timestep)
