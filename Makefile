@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml setup.py constraints.txt constraints-triton.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
+# The tests share the cores: a worker each, and one thread a worker, so that they do not fight over them.
+WORKERS ?= logical
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS)
+
 # The interpreter of the GPU machine that benchmarks/on_gpu.py is carried to.
 GPU_PYTHON ?= 3.12
 
@@ -15,7 +19,7 @@ demo: $(VENV)/ready-demo
 	$(BIN)/ldmq demo --out demo_output
 
 test: $(VENV)/ready-test
-	$(BIN)/python -m pytest python_tests
+	$(PYTEST) python_tests
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

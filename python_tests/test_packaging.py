@@ -12,7 +12,6 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -166,33 +165,21 @@ def test_a_gpu_without_nvcc_gets_the_package_without_the_kernels(source: Path) -
 
 
 IMPORT = """
-import json, sys, time
+import json, sys
 import torch
 before = set(sys.modules)
-start = time.perf_counter()
 import ldmq_kernels
-seconds = time.perf_counter() - start
 added = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(json.dumps({"seconds": seconds, "added": sorted(added), "gpu": torch.cuda.is_initialized()}))
+print(json.dumps({"added": sorted(added), "gpu": torch.cuda.is_initialized()}))
 """
 
 
-@pytest.fixture(scope="module")
-def imports() -> list[dict[str, Any]]:
-    """What five fresh processes say of the import."""
-    runs = [subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, check=True) for _ in range(5)]
-    return [json.loads(run.stdout) for run in runs]
-
-
-def test_the_import_adds_less_than_three_tenths_of_a_second_to_torch(imports: list[dict[str, Any]]) -> None:
-    assert min(run["seconds"] for run in imports) < 0.3
-
-
-def test_the_import_touches_no_gpu_and_nothing_heavy(imports: list[dict[str, Any]]) -> None:
-    heavy = {"diffusers", "transformers", "matplotlib", "triton", "scipy", "accelerate"}
-    for run in imports:
-        assert not heavy & set(run["added"])
-        assert not run["gpu"]
+def test_the_import_touches_no_gpu_and_nothing_heavy() -> None:
+    run = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, check=True)
+    told = json.loads(run.stdout)
+    assert "ldmq_kernels" in told["added"]
+    assert not {"diffusers", "transformers", "matplotlib", "triton", "scipy", "accelerate"} & set(told["added"])
+    assert not told["gpu"]
 
 
 def subpackage_of(path: Path) -> str:

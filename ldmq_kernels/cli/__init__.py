@@ -6,6 +6,8 @@ import errno
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -60,13 +62,23 @@ def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text} ({VERBOSE} shows where)"
 
 
+@contextmanager
+def _termination_as_exception() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143) inside, so that half-written files go away; the caller's handler is put back."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     verbose = VERBOSE in given
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that half-written files go away
     try:
-        app([argument for argument in given if argument != VERBOSE], prog_name="ldmq")
+        with _termination_as_exception():
+            app([argument for argument in given if argument != VERBOSE], prog_name="ldmq")
     except Exception as error:
         if verbose:
             traceback.print_exc()

@@ -52,9 +52,12 @@ def plan_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def same_signal_handlers() -> Iterator[None]:
+    """No command leaves its handler in the process that calls it, however the command ends."""
     before = signal.getsignal(signal.SIGTERM)
     yield
+    after = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, before)
+    assert after is before
 
 
 def run(*arguments: object) -> int:
@@ -356,6 +359,27 @@ def test_being_terminated_while_saving_leaves_nothing_of_a_model(
     )
     assert run("quantize", model, "--plan", plan_file, "--out", tmp_path / "out") == 143
     assert what_is_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("ending", [SystemExit(3), KeyboardInterrupt(), RuntimeError("no")], ids=["exit", "ctrl-c", "error"])
+def test_the_handler_of_sigterm_is_the_callers_again_however_a_command_ends(
+    ending: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = []
+
+    def end(*_: object, **__: object) -> None:
+        inside.append(signal.getsignal(signal.SIGTERM))
+        raise ending
+
+    monkeypatch.setattr(cli, "app", end)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            cli.main(["doctor"])
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [handler is signal.SIG_IGN for handler in inside] == [False]
 
 
 def test_verbose_shows_the_traceback_and_silence_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
