@@ -150,7 +150,7 @@ def conv2d_w4a8(
     multiplier = plain(multiplier, torch.uint8, (*taps, weight_groups))
     x = int8(x_q).contiguous(memory_format=torch.channels_last)
     out = conv.output(x, stored_dtype(x, out_dtype))
-    epilogue = Epilogue.of_convolution(conv, x_scale, weight_scale, bias, sample_bias, residual)
+    epilogue = conv.epilogue(x_scale, weight_scale, bias, sample_bias, residual)
     if out.numel() == 0:
         return out.to(out_dtype)
     by_windows = conv.has_windows(x) and tap_bytes % ALIGNMENT == 0 and weight.data_ptr() % ALIGNMENT == 0

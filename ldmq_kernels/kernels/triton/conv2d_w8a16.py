@@ -15,7 +15,6 @@ from ldmq_kernels.kernels.triton.conv2d_pointers import convolve_by_pointers
 from ldmq_kernels.kernels.triton.convolution import Convolution, load_window, pixels_of_window, window_of_tile
 from ldmq_kernels.kernels.triton.launch import (
     ALIGNMENT,
-    Epilogue,
     dot_dtype,
     float_op,
     floating,
@@ -136,7 +135,7 @@ def conv2d_w8a16(
     weight = plain(weight, torch.int8, (conv.out_channels, *conv.kernel_size, conv.group_channels))
     x = floating(x).contiguous(memory_format=torch.channels_last)
     out = conv.output(x, stored_dtype(x, x.dtype))
-    epilogue = Epilogue.of_convolution(conv, None, weight_scale, bias, None, None)
+    epilogue = conv.epilogue(None, weight_scale, bias, None, None)
     if out.numel() == 0:
         return out.to(x.dtype)
     by_windows = (

@@ -183,7 +183,7 @@ def conv2d_w8a8(
     weight = plain(weight, torch.int8, (conv.out_channels, *conv.kernel_size, conv.group_channels))
     x = int8(x_q).contiguous(memory_format=torch.channels_last)
     out = conv.output(x, stored_dtype(x, out_dtype))
-    epilogue = Epilogue.of_convolution(conv, x_scale, weight_scale, bias, sample_bias, residual)
+    epilogue = conv.epilogue(x_scale, weight_scale, bias, sample_bias, residual)
     if out.numel() == 0:
         return out.to(out_dtype)
     by_windows = conv.has_windows(x)

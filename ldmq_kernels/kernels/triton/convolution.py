@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.geometry import conv2d_output_size
 from ldmq_kernels.kernels.triton.configurations import Problem
-from ldmq_kernels.kernels.triton.launch import ALIGNMENT, has_tma
+from ldmq_kernels.kernels.triton.launch import ALIGNMENT, Epilogue, activation_scale, expanded, has_tma
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,27 @@ class Convolution:
     def output(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Memory for the output, channels_last."""
         return torch.empty(self.out_shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+    def epilogue(
+        self,
+        x_scale: Tensor | None,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        sample_bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Epilogue:
+        """The epilogue's operands, in the sizes of this convolution's output.
+
+        Raises:
+            Unsupported: there are neither one activation scale nor one for each sample.
+        """
+        return Epilogue(
+            None if x_scale is None else activation_scale(x_scale, self.samples),
+            weight_scale.contiguous(),
+            expanded(bias, (self.out_channels,)),
+            expanded(sample_bias, (self.samples, self.out_channels)),
+            expanded(residual, self.out_shape, is_image=True),
+        )
 
     def arguments(self) -> tuple[int, ...]:
         """What the kernels take, from `rows` to `dilation_w`."""

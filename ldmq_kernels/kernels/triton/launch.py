@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,45 +17,19 @@ from ldmq_kernels.kernels.triton import configurations
 from ldmq_kernels.kernels.triton.candidates import Tile
 from ldmq_kernels.kernels.triton.matrix import add_splits
 
-if TYPE_CHECKING:
-    from ldmq_kernels.kernels.triton.convolution import Convolution
-
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 ALIGNMENT = 16  # bytes, of what TMA reads
 _NO_GUARD = contextlib.nullcontext()
 
 
 class Epilogue(NamedTuple):
-    """Operands of the epilogue, contiguous; see `matrix.store_output`."""
+    """Operands of the epilogue, contiguous; see `matrix.store_slice`."""
 
     x_scale: Tensor | None
     weight_scale: Tensor
     bias: Tensor | None
     vector: Tensor | None
     residual: Tensor | None
-
-    @classmethod
-    def of_convolution(
-        cls,
-        conv: Convolution,
-        x_scale: Tensor | None,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        sample_bias: Tensor | None,
-        residual: Tensor | None,
-    ) -> Epilogue:
-        """From an op's arguments.
-
-        Raises:
-            Unsupported: there are neither one activation scale nor one for each sample.
-        """
-        return cls(
-            None if x_scale is None else activation_scale(x_scale, conv.samples),
-            weight_scale.contiguous(),
-            expanded(bias, (conv.out_channels,)),
-            expanded(sample_bias, (conv.samples, conv.out_channels)),
-            expanded(residual, conv.out_shape, is_image=True),
-        )
 
     @property
     def has_one_scale(self) -> bool:
