@@ -6,6 +6,7 @@ import math
 
 from torch import nn
 
+from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.affine import group_count
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.layers import layer_shape
@@ -25,14 +26,19 @@ WEIGHT_ONLY_OPERATION_COST = 2.1
 
 
 def choice_bytes(layer: nn.Linear | nn.Conv2d, choice: LayerPlan) -> int:
-    """Bytes that a float layer takes in a checkpoint as a plan would have it, beside the bias that it has."""
+    """Bytes that a layer takes in a checkpoint as a plan has it, beside the bias of the float layer.
+
+    Args:
+        layer: float, or quantized by the plan already.
+    """
+    has_bias = layer.bias is not None and not (isinstance(layer, QuantizedLayer) and layer.adds_bias)
     return weight_bytes(
         layer,
         choice.scheme,
         smoothed=choice.smoothing is not None,
         timestep_groups=len(choice.scales),
         rank=choice.rank,
-        adds_bias=choice.bias_correction is not None and layer.bias is None,
+        adds_bias=choice.bias_correction is not None and not has_bias,
     )
 
 

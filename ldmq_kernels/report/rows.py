@@ -10,7 +10,7 @@ from torch import nn
 
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.plans.blocks import block_of
-from ldmq_kernels.plans.cost import weight_bytes
+from ldmq_kernels.plans.cost import choice_bytes, weight_bytes
 from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.sensitivity.analysis import Analysis
@@ -26,7 +26,7 @@ class LayerRow:
         found: scheme -> what the search of the layer kept, such as "alpha 0.5, bias".
         drift: how many times larger its input gets than at the first step.
         scheme: the plan's choice; None without a plan.
-        bytes_after: bytes of weight and scales in that scheme; None without a plan.
+        bytes_after: bytes of the weight, its scales and its corrections, as the plan counts them; None without a plan.
     """
 
     name: str
@@ -61,7 +61,6 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
         found = {str(c.scheme): c.label for c in analysis.candidates[name]}
         choice = None if plan is None else plan.layer(name)
         scheme = None if choice is None else str(choice.scheme)
-        smoothed = choice is not None and choice.smoothing is not None
         rows.append(
             LayerRow(
                 name=name,
@@ -74,7 +73,7 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
                 drift=drift[name],
                 bytes_before=weight_bytes(layer, FLOAT),
                 scheme=scheme,
-                bytes_after=None if choice is None else weight_bytes(layer, choice.scheme, smoothed=smoothed),
+                bytes_after=None if choice is None else choice_bytes(layer, choice),
                 reason="" if plan is None else _reason(plan, name, sqnr),
             )
         )
