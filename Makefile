@@ -30,7 +30,7 @@ lint: $(VENV)/ready-test
 $(VENV)/ready-demo: $(INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[all]'
 	touch $@
 
 # The stamp of the first stage is away meanwhile, so that an interruption in this one starts over too.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ldmq_kernels import extras
 from ldmq_kernels.integrations import hooks
 from ldmq_kernels.version import __version__ as __version__
 
@@ -62,7 +63,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        return getattr(importlib.import_module(f"ldmq_kernels.{_EXPORTS[name]}"), name)
+        with extras.explained(f"ldmq_kernels.{name}"):
+            return getattr(importlib.import_module(f"ldmq_kernels.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'ldmq_kernels' has no attribute {name!r}")
 
 

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 Item = TypeVar("Item")
 
 
 def track(items: Iterable[Item], what: str, total: int, *, show: bool) -> Iterator[Item]:
-    """Iterate with a progress bar named `what` on standard error."""
+    """Iterate with a progress bar named `what` on standard error; without `show`, rich is not needed."""
+    if not show:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description:32}"),
         BarColumn(),
@@ -20,5 +30,5 @@ def track(items: Iterable[Item], what: str, total: int, *, show: bool) -> Iterat
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         yield from progress.track(items, total=total, description=what)

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "ldmq_kernels"
 LEFT_OUT = (".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "demo_output")
 
 LAYERS = [
-    {"files", "graphs", "numerics", "progress", "version"},
+    {"extras", "files", "graphs", "numerics", "progress", "version"},
     {"kernels"},
     {"ops"},
     {"nn", "tuning"},
@@ -33,6 +33,7 @@ LAYERS = [
     {"__init__"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 ]
 SUBPACKAGES = set().union(*LAYERS)
 ASK_NO_TORCH = "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'csrc'); import build_backend; "
@@ -129,7 +130,8 @@ def test_the_wheel_leaves_versions_open_and_never_asks_for_triton(wheel: Path) -
         metadata = archive.read("ldmq_kernels-0.1.0.dist-info/METADATA").decode()
         entry_points = archive.read("ldmq_kernels-0.1.0.dist-info/entry_points.txt").decode()
     needs = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
-    assert "Requires-Dist: torch>=2.10" in needs
+    core = {line.removeprefix("Requires-Dist: ") for line in needs if "extra ==" not in line}
+    assert core == {"numpy", "safetensors", "torch>=2.10", "wrapt"}
     assert not [line for line in needs if "==" in line.split(";")[0] or "<" in line or "triton" in line]
     for group in ("vllm.general_plugins", "sglang.multimodal_gen.plugins"):
         assert f"[{group}]\nldmq = ldmq_kernels.integrations.diffusers:register" in entry_points

@@ -29,11 +29,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldmq_kernels.extras import explained
 from ldmq_kernels.files import write_whole
 from ldmq_kernels.numerics.formats import FLOAT, FORMER_NAMES, SCHEMES, Scheme
 from ldmq_kernels.plans.layers import fingerprint, kind_of, layer_shape, quantizable_layers
@@ -207,6 +207,9 @@ class Plan:
             raise PlanError(
                 f"{source} has plan version {version}, this package reads up to {VERSION}: upgrade ldmq_kernels"
             )
+        with explained("reading a plan"):
+            import jsonschema  # plans that are made in memory do without
+
         data = _in_current_words(data)
         schema = json.loads(resources.files("ldmq_kernels.plans").joinpath("plan.schema.json").read_text())
         errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(data), key=lambda e: e.json_path)
