@@ -361,7 +361,9 @@ def test_being_terminated_while_saving_leaves_nothing_of_a_model(
     assert what_is_in(tmp_path) == before
 
 
-@pytest.mark.parametrize("ending", [SystemExit(3), KeyboardInterrupt(), RuntimeError("no")], ids=["exit", "ctrl-c", "error"])
+@pytest.mark.parametrize(
+    "ending", [SystemExit(3), KeyboardInterrupt(), RuntimeError("no")], ids=["exit", "ctrl-c", "error"]
+)
 def test_the_handler_of_sigterm_is_the_callers_again_however_a_command_ends(
     ending: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
