@@ -55,9 +55,8 @@ EVERYWHERE = {  # plans that quantize the weights and the activations of every l
 }
 MIXED_SHARE = 0.32  # of the bytes of weights in 16 bit
 CALIBRATION_SEEDS = (1, 2)  # beside the seed 0 of all other cases; noise starts at this many thousands
-SMOOTHQUANT_ALPHA, RANK = 0.5, 16
+SMOOTHQUANT_ALPHA = 0.5
 W4_BUDGET = "the bytes of W4A8 static"
-RANK_BUDGET = f"the bytes of W4A8 static with rank {RANK}"
 BOTH_SIGNALS = ("sqnr", "ssim")
 
 
@@ -141,12 +140,6 @@ def _formats() -> list[Case]:
         _own(FORMATS, words(W4_STATIC), lambda p: p.plain(W4_STATIC), "nearest"),
         _own(FORMATS, words(W4_STATIC, how="GPTQ"), lambda p: p.plain(W4_STATIC, rounding="gptq")),
         _own(FORMATS, words(W4_STATIC, how="searched"), lambda p: p.searched(W4_STATIC)),
-        _own(
-            FORMATS,
-            words(W4_STATIC, how=f"searched, rank {RANK}"),
-            lambda p: p.searched(W4_STATIC, method=Method(rank=RANK)),
-            "with a low-rank correction in 16 bit",
-        ),
     ]
     return cases
 
@@ -229,7 +222,6 @@ def everywhere_words(what: str) -> str:
 BUDGETS: dict[str, Callable[[OwnPlans], int]] = {
     "the bytes of W8A8 static": lambda p: plan_bytes(p.bench.unet, p.searched(STATIC)),
     W4_BUDGET: lambda p: plan_bytes(p.bench.unet, p.searched(W4_STATIC)),
-    RANK_BUDGET: lambda p: plan_bytes(p.bench.unet, p.searched(W4_STATIC, method=Method(rank=RANK))),
     **{
         f"the bytes of {skips.name}": lambda p, s=skips: plan_bytes(p.bench.unet, skip_plan(p, s, searched=True))
         for skips in SKIP_LISTS

@@ -15,8 +15,6 @@ from benchmarks.study_cases import (
     MIXED_BUDGET,
     MODES,
     PARTS,
-    RANK,
-    RANK_BUDGET,
     SKIP_LISTS,
     SMOOTHQUANT_ALPHA,
     STATIC,
@@ -61,9 +59,8 @@ def _search_question(part: str) -> Question:
 
 def _planner_questions(budget: str) -> list[Question]:
     skips = next((s for s in SKIP_LISTS if budget.endswith(s.name)), None)
-    uniform = {RANK_BUDGET: (W4_STATIC, f"searched, rank {RANK}"), W4_BUDGET: (W4_STATIC, "searched")}
-    scheme, how = uniform.get(budget, (STATIC, "searched"))
-    before = words(scheme, how=how) if skips is None else skip_words(skips, how)
+    scheme = W4_STATIC if budget == W4_BUDGET else STATIC
+    before = words(scheme, how="searched") if skips is None else skip_words(skips, "searched")
     by_sqnr, by_both = planned_words(budget), planned_words(budget, BOTH_SIGNALS)
     return [
         Question(f"planner within {budget}", {before: own_name(before), "planned by SQNR": own_name(by_sqnr)}),
@@ -110,14 +107,6 @@ def questions() -> list[Question]:
         Question(
             "rounding of 4-bit weights",
             {"nearest": own_name(words(W4_STATIC)), "GPTQ": own_name(words(W4_STATIC, how="GPTQ"))},
-        ),
-        Question(
-            "low rank beside 4-bit weights",
-            {
-                "none": own_name(words(W4_STATIC, how="searched")),
-                f"rank {RANK}": own_name(words(W4_STATIC, how=f"searched, rank {RANK}")),
-                "none, but more precise layers for as many bytes": own_name(planned_words(RANK_BUDGET)),
-            },
         ),
     ]
     for budget in BUDGETS:

@@ -1,4 +1,4 @@
-"""The second moments of layers' inputs, by which GPTQ rounding and low-rank corrections weigh errors."""
+"""The second moments of layers' inputs, by which GPTQ rounding weighs errors."""
 
 from __future__ import annotations
 

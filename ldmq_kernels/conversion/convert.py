@@ -134,7 +134,6 @@ def quantize_layer(
             smoothing=None if choice.smoothing is None else choice.smoothing.to(device),
             first_token=choice.first_token,
             bias_correction=choice.bias_correction,
-            rank=choice.rank,
             hessian=hessian if needs_hessian else None,
         )
     except ValueError as error:

@@ -147,7 +147,6 @@ def _stored_bytes(layer: nn.Linear | nn.Conv2d) -> int:
         layer.scheme,
         smoothed=layer.smoothing is not None,
         timestep_groups=0 if layer.input_scale is None else layer.input_scale.numel(),
-        rank=layer.rank,
         adds_bias=layer.adds_bias,
     )
 

@@ -79,21 +79,13 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             return nn.Conv2d.forward(self, x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        low_rank = self._convolve_low_rank(x) if self.rank else None
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         if self.scheme.format.activation_bits == 16:
-            out = ops.conv2d_w8a16(x, self.weight, self.weight_scale, self.bias, *self.geometry())
-            return out if low_rank is None else out + low_rank
+            return ops.conv2d_w8a16(x, self.weight, self.weight_scale, self.bias, *self.geometry())
         x_q, x_scale = self.quantize(x)
-        if self.scheme.is_split:
-            low_rank = self.convolve(self.low_part(x, x_q, 1), None, x.dtype, residual=low_rank, second=True)
-        return self.convolve(x_q, x_scale, x.dtype, residual=low_rank)
-
-    def _convolve_low_rank(self, x: Tensor) -> Tensor:
-        """The correction (N, K, P, Q): a convolution to `rank` channels, and a 1x1 one from there."""
-        thin = self._conv_forward(x, self.low_rank_down.permute(0, 3, 1, 2), None)
-        return nn.functional.conv2d(thin, self.low_rank_up[:, :, None, None])
+        low = self.convolve(self.low_part(x, x_q, 1), None, x.dtype, second=True) if self.scheme.is_split else None
+        return self.convolve(x_q, x_scale, x.dtype, residual=low)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (N, C, H, W) as the scheme says: int8, and the scales of a dynamic one, (N, H, W) where pointwise."""

@@ -57,9 +57,6 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def project(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same, and a residual (..., out_features) added: in the epilogue where activations are quantized."""
-        if self.rank:
-            low_rank = nn.functional.linear(nn.functional.linear(x, self.low_rank_down), self.low_rank_up)
-            residual = low_rank if residual is None else residual + low_rank
         if self.scheme.format.activation_bits == 16:
             out = self._project_float(x)
             return out if residual is None else out + residual

@@ -16,7 +16,6 @@ from ldmq_kernels.kernels import cpu
 from ldmq_kernels.nn.stored import BUFFERS, FLOAT32_BUFFERS, check_stored
 from ldmq_kernels.numerics import affine
 from ldmq_kernels.numerics.formats import FLOAT, Scheme, schemes_of
-from ldmq_kernels.numerics.low_rank import low_rank_correction
 from ldmq_kernels.numerics.packing import pack_int4, unpack_int4
 from ldmq_kernels.numerics.smoothing import smoothed_moments
 from ldmq_kernels.numerics.split import FINER, quantize_low_part
@@ -35,9 +34,7 @@ class QuantizedLayer(nn.Module):
         group_scale: (out, groups) float32, w4a16 only.
         input_scale: float32 of calibrated activations: (1,), or (timestep groups,) of a timestep scheme.
         smoothing: (C,) float32, the reciprocal that inputs are multiplied with, or None.
-        low_rank_down, low_rank_up: (rank, ...) and (out, rank) in the model's dtype, with a rank only.
         first_token: whether the row of the first token is computed from its 16-bit input.
-        rank: of the low-rank correction, which is added in 16 bit; 0 for none.
         adds_bias: whether the float layer had no bias, and a correction gave this one its own.
         slot: where a timestep layer finds the scale of the current call; None until a model's call set it.
     """
@@ -46,7 +43,6 @@ class QuantizedLayer(nn.Module):
     bias: Any
     scheme: Scheme = FLOAT
     first_token: bool = False
-    rank: int = 0
     adds_bias: bool = False
     packed_weight: Tensor | None = None
     slot: TimestepScaleView | None = None
@@ -89,7 +85,6 @@ class QuantizedLayer(nn.Module):
         smoothing: Tensor | None = None,
         first_token: bool = False,
         bias_correction: Tensor | None = None,
-        rank: int = 0,
         hessian: Tensor | None = None,
     ) -> Self:
         """Quantize a float layer; the bias is shared with it unless it is corrected, the weight is not.
@@ -102,7 +97,6 @@ class QuantizedLayer(nn.Module):
                 8-bit activations only.
             first_token: compute the row x[:, :1] of an input (B, T, C) from its 16-bit values; linears only.
             bias_correction: (out,) float32, added to the bias.
-            rank: of the correction of the weight's rounding that is added in 16 bit.
             hessian: (K, K) float32, the sum of x x^T over the layer's inputs without smoothing: round by GPTQ.
 
         Raises:
@@ -127,7 +121,6 @@ class QuantizedLayer(nn.Module):
             smoothed=smoothing is not None,
             timestep_groups=scales,
             first_token=first_token,
-            rank=rank,
             corrected=bias_correction is not None,
         ).train(module.training)
         float_weight: Any = module.weight
@@ -146,10 +139,6 @@ class QuantizedLayer(nn.Module):
             layer.input_scale = input_scale.detach().float().reshape(-1).to(device)
         for name in FLOAT32_BUFFERS:
             check_stored(scheme, name, getattr(layer, name))
-        if rank:
-            down, up = low_rank_correction(original, layer.real_weight(), rank, hessian)
-            layer.low_rank_down = down.view(rank, *original.shape[1:]).to(original.dtype)
-            layer.low_rank_up = up.to(original.dtype)
         layer.finish()
         return layer
 
@@ -162,7 +151,6 @@ class QuantizedLayer(nn.Module):
         smoothed: bool = False,
         timestep_groups: int = 1,
         first_token: bool = False,
-        rank: int = 0,
         corrected: bool = False,
     ) -> Self:
         """The layer with all its buffers on the meta device, for a loader to fill; `corrected` says of the bias."""
@@ -173,12 +161,11 @@ class QuantizedLayer(nn.Module):
             return layer
         eight_bit_input = scheme.format.activation_bits == 8
         smoothed = smoothed and eight_bit_input
-        if (smoothed or rank) and getattr(layer, "groups", 1) != 1:
-            what = "smoothed" if smoothed else "given a low-rank correction"
-            raise ValueError(f"a grouped convolution cannot be {what}: its channels are not those of its weight")
+        if smoothed and getattr(layer, "groups", 1) != 1:
+            raise ValueError("a grouped convolution cannot be smoothed: its channels are not those of its weight")
         if first_token and layer.kind != "linear":
             raise ValueError(f"first_token is for linears, this is a {layer.kind}: leave it out")
-        layer.scheme, layer.rank, layer.first_token = scheme, rank, first_token and eight_bit_input
+        layer.scheme, layer.first_token = scheme, first_token and eight_bit_input
         float_dtype = layer.weight.dtype
         shape = cls.to_channels_last(layer.weight).shape
         out_channels, channels = shape[0], shape[-1]
@@ -198,9 +185,6 @@ class QuantizedLayer(nn.Module):
         buffer("group_scale", groups, torch.float32, four_bit and not two_level)
         buffer("input_scale", (timestep_groups if scheme.has_timestep_scales else 1,), torch.float32, scheme.is_static)
         buffer("smoothing", (channels,), torch.float32, smoothed)
-        if rank:
-            buffer("low_rank_down", (rank, *shape[1:]), float_dtype)
-            buffer("low_rank_up", (out_channels, rank), float_dtype)
         if corrected and layer.bias is None:
             layer.bias = nn.Parameter(torch.empty(out_channels, dtype=float_dtype, device=meta), requires_grad=False)
             layer.adds_bias = True
@@ -309,7 +293,7 @@ class QuantizedLayer(nn.Module):
     @property
     def takes_int8(self) -> bool:
         """Whether an input that is quantized already is all that the layer needs."""
-        return self.scheme.format.activation_bits == 8 and not (self.first_token or self.rank or self.scheme.is_split)
+        return self.scheme.format.activation_bits == 8 and not (self.first_token or self.scheme.is_split)
 
     # -- the packed weight stays out of sight --------------------------------------------------------
 
@@ -374,7 +358,7 @@ class QuantizedLayer(nn.Module):
                 "first_token_weight": None,
             }
             state["packed_weight"] = None
-        state["slot"] = state["_call_scale"] = state["_call_reciprocal"] = None
+        state["slot"] = state["_call_scale"] = state["_call_inv_scale"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -391,8 +375,6 @@ class QuantizedLayer(nn.Module):
                 words.append("input_scale=" + "/".join(f"{scale:.4g}" for scale in self.input_scale.tolist()))
             if self.smoothing is not None:
                 words.append("smoothed")
-            if self.rank:
-                words.append(f"rank={self.rank}")
             if self.first_token:
                 words.append("first token in 16 bit")
             if self.packed_weight is not None:

@@ -19,7 +19,7 @@ def with_activations(
     """The same layer with its activations scaled in another way; both hold one weight, which is not rounded again.
 
     Args:
-        layer: dynamic, of 8-bit activations, with the smoothing and rank that are wanted.
+        layer: dynamic, of 8-bit activations, with the smoothing that is wanted.
         scheme: of the same format.
 
     See `QuantizedLayer.from_float` for the others.

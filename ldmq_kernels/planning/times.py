@@ -115,8 +115,8 @@ def _key(layer: nn.Linear | nn.Conv2d, given: _Input, choice: LayerPlan) -> str:
     if isinstance(layer, nn.Conv2d):
         words.append(f"stride {layer.stride} padding {layer.padding} dilation {layer.dilation}")
     words.append(str(choice.scheme))
-    details = {"smoothed": choice.smoothing is not None, "first token": choice.first_token, "rank": choice.rank}
-    words += [f"{name} {value}" if name == "rank" else name for name, value in details.items() if value]
+    details = {"smoothed": choice.smoothing is not None, "first token": choice.first_token}
+    words += [name for name, value in details.items() if value]
     return " ".join(words)
 
 

@@ -37,7 +37,6 @@ def choice_bytes(layer: nn.Linear | nn.Conv2d, choice: LayerPlan) -> int:
         choice.scheme,
         smoothed=choice.smoothing is not None,
         timestep_groups=len(choice.scales),
-        rank=choice.rank,
         adds_bias=choice.bias_correction is not None and not has_bias,
     )
 
@@ -48,10 +47,9 @@ def weight_bytes(
     *,
     smoothed: bool = False,
     timestep_groups: int = 1,
-    rank: int = 0,
     adds_bias: bool = False,
 ) -> int:
-    """Bytes of a layer's weight in a checkpoint, with its scales and corrections; low ranks are of 16 bit.
+    """Bytes of a layer's weight in a checkpoint, with its scales and corrections; a bias is of 16 bit.
 
     A bias that the float layer has is the same in all schemes, and not counted.
     """
@@ -71,15 +69,7 @@ def weight_bytes(
         total += 4 * (timestep_groups if scheme.has_timestep_scales else 1)
     if smoothed and scheme.format.activation_bits == 8:
         total += 4 * channels
-    return total + FLOAT_BYTES * (rank * (rows + positions * channels) + (rows if adds_bias else 0))
-
-
-def choice_cost(layer: nn.Linear | nn.Conv2d, operations: int, choice: LayerPlan) -> float:
-    """`operation_cost` of a layer as a plan would have it, with its low-rank correction in 16 bit."""
-    shape = layer_shape(layer)
-    width = math.prod(shape[1:])
-    low_rank = operations * choice.rank * (shape[0] + width) / (shape[0] * width)
-    return operation_cost(operations, choice.scheme) + low_rank * FLOAT_OPERATION_COST
+    return total + (FLOAT_BYTES * rows if adds_bias else 0)
 
 
 def operation_cost(operations: int, scheme: Scheme) -> float:

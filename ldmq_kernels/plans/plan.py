@@ -10,7 +10,7 @@
       "input_scales": {"conv_in": 0.0231, "conv_out": [0.041, 0.033, 0.029], ...},
       "smoothing": {"mid_block.attentions.0...": "<base64 of float32>"},
       "bias_correction": {"down_blocks.0...": "<base64 of float32>"},
-      "details": {"mid_block...to_k": {"first_token": true, "rounding": "gptq", "rank": 16}}
+      "details": {"mid_block...to_k": {"first_token": true, "rounding": "gptq"}}
     }
 
 The last rule whose pattern (fnmatch) fits a layer's name holds for it; an exception beats all rules. `timestep_groups`
@@ -40,7 +40,7 @@ from ldmq_kernels.plans.layers import fingerprint, kind_of, layer_shape, quantiz
 
 VERSION = 3  # 1 and 2 are read too: 1 had no timestep groups, bias corrections and details; both had other words
 ROUNDINGS = ("nearest", "gptq")
-DETAILS = ("first_token", "rounding", "rank")  # what an entry of `details` may say
+DETAILS = ("first_token", "rounding")  # what an entry of `details` may say
 
 
 class PlanError(ValueError):
@@ -57,7 +57,6 @@ class LayerPlan:
         first_token: whether the first token's row is computed from its 16-bit input.
         bias_correction: (out,) float32, added to the bias.
         rounding: of the weight, "nearest" or "gptq", which needs the inputs of a calibration.
-        rank: of the low-rank correction in 16 bit, 0 for none.
     """
 
     scheme: Scheme
@@ -67,7 +66,6 @@ class LayerPlan:
     first_token: bool = False
     bias_correction: Tensor | None = None
     rounding: str = "nearest"
-    rank: int = 0
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -210,7 +208,7 @@ class Plan:
         with explained("reading a plan"):
             import jsonschema  # plans that are made in memory do without
 
-        data = _in_current_words(data)
+        data = _without_ranks(_in_current_words(data), source)
         schema = json.loads(resources.files("ldmq_kernels.plans").joinpath("plan.schema.json").read_text())
         errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(data), key=lambda e: e.json_path)
         if errors:
@@ -268,6 +266,30 @@ def _in_current_words(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def _without_ranks(data: dict[str, Any], source: str) -> dict[str, Any]:
+    """The plan without the detail "rank" of former versions, where it is 0: there were low-rank corrections once.
+
+    Raises:
+        PlanError: a layer has a rank that is not 0.
+    """
+    details = data.get("details")
+    if not isinstance(details, dict):
+        return data
+    kept = {}
+    for name, entry in details.items():
+        if isinstance(entry, dict) and "rank" in entry:
+            if entry["rank"] != 0:
+                raise PlanError(
+                    f"{source}: {name} has a low-rank correction (rank {entry['rank']}), which this package no longer "
+                    "computes: remove the rank from the plan's details, and give the layer a more precise scheme if "
+                    "its noise matters"
+                )
+            entry = {key: value for key, value in entry.items() if key != "rank"}
+        if entry != {}:
+            kept[name] = entry
+    return {**data, "details": kept}
+
+
 def _encode(vector: Tensor) -> str:
     return base64.b64encode(vector.cpu().numpy().astype("<f4").tobytes()).decode()
 
@@ -318,10 +340,8 @@ def _check_choice(layer: nn.Linear | nn.Conv2d, choice: LayerPlan, groups: int) 
         raise PlanError(f"details has first_token, which only a linear has, this is a {kind}: remove it")
     if choice.rounding not in ROUNDINGS:
         raise PlanError(f"details has rounding {choice.rounding!r}: choose one of {', '.join(ROUNDINGS)}")
-    if choice.rank < 0:
-        raise PlanError(f"details has rank {choice.rank}: it is 0 or more")
-    if not scheme.quantizes and (choice.rank or choice.rounding != "nearest"):
-        raise PlanError(f"details has a rounding or a rank, but {scheme} has no quantized weight: remove the entry")
+    if not scheme.quantizes and choice.rounding != "nearest":
+        raise PlanError(f"details has a rounding, but {scheme} has no quantized weight: remove the entry")
 
 
 def model_record(model: nn.Module) -> dict[str, Any]:

@@ -51,7 +51,6 @@ class Method:
     gptq: bool = True
     bias_correction: bool = True
     first_token: bool = True
-    rank: int = 0
 
 
 PLAIN = Method(smoothing=False, ranges=False, gptq=False, bias_correction=False, first_token=False)
@@ -112,7 +111,6 @@ class _Recipe:
     smoothing: float | str | None = None
     widened: bool = False
     share: float = 1.0
-    rank: int = 0
     rounding: str = "nearest"
 
     @property
@@ -191,7 +189,6 @@ class LayerSearch:
             scale,
             smoothing,
             first_token=recipe.first_token,
-            rank=recipe.rank,
             rounding=recipe.rounding,
         )
 
@@ -312,13 +309,10 @@ class LayerSearch:
     def _rounded(self, start: _Trial) -> _Trial:
         if start.recipe.scheme.format.weight_bits != 4:
             return start
-        best = start
-        if self.method.rank:
-            best = self._try(replace(start.recipe, rank=self.method.rank))
         if not self.method.gptq or getattr(self.layer, "groups", 1) != 1:
-            return best
-        rounded = self._try(replace(best.recipe, rounding="gptq"))
-        return rounded if _less_noisy(rounded.outcome.noise, best.outcome.noise, WORTH_GPTQ_DB) else best
+            return start
+        rounded = self._try(replace(start.recipe, rounding="gptq"))
+        return rounded if _less_noisy(rounded.outcome.noise, start.outcome.noise, WORTH_GPTQ_DB) else start
 
     # -- the result -----------------------------------------------------------------------------------
 
@@ -376,8 +370,6 @@ class LayerSearch:
         range_of = f"{self._times_calibrated(recipe):.2f}"
         if range_of != "1.00":
             words.append(f"range {range_of}")
-        if recipe.rank:
-            words.append(f"rank {recipe.rank}")
         if recipe.rounding != "nearest":
             words.append(recipe.rounding)
         return words

@@ -291,7 +291,7 @@ def test_the_pages_tell_every_case_and_what_did_not_help(tmp_path: Path) -> None
     assert "failed, RuntimeError: missing" in page
     (question,) = [q for q in data["questions"] if q["what"] == "activation scales, plain"]
     negative = page.split("## What did not help")[1].split("##")[0]
-    assert ("stepped is" in negative) == (not question["answers"][0]["better"])
+    assert ("timestep is" in negative) == (not question["answers"][0]["better"])
     assert f"**{question['kept']}**" in page
     written = []
     for folder in (tmp_path / "one", tmp_path / "two"):

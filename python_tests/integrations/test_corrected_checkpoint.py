@@ -29,11 +29,8 @@ def corrected_plan(unet: Any) -> Plan:
     for index, (name, layer) in enumerate(quantizable_layers(unet).items()):
         if not plan.layer(name).scheme.quantizes:
             continue
-        details = {"rank": 1 + index % 4} if index % 2 else {}
         if name.endswith(("attn2.to_k", "attn2.to_v")):
-            details["first_token"] = True
-        if details:
-            plan.details[name] = details
+            plan.details[name] = {"first_token": True}
         if index % 5 < 2:
             plan.bias_correction[name] = 0.1 * torch.randn(layer.weight.shape[0], generator=generator)
     assert any(quantizable_layers(unet)[name].bias is None for name in plan.bias_correction)
@@ -44,7 +41,7 @@ def gptq_plan(unet: Any) -> Plan:
     plan = mixed_plan(unet)
     for index, name in enumerate(quantizable_layers(unet)):
         if plan.layer(name).scheme.quantizes and index % 3 == 0:
-            plan.details[name] = {"rounding": "gptq", "rank": 2}
+            plan.details[name] = {"rounding": "gptq"}
     plan.calibration = {"texts": PROMPTS, "num_inference_steps": 2, "guidance_scale": 5.0, "seed": 3}
     return plan
 
@@ -115,9 +112,7 @@ def test_a_pipeline_quantizes_with_gptq_and_what_it_saves_loads(tmp_path: Any) -
     pipe = tiny_pipeline(tmp_path / "tokenizer")
     plan = gptq_plan(pipe.unet)
     nearest = tiny_unet()
-    plain = mixed_plan(nearest)
-    plain.details = {name: {"rank": 2} for name in plan.details}
-    convert(nearest, plain)
+    convert(nearest, mixed_plan(nearest))
     ldmq.quantize(pipe, plan.to_dict(), show_progress=False)
     differ = {
         name

@@ -1,4 +1,4 @@
-"""What a layer computes beside its integers: the first token's row, a corrected bias, low ranks, GPTQ rounding."""
+"""What a layer computes beside its integers: the first token's row, a corrected bias, GPTQ rounding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
 from ldmq_kernels.numerics.affine import quantize_weight_int8
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.sqnr import sqnr_db
-from python_tests.nn.layers import CONV_SCHEMES, INT8_SCHEMES, LINEAR_SCHEMES
+from python_tests.nn.layers import INT8_SCHEMES, LINEAR_SCHEMES
 
 DUPLICATES = [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), lambda m: m.double().float()]
 
@@ -135,61 +135,6 @@ def test_a_bias_correction_is_added_to_a_bias_of_the_layers_own(dtype: torch.dty
     )
 
 
-@pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
-@pytest.mark.parametrize("first_token", [False, True])
-def test_the_low_rank_correction_of_a_linear_is_added_in_16_bit(scheme: str, first_token: bool) -> None:
-    eight_bit = scheme in INT8_SCHEMES
-    smoothing = SMOOTHING if eight_bit else None
-    layer = made(linear(), scheme, smoothing=smoothing, rank=5, first_token=first_token)
-    plain = made(linear(), scheme, smoothing=smoothing, first_token=first_token)
-    x, residual = text(), torch.randn(3, 11, 33)
-    assert (layer.low_rank_down.shape, layer.low_rank_up.shape) == ((5, 70), (33, 5))
-    wanted = plain(x) + x @ layer.low_rank_down.T @ layer.low_rank_up.T
-    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(layer.project(x, residual), wanted + residual, rtol=1e-5, atol=1e-4)
-    assert not layer.takes_int8
-
-
-@pytest.mark.parametrize("scheme", CONV_SCHEMES)
-@pytest.mark.parametrize("case", ["unet", "downsampler", "shortcut", "circular"])
-def test_the_low_rank_correction_of_a_convolution_sees_the_same_pixels(scheme: str, case: str) -> None:
-    float_layer, x = convolution(case)
-    smoothing = SMOOTHING[:20] if scheme in INT8_SCHEMES else None
-    layer = made(float_layer, scheme, smoothing=smoothing, rank=3)
-    plain = made(float_layer, scheme, smoothing=smoothing)
-    merged = copy.deepcopy(float_layer)
-    with torch.no_grad():
-        merged.bias = None
-        merged.weight.copy_(torch.einsum("kr,rabc->kcab", layer.low_rank_up, layer.low_rank_down))
-        torch.testing.assert_close(layer(x), plain(x) + merged(x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(layer(x[0]), layer(x)[0], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("scheme", ["w8a8-static", "w4a8-dynamic", "w8a16", "w4a16"])
-def test_a_full_rank_gives_the_float_weight_back(scheme: str) -> None:
-    float_layer = linear()
-    layer = made(float_layer, scheme, smoothing=SMOOTHING, rank=33)
-    layer.unpack()
-    whole = layer.real_weight() + layer.low_rank_up @ layer.low_rank_down
-    torch.testing.assert_close(whole, float_layer.weight.detach(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("duplicate", DUPLICATES)
-def test_low_ranks_are_stored_copied_and_move_with_the_models_dtype(duplicate: Any) -> None:
-    layer = made(linear(), "w4a8-dynamic", rank=4)
-    out = layer(text())
-    assert torch.equal(duplicate(layer)(text()), out)
-    other = made(nn.Linear(70, 33), "w4a8-dynamic", rank=4)
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(text()), out)
-    assert layer.half().low_rank_up.dtype == torch.float16
-
-
-def test_corrections_of_grouped_convolutions_are_refused() -> None:
-    with pytest.raises(ValueError, match="grouped convolution cannot be given a low-rank correction"):
-        made(nn.Conv2d(8, 8, 3, groups=2), "w8a16", rank=2)
-
-
 def test_a_static_scheme_takes_one_scale() -> None:
     with pytest.raises(ValueError, match="w8a8-static needs a calibrated input scale, this has 3 scales"):
         QuantLinear.from_float(linear(), SCHEMES["w8a8-static"], input_scale=torch.ones(3))
@@ -225,7 +170,7 @@ def test_the_hessian_is_taken_after_smoothing_in_the_order_of_the_weights_axes()
 
 @pytest.mark.parametrize("scheme", ["w8a8-timestep", "w4a8-dynamic", "w8a16"])
 def test_compiled_without_graph_breaks_all_corrections_give_the_same(scheme: str) -> None:
-    layer = made(linear(), scheme, smoothing=SMOOTHING, first_token=True, rank=3, bias_correction=torch.randn(33))
+    layer = made(linear(), scheme, smoothing=SMOOTHING, first_token=True, bias_correction=torch.randn(33))
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -247,15 +192,12 @@ def test_a_split_linear_is_as_exact_as_its_weight(scheme, backend, smoothing):
 
 
 @pytest.mark.parametrize("case", ["unet", "downsampler", "shortcut", "circular"])
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_split_convolution_is_as_exact_as_its_weight(case, rank):
+def test_a_split_convolution_is_as_exact_as_its_weight(case):
     layer, x = convolution(case)
     x = 0.4 * x  # within the calibrated range
-    quantized = made(layer, "w8a8x2", rank=rank)
+    quantized = made(layer, "w8a8x2")
     twin = copy.deepcopy(layer)
     weight = quantized.real_weight().permute(0, 3, 1, 2)
-    if rank:
-        weight = weight + torch.einsum("kr,rpqc->kcpq", quantized.low_rank_up, quantized.low_rank_down)
     with torch.no_grad():
         twin.weight.copy_(weight)
         assert sqnr_db(twin(x), quantized(x)) > 75

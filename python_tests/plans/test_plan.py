@@ -104,7 +104,8 @@ def test_smoothing_of_the_wrong_length_names_the_layer(unet):
         ({"timestep_groups": [300.0, 300.0]}, "descending"),
         ({"timestep_groups": [float("inf"), 300.0]}, "finite"),
         ({"timestep_groups": ["late"]}, "timestep_groups"),
-        ({"details": {"conv_in": {"rank": -1}}}, "rank"),
+        ({"details": {"conv_in": {"rank": -1}}}, r"conv_in has a low-rank correction \(rank -1\).*remove the rank"),
+        ({"details": {"conv_in": {"rank": 16}}}, r"conv_in has a low-rank correction \(rank 16\).*more precise scheme"),
         ({"details": {"conv_in": {"rounding": "up"}}}, "rounding"),
         ({"details": {"conv_in": {"bits": 4}}}, "bits"),
         ({"surprise": 1}, "surprise"),
@@ -142,7 +143,6 @@ RICH = LayerPlan(
     first_token=True,
     bias_correction=torch.linspace(-1, 1, 128),
     rounding="gptq",
-    rank=7,
 )
 
 
@@ -170,7 +170,7 @@ def test_what_is_set_is_what_a_layer_becomes_also_after_the_file(unet, tmp_path)
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["ldmq_plan"] == 3
     assert written["input_scales"] == {LINEAR: [0.3, 0.2, 0.1]}
-    assert written["details"] == {LINEAR: {"first_token": True, "rounding": "gptq", "rank": 7}}
+    assert written["details"] == {LINEAR: {"first_token": True, "rounding": "gptq"}}
 
 
 def test_setting_again_leaves_nothing_of_before(unet):
@@ -198,7 +198,7 @@ def test_a_config_leaves_out_vectors_and_texts_but_names_who_has_them(unet):
     plan = rich_plan(unet).to_dict(with_vectors=False)
     assert plan["smoothing"] == plan["bias_correction"] == {LINEAR: ""}
     assert plan["calibration"] == {"prompts": 1}
-    assert plan["details"] == {LINEAR: {"first_token": True, "rounding": "gptq", "rank": 7}}
+    assert plan["details"] == {LINEAR: {"first_token": True, "rounding": "gptq"}}
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,8 @@ def test_a_config_leaves_out_vectors_and_texts_but_names_who_has_them(unet):
         (LINEAR, {"scheme": SCHEMES["w8a8-static"]}, "linear_1: input_scales has a list of 3.*takes one number"),
         (LINEAR, {"smoothing": torch.ones(31)}, "linear_1: smoothing has 31 values, the layer takes 32"),
         (LINEAR, {"bias_correction": torch.ones(32)}, "linear_1: bias_correction has 32 values, the layer takes 128"),
-        (LINEAR, {"rank": -1}, "linear_1: details has rank -1"),
         (LINEAR, {"rounding": "up"}, "linear_1: details has rounding 'up': choose one of nearest, gptq"),
-        (LINEAR, {"scheme": SCHEMES["fp16"]}, "linear_1: details has a rounding or a rank.*remove"),
+        (LINEAR, {"scheme": SCHEMES["fp16"]}, "linear_1: details has a rounding, but fp16.*remove"),
         ("conv_in", {"smoothing": None, "bias_correction": None}, "conv_in: details has first_token.*only a linear"),
     ],
 )
@@ -254,6 +253,15 @@ def test_a_file_of_version_2_is_read_in_the_words_of_today(unet, tmp_path):
     assert "w8a8-stepped" in text
     assert "w8a8x2" not in text
     (tmp_path / "old.json").write_text(text)
+    assert Plan.load(tmp_path / "old.json").to_dict() == plan.to_dict()
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_rank_of_0_in_an_older_file_is_dropped(unet, tmp_path, version):
+    plan = rich_plan(unet)
+    old = plan.to_dict() | {"ldmq_plan": version}
+    old["details"] = {LINEAR: {**old["details"][LINEAR], "rank": 0}, "conv_in": {"rank": 0}}
+    (tmp_path / "old.json").write_text(json.dumps(old))
     assert Plan.load(tmp_path / "old.json").to_dict() == plan.to_dict()
 
 

@@ -83,7 +83,6 @@ class LdmqQuantizer(DiffusersQuantizer):
                 smoothed=name in plan.smoothing,
                 timestep_groups=len(choice.scales),
                 first_token=choice.first_token,
-                rank=choice.rank,
                 corrected=name in plan.bias_correction,
             )
             for name, choice in named.layers(model).items()
