@@ -33,6 +33,7 @@ FILES = ("rows.jsonl", "log.txt", "state.json", "tuned.json")
 SMALLEST_STAGE = 10.0  # seconds; less than this only starts Python
 SHARED = ("-n", "8") if importlib.util.find_spec("xdist") else ()  # most of these tests' time is compilation
 PYTEST = ("-m", "pytest", "-q", "--maxfail=20", "--no-header", "-p", "no:cacheprovider", *SHARED)
+OPS_TESTS = ("python_tests/kernels", "--ignore=python_tests/kernels/cpu", "--ignore=python_tests/kernels/cuda")
 OPS = (
     "linear_w8a8",
     "conv2d_w8a8",
@@ -74,13 +75,13 @@ STAGES = (
     Stage("packages", ("-m", "benchmarks.on_gpu", "--install"), 60),
     Stage("CUDA kernels", ("setup.py", "-q", "build_ext", "--inplace"), 200),
     Stage("every tile", (*PYTEST, "python_tests/kernels/test_triton_backend.py", "-k", "tile or split"), 120),
-    Stage("every CUDA tile", (*PYTEST, "python_tests/kernels_cuda/test_products.py", "-k", "gpu"), 60),
+    Stage("every CUDA tile", (*PYTEST, "python_tests/kernels/cuda/test_products.py", "-k", "gpu"), 60),
     Stage("ceilings", ("-m", "benchmarks.ceilings", "--rows", "{rows}"), 60),
     _op("linear_w8a8", 120),
     _op("conv2d_w8a8", 120),
     Stage("truth on the GPU", (*PYTEST, "python_tests/gpu"), 200),
     _model("sdxl"),
-    Stage("ops on the GPU", (*PYTEST, "python_tests/kernels", "-k", "(triton or cuda) and not compiles"), 300),
+    Stage("ops on the GPU", (*PYTEST, *OPS_TESTS, "-k", "(triton or cuda) and not compiles"), 300),
     Stage("doctor", ("-m", "ldmq_kernels", "doctor"), 200),
     _model("sd15"),
     *(_op(name) for name in OPS[2:6]),
@@ -94,7 +95,7 @@ STAGES = (
     _model("sd15", AGAIN),
     *(_op(name) for name in OPS[6:]),
     Stage("sanitizer", (*PYTEST, "python_tests/gpu/test_sanitizer_on_gpu.py"), 400),
-    Stage("ops of the reference", (*PYTEST, "python_tests/kernels", "-k", "reference"), 200),
+    Stage("ops of the reference", (*PYTEST, *OPS_TESTS, "-k", "reference"), 200),
 )
 
 

@@ -1,4 +1,4 @@
-// Instructions of sm_80 and newer that C++ has no words for. python_tests/kernels_cuda/emulator has the same
+// Instructions of sm_80 and newer that C++ has no words for. python_tests/kernels/cuda/emulator has the same
 // functions for a CPU; a kernel that uses these alone is proved there without a GPU.
 #pragma once
 

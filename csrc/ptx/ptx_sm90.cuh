@@ -1,5 +1,5 @@
 // Instructions of sm_90a: barriers in shared memory, the tensor memory accelerator (TMA), warpgroups.
-// python_tests/kernels_cuda/emulator has the same functions for a CPU.
+// python_tests/kernels/cuda/emulator has the same functions for a CPU.
 #pragma once
 
 #include <cuda.h>

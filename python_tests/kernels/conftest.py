@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from python_tests.kernels.cuda.emulation import emulate
 from python_tests.kernels.operands import Backend
-from python_tests.kernels_cuda.emulation import emulate
 
 HERE = Path(__file__).parent
 

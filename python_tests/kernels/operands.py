@@ -29,7 +29,7 @@ FEW_EXAMPLES = settings(
 )
 
 
-# by which a call goes on to Triton; python_tests/kernels_cuda has the shapes that are taken
+# by which a call goes on to Triton; python_tests/kernels/cuda has the shapes that are taken
 CUDA_REFUSALS = "|".join(
     (
         "must be a multiple of",

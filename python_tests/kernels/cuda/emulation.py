@@ -23,7 +23,7 @@ import torch
 
 from ldmq_kernels.kernels.cuda import extension, tiles
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
 MODULE = "_binding" + sysconfig.get_config_var("EXT_SUFFIX")
 COMPILE = ("g++", "-std=c++20", "-O1", "-fPIC", "-Wno-psabi")

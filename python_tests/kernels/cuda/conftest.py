@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ldmq_kernels.kernels.cuda import extension
-from python_tests.kernels_cuda.emulation import MODULE, ROOT, emulate, emulated_binding, load
+from python_tests.kernels.cuda.emulation import MODULE, ROOT, emulate, emulated_binding, load
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from python_tests.kernels_cuda.products_under_way import overwritten_operands
+from python_tests.kernels.cuda.products_under_way import overwritten_operands
 
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 DESIGNED = re.compile(r"sm(80|90)14product_kernelINS0_4TileILNS_4KindE([012])E")

@@ -16,7 +16,7 @@ import pybind11
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PLACE = "lib/ldmq_kernels/kernels/cuda"
 
 CLEAN = """\
