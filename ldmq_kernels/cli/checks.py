@@ -1,7 +1,7 @@
 """`ldmq doctor`: does this installation compute what it should, and with which backends?
 
 Each op of each backend is compared with the reference on a few small odd shapes. One that is wrong or fails on any
-is switched off for devices of this kind, until a later run of the doctor finds it right (see `kernels.choices`).
+is switched off for devices of this kind, until a later run of the doctor finds it right (see `kernels.measurements`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import ldmq_kernels
 from ldmq_kernels import ops
 from ldmq_kernels.cli import op_speed
 from ldmq_kernels.cli.op_cases import SIZES, Cases
-from ldmq_kernels.kernels import agreement, choices, dispatch
+from ldmq_kernels.kernels import agreement, dispatch, measurements
 from ldmq_kernels.kernels.cpu import onednn
+from ldmq_kernels.kernels.gpu import gpu_of
 from ldmq_kernels.kernels.triton import configurations
 from ldmq_kernels.progress import track
 
@@ -169,8 +170,8 @@ def _file_problem(devices: set[torch.device]) -> str:
     """A file of measurements that is damaged, as a line; empty where all is well."""
     try:
         for device in devices:
-            configurations.measured(configurations.gpu_of(device))
-            choices.read_file(choices.user_file(device))
+            configurations.measured(gpu_of(device))
+            measurements.read_file(measurements.user_file(device))
     except ValueError as error:
         return str(error)
     return ""
@@ -187,7 +188,7 @@ def _is_usable(device: torch.device) -> bool:
 def _findings(served: dict[str, torch.device]) -> list[Finding]:
     """Check every op; what is switched off comes last, since it may leave its device unusable."""
     asked = [(op, backend) for backend in served for op in ops.SCHEMAS]
-    ordered = sorted(asked, key=lambda pair: choices.switched_off(pair[0], pair[1], served[pair[1]]) is not None)
+    ordered = sorted(asked, key=lambda pair: measurements.switched_off(pair[0], pair[1], served[pair[1]]) is not None)
     found, unusable = {}, ""
     for op, backend in track(ordered, "ops", len(ordered), show=True):
         device = served[backend]
@@ -206,9 +207,9 @@ def _switch(found: Finding, device: torch.device) -> str:
     name = f"{found.op} on {found.backend}"
     try:
         if found.is_the_kernels_fault:
-            choices.switch_off(found.op, found.backend, device, f"{found.verdict}: {found.detail}")
+            measurements.switch_off(found.op, found.backend, device, f"{found.verdict}: {found.detail}")
             return f"switched off: {name}, {found.verdict}: {found.detail}; the next backend serves"
-        if found.verdict in ("ok", "refuses") and choices.switch_on(found.op, found.backend, device):
+        if found.verdict in ("ok", "refuses") and measurements.switch_on(found.op, found.backend, device):
             return f"switched on again: {name}"
     except (OSError, ValueError) as error:
         return f"{name} could not be switched: {error}; LDMQ_BACKEND=reference computes without it"

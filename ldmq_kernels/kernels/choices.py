@@ -1,33 +1,19 @@
-"""Which backend serves an op at a shape: what was measured on this GPU, and what is switched off on it.
+"""Which backend serves an op at a shape: the one that was measured to be the fastest there, or the usual one.
 
-Both stand in the GPU's file of measurements, beside the tiles (see `triton.configurations`):
-
-    "backends": {"linear_w8a8": {"64x320 to 40": {"backend": "cuda", "milliseconds": {"triton": 0.061, "cuda": 0.055}}}}
-    "switched_off": {"linear_w8a8": {"cuda": {"reason": "differs by ...", "date": "2026-01-31", "version": "0.1.0"}}}
-
-`ldmq bench --tune` writes "backends"; a user's file goes before the one that ships, shape by shape. A shape that is
-not in it takes the usual order, however near a measured one is. `ldmq doctor` writes "switched_off", to the user's
-file alone. It holds for the version of this package that wrote it: another one may have mended the kernel, and is
-to be checked by its own doctor.
+A shape that is not in the file of measurements takes the usual order, however near a measured one is.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
 import importlib
-import json
-import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldmq_kernels.files import write_whole
-from ldmq_kernels.kernels.triton import configurations
-from ldmq_kernels.version import __version__
+from ldmq_kernels.kernels import measurements
 
 PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 MEASURABLE = ("triton", "cuda", "reference")  # what a line of "backends" may name
@@ -129,104 +115,16 @@ class Choice:
         return found
 
 
-_choices: dict[tuple[str, torch.device], Choice] = {}
-
-
+@measurements.emptied_by_forget
+@functools.cache
 def choice(op: str, device: torch.device) -> Choice:
     """What holds for an op on a device; the files are read once."""
-    found = _choices.get((op, device))
-    if found is None:
-        usual = PREFERENCE.get(device.type, ("reference",))
-        best = _best(op, device) if device.type == "cuda" else {}
-        measured = {text: tuple(dict.fromkeys((name, *usual))) for text, name in best.items() if name != usual[0]}
-        found = _choices[op, device] = Choice(op, usual, _off(op, device), measured, _key_of(op))
-    return found
-
-
-def backend_order(op: str, arguments: Arguments, device: torch.device) -> tuple[str, ...]:
-    """The backends that a call is offered to, one after the other; those switched off are among them."""
-    return choice(op, device).order(arguments)
-
-
-def forget() -> None:
-    """Read the files again at the next choice."""
-    _choices.clear()
-    _contents.cache_clear()
-    cuda_tiles.cache_clear()
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """Warn, unless these words were said already."""
-    warnings.warn(text, stacklevel=2)
-
-
-def user_file(device: torch.device) -> Path:
-    """This user's measurements on a device."""
-    return configurations.cache_folder() / configurations.file_name(configurations.gpu_of(device))
-
-
-def _damaged(path: Path, why: object) -> str:
-    return f"{path} is damaged ({why}): remove it, then run `ldmq bench --tune` and `ldmq doctor` again"
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """The content of a file of measurements; empty where there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(_damaged(path, error)) from None
-    if not isinstance(content, dict) or not isinstance(content.get("tiles"), dict):
-        raise ValueError(_damaged(path, 'an object with "tiles" is expected'))
-    return content
-
-
-@functools.cache
-def _contents(device: torch.device) -> tuple[tuple[Path, dict[str, Any]], ...]:
-    """The file that ships and the user's; one that is damaged is told, and counts as empty."""
-    name = configurations.file_name(configurations.gpu_of(device))
-    found = []
-    for place in (lambda: configurations.SHIPPED / name, lambda: user_file(device)):
-        path, content = Path(name), {}
-        try:
-            path = place()
-            content = read_file(path)
-        except (ValueError, OSError, RuntimeError) as error:  # the last where a user has no home
-            warn_once(f"{error}; until then no backend is chosen by this file, and none is switched off")
-        found.append((path, content))
-    return tuple(found)
-
-
-def _section(path: Path, content: dict[str, Any], *names: str) -> dict[str, Any]:
-    """A dict inside a file, empty where it is missing; one that is no dict is told, and counts as empty."""
-    found: Any = content
-    for name in names:
-        found = found.get(name, {})
-        if not isinstance(found, dict):
-            warn_once(_damaged(path, f"{' '.join(map(repr, names))}: {name!r} is {found!r}, must be an object"))
-            return {}
-    return found
-
-
-def _best(op: str, device: torch.device) -> dict[str, str]:
-    """The fastest backend by the text of a shape, where it is there and has the op."""
-    best: dict[str, str] = {}
-    for path, content in _contents(device):
-        for text, line in _section(path, content, "backends", op).items():
-            name = line.get("backend") if isinstance(line, dict) else line
-            if name in MEASURABLE:
-                best[text] = name
-            else:
-                accepted = ", ".join(MEASURABLE)
-                warn_once(_damaged(path, f"the backend of {op} at {text!r} is {name!r}, must be one of {accepted}"))
+    usual = PREFERENCE.get(device.type, ("reference",))
+    best = measurements.fastest_backends(op, device, MEASURABLE) if device.type == "cuda" else {}
     there = {name for name in set(best.values()) if _has(name, op, device)}
-    return {text: name for text, name in best.items() if name in there}
+    best = {text: name for text, name in best.items() if name in there and name != usual[0]}
+    measured = {text: tuple(dict.fromkeys((name, *usual))) for text, name in best.items()}
+    return Choice(op, usual, measurements.off(op, device), measured, _key_of(op))
 
 
 def _has(name: str, op: str, device: torch.device) -> bool:
@@ -234,83 +132,6 @@ def _has(name: str, op: str, device: torch.device) -> bool:
     return bool(backend.serves(device)) and hasattr(backend, op)
 
 
-@functools.cache
-def cuda_tiles(device: torch.device) -> dict[str, str]:
-    """The fastest tile of the CUDA backend by "op rowsxcolumnsxdepth"; the user's file before the one that ships."""
-    found: dict[str, str] = {}
-    for path, content in _contents(device):
-        found |= _section(path, content, "cuda_tiles")
-    return found
-
-
-def _off(op: str, device: torch.device) -> dict[str, str]:
-    """Why each backend is switched off for an op, by this version of the package."""
-    path, content = _contents(device)[-1]
-    reasons = {}
-    for name, line in _section(path, content, "switched_off", op).items():
-        if not isinstance(line, dict) or not {"reason", "date", "version"} <= set(line):
-            told = f"what switches {op} off on {name!r} is {line!r}, must have a reason, a date and a version"
-            warn_once(_damaged(path, told))
-        elif line["version"] == __version__ and name != "reference":
-            reasons[name] = f"{line['reason']} ({line['date']}, ldmq_kernels {line['version']})"
-    return reasons
-
-
-def switched_off(op: str, backend: str, device: torch.device) -> str | None:
-    """Why an op is switched off on a backend, with the date and the version that found it; None where it is not."""
-    return choice(op, device).off.get(backend)
-
-
-def switch_off(op: str, backend: str, device: torch.device, reason: str) -> None:
-    """Let the next backend serve an op on devices of this kind, in this process and in later ones.
-
-    Args:
-        op: its name.
-        backend: any but the reference, by which the others are judged.
-        device: one of the kind.
-        reason: what is wrong.
-
-    Raises:
-        ValueError: the backend is the reference, or the user's file is damaged.
-        OSError: the file cannot be written.
-    """
-    if backend == "reference":
-        raise ValueError(f"{op} on the reference backend defines the op: it cannot be switched off")
-    content = _for_change(device)
-    line = {"reason": reason, "date": datetime.date.today().isoformat(), "version": __version__}
-    content.setdefault("switched_off", {}).setdefault(op, {})[backend] = line
-    _write(device, content)
-
-
-def switch_on(op: str, backend: str, device: torch.device) -> bool:
-    """Undo `switch_off`.
-
-    Returns:
-        Whether anything was switched off, by whatever version.
-
-    Raises:
-        ValueError: the user's file is damaged.
-        OSError: it cannot be written.
-    """
-    content = _for_change(device)
-    off = content.get("switched_off", {})
-    if backend not in off.get(op, {}):
-        return False
-    del off[op][backend]
-    content["switched_off"] = {name: backends for name, backends in off.items() if backends}
-    _write(device, content)
-    return True
-
-
-def _for_change(device: torch.device) -> dict[str, Any]:
-    path = user_file(device)
-    content = read_file(path) or {"gpu": configurations.gpu_of(device).name, "tiles": {}}
-    off = content.get("switched_off", {})
-    if not isinstance(off, dict) or not all(isinstance(backends, dict) for backends in off.values()):
-        raise ValueError(_damaged(path, '"switched_off" must hold an object for each op'))
-    return content
-
-
-def _write(device: torch.device, content: dict[str, Any]) -> None:
-    write_whole(user_file(device), (json.dumps(content, indent=1) + "\n").encode())
-    forget()
+def backend_order(op: str, arguments: Arguments, device: torch.device) -> tuple[str, ...]:
+    """The backends that a call is offered to, one after the other; those switched off are among them."""
+    return choice(op, device).order(arguments)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ldmq_kernels.kernels import choices
+from ldmq_kernels.kernels import choices, measurements
 from ldmq_kernels.kernels.choices import PREFERENCE as PREFERENCE
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -70,7 +70,7 @@ def forced_backend() -> str | None:
 def _switched_off(op: str, name: str, reason: str) -> Unsupported:
     """The refusal of a backend that was found to be wrong here; said once as a warning, too."""
     told = f"switched off by `ldmq doctor`: {reason}"
-    choices.warn_once(f"ldmq::{op} on {name} is {told}; run `ldmq doctor` again once it is mended")
+    measurements.warn_once(f"ldmq::{op} on {name} is {told}; run `ldmq doctor` again once it is mended")
     return Unsupported(told)
 
 

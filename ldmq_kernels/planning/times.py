@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.files import write_whole
+from ldmq_kernels.kernels.gpu import cache_folder, gpu_of
 from ldmq_kernels.kernels.triton import configurations
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.knapsack import Option
@@ -131,7 +132,7 @@ def _head(device: torch.device) -> dict[str, Any]:
     head: dict[str, Any] = {"device": _device_name(device), "package": __version__, "torch": torch.__version__}
     if device.type != "cuda":
         return {**head, "threads": torch.get_num_threads()}
-    tiles = configurations.measured(configurations.gpu_of(device))
+    tiles = configurations.measured(gpu_of(device))
     if not tiles:
         raise PlanError(
             f"no kernel was measured on this {_device_name(device)}, so times would be those of estimated tiles: run "
@@ -144,7 +145,7 @@ def _head(device: torch.device) -> dict[str, Any]:
 def cache_file(device: torch.device) -> Path:
     """Where this user's layer times of a device are kept."""
     name = re.sub(r"[^a-z0-9]+", "-", _device_name(device).lower()).strip("-")
-    return configurations.cache_folder() / f"layer-times-{name}.json"
+    return cache_folder() / f"layer-times-{name}.json"
 
 
 def _earlier(path: Path, head: dict[str, Any]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ldmq_kernels.kernels import agreement, choices, dispatch
+from ldmq_kernels.kernels import agreement, choices, dispatch, measurements
 from ldmq_kernels.kernels import cuda as cuda_backend
 from ldmq_kernels.tuning.calls import Call
 from ldmq_kernels.tuning.fastest import Context, Run, Tiles, Timer, fastest, in_turns
@@ -23,7 +23,7 @@ _SHOWN_DIGITS = 4
 def rival_runs(op: str, device: torch.device) -> bool:
     """Whether the CUDA backend serves the device, has the op, and is not switched off for it."""
     has_it = cuda_backend.serves(device) and hasattr(cuda_backend, op)
-    return has_it and choices.switched_off(op, RIVAL, device) is None
+    return has_it and measurements.switched_off(op, RIVAL, device) is None
 
 
 @contextlib.contextmanager

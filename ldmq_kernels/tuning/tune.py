@@ -20,8 +20,9 @@ import torch
 
 from ldmq_kernels import ops
 from ldmq_kernels.files import write_whole
-from ldmq_kernels.kernels import choices, dispatch
+from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels import triton as triton_backend
+from ldmq_kernels.kernels.gpu import gpu_of
 from ldmq_kernels.progress import track
 from ldmq_kernels.tuning.calls import OPS, PRODUCERS, Call, calls
 from ldmq_kernels.tuning.contest import RIVAL, compete, rival_runs
@@ -73,11 +74,8 @@ def tune(
         raise TuningError(
             f"tiles are measured on an NVIDIA GPU of compute capability 8.0 or newer, by triton; {device} is not served"
         )
-    from ldmq_kernels.kernels.triton import configurations
-
-    gpu = configurations.gpu_of(device)
-    path = out or configurations.cache_folder() / configurations.file_name(gpu)
-    found = _earlier(path, gpu.name)
+    path = out or measurements.user_file(device)
+    found = _earlier(path, gpu_of(device).name)
     begin = time.monotonic()
     todo = _todo(_tunable(names, device), models, device, found["seen"])
     for call, parts in track(todo, "shapes", len(todo), show=show):
@@ -87,14 +85,13 @@ def tune(
             _measure(call, parts, device, timer, found)
         finally:
             _write(path, found)
-    configurations.forget_measured()
-    choices.forget()
+    measurements.forget()
     seen = set(found["seen"])
     return path, sum(not seen.issuperset(parts.values()) for _, parts in todo)
 
 
 def _tunable(names: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
-    off = {op: choices.switched_off(op, "triton", device) for op in names}
+    off = {op: measurements.switched_off(op, "triton", device) for op in names}
     for op, reason in off.items():
         if reason is not None:
             warnings.warn(f"{op} is not tuned: its Triton kernel is switched off, {reason}", stacklevel=3)
@@ -188,7 +185,7 @@ def _shortlist(table: str, problem: Any, device: torch.device) -> list[Any]:
     """The tiles with the least estimate, and their persistent forms."""
     from ldmq_kernels.kernels.triton import configurations
 
-    gpu = configurations.gpu_of(device)
+    gpu = gpu_of(device)
     tiles = configurations.candidates(table, problem, gpu)
     known = set(tiles)
     plain = sorted((t for t in tiles if not t.persistent), key=lambda t: configurations.estimate(t, problem, gpu))

@@ -76,13 +76,13 @@ def test_an_earlier_runs_folder_is_taken_over(tmp_path: Path, monkeypatch: pytes
 
 
 def test_tuned_tiles_are_put_where_the_ops_look_for_them(tmp_path: Path) -> None:
-    from ldmq_kernels.kernels.triton import configurations
+    from ldmq_kernels.kernels.gpu import Gpu, file_name
 
     out = tmp_path / "out"
     out.mkdir()
     (out / "tuned.json").write_text(json.dumps({"gpu": "NVIDIA H200", "tiles": {}}))
     environment = on_gpu._environment(out)
-    name = configurations.file_name(configurations.Gpu("NVIDIA H200", 90, 132))
+    name = file_name(Gpu("NVIDIA H200", 90, 132))
     assert (Path(environment["LDMQ_CACHE"]) / name).exists()
 
 

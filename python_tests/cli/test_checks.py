@@ -15,7 +15,7 @@ import torch
 from ldmq_kernels import ops
 from ldmq_kernels.cli import checks, layer_times, main, op_speed
 from ldmq_kernels.cli.op_cases import SIZES
-from ldmq_kernels.kernels import choices, dispatch, reference
+from ldmq_kernels.kernels import dispatch, measurements, reference
 from ldmq_kernels.tuning.shapes import Conv2d, Linear
 
 CPU = torch.device("cpu")
@@ -26,9 +26,9 @@ RIGHT = {op: getattr(reference, op) for op in ops.SCHEMAS}
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder of measurements, forgotten afterwards; the file of this device in it."""
     monkeypatch.setenv("LDMQ_CACHE", str(tmp_path / "cache"))
-    choices.forget()
-    yield choices.user_file(CPU)
-    choices.forget()
+    measurements.forget()
+    yield measurements.user_file(CPU)
+    measurements.forget()
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -150,11 +150,11 @@ def test_what_fails_is_switched_off_until_it_passes(
     assert "switched off: linear_w8a8 on trial, wrong: differs by up to" in out
     assert "switched off: geglu_quantize on trial, fails: RuntimeError: illegal instruction" in out
     assert set(json.loads(own_cache.read_text())["switched_off"]) == {"linear_w8a8", "geglu_quantize"}
-    assert "illegal instruction" in str(choices.switched_off("geglu_quantize", "trial", CPU))
+    assert "illegal instruction" in str(measurements.switched_off("geglu_quantize", "trial", CPU))
     install(**RIGHT | {"geglu_quantize": crash})
     assert not checks.run_doctor()
     assert "switched on again: linear_w8a8 on trial" in told(capsys)
-    assert choices.switched_off("linear_w8a8", "trial", CPU) is None
+    assert measurements.switched_off("linear_w8a8", "trial", CPU) is None
     install(**RIGHT)
     assert checks.run_doctor()
     assert json.loads(own_cache.read_text())["switched_off"] == {}
@@ -189,16 +189,14 @@ def test_a_folder_that_cannot_be_written_is_told(
 def test_a_damaged_file_ends_the_check_before_it_blames_the_kernels(
     install: Callable[..., None], own_cache: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
-    from ldmq_kernels.kernels.triton import configurations
-
     own_cache.parent.mkdir()
     own_cache.write_text(content)
-    configurations.forget_measured()
+    measurements.forget()
     install(**RIGHT)
     assert not checks.run_doctor()
     assert "no-gpu.json is damaged" in told(capsys)
     assert own_cache.read_text() == content
-    configurations.forget_measured()
+    measurements.forget()
 
 
 def test_after_a_kernel_that_ends_all_work_on_the_gpu_nothing_else_is_blamed(
@@ -214,12 +212,12 @@ def test_after_a_kernel_that_ends_all_work_on_the_gpu_nothing_else_is_blamed(
     served = {"trial": torch.device("cuda", 0)}
     monkeypatch.setattr(checks, "check_op", check)
     monkeypatch.setattr(checks, "_is_usable", lambda _: False)
-    monkeypatch.setattr(choices, "switched_off", lambda *_: None)
+    monkeypatch.setattr(measurements, "switched_off", lambda *_: None)
     found = {finding.op: finding for finding in checks._findings(served)}
     assert [op for op, finding in found.items() if finding.is_bad] == ["linear_w8a8"]
     assert found["conv2d_w8a8"].verdict == "not checked"
     assert "linear_w8a8 on trial left the GPU unusable" in found["conv2d_w8a8"].detail
-    monkeypatch.setattr(choices, "switched_off", lambda op, *_: "fails" if op == "linear_w8a8" else None)
+    monkeypatch.setattr(measurements, "switched_off", lambda op, *_: "fails" if op == "linear_w8a8" else None)
     checked.clear()
     assert list(found) == [finding.op for finding in checks._findings(served)] == list(ops.SCHEMAS)
     assert checked[-1] == "linear_w8a8"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels import cuda as cuda_backend
+from ldmq_kernels.kernels.gpu import gpu_of
 from ldmq_kernels.kernels.triton import configurations
 from ldmq_kernels.ops import SCHEMAS
 from python_tests.gpu.calls import CALLS, Call
@@ -114,7 +115,7 @@ def test_allocates_its_outputs_and_its_workspace_alone(call: Call, device: torch
 
     def recorded(op: str, problem: configurations.Problem) -> configurations.Tile:
         nonlocal workspace
-        gpu = configurations.gpu_of(device)
+        gpu = gpu_of(device)
         plain = [tile for tile in configurations.candidates(op, problem, gpu) if not tile.persistent]
         tile = call.tile or min(plain, key=lambda tile: configurations.estimate(tile, problem, gpu))
         if tile.splits > 1:

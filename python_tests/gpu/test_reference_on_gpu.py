@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels import dispatch
-from ldmq_kernels.kernels.triton import configurations
+from ldmq_kernels.kernels.gpu import gpu_of
 from ldmq_kernels.kernels.triton.candidates import CANDIDATES, family
 from ldmq_kernels.numerics.affine import expand_groups
 from ldmq_kernels.numerics.packing import unpack_int4
@@ -112,7 +112,7 @@ def test_every_tile_of_weight_only_products(table: str, device: torch.device) ->
     """More than a tile each way, with a depth that no block divides; int8 tiles have a test in any place."""
     op, *kind = table.split()
     dtype = torch.float32 if "float32" in kind else torch.float16
-    for tile in CANDIDATES[table].get(family(configurations.gpu_of(device).capability), ()):
+    for tile in CANDIDATES[table].get(family(gpu_of(device).capability), ()):
         columns = tile.columns + 3
         if op.startswith("linear"):
             call = linear(op, tile.rows + 5, 224, columns, device, tile=tile, dtype=dtype)

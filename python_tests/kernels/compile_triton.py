@@ -29,9 +29,9 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ldmq_kernels.kernels import triton as triton_backend
+from ldmq_kernels.kernels.gpu import Gpu
 from ldmq_kernels.kernels.triton import configurations
 from ldmq_kernels.kernels.triton.candidates import CANDIDATES, Tile, family
-from ldmq_kernels.kernels.triton.configurations import Gpu
 from python_tests.kernels import compile_conv2d, compile_linear, compile_producers
 
 TYPES = {

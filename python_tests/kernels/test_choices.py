@@ -14,11 +14,11 @@ import torch
 
 from ldmq_kernels import ops
 from ldmq_kernels.cli.op_cases import SIZES, Cases
-from ldmq_kernels.kernels import choices, dispatch
+from ldmq_kernels.kernels import choices, dispatch, measurements
 from ldmq_kernels.kernels import cuda as cuda_backend
 from ldmq_kernels.kernels import triton as triton_backend
+from ldmq_kernels.kernels.gpu import ABSENT, Gpu
 from ldmq_kernels.kernels.triton import configurations
-from ldmq_kernels.kernels.triton.configurations import ABSENT, Gpu
 
 HOPPER = Gpu("NVIDIA H200", 90, 132)
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -44,16 +44,16 @@ def linear(rows: int = 17, columns: int = 40) -> tuple[Any, ...]:
 def two_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A GPU that Triton and the CUDA extension serve, each giving its own name, with no files of measurements."""
     monkeypatch.setenv("LDMQ_CACHE", str(tmp_path / "user"))
-    monkeypatch.setattr(configurations, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(configurations, "gpu_of", lambda device: HOPPER if device.type == "cuda" else ABSENT)
+    monkeypatch.setattr(measurements, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(measurements, "gpu_of", lambda device: HOPPER if device.type == "cuda" else ABSENT)
     for backend, name in ((triton_backend, "triton"), (cuda_backend, "cuda")):
         monkeypatch.setitem(vars(backend), "serves", lambda device: device.type == "cuda")
         monkeypatch.setitem(vars(backend), OP, lambda *_, name=name: name)
-    choices.forget()
-    choices.warn_once.cache_clear()
+    measurements.forget()
+    measurements.warn_once.cache_clear()
     dispatch.reset_dispatch_report()
     yield
-    choices.forget()
+    measurements.forget()
     dispatch.reset_dispatch_report()
 
 
@@ -65,7 +65,7 @@ def write(tmp_path: Path) -> Files:
         path = tmp_path / where / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"tiles": {}} | content))
-        choices.forget()
+        measurements.forget()
         return path
 
     return put
@@ -107,7 +107,7 @@ def test_what_is_faster_but_not_built_is_not_offered_the_call(write: Files, monk
     assert choices.backend_order(OP, linear(), GPU) == ("triton", "reference")
     monkeypatch.setitem(vars(cuda_backend), "serves", lambda _: True)
     monkeypatch.delitem(vars(cuda_backend), OP)
-    choices.forget()
+    measurements.forget()
     assert choices.backend_order(OP, linear(), GPU) == ("triton", "reference")
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_file_warns_once_and_the_op_is_served(write: Files, content: s
     write("user").write_text(content)
     with pytest.warns(UserWarning, match=r"nvidia-h200\.json is damaged .* remove it") as told:
         assert served_by(linear()) == "triton"
-    choices.forget()
+    measurements.forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert served_by(linear()) == "triton"
@@ -218,19 +218,19 @@ def test_a_file_of_an_earlier_version_is_read(write: Files) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert served_by(linear()) == "triton"
-    assert choices.cuda_tiles(GPU) == {}
+    assert measurements.cuda_tiles(GPU) == {}
 
 
 def test_tiles_of_the_cuda_backend_come_from_both_files(write: Files) -> None:
     write("shipped", cuda_tiles={"linear_w8a8 1x2x3": "a", "linear_w8a8 4x5x6": "b"})
     write("user", cuda_tiles={"linear_w8a8 1x2x3": "c"})
-    assert choices.cuda_tiles(GPU) == {"linear_w8a8 1x2x3": "c", "linear_w8a8 4x5x6": "b"}
+    assert measurements.cuda_tiles(GPU) == {"linear_w8a8 1x2x3": "c", "linear_w8a8 4x5x6": "b"}
 
 
 def test_a_backend_that_is_switched_off_is_passed_over_counted_and_told_once(write: Files) -> None:
     path = write("user", backends=faster("cuda"), gpu=HOPPER.name)
     assert served_by(linear()) == "cuda"
-    choices.switch_off(OP, "cuda", GPU, "wrong: differs by 3")
+    measurements.switch_off(OP, "cuda", GPU, "wrong: differs by 3")
     content = json.loads(path.read_text())
     assert content["switched_off"][OP]["cuda"]["reason"] == "wrong: differs by 3"
     assert content["backends"] == faster("cuda")
@@ -238,14 +238,14 @@ def test_a_backend_that_is_switched_off_is_passed_over_counted_and_told_once(wri
         assert [served_by(linear()) for _ in range(2)] == ["triton"] * 2
     assert len(told) == 1
     assert "refused 2 times: switched off by `ldmq doctor`: wrong: differs by 3" in dispatch.dispatch_report()
-    assert choices.switch_on(OP, "cuda", GPU)
+    assert measurements.switch_on(OP, "cuda", GPU)
     assert served_by(linear()) == "cuda"
     assert json.loads(path.read_text()) == {**content, "switched_off": {}}
-    assert not choices.switch_on(OP, "cuda", GPU)
+    assert not measurements.switch_on(OP, "cuda", GPU)
 
 
 def test_asking_for_a_backend_that_is_switched_off_is_an_error_with_the_reason() -> None:
-    choices.switch_off(OP, "triton", GPU, "fails: illegal instruction")
+    measurements.switch_off(OP, "triton", GPU, "fails: illegal instruction")
     with (
         pytest.warns(UserWarning, match="switched off"),
         dispatch.use_backend("triton"),
@@ -256,49 +256,52 @@ def test_asking_for_a_backend_that_is_switched_off_is_an_error_with_the_reason()
 
 def test_an_op_of_the_cpu_backend_that_is_switched_off_is_the_references() -> None:
     x = torch.randn(3, 8)
-    choices.switch_off("quantize_per_token", "cpu", CPU, "wrong: differs by 1")
+    measurements.switch_off("quantize_per_token", "cpu", CPU, "wrong: differs by 1")
     with pytest.warns(UserWarning, match="quantize_per_token on cpu"):
         ops.quantize_per_token(x, None)
     served = [line.split()[:2] for line in dispatch.dispatch_report().splitlines() if "calls" in line]
     assert served == [["quantize_per_token", "reference"]]
-    assert choices.user_file(CPU).name == "no-gpu.json"
+    assert measurements.user_file(CPU).name == "no-gpu.json"
 
 
 def test_what_another_version_switched_off_is_on(write: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    choices.switch_off(OP, "triton", GPU, "wrong")
-    assert "wrong" in str(choices.switched_off(OP, "triton", GPU))
-    monkeypatch.setattr(choices, "__version__", "99")
-    choices.forget()
-    assert choices.switched_off(OP, "triton", GPU) is None
+    measurements.switch_off(OP, "triton", GPU, "wrong")
+    assert "wrong" in str(measurements.switched_off(OP, "triton", GPU))
+    monkeypatch.setattr(measurements, "__version__", "99")
+    measurements.forget()
+    assert measurements.switched_off(OP, "triton", GPU) is None
     assert served_by(linear()) == "triton"
-    assert choices.switch_on(OP, "triton", GPU)
+    assert measurements.switch_on(OP, "triton", GPU)
 
 
 def test_a_file_that_ships_switches_nothing_off(write: Files) -> None:
-    choices.switch_off(OP, "triton", GPU, "wrong")
-    content = json.loads(choices.user_file(GPU).read_text())
-    choices.user_file(GPU).unlink()
+    measurements.switch_off(OP, "triton", GPU, "wrong")
+    content = json.loads(measurements.user_file(GPU).read_text())
+    measurements.user_file(GPU).unlink()
     write("shipped", **content)
-    assert choices.switched_off(OP, "triton", GPU) is None
+    assert measurements.switched_off(OP, "triton", GPU) is None
 
 
 def test_the_reference_cannot_be_switched_off() -> None:
     with pytest.raises(ValueError, match="defines the op"):
-        choices.switch_off(OP, "reference", GPU, "wrong")
-    assert not choices.user_file(GPU).exists()
+        measurements.switch_off(OP, "reference", GPU, "wrong")
+    assert not measurements.user_file(GPU).exists()
 
 
 @pytest.mark.parametrize("content", ["", '{"tiles": {}, "switched_off": 3}', '{"tiles": {}, "switched_off": {"a": 1}}'])
 def test_a_damaged_file_is_not_written_over(write: Files, content: str) -> None:
     path = write("user")
     path.write_text(content)
-    for change in (lambda: choices.switch_off(OP, "cuda", GPU, "wrong"), lambda: choices.switch_on(OP, "cuda", GPU)):
+    for change in (
+        lambda: measurements.switch_off(OP, "cuda", GPU, "wrong"),
+        lambda: measurements.switch_on(OP, "cuda", GPU),
+    ):
         with pytest.raises(ValueError, match=r"nvidia-h200\.json is damaged"):
             change()
     assert path.read_text() == content
 
 
 def test_the_tiles_of_triton_are_read_from_a_file_that_doctor_made() -> None:
-    choices.switch_off(OP, "triton", GPU, "wrong")
-    configurations.forget_measured()
+    measurements.switch_off(OP, "triton", GPU, "wrong")
+    measurements.forget()
     assert configurations.measured(HOPPER) == {}

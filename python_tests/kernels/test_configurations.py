@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldmq_kernels.kernels import measurements
+from ldmq_kernels.kernels.gpu import Gpu, file_name
 from ldmq_kernels.kernels.triton import configurations
 from ldmq_kernels.kernels.triton.candidates import CANDIDATES, FAMILIES, Tile, family
-from ldmq_kernels.kernels.triton.configurations import Gpu, Problem
+from ldmq_kernels.kernels.triton.configurations import Problem
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 HOPPER = Gpu("NVIDIA H200", 90, 132)
@@ -23,9 +25,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """An empty folder of measured tiles, forgotten afterwards."""
     monkeypatch.setenv("LDMQ_CACHE", str(tmp_path))
     monkeypatch.setattr(configurations, "gpu_of", lambda _: HOPPER)
-    configurations.forget_measured()
+    measurements.forget()
     yield tmp_path
-    configurations.forget_measured()
+    measurements.forget()
 
 
 def chosen(op: str, *problem: int) -> Tile:
@@ -58,16 +60,16 @@ def test_persistence_is_chosen_by_measurement_only(own_cache: Path) -> None:
     persistent = next(tile for tile in tiles if tile.persistent)
     assert not chosen("linear_w8a8", *problem[:3]).persistent
     file = configurations.as_file({f"linear_w8a8 {problem}": persistent}, {"gpu": HOPPER.name})
-    (own_cache / configurations.file_name(HOPPER)).write_bytes(file)
-    configurations.forget_measured()
+    (own_cache / file_name(HOPPER)).write_bytes(file)
+    measurements.forget()
     assert chosen("linear_w8a8", *problem[:3]) == persistent
     assert chosen("linear_w8a8", 8192, 5120, 1280) != persistent
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"tiles": {"a": {"rows": 1}}}', '{"tiles": [1]}'])
 def test_a_damaged_file_says_what_to_do(own_cache: Path, content: str) -> None:
-    (own_cache / configurations.file_name(HOPPER)).write_text(content)
-    configurations.forget_measured()
+    (own_cache / file_name(HOPPER)).write_text(content)
+    measurements.forget()
     with pytest.raises(ValueError, match=r"nvidia-h200\.json is damaged .*--tune"):
         chosen("linear_w8a8", 8192, 5120, 640)
 
@@ -100,6 +102,4 @@ def test_a_persistent_tile_starts_no_more_programs_than_multiprocessors() -> Non
 
 
 def test_a_file_is_named_after_its_gpu() -> None:
-    assert configurations.file_name(Gpu("NVIDIA RTX 6000 Ada Generation", 89, 142)) == (
-        "nvidia-rtx-6000-ada-generation.json"
-    )
+    assert file_name(Gpu("NVIDIA RTX 6000 Ada Generation", 89, 142)) == ("nvidia-rtx-6000-ada-generation.json")

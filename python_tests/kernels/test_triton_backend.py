@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ldmq_kernels.kernels import triton as triton_backend
+from ldmq_kernels.kernels.gpu import Gpu
 from ldmq_kernels.kernels.triton.candidates import CANDIDATES, FAMILIES, Tile, family
 from ldmq_kernels.numerics.packing import pack_int4
 from ldmq_kernels.ops import SCHEMAS
@@ -114,7 +115,7 @@ def test_every_tile_gives_exact_integers(table: str, tile: Tile) -> None:
 @needs_triton
 @pytest.mark.parametrize("columns", [320, 70])
 def test_a_persistent_tile_computes_every_part_with_few_programs(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configurations, "gpu_of", lambda _: configurations.Gpu("", 90, 3))
+    monkeypatch.setattr(configurations, "gpu_of", lambda _: Gpu("", 90, 3))
     x, weight = random_int8(260, 64), random_int8(columns, 64)
     with configurations.forced(Tile(64, 64, 64, 4, 3, persistent=True)):
         out = Backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu")).call(
@@ -143,7 +144,7 @@ def test_splits_have_the_epilogue_once(terms: bool) -> None:
 
 @needs_triton
 def test_without_tma_everything_is_read_by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configurations, "gpu_of", lambda _: configurations.Gpu("", 80, 108))
+    monkeypatch.setattr(configurations, "gpu_of", lambda _: Gpu("", 80, 108))
     monkeypatch.setattr(launch, "TensorDescriptor", None)
     monkeypatch.setattr(convolution, "TensorDescriptor", None)
     backend = Backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmq_kernels.kernels import choices, dispatch, reference
+from ldmq_kernels.kernels import choices, dispatch, gpu, measurements, reference
 from ldmq_kernels.kernels import cuda as cuda_backend
 from ldmq_kernels.tuning import TuningError, tune
 from ldmq_kernels.tuning import calls as tuner_calls
@@ -78,9 +78,9 @@ def rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rival]:
     monkeypatch.setattr(tuner_calls, "of_models", lambda *_: (LINEARS, []))
     monkeypatch.setattr(tuner_calls, "merged_of", lambda *_: [])
     monkeypatch.setenv("LDMQ_CACHE", str(tmp_path / "cache"))
-    choices.forget()
+    measurements.forget()
     yield found
-    choices.forget()
+    measurements.forget()
 
 
 def measured(path: Path, timer: Callable[..., float], names: tuple[str, ...] = (OP,)) -> tuple[dict[str, Any], int]:
@@ -120,14 +120,12 @@ def test_triton_competes_with_its_own_fastest_tile(rival: Rival, tmp_path: Path)
 
 
 def test_the_ops_read_what_the_tuner_wrote(rival: Rival, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ldmq_kernels.kernels.triton import configurations
-
     tune(CPU, timer=rival.clock(0.5, small=0.4, large=0.3, wide=0.6), names=(OP,), show=False)
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(configurations, "gpu_of", lambda _: configurations.ABSENT)
+    monkeypatch.setattr(measurements, "gpu_of", lambda _: gpu.ABSENT)
     for call in tuner_calls.calls((OP,), ("sd15",), CPU):
         assert choices.backend_order(OP, call.make(), device)[0] == "cuda"
-        assert choices.cuda_tiles(device)[f"{OP} {'x'.join(map(str, call.shape.product))}"] == "large"
+        assert measurements.cuda_tiles(device)[f"{OP} {'x'.join(map(str, call.shape.product))}"] == "large"
 
 
 def test_a_tile_that_fails_or_is_wrong_is_noted_and_never_the_fastest(rival: Rival, tmp_path: Path) -> None:
@@ -188,7 +186,7 @@ def test_no_time_leaves_the_cuda_backend_for_another_run(rival: Rival, tmp_path:
 
 
 def test_a_backend_that_is_switched_off_is_not_measured(rival: Rival, tmp_path: Path) -> None:
-    choices.switch_off(OP, "cuda", CPU, "wrong")
+    measurements.switch_off(OP, "cuda", CPU, "wrong")
     found, left = measured(tmp_path / "t.json", rival.clock(0.5))
     assert (found["backends"], left, rival.calls) == ({}, 0, [])
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ldmq_kernels import ops
-from ldmq_kernels.kernels import choices
+from ldmq_kernels.kernels import choices, measurements
 from ldmq_kernels.tuning import TuningError, tune
 from ldmq_kernels.tuning import calls as tuner_calls
 from ldmq_kernels.tuning.shapes import Conv2d, Input, Linear, merged_of, of_models
@@ -25,16 +25,13 @@ LINEARS, CONVOLUTIONS = [Linear(3, 70, 64, 40), Linear(1, 20, 48, 20)], [Conv2d(
 @pytest.fixture(autouse=True)
 def small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Shapes that the interpreter computes at once, and a cache of the test's own."""
-    from ldmq_kernels.kernels.triton import configurations
 
     monkeypatch.setattr(tuner_calls, "of_models", lambda *_: (LINEARS, CONVOLUTIONS))
     monkeypatch.setattr(tuner_calls, "merged_of", lambda *_: [])
     monkeypatch.setenv("LDMQ_CACHE", str(tmp_path / "cache"))
-    configurations.forget_measured()
-    choices.forget()
+    measurements.forget()
     yield
-    configurations.forget_measured()
-    choices.forget()
+    measurements.forget()
 
 
 def prefers(rows: int) -> Callable[[Callable[[], Any], torch.device], float]:
@@ -177,7 +174,7 @@ def test_what_else_stands_in_the_file_stays(tmp_path: Path) -> None:
 
 
 def test_an_op_whose_triton_kernel_is_switched_off_is_left_out_and_told(tmp_path: Path) -> None:
-    choices.switch_off("linear_w8a8", "triton", CPU, "wrong: differs by 3")
+    measurements.switch_off("linear_w8a8", "triton", CPU, "wrong: differs by 3")
     with pytest.warns(UserWarning, match="linear_w8a8 is not tuned: .*differs by 3"):
         path, left = tune(
             CPU, tmp_path / "t.json", timer=lambda *_: 1.0, names=("linear_w8a8", "linear_w8a16"), show=False

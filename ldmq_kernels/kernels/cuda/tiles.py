@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from ldmq_kernels.kernels import choices
+from ldmq_kernels.kernels import measurements
 from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.dispatch import Unsupported
-from ldmq_kernels.kernels.triton import configurations
-from ldmq_kernels.kernels.triton.configurations import Gpu
+from ldmq_kernels.kernels.gpu import Gpu, gpu_of
 
 HOPPER = 90
 # of one multiprocessor and clock: int8 products at the full rate by family, and bytes from the second-level cache
@@ -90,7 +89,7 @@ def candidates(op: str, rows: int, columns: int, depth: int, device: torch.devic
         device: a CUDA device that the extension serves.
         taps: of a convolution's kernel.
     """
-    gpu = configurations.gpu_of(device)
+    gpu = gpu_of(device)
     tiles = _of(op.replace("_static", ""), gpu)
     return sorted(tiles, key=lambda tile: estimate(tile, rows, columns, depth, gpu, taps))
 
@@ -119,7 +118,7 @@ def choose(
     """
     tile = _override.get()
     if tile is None:
-        measured = choices.cuda_tiles(device).get(f"{op} {rows}x{columns}x{depth}")
+        measured = measurements.cuda_tiles(device).get(f"{op} {rows}x{columns}x{depth}")
         tile = _chosen(op, rows, columns, depth, device, taps, measured, for_all)
     if tile is None:
         raise Unsupported(f"the extension has no tile for {op} on {device}")

@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from ldmq_kernels.kernels import measurements
+from ldmq_kernels.kernels.gpu import Gpu, cache_folder, file_name, gpu_of
 from ldmq_kernels.kernels.triton.candidates import CANDIDATES, Tile, family
 
-SHIPPED = Path(__file__).parent / "tuned"
 SPLITS = (1, 2, 3, 4, 6, 8)
 FEWEST_STEPS = 4  # of a split's main loop
 # in products of one multiprocessor's int8 tensor cores at its full rate, about 4096 a clock
@@ -41,26 +39,8 @@ class Problem(NamedTuple):
         return "x".join(map(str, self if self.groups > 1 else self[:3]))
 
 
-class Gpu(NamedTuple):
-    """What the choice of a tile depends on; capability 9.0 is 90."""
-
-    name: str
-    capability: int
-    multiprocessors: int
-
-
 Chooser = Callable[[str, Problem], Tile | None]
 _override: ContextVar[Chooser | None] = ContextVar("ldmq_triton_tile", default=None)
-ABSENT = Gpu("no GPU", 90, 132)  # in the interpreter: tiles as on an H100 or H200
-
-
-@functools.cache
-def gpu_of(device: torch.device) -> Gpu:
-    """The GPU behind a device; what runs in the interpreter takes Hopper's tiles."""
-    if device.type != "cuda":
-        return ABSENT
-    properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.name, properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
 def estimate(tile: Tile, problem: Problem, gpu: Gpu) -> float:
@@ -83,18 +63,7 @@ def candidates(op: str, problem: Problem, gpu: Gpu) -> list[Tile]:
     ]
 
 
-def file_name(gpu: Gpu) -> str:
-    """The name of a GPU's file of measured tiles."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-") + ".json"
-
-
-def cache_folder() -> Path:
-    """Where this user's measured tiles are: $LDMQ_CACHE, or ldmq_kernels in the user's cache folder."""
-    given = os.environ.get("LDMQ_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "ldmq_kernels"
-
-
+@measurements.emptied_by_forget
 @functools.cache
 def measured(gpu: Gpu) -> dict[str, Tile]:
     """Tile by "op problem", as `ldmq bench --tune` wrote it; the user's file before the one that ships.
@@ -103,7 +72,7 @@ def measured(gpu: Gpu) -> dict[str, Tile]:
         ValueError: a file is damaged.
     """
     tiles: dict[str, Tile] = {}
-    for path in (SHIPPED / file_name(gpu), cache_folder() / file_name(gpu)):
+    for path in (measurements.SHIPPED / file_name(gpu), cache_folder() / file_name(gpu)):
         if path.exists():
             try:
                 found = json.loads(path.read_text())["tiles"]
@@ -118,6 +87,7 @@ def as_file(tiles: dict[str, Tile], head: dict[str, object]) -> bytes:
     return (json.dumps({**head, "tiles": {key: asdict(tile) for key, tile in tiles.items()}}, indent=1) + "\n").encode()
 
 
+@measurements.emptied_by_forget
 @functools.lru_cache(maxsize=4096)
 def _chosen(op: str, problem: Problem, gpu: Gpu) -> Tile:
     found = measured(gpu).get(f"{op} {problem}")
@@ -156,9 +126,3 @@ def chosen_by(chooser: Chooser) -> Iterator[None]:
 def forced(tile: Tile) -> contextlib.AbstractContextManager[None]:
     """Take this tile for everything inside the block: for the tuner and for tests."""
     return chosen_by(lambda _op, _problem: tile)
-
-
-def forget_measured() -> None:
-    """Read the files again at the next choice."""
-    measured.cache_clear()
-    _chosen.cache_clear()
