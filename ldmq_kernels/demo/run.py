@@ -31,6 +31,7 @@ from ldmq_kernels.planning.planner import DEFAULT_FORMATS, PlanResult, Target, m
 from ldmq_kernels.report.measure import PicturePairs, Timing, draw_pictures, time_plan
 from ldmq_kernels.report.page import Fact, Report, write_report
 from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
+from ldmq_kernels.report.side_by_side import side_by_side
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 
 TARGET_DB = 38.0
@@ -39,7 +40,8 @@ CALIBRATION_PROMPTS = 10  # eight to calibrate on, two to verify on
 MEASURED_CAPTIONS = 8
 SHOWN = 12
 CAPTION_SEED, NOISE_SEED = 31, 5_000
-RESULTS, PAGE = "results.json", "report.html"
+RESULTS, PAGE, PICTURES = "results.json", "report.html", "pictures.png"
+IN_PICTURES = 6
 KIND = "ldmq demo"
 
 console = Console()
@@ -105,7 +107,7 @@ def _save(pipe: Any, folder: Path) -> None:
 
 
 def run_demo(out: Path, count: int, *, weights: Path = WEIGHTS) -> None:
-    """Run all of it and write the page, the plan, the layers' numbers, the results and the quantized model.
+    """Run all of it; write the page, the pictures, the plan, the layers' numbers, the results and the quantized model.
 
     Args:
         out: a folder that is empty, new, or an earlier demo's.
@@ -124,6 +126,7 @@ def run_demo(out: Path, count: int, *, weights: Path = WEIGHTS) -> None:
         rows = layer_rows(outcome.unet, outcome.result.analysis, outcome.result.plan)
         write_whole(folder / "layers.csv", to_csv(rows, schemes_of(outcome.result.analysis)))
         write_report(folder / PAGE, outcome.unet, _report(outcome, count, results))
+        write_whole(folder / PICTURES, side_by_side(outcome.pairs.first(IN_PICTURES)))
         write_whole(folder / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     _print(outcome, count, out)
 
@@ -233,9 +236,6 @@ def _results(outcome: Outcome, count: int) -> dict[str, Any]:
 
 def _report(outcome: Outcome, count: int, results: dict[str, Any]) -> Report:
     summary, scores = outcome.summary, outcome.scores
-    shown = slice(0, SHOWN)
-    drawn = outcome.pairs
-    pictures = PicturePairs(drawn.prompts[shown], drawn.seeds[shown], drawn.before[shown], drawn.after[shown])
     change = 100 * (scores.accuracy_after["all"] - scores.accuracy_before["all"])
     facts = [
         Fact(f"{summary.bytes_after / summary.bytes_before:.2f}x", "bytes of UNet weights, of fp16"),
@@ -259,7 +259,7 @@ def _report(outcome: Outcome, count: int, results: dict[str, Any]) -> Report:
         result=outcome.result,
         summary=summary,
         facts=facts,
-        pictures=pictures,
+        pictures=outcome.pairs.first(SHOWN),
         timings=outcome.timings,
         notes=notes,
     )

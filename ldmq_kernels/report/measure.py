@@ -38,6 +38,11 @@ class PicturePairs:
     before: Tensor
     after: Tensor
 
+    def first(self, count: int) -> PicturePairs:
+        """The first pairs, at most `count` of them."""
+        shown = slice(0, count)
+        return PicturePairs(self.prompts[shown], self.seeds[shown], self.before[shown], self.after[shown])
+
     @property
     def psnr_db(self) -> list[float]:
         """Of each pair, against a peak of 1; identical pictures have 100 dB."""

@@ -69,6 +69,7 @@ def test_the_demo_leaves_a_page_its_numbers_and_a_model_that_loads(weights: Path
     out = tmp_path / "out"
     run.run_demo(out, CAPTIONS, weights=weights)
     assert {file.name for file in out.iterdir()} == {
+        "pictures.png",
         "report.html",
         "results.json",
         "plan.json",
