@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.machine import device, gpu_state, int8_peak, machine
 from ldmq_kernels.kernels import dispatch
-from ldmq_kernels.tuning.timing import one_call_ms
+from ldmq_kernels.timing import one_call_ms
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 LARGE_BYTES = 32 * 2**20  # from here on a memory-bound op is measured by its share of a copy's bandwidth

@@ -16,7 +16,7 @@ from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.plan import LayerPlan
 from ldmq_kernels.progress import track
-from ldmq_kernels.report.measure import in_turns
+from ldmq_kernels.timing import interleaved, wall_ms
 
 # Layers that carry a Stable Diffusion 1.5 UNet: (rows, in, out) and (batch, in, height, width, out), 3x3.
 LINEARS = ((8192, 320, 320), (2048, 640, 640), (512, 1280, 1280), (2048, 640, 5120))
@@ -68,7 +68,8 @@ def time_layer(
         scheme = SCHEMES[name]
         choice = LayerPlan(scheme, "", scale if scheme.is_static else None)
         works[name] = work(quantize_layer(name, layer.to(narrow), choice), as_image(x.to(narrow)))
-    return dict(zip(works, in_turns(list(works.values()), device, rounds=ROUNDS), strict=True))
+    samples = interleaved(works, device, rounds=ROUNDS, warm_up=2, clock=wall_ms)
+    return {name: taken.median / 1e3 for name, taken in samples.items()}
 
 
 def run_bench() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 import torch
 
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.timing import interleaved
 from ldmq_kernels.tuning.calls import conv2d_arguments, linear_arguments
 from ldmq_kernels.tuning.shapes import Conv2d, Linear
-from ldmq_kernels.tuning.timing import one_call_ms
 
 LINEAR = Linear(1, 4096, 1280, 1280)
 CONVOLUTION = Conv2d(1, 2, 320, 64, 320)
-ROUNDS = 9
 LEGEND = (
     f"linears and convolutions are timed at {LINEAR.m}x{LINEAR.k} to {LINEAR.n} and, with a 3x3 kernel, at "
     f"{CONVOLUTION.n}x{CONVOLUTION.c}x{CONVOLUTION.size}x{CONVOLUTION.size} to {CONVOLUTION.k}, in turns with torch's "
@@ -61,7 +59,5 @@ def measure(op: str, function: Callable[..., Any], device: torch.device) -> tupl
         call()
     except Unsupported:
         return None
-    rival()
-    times = [(one_call_ms(call, device), one_call_ms(rival, device)) for _ in range(ROUNDS)]
-    ours, theirs = (statistics.median(taken) for taken in zip(*times, strict=True))
+    ours, theirs = (taken.median for taken in interleaved({"ours": call, "float16": rival}, device).values())
     return ours, theirs / ours

@@ -28,13 +28,11 @@ from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, PlanError
 from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.analysis import Analysis, quantized_copy
-from ldmq_kernels.tuning.timing import one_call_ms
+from ldmq_kernels.timing import Clock, interleaved, one_call_ms
 from ldmq_kernels.version import __version__
 
 ROUNDS = 5
 WARM_UP = 2
-
-Timer = Callable[[Callable[[], Any], torch.device], float]
 
 
 @dataclass(frozen=True)
@@ -158,10 +156,10 @@ def _earlier(path: Path, head: dict[str, Any]) -> dict[str, float]:
         return {}
 
 
-def _best(works: Sequence[Callable[[], Any]], device: torch.device, timer: Timer) -> list[float]:
+def _best(works: Sequence[Callable[[], Any]], device: torch.device, timer: Clock) -> list[float]:
     """Least milliseconds of each, taken in turns."""
-    rounds = [[timer(work, device) for work in works] for _ in range(WARM_UP + ROUNDS)]
-    return [min(times) for times in zip(*rounds[WARM_UP:], strict=True)]
+    samples = interleaved(dict(enumerate(works)), device, rounds=ROUNDS, warm_up=WARM_UP, clock=timer)
+    return [taken.least for taken in samples.values()]
 
 
 @torch.inference_mode()
@@ -171,7 +169,7 @@ def measure_times(
     call: UNetCall,
     *,
     path: Path | None = None,
-    timer: Timer = one_call_ms,
+    timer: Clock = one_call_ms,
     show: bool = False,
 ) -> LayerTimes:
     """Time every layer alone on this device, as it is in float and in each of its candidates.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.output_noise import swapped
+from ldmq_kernels.timing import Context, interleaved, wall_ms
 
 UNCOUNTED = 2  # first rounds of a timing
 IDENTICAL_DB = 100.0  # PSNR that stands for pictures without any difference
@@ -83,27 +84,6 @@ def draw_pictures(
     return torch.cat(pictures)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def in_turns(works: Sequence[Callable[[], object]], device: torch.device, *, rounds: int) -> list[float]:
-    """Median seconds of each work, all of them run once a round, the first rounds uncounted."""
-    times: list[list[float]] = [[] for _ in works]
-    for turn in range(rounds + UNCOUNTED):
-        for work, seconds in zip(works, times, strict=True):
-            taken = _seconds(work, device)
-            if turn >= UNCOUNTED:
-                seconds.append(taken)
-    return [statistics.median(seconds) for seconds in times]
-
-
 @torch.no_grad()
 def time_plan(model: nn.Module, plan: Plan, call: UNetCall, *, rounds: int = 7) -> Timing:
     """Time one recorded call of a float model, and of the same model with the plan's layers in place.
@@ -122,11 +102,14 @@ def time_plan(model: nn.Module, plan: Plan, call: UNetCall, *, rounds: int = 7) 
     def run() -> None:
         output_tensor(model(*call.args, **call.kwargs))
 
-    device = call.output.device
-    before, after = [], []
-    for _ in range(rounds + UNCOUNTED):
-        before.append(_seconds(run, device))
-        with swapped(model, copies):  # which takes time of its own, not counted
-            after.append(_seconds(run, device))
-    medians = [statistics.median(times[UNCOUNTED:]) for times in (before, after)]
-    return Timing(f"one UNet call, batch {call.output.shape[0]}", *medians)
+    contexts: dict[str, Context] = {"before": nullcontext, "after": partial(swapped, model, copies)}
+    samples = interleaved(
+        dict.fromkeys(contexts, run),
+        call.output.device,
+        rounds=rounds,
+        warm_up=UNCOUNTED,
+        clock=wall_ms,
+        contexts=contexts,
+    )
+    before, after = (taken.median / 1e3 for taken in samples.values())
+    return Timing(f"one UNet call, batch {call.output.shape[0]}", before, after)

@@ -12,8 +12,9 @@ import torch
 
 from ldmq_kernels.kernels import agreement, choices, dispatch, measurements
 from ldmq_kernels.kernels import cuda as cuda_backend
+from ldmq_kernels.timing import Clock, Context, interleaved
 from ldmq_kernels.tuning.calls import Call
-from ldmq_kernels.tuning.fastest import Context, Run, Tiles, Timer, fastest, in_turns
+from ldmq_kernels.tuning.fastest import Run, Tiles, fastest
 from ldmq_kernels.tuning.shapes import Input
 
 RIVAL = "cuda"
@@ -53,7 +54,7 @@ def _product(call: Call) -> str:
 
 
 def compete(
-    call: Call, arguments: tuple[Any, ...], run: Run, usual: Context, device: torch.device, timer: Timer, found: Any
+    call: Call, arguments: tuple[Any, ...], run: Run, usual: Context, device: torch.device, timer: Clock, found: Any
 ) -> None:
     """Add the CUDA backend's fastest tile, and who is faster, to `found`; nothing where it does not take the call.
 
@@ -85,7 +86,7 @@ def compete(
         "triton": partial(_served_by, "triton", usual),
         RIVAL: partial(_served_by, RIVAL, partial(tiles.forced, best)),
     }
-    medians = in_turns(run, device, timer, rivals)
-    rounded = {name: round(taken, _SHOWN_DIGITS) for name, taken in medians.items()}
-    line = {"backend": min(medians, key=lambda name: medians[name]), "milliseconds": rounded}
+    samples = interleaved(dict.fromkeys(rivals, run), device, warm_up=0, clock=timer, contexts=rivals)
+    medians = {name: round(taken.median, _SHOWN_DIGITS) for name, taken in samples.items()}
+    line = {"backend": min(samples, key=lambda name: samples[name].median), "milliseconds": medians}
     found["backends"].setdefault(call.op, {})[choices.shape_text(call.op, arguments)] = line

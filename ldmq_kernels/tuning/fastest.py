@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-Name = TypeVar("Name")
+from ldmq_kernels.timing import Clock, interleaved
+
 Run = Callable[[], Any]
-Timer = Callable[[Run, torch.device], float]
-Context = Callable[[], AbstractContextManager[Any]]
-ROUNDS = 9
 
 
 class TuningError(ValueError):
@@ -38,21 +35,11 @@ class Tiles:
     written: Callable[[Any], Any]
 
 
-def in_turns(run: Run, device: torch.device, timer: Timer, contexts: Mapping[Name, Context]) -> dict[Name, float]:
-    """Median milliseconds of a call inside each of these contexts."""
-    times: dict[Name, list[float]] = {name: [] for name in contexts}
-    for _ in range(ROUNDS):
-        for name, context in contexts.items():
-            with context():
-                times[name].append(timer(run, device))
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
 def fastest(
     run: Run,
     tiles: Tiles,
     device: torch.device,
-    timer: Timer,
+    timer: Clock,
     refused: dict[str, list[list[Any]]],
     check: Callable[[Any], str] = lambda _: "",
 ) -> dict[Any, float]:
@@ -96,4 +83,6 @@ def fastest(
                 f"{tiles.key} with {tile} ended in a {fatal}: nothing more can run in this process; the tile is noted, "
                 "run `ldmq bench --tune` again to go on without it"
             ) from fatal
-    return in_turns(run, device, timer, {tile: partial(tiles.forced, tile) for tile in launchable})
+    contexts = {tile: partial(tiles.forced, tile) for tile in launchable}
+    samples = interleaved(dict.fromkeys(launchable, run), device, warm_up=0, clock=timer, contexts=contexts)
+    return {tile: taken.median for tile, taken in samples.items()}

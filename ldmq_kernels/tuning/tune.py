@@ -24,10 +24,10 @@ from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels import triton as triton_backend
 from ldmq_kernels.kernels.gpu import gpu_of
 from ldmq_kernels.progress import track
+from ldmq_kernels.timing import Clock, one_call_ms
 from ldmq_kernels.tuning.calls import OPS, PRODUCERS, Call, calls
 from ldmq_kernels.tuning.contest import RIVAL, compete, rival_runs
-from ldmq_kernels.tuning.fastest import Run, Tiles, Timer, TuningError, fastest
-from ldmq_kernels.tuning.timing import one_call_ms
+from ldmq_kernels.tuning.fastest import Run, Tiles, TuningError, fastest
 
 MODELS = ("sd15", "sdxl", "vae_decoder")
 SHORTLIST = 8  # tiles by estimate, and the persistent forms of the best of them
@@ -48,7 +48,7 @@ def tune(
     seconds: float | None = None,
     names: tuple[str, ...] = OPS + PRODUCERS,
     models: tuple[str, ...] = MODELS,
-    timer: Timer = one_call_ms,
+    timer: Clock = one_call_ms,
     show: bool = True,
 ) -> tuple[Path, int]:
     """Measure, and write the fastest tiles and backends for this kind of GPU.
@@ -146,7 +146,7 @@ def _earlier(path: Path, name: str) -> dict[str, Any]:
         raise TuningError(f"{path} is damaged ({error}): remove it to measure anew") from None
 
 
-def _measure(call: Call, parts: dict[str, str], device: torch.device, timer: Timer, found: dict[str, Any]) -> None:
+def _measure(call: Call, parts: dict[str, str], device: torch.device, timer: Clock, found: dict[str, Any]) -> None:
     """Add the fastest tile of each product that a call makes, and the faster backend, to `found`."""
     from ldmq_kernels.kernels.triton import configurations
 
@@ -163,7 +163,7 @@ def _measure(call: Call, parts: dict[str, str], device: torch.device, timer: Tim
             found["seen"].append(parts[RIVAL])
 
 
-def _measure_triton(run: Run, device: torch.device, timer: Timer, found: dict[str, Any]) -> None:
+def _measure_triton(run: Run, device: torch.device, timer: Clock, found: dict[str, Any]) -> None:
     from ldmq_kernels.kernels.triton import configurations
     from ldmq_kernels.kernels.triton.configurations import Problem
 

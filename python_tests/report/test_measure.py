@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldmq_kernels.calibration.trajectory import PROMPTS_AT_ONCE, SamplingSettings, UNetCall
-from ldmq_kernels.report.measure import PicturePairs, draw_pictures, in_turns, time_plan
+from ldmq_kernels.report.measure import PicturePairs, draw_pictures, time_plan
 from python_tests.tiny import mixed_plan, run_unet, tiny_pipeline, tiny_unet, unet_inputs
 
 
@@ -29,13 +29,6 @@ def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_its_neighbours(tmp_
     torch.testing.assert_close(together[-1:], alone, atol=1e-4, rtol=0)
     assert float(together.min()) >= 0
     assert float(together.max()) <= 1
-
-
-def test_works_are_run_in_turns_and_the_first_rounds_do_not_count() -> None:
-    order: list[str] = []
-    taken = in_turns([lambda: order.append("a"), lambda: order.append("b")], torch.device("cpu"), rounds=3)
-    assert order == ["a", "b"] * 5
-    assert len(taken) == 2
 
 
 def test_timing_a_plan_leaves_the_model_as_it_was() -> None:
