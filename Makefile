@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 WORKERS ?= logical
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS)
 
-# The interpreter of the GPU machine that benchmarks/on_gpu.py is carried to.
+# The interpreter of the GPU machine that `python -m benchmarks gpu` is run on.
 GPU_PYTHON ?= 3.12
 
 .PHONY: demo test lint wheels clean

@@ -1,15 +1,15 @@
 """Everything that a GPU machine should bring home, in order of value, within a time limit, in one command.
 
-    python benchmarks/on_gpu.py --seconds 540                 # a first run
-    python benchmarks/on_gpu.py --seconds 540 --resume DIR    # goes on where the run that left DIR stopped
+    python -m benchmarks gpu --seconds 540                 # a first run
+    python -m benchmarks gpu --seconds 540 --resume DIR    # goes on where the run that left DIR stopped
 
 First the CUDA kernels are built, and every tile is proved exact; then the machine's ceilings and the two main ops
-beside their rivals, the tests that need a GPU, the models, all other tests and ops, and tuning, after which ops and
+beside their baselines, the tests that need a GPU, the models, all other tests and ops, and tuning, after which ops and
 models are measured again with the tiles that it found. It runs from a plain copy of the tree, without network, git,
 diffusers or an installed package; `make wheels`, run just before, leaves what the models need in build/wheels, and
 the commit. Below $OUT (or beside this file, in results/run) it keeps four files: rows.jsonl, to which every result is
-appended as soon as it is there; log.txt; state.json; and tuned.json. `benchmarks/collect.py` makes results files of
-the rows.
+appended as soon as it is there; log.txt; state.json; and tuned.json. `python -m benchmarks collect` makes results
+files of the rows.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ class Stage:
 
 
 def _op(name: str, limit: float = 60, again: str = "") -> Stage:
-    return Stage(f"{name}{again}", ("-m", "benchmarks.measure_op", name, "--rows", "{rows}"), limit)
+    return Stage(f"{name}{again}", ("-m", "benchmarks", "op", name, "--rows", "{rows}"), limit)
 
 
 def _model(name: str, again: str = "") -> Stage:
-    return Stage(f"model {name}{again}", ("-m", "benchmarks.model_gpu", name, "--rows", "{rows}"), 240)
+    return Stage(f"model {name}{again}", ("-m", "benchmarks", "model", name, "--rows", "{rows}"), 240)
 
 
 AGAIN = ", tuned"
 STAGES = (
-    Stage("packages", ("-m", "benchmarks.on_gpu", "--install"), 60),
+    Stage("packages", ("-m", "benchmarks", "gpu", "--install"), 60),
     Stage("CUDA kernels", ("setup.py", "-q", "build_ext", "--inplace"), 200),
     Stage("every tile", (*PYTEST, "python_tests/kernels/test_triton_backend.py", "-k", "tile or split"), 120),
     Stage("every CUDA tile", (*PYTEST, "python_tests/kernels/cuda/test_products.py", "-k", "gpu"), 60),
-    Stage("ceilings", ("-m", "benchmarks.ceilings", "--rows", "{rows}"), 60),
+    Stage("ceilings", ("-m", "benchmarks", "machine", "ceilings", "--rows", "{rows}"), 60),
     _op("linear_w8a8", 120),
     _op("conv2d_w8a8", 120),
     Stage("truth on the GPU", (*PYTEST, "python_tests/gpu"), 200),
@@ -85,8 +85,8 @@ STAGES = (
     Stage("doctor", ("-m", "ldmq_kernels", "doctor"), 200),
     _model("sd15"),
     *(_op(name) for name in OPS[2:6]),
-    Stage("host time", ("-m", "benchmarks.host_time", "--rows", "{rows}"), 60),
-    Stage("cold start", ("-m", "benchmarks.cold_start", "--rows", "{rows}"), 200),
+    Stage("host time", ("-m", "benchmarks", "machine", "host_time", "--rows", "{rows}"), 60),
+    Stage("cold start", ("-m", "benchmarks", "cold-start", "--rows", "{rows}"), 200),
     _model("vae_decoder"),
     Stage("tuning", ("-m", "ldmq_kernels", "bench", "--tune", "--out", "{tuned}", "--seconds", "400"), 480),
     _op("linear_w8a8", 120, AGAIN),
@@ -179,13 +179,13 @@ def install() -> None:
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", *target, *wheels], check=True)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Run the stages and print a line for each; 1 where any failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--resume", type=Path, help="the folder that an earlier run left")
     parser.add_argument("--install", action="store_true", help="unpack the wheels, and stop")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.install:
         install()
         return 0
@@ -197,7 +197,3 @@ def main() -> int:
                 shutil.copy(options.resume / name, out / name)
     state = run(STAGES, options.seconds, out)
     return int(any(outcome.startswith("failed") for outcome in state.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

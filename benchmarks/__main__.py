@@ -1,0 +1,45 @@
+"""python -m benchmarks COMMAND: the one way to start whatever is measured."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "op": ("benchmarks.commands.op", "an op by each of our backends, beside other libraries"),
+    "model": ("benchmarks.commands.model", "a whole UNet or VAE decoder, beside float, compiled and other tools"),
+    "machine": ("benchmarks.commands.machine", "what this machine can do at most, and what the host spends on a call"),
+    "all": ("benchmarks.commands.all", "all of these, recorded in benchmarks/results"),
+    "tables": ("benchmarks.commands.tables", "docs/results.md and the README's table, from the results files"),
+    "gpu": ("benchmarks.on_gpu", "everything that a GPU machine should bring home, in order of value"),
+    "collect": ("benchmarks.commands.collect", "results files of the rows that `gpu` brought home"),
+    "study": ("benchmarks.study.run", "formats, calibration, search, planners and other tools on the demo model"),
+    "estimates": ("benchmarks.study.planner_estimates", "how well the planner's estimates hold on the demo model"),
+    "plan": ("benchmarks.study.plan_large", "the method on a UNet of full size: minutes and memory"),
+    "cold-start": ("benchmarks.models.cold_start", "seconds to the first call with an empty Triton cache"),
+    "compilations": ("benchmarks.models.compilations", "kernels that a first call compiles, counted without a GPU"),
+    "shapes": ("benchmarks.models.shapes", "the models' layers, into the package's tuning/model_shapes.json"),
+}
+
+
+def usage() -> str:
+    """Every command with what it answers."""
+    lines = "\n".join(f"  {name:14}{words}" for name, (_, words) in COMMANDS.items())
+    return f"usage: python -m benchmarks COMMAND [...], --help after a command tells its options\n\n{lines}"
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; what it returns is the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, *others = arguments
+    if name not in COMMANDS:
+        print(f"there is no command {name}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[name][0])
+    return module.main(others) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

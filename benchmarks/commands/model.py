@@ -1,0 +1,68 @@
+"""One model with random weights, beside float and other tools: python -m benchmarks model sdxl
+
+Weights are random, so these are speed figures and say nothing of quality. On a GPU, float, compiled and quantized
+forms as they are and as CUDA graphs; on a CPU, a UNet in float32, bfloat16 and W8A8, and its peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from benchmarks.commands.op import names
+from benchmarks.harness import machine, results
+from benchmarks.models import cpu, gpu
+from benchmarks.models.definitions import MODELS, TOYS
+
+
+def main(arguments: list[str]) -> None:
+    """Measure one model, print and keep what was found."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument(
+        "--against",
+        type=names,
+        metavar="NAMES",
+        help=f"with commas between: {', '.join(gpu.BASELINES)}; on a CPU {', '.join(cpu.BASELINES)}; without: all",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="without: the GPU where there is one")
+    parser.add_argument("--rounds", type=int, help="timed calls of each: 15 on a GPU, 7 on a CPU")
+    parser.add_argument("--threads", type=int, help="of torch, on a CPU")
+    parser.add_argument("--toy", action="store_true", help="a model of a few layers, to see that this runs")
+    results.add_options(parser)
+    options = parser.parse_args(arguments)
+    try:
+        if options.device:
+            machine.use_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    whole = machine.device().type == "cpu" and not options.toy
+    known = cpu.BASELINES if whole else gpu.BASELINES
+    unknown = [name for name in options.against or () if name not in known]
+    if unknown:
+        parser.error(f"no model is measured beside {', '.join(unknown)} here; it is beside {', '.join(known)}")
+    if whole and options.model not in cpu.UNETS:
+        parser.error(f"on a CPU a UNet is measured: {' or '.join(cpu.UNETS)}")
+    if options.toy and options.record:
+        parser.error("a toy is no result: leave out --record")
+    against = options.against or known
+    if whole:
+        rows, text = cpu.measure(options.model, options.rounds or 7, against), cpu.text
+        what = f"unet_{options.model}_cpu"
+    else:
+        dtype = torch.bfloat16 if options.model == "vae_decoder" else torch.float16
+        described = (TOYS if options.toy else MODELS)[options.model]
+        rows = gpu.measure(
+            options.model, described, torch.float32 if options.toy else dtype, options.rounds or 15, against
+        )
+        text, what = gpu.text, f"model_{options.model}"
+    output = results.Output.of(what, options)
+    for row in rows:
+        output.add(row)
+        print(text(row), flush=True)
+    print(*output.files, sep="\n", end="")

@@ -1,0 +1,1 @@
+"""What every benchmark shares: cases and baselines, interleaved times, results files and tables."""

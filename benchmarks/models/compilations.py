@@ -1,0 +1,120 @@
+"""What a cold Triton cache costs: launches of one UNet call, distinct kernels among them, seconds to compile those.
+
+No GPU is needed: the W8A8 UNet is called on tensors without memory, and each launch that it would make on an H100
+is noted instead, with the types, constants and options that decide whether Triton compiles anew. The seconds are
+of this machine's CPU, one kernel after the other. Run: python -m benchmarks compilations [--compile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import nn
+from triton.backends.compiler import GPUTarget
+
+from benchmarks.harness import results
+from benchmarks.harness.tables import markdown
+from benchmarks.models.definitions import MODELS
+from ldmq_kernels import ops
+from ldmq_kernels.integrations.diffusers.fused import fuse, merged
+from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.kernels import triton as triton_backend
+from ldmq_kernels.kernels.triton import configurations
+from ldmq_kernels.nn import QuantConv2d, QuantLinear
+from ldmq_kernels.numerics.formats import SCHEMES
+from python_tests.kernels.compile_triton import GPUS, OPTIONS, source
+
+CAPABILITY = 90
+
+
+def on_meta(name: str, scheme: str) -> nn.Module:
+    """A model of `definitions.MODELS` with every layer in one scheme, without memory."""
+    with torch.device("meta"):
+        model = MODELS[name].make().half()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            kind = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
+            layer = kind.empty(module, SCHEMES[scheme], smoothed=False)
+            layer.bias = module.bias
+            model.set_submodule(path, layer)
+    # what has no memory has no scales to compare: in these schemes q, k and v share theirs
+    with mock.patch.multiple(merged, _is_empty=lambda _: False, _equal=lambda _a, _b: True):
+        return fuse(model)
+
+
+def launches(name: str, scheme: str) -> list[tuple[Any, dict[str, Any]]]:
+    """The source and options of every launch of one call on an H100."""
+    found: list[tuple[Any, dict[str, Any]]] = []
+
+    def note(kernel: Any, *values: Any, grid: tuple, warmup: bool, **keywords: Any) -> None:
+        options = {key: keywords.pop(key) for key in OPTIONS if key in keywords}
+        found.append((source(kernel, values, keywords), options))
+
+    # a call on the meta device would end in the ops' fake kernels
+    servers = {name: dispatch.server(name) for name in ops.SCHEMAS}
+    with (
+        torch.device("meta"),
+        torch.no_grad(),
+        mock.patch.multiple(ops, **servers),
+        mock.patch.object(triton_backend, "serves", return_value=True),
+        mock.patch.object(configurations, "gpu_of", return_value=GPUS[CAPABILITY]),
+        mock.patch.object(triton.JITFunction, "run", note),
+        dispatch.use_backend("triton"),
+    ):
+        model = on_meta(name, scheme)
+        model(**MODELS[name].inputs(torch.device("meta"), torch.float16))
+    return found
+
+
+def distinct(found: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, dict[str, Any]]]:
+    """Those that Triton compiles: equal kernels, types, constants, alignments and options once."""
+    return list({f"{code.hash()} {sorted(options.items())}": (code, options) for code, options in found}.values())
+
+
+def compile_seconds(kernels: list[tuple[Any, dict[str, Any]]]) -> float:
+    """Time to compile all with an empty cache."""
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}):
+        begin = time.perf_counter()
+        for code, options in kernels:
+            triton.compile(code, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+        return time.perf_counter() - begin
+
+
+def table(data: dict[str, Any]) -> str:
+    """Launches, kernels and seconds of each model and scheme, for the pages."""
+    lines = [
+        [row["op"], row["scheme"], str(row["launches"]), str(row["kernels"]), f"{row['compile_seconds']:.0f}"]
+        for row in data["rows"]
+    ]
+    words = "**What a cold Triton cache costs**: one UNet call for sm_90, compiled on one core without a GPU"
+    return f"{words}\n\n" + markdown(["", "scheme", "launches", "distinct kernels", "seconds to compile"], lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Print a line for each model, and keep the results where the kernels were compiled as well."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks compilations", description=__doc__)
+    parser.add_argument("--compile", action="store_true", help="compile the kernels, and keep what that takes")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 interprets kernels: unset it, so that they are compiled")
+    rows = []
+    for name in ("sd15", "sdxl"):
+        for scheme in ("w8a8-static", "w8a8-dynamic"):
+            found = launches(name, scheme)
+            kernels = distinct(found)
+            row: dict[str, Any] = {"op": f"unet_{name}", "scheme": scheme, "launches": len(found)}
+            row |= {"kernels": len(kernels), "capability": CAPABILITY}
+            if options.compile:
+                row["compile_seconds"] = compile_seconds(kernels)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if options.compile:
+        print(results.keep("compilations", rows, {}))

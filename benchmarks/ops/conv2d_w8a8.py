@@ -1,0 +1,47 @@
+"""int8 convolution, beside float."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.harness import cases as harness
+from benchmarks.harness import operands, shapes
+from benchmarks.harness.timing import Variants
+from ldmq_kernels import ops
+
+SHAPE = shapes.CONV2D
+FEWEST_CHANNELS = 32  # on both sides, of the convolutions that carry a model
+
+
+def case(shape: shapes.Conv2d) -> harness.Case:
+    """One convolution."""
+
+    def make() -> Variants:
+        x = operands.image(shape)
+        weight = operands.held_conv2d(operands.integers(shape.k, shape.kernel, shape.kernel, shape.c))
+        x_scale, scale = operands.scales(1), operands.scales(shape.k)
+        x_q = ops.quantize_static(x, torch.full((1,), 30.0, device=x.device), 1)
+        more = (None, None, None, *operands.geometry(shape), x.dtype)
+        ours = {"ldmq": lambda: ops.conv2d_w8a8(x_q, x_scale, weight, scale, *more)}
+        return ours | operands.float_convolutions(shape, x)
+
+    return operands.conv2d_case("conv2d_w8a8", shape, make, bits=(8, 8))
+
+
+def cases() -> Iterator[harness.Case]:
+    """A case for each convolution of the models."""
+    return map(case, shapes.convolutions())
+
+
+def summary(rows: list[dict]) -> dict[str, float | None]:
+    """The weighted ratio to cuDNN over 3x3 kernels, and the worst of the convolutions that carry a model."""
+    square = [row for row in rows if row["shape"]["kernel"] == 3]
+    wide = [row for row in rows if min(row["shape"]["C"], row["shape"]["K"]) >= FEWEST_CHANNELS]
+    ratios = [row["rivals"]["fp16"]["ratio"] for row in wide if "fp16" in row["rivals"]]
+    return {
+        "conv2d_w8a8/geomean_vs_cudnn_fp16": harness.geometric_mean(square, "fp16"),
+        "conv2d_w8a8/worst_vs_cudnn_fp16": min(ratios, default=None),
+        **harness.cuda_over_triton("conv2d_w8a8", rows),
+    }

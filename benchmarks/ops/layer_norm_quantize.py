@@ -1,0 +1,45 @@
+"""LayerNorm and quantization in one op, beside eager torch's two and a copy of the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.harness import operands, shapes
+from benchmarks.harness.baselines import compiled
+from benchmarks.harness.cases import Case, one_of_each, producer_summary
+from benchmarks.harness.timing import Variants
+from ldmq_kernels import ops
+from ldmq_kernels.kernels import reference
+
+SHAPE = shapes.TOKENS
+EPS = 1e-5
+WIDEST = 1280  # transformer block of the models
+summary = producer_summary
+
+
+def _unfused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.quantize_per_token(torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, EPS), None)
+
+
+def case(shape: shapes.Linear) -> Case:
+    """The input of one linear."""
+
+    def make() -> Variants:
+        x, weight, bias = operands.normal(shape.m, shape.k), operands.normal(shape.k), operands.normal(shape.k)
+        return {
+            "ldmq": lambda: ops.layer_norm_quantize(x, weight, bias, EPS, None, None),
+            "eager": lambda: _unfused(x, weight, bias),
+            "compiled": lambda: compiled(_unfused)(x, weight, bias),
+            "copy": x.clone,
+        }
+
+    sizes = operands.Sizes(shape.m * shape.k, shape.m * shape.k)
+    described, baselines = {"M": shape.m, "K": shape.k}, operands.WITH_COMPILED
+    return operands.producer_case("layer_norm_quantize", described, shape.count, make, sizes, baselines)
+
+
+def cases() -> Iterator[Case]:
+    """A case for each width of a transformer block in the models."""
+    return map(case, one_of_each(shapes.linears(), lambda s: (s.m, s.k) if s.k <= WIDEST else None))

@@ -1,0 +1,35 @@
+"""Quantization with each picture's own scale, beside its definition in eager torch and a copy of the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.harness import operands, shapes
+from benchmarks.harness.cases import Case, producer_summary
+from benchmarks.harness.timing import Variants
+from ldmq_kernels import ops
+from ldmq_kernels.kernels import reference
+
+SHAPE = shapes.IMAGE
+summary = producer_summary
+
+
+def case(shape: shapes.Conv2d) -> Case:
+    """The input of one convolution."""
+
+    def make() -> Variants:
+        x = operands.image(shape)
+        return {
+            "ldmq": lambda: ops.quantize_per_sample(x, None),
+            "eager": lambda: reference.quantize_per_sample(x, None),
+            "copy": x.clone,
+        }
+
+    elements = shape.n * shape.c * shape.size**2
+    sizes = operands.Sizes(elements, elements, reads=2)
+    return operands.producer_case("quantize_per_sample", operands.of_image(shape), shape.count, make, sizes)
+
+
+def cases() -> Iterator[Case]:
+    """A case for each convolution's input of the models."""
+    return map(case, shapes.convolutions())

@@ -1,0 +1,34 @@
+"""Quantization with each token's own scale, beside its definition in eager torch and a copy of the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.harness import operands, shapes
+from benchmarks.harness.cases import Case, producer_summary
+from benchmarks.harness.timing import Variants
+from ldmq_kernels import ops
+from ldmq_kernels.kernels import reference
+
+SHAPE = shapes.TOKENS
+summary = producer_summary
+
+
+def case(shape: shapes.Linear) -> Case:
+    """The input of one linear."""
+
+    def make() -> Variants:
+        x = operands.normal(shape.m, shape.k)
+        return {
+            "ldmq": lambda: ops.quantize_per_token(x, None),
+            "eager": lambda: reference.quantize_per_token(x, None),
+            "copy": x.clone,
+        }
+
+    sizes = operands.Sizes(shape.m * shape.k, shape.m * shape.k)
+    return operands.producer_case("quantize_per_token", {"M": shape.m, "K": shape.k}, shape.count, make, sizes)
+
+
+def cases() -> Iterator[Case]:
+    """A case for each linear's input of the models."""
+    return map(case, shapes.linears())

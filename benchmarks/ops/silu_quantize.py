@@ -1,0 +1,40 @@
+"""SiLU and quantization in one op, beside eager torch's two and a copy of the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.harness import operands, shapes
+from benchmarks.harness.cases import Case, producer_summary
+from benchmarks.harness.timing import Variants
+from ldmq_kernels import ops
+from ldmq_kernels.kernels import reference
+
+SHAPE = shapes.TOKENS
+summary = producer_summary
+
+
+def _unfused(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.quantize_per_token(torch.nn.functional.silu(x), None)
+
+
+def case(shape: shapes.Linear) -> Case:
+    """The input of one linear."""
+
+    def make() -> Variants:
+        x = operands.normal(shape.m, shape.k)
+        return {
+            "ldmq": lambda: ops.silu_quantize(x, None, None),
+            "eager": lambda: _unfused(x),
+            "copy": x.clone,
+        }
+
+    sizes = operands.Sizes(shape.m * shape.k, shape.m * shape.k)
+    return operands.producer_case("silu_quantize", {"M": shape.m, "K": shape.k}, shape.count, make, sizes)
+
+
+def cases() -> Iterator[Case]:
+    """The time embedding of a batch of 2, which every residual block has, and a large one."""
+    return map(case, (shapes.Linear(22, 2, 1280, 1280), shapes.Linear(0, 16384, 1280, 1280)))

@@ -1,0 +1,208 @@
+"""Plans of this package for the benchmarks: uniform ones, plain or searched, on given layers, and planned ones."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from benchmarks.study.evaluation import Setup, with_unet
+from ldmq_kernels.calibration.calibrate import Calibration
+from ldmq_kernels.calibration.ranges import ALL_STEPS, static_scale
+from ldmq_kernels.conversion import quantize
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme, parse_schemes
+from ldmq_kernels.numerics.smoothing import smoothing_vector
+from ldmq_kernels.planning.planner import plan_from_analysis
+from ldmq_kernels.planning.target import Target
+from ldmq_kernels.plans.cost import choice_bytes, weight_bytes
+from ldmq_kernels.plans.layers import kind_of, quantizable_layers
+from ldmq_kernels.plans.plan import LayerPlan, Plan, model_record
+from ldmq_kernels.sensitivity.analysis import Analysis, analyze
+from ldmq_kernels.sensitivity.candidates import Candidate, Method
+
+Choices = dict[str, LayerPlan]
+ALL_FORMATS = ("w8a8", "w4a8", "w8a16", "fp16")
+WEIGHT_ONLY = LayerPlan(SCHEMES["w8a16"])
+UNCHANGED = LayerPlan(FLOAT)
+
+
+def quantized(setup: Setup, plan: Plan) -> nn.Module:
+    """A copy of the float UNet quantized as a plan says."""
+    model = copy.deepcopy(setup.unet)
+    with_unet(setup.pipe, model, lambda: quantize(setup.pipe, plan))
+    return model
+
+
+def plan_of(model: nn.Module, choices: Mapping[str, LayerPlan], calibration: Calibration) -> Plan:
+    """A plan that says of each layer what `choices` do; a layer that is not among them stays in float."""
+    settings = calibration.settings
+    plan = Plan(model_record(model), [], timestep_groups=list(calibration.timestep_groups))
+    plan.calibration = {
+        "mode": calibration.mode,
+        "prompts": len(calibration.prompts),
+        "texts": list(calibration.prompts),
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "seed": settings.seed,
+    }
+    for name, choice in choices.items():
+        plan.set(name, choice)
+    return plan
+
+
+def plan_bytes(model: nn.Module, plan: Plan) -> int:
+    """Bytes of the weights of all linears and convolutions: what a target in bytes limits."""
+    layers = quantizable_layers(model)
+    return sum(choice_bytes(layers[name], choice) for name, choice in plan.layers(model).items())
+
+
+def float_bytes(model: nn.Module) -> int:
+    """The same in 16 bits."""
+    return sum(weight_bytes(layer, FLOAT) for layer in quantizable_layers(model).values())
+
+
+def except_for(choices: Choices, patterns: Collection[str], instead: LayerPlan) -> Choices:
+    """The same choices, but something else for the layers whose names fit a pattern."""
+    return {
+        name: instead if any(fnmatchcase(name, pattern) for pattern in patterns) else choice
+        for name, choice in choices.items()
+    }
+
+
+def on_layers(choices: Choices, stored: Collection[str], computed: Collection[str]) -> Choices:
+    """The same choices on the layers that another tool computes in 8 bits, weights alone where it only stores them."""
+    return {
+        name: choice if name in computed else WEIGHT_ONLY if name in stored else UNCHANGED
+        for name, choice in choices.items()
+    }
+
+
+class OwnPlans:
+    """Makes plans on one setup; each search and each analysis is made once."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.layers = quantizable_layers(setup.unet)
+
+    def calibration(self, mode: str) -> Calibration:
+        """The setup's, with another mode."""
+        return replace(self.setup.calibration, mode=mode)
+
+    @functools.cached_property
+    def whole(self) -> Calibration:
+        """Calibrated on all steps and on all tokens."""
+        return self.calibration(ALL_STEPS).with_first_token()
+
+    def _fitting(self, scheme: Scheme) -> Iterator[str]:
+        for name in self.setup.calibration.absmax:
+            if kind_of(self.layers[name]) in scheme.format.layers:
+                yield name
+
+    # -- uniform ------------------------------------------------------------------------------------------
+
+    def plain(
+        self, scheme: str, mode: str = ALL_STEPS, *, rounding: str = "nearest", alpha: float | None = None
+    ) -> Plan:
+        """One scheme everywhere: the whole calibrated range, nothing searched.
+
+        Args:
+            alpha: SmoothQuant's strength for every layer; None smooths nothing.
+        """
+        calibration = self.calibration(mode).with_first_token()
+        return plan_of(self.setup.unet, self.plain_choices(scheme, calibration, rounding, alpha), calibration)
+
+    def plain_choices(
+        self, scheme: str, calibration: Calibration, rounding: str = "nearest", alpha: float | None = None
+    ) -> Choices:
+        """What `plain` says of each layer; one whose input is zero in calibration stays in float."""
+        made = SCHEMES[scheme]
+        choices = {}
+        for name in self._fitting(made):
+            smoothing = None if alpha is None else self._smoothing(name, calibration, alpha)
+            groups = calibration.grouped_absmax(name) if made.has_timestep_scales else [calibration.input_absmax(name)]
+            scales = [static_scale(absmax, smoothing) for absmax in groups]
+            known = [scale for scale in scales if scale is not None]
+            if made.is_static and not known:
+                choices[name] = UNCHANGED
+                continue
+            each = tuple(max(known) if scale is None else scale for scale in scales) if made.is_static else ()
+            scale = None if not made.is_static else each if made.has_timestep_scales else each[0]
+            choices[name] = LayerPlan(made, "", scale, smoothing, rounding=rounding)
+        return choices
+
+    def _smoothing(self, name: str, calibration: Calibration, alpha: float) -> Tensor | None:
+        layer = self.layers[name]
+        if getattr(layer, "groups", 1) != 1:
+            return None
+        return 1 / smoothing_vector(calibration.input_absmax(name), layer.weight.detach().movedim(1, -1), alpha)
+
+    def searched(self, scheme: str, mode: str = ALL_STEPS, method: Method | None = None) -> Plan:
+        """One scheme everywhere, each layer with what the search finds for it."""
+        calibration = self.calibration(mode)
+        return plan_of(self.setup.unet, self.searched_choices(scheme, mode, method), calibration)
+
+    @functools.cache  # noqa: B019 - there is one of these in a run
+    def searched_choices(self, scheme: str, mode: str = ALL_STEPS, method: Method | None = None) -> Choices:
+        """What `searched` says of each layer."""
+        calibration = self.calibration(mode)
+        found = analyze(self.setup.pipe, calibration, [SCHEMES[scheme]], exact=0, method=method or Method())
+        return {name: each[0].layer_plan() if each else UNCHANGED for name, each in found.candidates.items()}
+
+    # -- planned ------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def analysis(self) -> Analysis:
+        """Of every 8-bit and 4-bit scheme, with all signals."""
+        schemes = parse_schemes(ALL_FORMATS)
+        calibration = self.calibration(ALL_STEPS)
+        return analyze(self.setup.pipe, calibration, schemes, signals=("sqnr", "ssim"))
+
+    def planned(self, budget: int, formats: Sequence[str], signals: Sequence[str] = ("sqnr",)) -> Plan:
+        """The plan of highest SQNR (or of several signals together) within a budget of bytes."""
+        return self._plan(Target(bytes=budget), formats, signals)
+
+    def reaching(self, sqnr_db: float, formats: Sequence[str]) -> Plan:
+        """The plan of fewest bytes that reaches an SQNR."""
+        return self._plan(Target(sqnr_db), formats, ("sqnr",))
+
+    def on_layers(self, stored: Collection[str], computed: Collection[str], sqnr_db: float) -> Plan:
+        """The plan of fewest operations that reaches an SQNR on the layers that another tool quantizes.
+
+        Args:
+            stored: layers whose weights it holds in 8 bits.
+            computed: those of them that it also multiplies in 8 bits, here with scales of any kind.
+        """
+        kept = {
+            layer: [c for c in found if c.scheme.format.name == ("w8a8" if layer in computed else "w8a16")]
+            for layer, found in self.analysis.candidates.items()
+            if layer in stored or layer in computed
+        }
+        candidates = {layer: kept.get(layer, []) for layer in self.analysis.candidates}
+        formats = [str(scheme) for scheme in parse_schemes(("w8a8", "w8a16"))]
+        return self._solve(candidates, Target(sqnr_db), formats, ("sqnr",))
+
+    def _plan(self, target: Target, formats: Sequence[str], signals: Sequence[str]) -> Plan:
+        allowed = [str(scheme) for scheme in parse_schemes(tuple(formats))]
+        kept = {n: [c for c in found if str(c.scheme) in allowed] for n, found in self.analysis.candidates.items()}
+        return self._solve(kept, target, allowed, signals)
+
+    def _solve(
+        self,
+        candidates: dict[str, list[Candidate]],
+        target: Target,
+        formats: Sequence[str],
+        signals: Sequence[str],
+    ) -> Plan:
+        analysis = replace(self.analysis, candidates=candidates)
+        unet, held_out = self.setup.unet, self.setup.held_out
+        return plan_from_analysis(unet, analysis, held_out, target, formats, signals=tuple(signals)).plan
+
+
+@functools.cache
+def own_plans(setup: Setup) -> OwnPlans:
+    """The plans of a setup, made once."""
+    return OwnPlans(setup)

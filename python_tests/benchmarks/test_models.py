@@ -1,0 +1,103 @@
+"""Whole models, the machine and cold starts are measured, at sizes that take no time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.commands import all as every
+from benchmarks.commands import model as command
+from benchmarks.harness.baselines import TOOLS
+from benchmarks.machine import ceilings, host_time
+from benchmarks.models import cpu, gpu
+from benchmarks.models.definitions import TOYS
+
+ROOT = Path(__file__).parents[2]
+# kernels that one UNet call compiles on an H100, by model; each takes 0.2 to 0.5 s on a CPU core
+MOST_KERNELS = {"unet_sd15": 110, "unet_sdxl": 60}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_model_is_measured(name: str) -> None:
+    (row,) = gpu.measure(name, TOYS[name], torch.float32, rounds=1)
+    assert set(row["ms"]) == {"ldmq_eager", "eager_fp16"}
+    assert 0.25 < row["summary"]["weights/w8_share_of_fp16"] < 0.6
+    key = name if name == "vae_decoder" else f"unet_{name}"
+    assert row["summary"][f"{key}/ms"] == row["ms"]["ldmq_eager"]
+    assert "| ldmq_eager |" in gpu.table({"rows": [row]})
+
+
+def test_a_unet_is_measured_on_a_cpu_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cpu.MODELS, "sd15", TOYS["sd15"])
+    monkeypatch.setattr(cpu, "memory_of", lambda name, variant: {"imports": 1, "peak": 4 if variant == "fp32" else 1})
+    rows = list(cpu.measure("sd15", rounds=1))
+    assert [row["name"] for row in rows] == ["fp32", "bf16", "w8a8"]
+    summary = rows[-1]["summary"]
+    assert summary["unet_sd15_cpu/peak_memory_share"] == 0.25
+    assert summary["unet_sd15_cpu/vs_bf16"] == rows[1]["ms"] / rows[2]["ms"]
+    (alone,) = cpu.measure("sd15", rounds=1, against=())
+    assert alone["name"] == "w8a8"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sd15", "--against", "cutlass"], "no model is measured beside cutlass here; it is beside fp32, bf16"),
+        (["vae_decoder"], "on a CPU a UNet is measured: sd15 or sdxl"),
+        (["sd15", "--toy", "--record"], "a toy is no result"),
+    ],
+)
+def test_the_command_says_what_it_takes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--device", "cpu"])
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_another_tool_quantizes_a_copy(tool: str) -> None:
+    pytest.importorskip(tool)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32)).to(torch.bfloat16)
+    x = torch.randn(40, 64).to(torch.bfloat16)
+    with torch.no_grad():
+        wanted, out = model(x), TOOLS[tool](model)(x)
+    assert not torch.equal(out, wanted)
+    assert (out - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+def test_ceilings_and_host_time_are_measured() -> None:
+    rows = list(ceilings.measure(rounds=1))
+    assert {row["name"] for row in rows} == {"256^3", "copy"}
+    assert "GB/s" in "\n".join(map(ceilings.text, rows))
+    assert host_time.microseconds("quantize_static") > 0
+
+
+def test_all_is_each_command_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[list[str]] = []
+
+    def note(command: list[str]) -> Any:
+        run.append(command[3:])
+        return subprocess.CompletedProcess(command, int(command[3:5] == ["op", "linear_w8a8"]))
+
+    monkeypatch.setattr(every.subprocess, "run", note)
+    assert every.main(["--device", "cpu"]) == 1
+    assert len(run) == len(every.commands("cpu")) == len({tuple(command) for command in run})
+    assert all(command[-1] == "--record" for command in run)
+
+
+@pytest.mark.slow
+def test_a_cold_start_compiles_few_kernels() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks", "compilations"]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    found: list[dict[str, Any]] = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 4
+    for row in found:
+        assert 20 < row["kernels"] <= MOST_KERNELS[row["op"]]
+        assert row["launches"] < 2000
