@@ -1,11 +1,13 @@
 """Files and folders appear whole or not at all."""
 
+import csv
 import errno
+import io
 import os
 
 import pytest
 
-from ldmq_kernels.files import whole_folder, write_whole
+from ldmq_kernels.files import csv_bytes, whole_folder, write_csv, write_whole
 
 
 def test_a_full_disk_leaves_the_older_file_and_no_part(tmp_path, monkeypatch):
@@ -55,3 +57,24 @@ def test_what_is_written_has_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "folder").mkdir()
     assert (tmp_path / "plan.json").stat().st_mode == (tmp_path / "other").stat().st_mode
     assert (tmp_path / "model").stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
+def test_a_table_is_read_back_whatever_its_values_hold():
+    row = ["down.0, conv", 'says "no"', "two\nlines", "größer", 1.5, None]
+    text = csv_bytes(["layer", "reason", "note", "word", "ms", "gain"], [row]).decode()
+    (read,) = csv.DictReader(io.StringIO(text, newline=""))
+    assert list(read.values()) == [*row[:4], "1.5", ""]
+    assert "\r" not in text
+
+
+def test_a_row_that_does_not_fit_its_columns_is_an_error_and_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="a row of 1 values"):
+        write_csv(tmp_path / "layers.csv", ["layer", "bytes"], [["conv_in", 12], ["conv_out"]])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_takes_the_place_of_an_older_one(tmp_path):
+    path = tmp_path / "layers.csv"
+    path.write_text("old")
+    write_csv(path, ["layer"], iter([["conv_in"]]))
+    assert path.read_bytes() == b"layer\nconv_in\n"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, run_pipeline
-from ldmq_kernels.files import write_whole
+from ldmq_kernels.files import write_csv
 from ldmq_kernels.numerics.sqnr import relative_noise_power
 from ldmq_kernels.planning.session import PlanResult
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -17,7 +15,7 @@ from ldmq_kernels.report.measure import PicturePairs
 from ldmq_kernels.sensitivity.analysis import Analysis, analysed_part, quantized_copy
 from ldmq_kernels.sensitivity.output_noise import finite_db
 from ldmq_kernels.sensitivity.propagation import BlockNoise, propagation
-from ldmq_kernels.sensitivity.table import PLAN, Row, rows_of_analysis, rows_of_noise, rows_of_pictures, write_csv
+from ldmq_kernels.sensitivity.table import PLAN, Row, rows_of_analysis, rows_of_noise, rows_of_pictures, write_rows
 
 COLUMNS = ("block", "step", "scheme", "received_db", "born_db", "passed_db", "total_db", "amplification")
 
@@ -47,7 +45,7 @@ def _by_picture(exact: Any, test: Any) -> list[float]:
 
 def write_sqnr(path: Path, analysis: Analysis, plan_rows: Sequence[Row]) -> int:
     """sqnr.csv, see `sensitivity.table`; the number of rows."""
-    return write_csv(path, [*rows_of_analysis(analysis), *plan_rows])
+    return write_rows(path, [*rows_of_analysis(analysis), *plan_rows])
 
 
 def noise_of_blocks(model: Any, analysis: Analysis, *, show: bool) -> tuple[str, list[BlockNoise]]:
@@ -65,11 +63,9 @@ def noise_of_blocks(model: Any, analysis: Analysis, *, show: bool) -> tuple[str,
 
 def write_blocks(path: Path, scheme: str, found: Sequence[BlockNoise]) -> None:
     """blocks.csv: relative noise as SQNR in dB, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows = []
     for entry in found:
         powers = (entry.received, entry.born, entry.passed, entry.total)
         numbers = [f"{finite_db(power):.2f}" for power in powers]
-        writer.writerow([entry.block, entry.step, scheme, *numbers, f"{entry.amplification:.3f}"])
-    write_whole(path, text.getvalue().encode())
+        rows.append((entry.block, entry.step, scheme, *numbers, f"{entry.amplification:.3f}"))
+    write_csv(path, COLUMNS, rows)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ldmq_kernels.files import csv_bytes
 from ldmq_kernels.planning.choice import MOST_DB
 from ldmq_kernels.planning.front import FrontPoint
 from ldmq_kernels.report.svg import INK, MUTED, SCHEME_COLOURS, draw, plain_axes, standalone
@@ -93,14 +92,11 @@ def front_picture(points: Sequence[FrontPoint]) -> str:
 
 def front_csv(points: Sequence[FrontPoint]) -> bytes:
     """A row for each plan, as CSV in UTF-8."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["plan", "weight_bytes", "weight_bytes_fp16", "milliseconds", "predicted_db", "measured_db", "dominated"]
-    )
+    columns = ["plan", "weight_bytes", "weight_bytes_fp16", "milliseconds", "predicted_db", "measured_db", "dominated"]
+    rows = []
     for number, point in enumerate(points, 1):
         measured = point.result.plan.measured
         size = [measured["weight_bytes"], measured["weight_bytes_fp16"], measured.get("milliseconds", "")]
         decibels = [f"{point.predicted_db:.3f}", f"{point.measured_db:.3f}"]
-        writer.writerow([number, *size, *decibels, int(point.dominated)])
-    return text.getvalue().encode()
+        rows.append([number, *size, *decibels, int(point.dominated)])
+    return csv_bytes(columns, rows)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 
 from torch import nn
 
+from ldmq_kernels.files import csv_bytes
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.cost import choice_bytes, weight_bytes
@@ -92,11 +91,9 @@ def _reason(plan: Plan, name: str, sqnr: dict[str, float]) -> str:
 
 def to_csv(rows: list[LayerRow], schemes: list[str]) -> bytes:
     """The rows as CSV in UTF-8, with a column of SQNR and one of what the search kept for each scheme."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     fixed = ["layer", "block", "kind", "shape", "multiply_accumulates", "range_drift", "bytes_fp16"]
     measured = [f"{what} {scheme}" for scheme in schemes for what in ("output_sqnr_db", "found")]
-    writer.writerow([*fixed, *measured, "chosen", "bytes_chosen", "reason"])
+    lines = []
     for row in rows:
         numbers: list[object] = []
         for scheme in schemes:
@@ -105,5 +102,5 @@ def to_csv(rows: list[LayerRow], schemes: list[str]) -> bytes:
         shape = "x".join(map(str, row.shape))
         start = [row.name, row.block, row.kind, shape, row.operations, f"{row.drift:.4f}", row.bytes_before]
         end = [row.scheme or "", "" if row.bytes_after is None else row.bytes_after, row.reason]
-        writer.writerow([*start, *numbers, *end])
-    return text.getvalue().encode()
+        lines.append([*start, *numbers, *end])
+    return csv_bytes([*fixed, *measured, "chosen", "bytes_chosen", "reason"], lines)

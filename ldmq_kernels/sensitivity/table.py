@@ -14,13 +14,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from ldmq_kernels.files import write_whole
+from ldmq_kernels.files import write_csv
 from ldmq_kernels.numerics.sqnr import from_db
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import StepNoise, finite_db
@@ -77,15 +75,8 @@ def rows_of_pictures(place: str, decibels: Iterable[float]) -> Iterator[Row]:
         yield Row(place, "", PLAN, None, None, prompt, "whole", from_db(value), value)
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> int:
-    """Write the table, whole or not at all; the number of rows."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Row)])
-    count = 0
-    for row in rows:
-        values = astuple(row)
-        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
-        count += 1
-    write_whole(path, text.getvalue().encode())
-    return count
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write the table as CSV, whole or not at all; the number of rows."""
+    lines = [[f"{value:.6g}" if isinstance(value, float) else value for value in astuple(row)] for row in rows]
+    write_csv(path, [field.name for field in fields(Row)], lines)
+    return len(lines)

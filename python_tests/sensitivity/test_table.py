@@ -7,7 +7,7 @@ import pytest
 
 from ldmq_kernels.numerics.sqnr import from_db
 from ldmq_kernels.sensitivity.output_noise import SampleNoise, StepNoise
-from ldmq_kernels.sensitivity.table import rows_of_noise, rows_of_pictures, write_csv
+from ldmq_kernels.sensitivity.table import rows_of_noise, rows_of_pictures, write_rows
 
 NOISE = StepNoise(
     {0: 1e-3, 2: 1e-5},
@@ -26,7 +26,7 @@ def test_steps_their_mean_and_each_prompt_are_rows(tmp_path):
     ]
     assert [r.sqnr_db for r in rows] == pytest.approx([30, 50, 40, -10 * math.log10(0.002), 200])
     assert {r.estimated for r in rows} == {1}
-    assert write_csv(tmp_path / "sqnr.csv", rows) == 5
+    assert write_rows(tmp_path / "sqnr.csv", rows) == 5
     with (tmp_path / "sqnr.csv").open() as file:
         read = list(csv.DictReader(file))
     assert read[2] == {
