@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import ctypes
+import fcntl
 import functools
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,9 @@ from ldmq_kernels.kernels.cuda import extension, tiles
 ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
 MODULE = "_binding" + sysconfig.get_config_var("EXT_SUFFIX")
+BUILDS = ROOT / "build" / "emulator"
+LIBRARY = "libldmq_emulated.so"  # a name of its own: a process loads one library of each name
+SOURCES = (".cu", ".cuh", ".h", ".cpp")
 COMPILE = ("g++", "-std=c++20", "-O1", "-fPIC", "-Wno-psabi")
 SETTINGS = (
     "set_eager",
@@ -65,27 +70,69 @@ def _compiled(source: Path, options: Sequence[str], folder: Path) -> str:
     return str(target)
 
 
+def _compiler_version() -> str:
+    return subprocess.run([*COMPILE[:1], "-v"], capture_output=True, text=True, check=True).stderr
+
+
+def build_key() -> str:
+    """A hash of all that the build depends on: sources, flags (this file), compiler, pybind11 and Python."""
+    digest = hashlib.sha256()
+    for told in (_compiler_version(), pybind11.__version__, sys.version, MODULE, os.environ.get("CPATH", "")):
+        digest.update(f"{told}\0".encode())
+    for folder in (ROOT / "csrc", EMULATOR):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode() + content)
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _build(folder: Path) -> None:
+    """Compile the kernels for the CPU and the binding over them into this folder."""
+    kernels = [*sorted((ROOT / "csrc").glob("*.cu")), EMULATOR / "emulator.cpp"]
+    modules = sorted((ROOT / "csrc").glob("binding*.cpp"))
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(_compiled, source, KERNELS, Path(scratch)) for source in kernels]
+        module_jobs = [pool.submit(_compiled, source, includes, Path(scratch)) for source in modules]
+        objects, module_objects = ([job.result() for job in started] for started in (jobs, module_jobs))
+        subprocess.run(["g++", "-shared", *objects, "-o", str(folder / LIBRARY)], check=True)
+        linked = [f"-L{folder}", f"-l:{LIBRARY}", "-Wl,-rpath,$ORIGIN"]
+        subprocess.run(["g++", "-shared", *module_objects, *linked, "-o", str(folder / MODULE)], check=True)
+
+
+@contextlib.contextmanager
+def _built() -> Iterator[Path]:
+    """The folder of the build of these sources, which no other process removes meanwhile.
+
+    Processes wait for the one that builds. A build gets its name when it is whole, and takes the place of older ones.
+    """
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    with (BUILDS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = BUILDS / build_key()
+        if not folder.exists():
+            for other in BUILDS.iterdir():
+                if other.is_dir():
+                    shutil.rmtree(other)
+            unfinished = Path(tempfile.mkdtemp(dir=BUILDS))
+            _build(unfinished)
+            unfinished.rename(folder)
+        yield folder
+
+
 @functools.cache
 def emulated_binding() -> ModuleType:
-    """The binding, linked with the kernels for the CPU: addresses are those of CPU tensors. Skips without g++."""
+    """The binding, linked with the kernels for the CPU: addresses are those of CPU tensors.
+
+    All processes of these sources share one build, in build/emulator. Skips without g++.
+    """
     python_headers = Path(sysconfig.get_path("include"))
     if sys.platform != "linux" or not shutil.which("g++") or not (python_headers / "Python.h").exists():
         pytest.skip("needs Linux, g++ and Python's headers")
-    folder = Path(tempfile.mkdtemp(prefix="emulated"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    kernels = [*sorted((ROOT / "csrc").glob("*.cu")), EMULATOR / "emulator.cpp"]
-    modules = sorted((ROOT / "csrc").glob("binding*.cpp"))
-    includes = [f"-I{pybind11.get_include()}", f"-I{python_headers}"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(_compiled, source, KERNELS, folder) for source in kernels]
-        module_jobs = [pool.submit(_compiled, source, includes, folder) for source in modules]
-        objects, module_objects = ([job.result() for job in started] for started in (jobs, module_jobs))
-    library = folder / "libldmq_emulated.so"  # a name of its own: a process loads one library of each name
-    subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True)
-    linked = [f"-L{folder}", "-lldmq_emulated", "-Wl,-rpath,$ORIGIN"]
-    subprocess.run(["g++", "-shared", *module_objects, *linked, "-o", str(folder / MODULE)], check=True)
-    module = load(folder / MODULE)
-    emulator = ctypes.CDLL(str(library))
+    with _built() as folder:
+        module = load(folder / MODULE)
+        emulator = ctypes.CDLL(str(folder / LIBRARY))
     for name in SETTINGS:
         setattr(module, name, getattr(emulator, f"emulator_{name}"))
     return module

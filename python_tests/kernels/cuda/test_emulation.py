@@ -1,0 +1,66 @@
+"""The kernels are compiled for the CPU once for all processes, and again when anything that goes into them changes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from python_tests.kernels.cuda import emulation
+
+
+def _no_build(_: Path) -> None:
+    raise AssertionError("the kernels are compiled again")
+
+
+def test_another_process_finds_the_build(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulation, "_build", _no_build)
+    assert emulation.emulated_binding.__wrapped__().tiles() == emulated.tiles()
+
+
+def _another_compiler(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulation, "_compiler_version", lambda: "gcc version 99")
+
+
+def _another_pybind11(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulation.pybind11, "__version__", "99")
+
+
+def _another_kernel(root: Path, _: pytest.MonkeyPatch) -> None:
+    with (root / "csrc/quantize.cu").open("a") as source:
+        source.write("\n")
+
+
+def _another_emulator(root: Path, _: pytest.MonkeyPatch) -> None:
+    (root / "emulator/fibers.h").rename(root / "emulator/threads.h")
+
+
+@pytest.mark.parametrize("change", [_another_compiler, _another_pybind11, _another_kernel, _another_emulator])
+def test_a_build_of_anything_else_does_not_serve(
+    emulated: ModuleType,
+    change: Callable[[Path, pytest.MonkeyPatch], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = emulation.build_key()
+    shutil.copytree(emulation.ROOT / "csrc", tmp_path / "csrc")
+    shutil.copytree(emulation.EMULATOR, tmp_path / "emulator")
+    monkeypatch.setattr(emulation, "ROOT", tmp_path)
+    monkeypatch.setattr(emulation, "EMULATOR", tmp_path / "emulator")
+    assert emulation.build_key() == before
+    change(tmp_path, monkeypatch)
+    assert emulation.build_key() != before
+
+
+def test_a_build_that_fails_leaves_none_behind(
+    emulated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulation, "BUILDS", tmp_path)
+    monkeypatch.setattr(emulation, "_build", _no_build)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="compiled again"):
+            emulation.emulated_binding.__wrapped__()
+    assert not (tmp_path / emulation.build_key()).exists()
