@@ -18,9 +18,6 @@ from benchmarks.harness.cases import OURS, Case, accepted, measure
 from benchmarks.harness.tables import aligned, markdown
 from ldmq_kernels.timing import ROUNDS
 
-HEADER = ("", "ms", "p20 to p80", "TOPS", "GB/s", "ldmq is")
-
-
 def names(text: str) -> list[str]:
     """The names in a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -57,20 +54,29 @@ def table(data: dict[str, Any]) -> str:
 
 
 def text(row: dict[str, Any], work: float) -> str:
-    """A row of results as a table for a terminal: our op first, then the others from the fastest on."""
-    own = f"{OURS} ({row['backend']})"
-    lines = [(own, *_figures(row, work), f"{row['gbps']:.1f}", "")]
+    """A row of results as a table for a terminal: our op first, then the others from the fastest on.
+
+    Args:
+        work: billions of operations of a GEMM or convolution, or 0, which leaves out the rate.
+    """
+    header, rate = ["", "ms", "p20 to p80"], ["TOPS"] if work else []
+    own = [f"{OURS} ({row['backend']})", *_times(row), *_rate(row, work), f"{row['gbps']:.3g}", ""]
+    lines = [own]
     for name, each in sorted(row["rivals"].items(), key=lambda pair: pair[1]["ms"]):
-        lines.append((name, *_figures(each, work), "", f"{each['ratio']:.2f}x as fast"))
+        lines.append([name, *_times(each), *_rate(each, work), "", f"{each['ratio']:.2f}x as fast"])
     shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
     notes = [f"{name} is left out: {why}" for name, why in row.get("notes", {}).items()]
-    return "\n".join([f"{row['op']}, {shape}", aligned(HEADER, lines, left=1), *notes])
+    columns = aligned([*header, *rate, "GB/s", "ldmq is"], lines, left=1)
+    return "\n".join([f"{row['op']}, {shape}", columns, *notes])
 
 
-def _figures(times: dict[str, Any], work: float) -> tuple[str, str, str]:
+def _times(times: dict[str, Any]) -> tuple[str, str]:
     digits = 2 if times["ms"] >= 10 else 4
-    spread = f"{times['p20']:.{digits}f} to {times['p80']:.{digits}f}"
-    return f"{times['ms']:.{digits}f}", spread, f"{work / times['ms']:.2f}" if work else ""
+    return f"{times['ms']:.{digits}f}", f"{times['p20']:.{digits}f} to {times['p80']:.{digits}f}"
+
+
+def _rate(times: dict[str, Any], work: float) -> list[str]:
+    return [f"{work / times['ms']:.3g}"] if work else []
 
 
 def parser() -> argparse.ArgumentParser:
