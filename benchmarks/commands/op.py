@@ -18,6 +18,7 @@ from benchmarks.harness.cases import OURS, Case, accepted, measure
 from benchmarks.harness.tables import aligned, markdown
 from ldmq_kernels.timing import ROUNDS
 
+
 def names(text: str) -> list[str]:
     """The names in a list with commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
