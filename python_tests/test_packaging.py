@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import shutil
@@ -188,8 +189,8 @@ def subpackage_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_subpackages(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and subpackage of each import of the package's own modules, wherever in the file it stands."""
+def imported_names(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of each import of the package's own modules, wherever in the file it stands."""
     parent = (PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -199,11 +200,24 @@ def imported_subpackages(path: Path) -> Iterator[tuple[int, str]]:
             names = [".".join([*base, *([node.module] if node.module else []), alias.name]) for alias in node.names]
         else:
             continue
-        for name in names:
-            package, _, rest = name.partition(".")
-            subpackage = rest.partition(".")[0]
-            if package == PACKAGE.name:
-                yield node.lineno, subpackage if subpackage in SUBPACKAGES else "__init__"
+        yield from ((node.lineno, name) for name in names if name.partition(".")[0] == PACKAGE.name)
+
+
+def imported_subpackages(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and subpackage of each import of the package's own modules."""
+    for line, name in imported_names(path):
+        subpackage = [*name.split("."), ""][1]
+        yield line, subpackage if subpackage in SUBPACKAGES else "__init__"
+
+
+def imported_files(path: Path) -> set[Path]:
+    """The package's own files that a file imports, also for a type checker alone or inside a function."""
+    found = set()
+    for _, name in imported_names(path):
+        module = PACKAGE.parent.joinpath(*name.split("."))
+        tried = [p for m in (module, module.parent) for p in (m.with_suffix(".py"), m / "__init__.py")]
+        found.add(next(p for p in tried if p.is_file()))
+    return found
 
 
 def may_import(subpackage: str, other: str) -> bool:
@@ -225,3 +239,11 @@ def test_a_file_imports_only_from_layers_below_its_own(subpackage: str) -> None:
         if not may_import(subpackage, other)
     ]
     assert not wrong, wrong
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    imports = {path: imported_files(path) for path in PACKAGE.rglob("*.py")}
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" is imported by ".join(str(path.relative_to(ROOT)) for path in error.args[1]))

@@ -7,12 +7,13 @@ form alone; anything that reads the layer (state_dict, deepcopy, pickle, `.weigh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.kernels import cpu
+from ldmq_kernels.nn.input_scale import InputScale
 from ldmq_kernels.nn.stored import BUFFERS, FLOAT32_BUFFERS, check_stored
 from ldmq_kernels.numerics import affine
 from ldmq_kernels.numerics.formats import FLOAT, Scheme, schemes_of
@@ -20,11 +21,8 @@ from ldmq_kernels.numerics.packing import pack_int4, unpack_int4
 from ldmq_kernels.numerics.smoothing import smoothed_moments
 from ldmq_kernels.numerics.split import FINER, quantize_low_part
 
-if TYPE_CHECKING:
-    from ldmq_kernels.nn.timestep_groups import TimestepScaleView
 
-
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(InputScale):
     """Mixin over nn.Linear or nn.Conv2d; `kind` is "linear" or "conv2d".
 
     Attributes:
@@ -32,11 +30,8 @@ class QuantizedLayer(nn.Module):
         weight: int8 (N, K) or (K, R, S, C), or uint8 with two int4 to a byte of the last axis.
         weight_scale: (out,) float32; with w4a8 beside `multiplier` (uint8).
         group_scale: (out, groups) float32, w4a16 only.
-        input_scale: float32 of calibrated activations: (1,), or (timestep groups,) of a timestep scheme.
-        smoothing: (C,) float32, the reciprocal that inputs are multiplied with, or None.
         first_token: whether the row of the first token is computed from its 16-bit input.
         adds_bias: whether the float layer had no bias, and a correction gave this one its own.
-        slot: where a timestep layer finds the scale of the current call; None until a model's call set it.
     """
 
     kind: str
@@ -45,10 +40,7 @@ class QuantizedLayer(nn.Module):
     first_token: bool = False
     adds_bias: bool = False
     packed_weight: Tensor | None = None
-    slot: TimestepScaleView | None = None
     revision: int = 0  # of the buffers: grows whenever they are filled, loaded or moved
-    _call_scale: Tensor | None = None
-    _call_inv_scale: Tensor | None = None
 
     # -- to be given by the layer ------------------------------------------------------------------
 
@@ -202,6 +194,31 @@ class QuantizedLayer(nn.Module):
             integers, self.group_scale = affine.quantize_weight_w4a16(weight, hessian)
             self.weight = pack_int4(integers)
 
+    def with_activations(self, scheme: Scheme, *, input_scale: Tensor | None = None, first_token: bool = False) -> Self:
+        """The same layer with its activations scaled in another way; both hold one weight, which is not rounded again.
+
+        Args:
+            scheme: of this layer's format; the layer itself is dynamic, with the smoothing that is wanted.
+            input_scale: see `from_float`, as for `first_token`.
+
+        Raises:
+            ValueError: this is not dynamic or computes its first token apart, or the scheme is of another format.
+        """
+        if self.scheme.activations != "dynamic" or self.first_token:
+            raise ValueError(f"a plain dynamic layer can be given other activations, this is {self.scheme}")
+        if scheme.format != self.scheme.format:
+            raise ValueError(f"{scheme} has another weight than {self.scheme}: quantize the float layer")
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._buffers, twin._parameters = dict(self._buffers), dict(self._parameters)
+        twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        twin.scheme, twin.first_token = scheme, first_token
+        twin._buffers["input_scale"] = None if input_scale is None else input_scale.detach().float().reshape(-1)
+        twin._derive_for_call()
+        if first_token and twin.packed_weight is not None:
+            twin.first_token_weight = self.weight
+        return twin
+
     def correct_bias(self, correction: Tensor, like: Tensor | None = None) -> None:
         """Put a bias of the layer's own in place of the one that it shares: (out,) `correction` more.
 
@@ -249,36 +266,7 @@ class QuantizedLayer(nn.Module):
             self.register_buffer("first_token_scale", scale, persistent=False)
             self.register_buffer("first_token_weight", None, persistent=False)
 
-    # -- the scale of the current call ---------------------------------------------------------------
-
-    def use_timestep_group(self, index: int) -> None:
-        """Take a timestep group's input scale, until the next call of a model that it is attached to.
-
-        Args:
-            index: 0 for the noisiest steps, and for static schemes; of no meaning for dynamic ones.
-        """
-        if self.input_scale is None:
-            return
-        if self.slot is not None:
-            self.slot.groups.is_stale = True
-            self.slot = None
-        self._call_scale = self.input_scale[index : index + 1]
-        inverse = 1 / self._call_scale
-        self._call_inv_scale = inverse if self.smoothing is None else self.smoothing * inverse
-
-    @property
-    def call_scale(self) -> Tensor | None:
-        """(1,) float32, the calibrated input scale of the current call; None where it is measured."""
-        if self.slot is not None and torch.compiler.is_compiling():
-            return self.slot.traced_scale(self._call_scale)
-        return self._call_scale
-
-    @property
-    def input_inv_scale(self) -> Tensor | None:
-        """(1,) or (C,) float32: what a calibrated input of the current call is multiplied with to be rounded."""
-        if self.slot is not None and torch.compiler.is_compiling():
-            return self.slot.traced_inv_scale(self._call_inv_scale)
-        return self._call_inv_scale
+    # -- of a call -----------------------------------------------------------------------------------
 
     def low_part(self, x: Tensor, x_q: Tensor, axis: int) -> Tensor:
         """Of a split scheme: the second int8 value of each activation."""
@@ -326,11 +314,8 @@ class QuantizedLayer(nn.Module):
             if original is not None and moved is not None and moved.dtype != original.dtype:
                 self._buffers[name] = original.to(moved.device)
         self.finish()
-        if self.scheme.has_timestep_scales and scale is not None and not (scale.is_meta or self.input_scale.is_meta):
-            # the model may be moved between the hook that chose the timestep group and the call: the group stays
-            assert inv_scale is not None
-            device = self.input_scale.device
-            self._call_scale, self._call_inv_scale = scale.to(device), inv_scale.to(device)
+        if self.scheme.has_timestep_scales:
+            self._keep_call_scale(scale, inv_scale)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -358,7 +343,7 @@ class QuantizedLayer(nn.Module):
                 "first_token_weight": None,
             }
             state["packed_weight"] = None
-        state["slot"] = state["_call_scale"] = state["_call_inv_scale"] = None
+        state["_view"] = state["_call_scale"] = state["_call_inv_scale"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

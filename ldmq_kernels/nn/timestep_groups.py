@@ -10,68 +10,30 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.nn.quantized import QuantizedLayer
+from ldmq_kernels.nn.timestep_scales import TimestepScales, TimestepScaleView
 
 ALIGNMENT = 4  # floats: kernels read reciprocals in pieces of 16 bytes
 
 
-@dataclass(eq=False)
-class TimestepScales:
-    """The scales of all timestep layers on one device.
-
-    Attributes:
-        edges: (groups - 1,) float32, the boundaries ascending.
-        table: (groups, width) float32, a row for each group, the last one, of the least noise, first.
-        current: (1, width) float32, the row of the current call.
-        traced: (width,) the same while a compiler traces the call.
-    """
-
-    edges: Tensor
-    table: Tensor
-    current: Tensor
-    traced: Tensor | None = None
-
-
-@dataclass(eq=False)
-class TimestepScaleView:
-    """A layer's place in a row: its scale at `start`, its reciprocal of `size` from `inv_scale` on."""
-
-    groups: TimestepGroups
-    values: TimestepScales
-    start: int
-    inv_scale: int
-    size: int
-
-    def traced_scale(self, otherwise: Tensor | None) -> Tensor | None:
-        """(1,) of the traced call; `otherwise` where only a part of the model is traced."""
-        row = self.values.traced
-        return otherwise if row is None else row[self.start : self.start + 1]
-
-    def traced_inv_scale(self, otherwise: Tensor | None) -> Tensor | None:
-        """(size,) of the traced call; `otherwise` where only a part of the model is traced."""
-        row = self.values.traced
-        return otherwise if row is None else row[self.inv_scale : self.inv_scale + self.size]
-
-
 class TimestepGroups:
-    """Hooks of a model; see `attach`.
-
-    Attributes:
-        is_stale: a timestep layer was filled, loaded or moved since the tables were made.
-    """
+    """The hooks of a model that choose the scales of its timestep layers; see `attach`."""
 
     def __init__(self, boundaries: Sequence[float], position: int) -> None:
         self.boundaries = tuple(boundaries)
         self.position = position
         self.handles: list[Any] = []
-        self.devices: list[TimestepScales] = []
-        self.is_stale = True
+        self.devices: list[TimestepScales] | None = None  # None: the model's timestep layers are not found yet
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a timestep layer was filled, loaded or moved since the tables were made."""
+        return self.devices is None or any(values.is_stale for values in self.devices)
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Choose the group of the timestep that the model is called with; of a batch, of its first element's."""
@@ -80,7 +42,7 @@ class TimestepGroups:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[self.position]
         if self.is_stale:  # a compiler reads the tables below only after this
             self.find_layers(model)
-        for values in self.devices:
+        for values in self.devices or ():
             row = torch.bucketize(_on_device(timestep, values.table.device), values.edges, right=True)
             if torch.compiler.is_compiling():
                 values.traced = values.table.index_select(0, row)[0]
@@ -89,7 +51,7 @@ class TimestepGroups:
 
     def after(self, _model: nn.Module, _args: Any, _output: Any) -> None:
         """Let go of what a compiler traced."""
-        for values in self.devices:
+        for values in self.devices or ():
             values.traced = None
 
     @torch.compiler.assume_constant_result
@@ -101,13 +63,12 @@ class TimestepGroups:
                 by_device.setdefault(layer.input_scale.device, []).append(layer)
         with torch.inference_mode(False), torch.no_grad():
             self.devices = [self._tabulate(layers, device) for device, layers in by_device.items()]
-        self.is_stale = False
         return sum(map(len, by_device.values()))
 
     def _tabulate(self, layers: list[QuantizedLayer], device: torch.device) -> TimestepScales:
         groups = len(self.boundaries) + 1
         rows: list[list[Tensor]] = [[] for _ in range(groups)]
-        slots: list[tuple[int, int, int]] = []
+        places: list[tuple[int, int, int]] = []
         width = 0
         for layer in layers:
             start = width
@@ -115,21 +76,18 @@ class TimestepGroups:
                 layer.use_timestep_group(min(index, layer.input_scale.numel() - 1))
                 entry = [_padded(tensor) for tensor in (layer.call_scale, layer.input_inv_scale) if tensor is not None]
                 rows[groups - 1 - index] += entry
-            size = layer._call_inv_scale.numel()  # type: ignore[union-attr]
-            slots.append((start, start + ALIGNMENT, size))
+            size = 1 if layer.smoothing is None else layer.smoothing.numel()
+            places.append((start, start + ALIGNMENT, size))
             width = start + sum(tensor.numel() for tensor in entry)
         table = torch.stack([torch.cat(row) for row in rows])
         edges = torch.tensor(sorted(self.boundaries), dtype=torch.float32, device=device)
         values = TimestepScales(edges, table, table[-1:].clone())
-        for layer, place in zip(layers, slots, strict=True):
-            layer.slot = TimestepScaleView(self, values, *place)
-            start, inv_scale, size = place
-            layer._call_scale = values.current[0, start : start + 1]
-            layer._call_inv_scale = values.current[0, inv_scale : inv_scale + size]
+        for layer, place in zip(layers, places, strict=True):
+            layer.follow(TimestepScaleView(values, *place))
         return values
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "devices": [], "is_stale": True}  # a copy finds its own layers
+        return {**vars(self), "devices": None}  # a copy finds its own layers
 
 
 def _on_device(timestep: Any, device: torch.device) -> Tensor:

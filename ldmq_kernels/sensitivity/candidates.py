@@ -21,7 +21,6 @@ from ldmq_kernels.calibration.ranges import static_scale
 from ldmq_kernels.calibration.second_moments import MomentsObserver
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
-from ldmq_kernels.nn.same_weight import with_activations
 from ldmq_kernels.numerics.formats import SCHEMES, Scheme
 from ldmq_kernels.numerics.smoothing import parts_vector, smoothing_vector
 from ldmq_kernels.plans.layers import kind_of
@@ -229,7 +228,7 @@ class LayerSearch:
             plain = replace(choice, scheme=weight.scheme, input_scale=None, first_token=False, bias_correction=None)
             self._weights[key] = quantize_layer(self.name, self.layer, plain, hessian)
         scales = torch.tensor(choice.scales, device=self.weight.device) if scheme.is_static else None
-        copy = with_activations(self._weights[key], scheme, input_scale=scales, first_token=choice.first_token)
+        copy = self._weights[key].with_activations(scheme, input_scale=scales, first_token=choice.first_token)
         if choice.bias_correction is not None:
             copy.correct_bias(choice.bias_correction, self.layer.weight)
         return copy

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
-from ldmq_kernels.nn.same_weight import with_activations
 from ldmq_kernels.numerics.formats import FORMATS, SCHEMES, Scheme
 
 SCALES = {"static": [0.03], "timestep": [0.04, 0.02], "split": [0.03]}
@@ -42,7 +41,7 @@ def test_the_same_weight_computes_what_a_layer_of_its_own_does(
     own = quantized(layer, scheme, input_scale=scale, smoothing=smoothing, first_token=first_token)
     base = quantized(layer, f"{form}-dynamic", smoothing=smoothing)
     before = base(x)
-    shared = with_activations(base, own.scheme, input_scale=scale, first_token=first_token)
+    shared = base.with_activations(own.scheme, input_scale=scale, first_token=first_token)
     for group in (0, 1) if activations == "timestep" else (0,):
         own.use_timestep_group(group)
         shared.use_timestep_group(group)
@@ -56,7 +55,7 @@ def test_the_same_weight_computes_what_a_layer_of_its_own_does(
 def test_a_corrected_bias_is_the_copys_alone() -> None:
     layer, x = float_layer("linear")
     base = quantized(layer, "w8a8-dynamic")
-    shared = with_activations(base, base.scheme)
+    shared = base.with_activations(base.scheme)
     shared.correct_bias(torch.ones(33))
     assert torch.allclose(shared(x), base(x) + 1)
 
@@ -64,7 +63,7 @@ def test_a_corrected_bias_is_the_copys_alone() -> None:
 def test_other_weights_and_other_layers_are_refused() -> None:
     layer, _ = float_layer("linear")
     with pytest.raises(ValueError, match="has another weight"):
-        with_activations(quantized(layer, "w8a8-dynamic"), SCHEMES["w4a8-dynamic"])
+        quantized(layer, "w8a8-dynamic").with_activations(SCHEMES["w4a8-dynamic"])
     static = quantized(layer, "w8a8-static", input_scale=torch.tensor([0.1]))
     with pytest.raises(ValueError, match="a plain dynamic layer"):
-        with_activations(static, SCHEMES["w8a8-dynamic"])
+        static.with_activations(SCHEMES["w8a8-dynamic"])
