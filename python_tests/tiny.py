@@ -19,6 +19,8 @@ from ldmq_kernels.plans.plan import Plan, model_record
 TEXT_WIDTH = 32
 TOKENS = 40
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# One resolution, one transformer, 33 layers: an analysis runs the model once for each layer in each format.
+SHALLOW = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 PROMPTS = ["a red circle", "a blue square on a grey background"]
 
 
@@ -49,10 +51,10 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=TOKENS)
 
 
-def tiny_pipeline(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
-    """16x16 pixels from any prompt of lower-case words; `folder` takes the tokenizer's files."""
+def tiny_pipeline(folder: Path, seed: int = 0, **changes: object) -> StableDiffusionPipeline:
+    """16x16 pixels from any prompt of lower-case words; `folder` takes the tokenizer's files, `changes` the UNet."""
     tokenizer = tiny_tokenizer(folder)
-    unet = tiny_unet(seed)
+    unet = tiny_unet(seed, **changes)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -20,8 +20,8 @@ import torch
 from ldmq_kernels import cli
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.plans.plan import Plan
-from python_tests.tiny import PROMPTS, draw, mixed_plan, tiny_pipeline, tiny_unet
+from ldmq_kernels.plans.plan import VERSION, Plan
+from python_tests.tiny import PROMPTS, SHALLOW, draw, mixed_plan, tiny_pipeline, tiny_unet
 
 QUICK = ("--steps", "1", "--formats", "w8a16")
 
@@ -30,7 +30,7 @@ QUICK = ("--steps", "1", "--formats", "w8a16")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline directory, stored in float16."""
     root = tmp_path_factory.mktemp("model")
-    pipe = tiny_pipeline(root / "tokenizer")
+    pipe = tiny_pipeline(root / "tokenizer", **SHALLOW)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.to(torch.float16)
     pipe.save_pretrained(root / "tiny")
@@ -46,7 +46,7 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def plan_file(tmp_path: Path) -> Path:
-    mixed_plan(tiny_unet()).save(tmp_path / "plan.json")
+    mixed_plan(tiny_unet(**SHALLOW)).save(tmp_path / "plan.json")
     return tmp_path / "plan.json"
 
 
@@ -98,7 +98,7 @@ def test_quantize_keeps_the_stored_dtype_and_the_pictures(model: Path, plan_file
     assert torch.equal(draw(load(tmp_path / "quantized", torch_dtype=torch.float32)), draw(pipe))
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "quantized" / "unet", torch_dtype=torch.float16)
     weights = (tmp_path / "quantized" / "unet").glob("*.safetensors")
-    assert sum(file.stat().st_size for file in weights) < 2 * sum(p.numel() for p in tiny_unet().parameters())
+    assert sum(file.stat().st_size for file in weights) < 2 * sum(p.numel() for p in tiny_unet(**SHALLOW).parameters())
     assert unet.dtype == torch.float16
 
 
@@ -125,10 +125,10 @@ def test_a_front_leaves_plans_a_table_and_a_picture(
 
 def test_targets_can_be_combined(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "made.json"
-    limits = ("--target-sqnr", 15, "--target-ms", 1e4, "--target-layers", 83)
+    limits = ("--target-sqnr", 15, "--target-ms", 1e4, "--target-layers", 33)
     assert run("plan", model, "--prompts", prompts, *limits, "--out", out, "--steps", "1") == 0
     plan = Plan.load(out)
-    assert plan.target == {"sqnr_db": 15.0, "milliseconds": 1e4, "layers": 83}
+    assert plan.target == {"sqnr_db": 15.0, "milliseconds": 1e4, "layers": 33}
     assert plan.measured["held_out_sqnr_db"] >= 15
     assert plan.measured["milliseconds"] <= 1e4
 
@@ -195,7 +195,7 @@ def test_dry_runs_count_layers_and_write_nothing(
     before = what_is_in(tmp_path)
     assert run("quantize", model, "--plan", plan_file, "--dry-run") == 0
     told = capsys.readouterr().out
-    layers = quantizable_layers(tiny_unet()).values()
+    layers = quantizable_layers(tiny_unet(**SHALLOW)).values()
     convolutions = sum(isinstance(layer, torch.nn.Conv2d) for layer in layers)
     assert f"of {convolutions}" in told
     assert run("plan", model, "--prompts", prompts, "--target-sqnr", 30, "--dry-run") == 0
@@ -280,7 +280,7 @@ def test_a_target_out_of_reach_says_what_can_be(
 
 def _spoil(plan: dict, how: str) -> None:
     if how == "newer":
-        plan["ldmq_plan"] = 3
+        plan["ldmq_plan"] = VERSION + 1
     elif how == "another model":
         plan["model"]["fingerprint"] = "0" * 16
     elif how == "unknown layer":

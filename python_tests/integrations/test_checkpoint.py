@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import ldmq_kernels as ldmq
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.nn.quantized import BUFFERS, FLOAT32_BUFFERS
+from ldmq_kernels.plans.plan import VERSION
 from python_tests.tiny import draw, mixed_plan, run_unet, tiny_pipeline, tiny_unet
 
 
@@ -56,7 +57,7 @@ def test_the_folder_holds_safetensors_and_config_and_nothing_else(saved):
     ]
     config = json.loads((saved / "unet" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "ldmq"
-    assert config["plan"]["ldmq_plan"] == 2
+    assert config["plan"]["ldmq_plan"] == VERSION
     assert set(config["plan"]["smoothing"].values()) == {""}
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from ldmq_kernels.kernels.cpu.self_check import is_exact
 from ldmq_kernels.kernels.dispatch import use_backend
 from ldmq_kernels.nn import QuantConv2d
 from ldmq_kernels.nn.quantized import BUFFERS
@@ -194,7 +193,7 @@ def test_a_change_of_dtype_leaves_integers_and_scales_alone(scheme):
         assert tensor.dtype == (torch.float16 if name == "bias" else before[name].dtype)
 
 
-@pytest.mark.skipif(not is_exact(), reason="oneDNN's int8 products are not exact on this processor")
+@pytest.mark.needs_exact_onednn
 def test_a_layer_on_the_cpu_backend_holds_one_copy_of_its_weight():
     layer = quantized(make()[0], "w8a8-dynamic")
     assert layer.packed_weight is not None

@@ -31,7 +31,7 @@ from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import output_noise
-from python_tests.tiny import PROMPTS, tiny_pipeline
+from python_tests.tiny import PROMPTS, SHALLOW, tiny_pipeline
 
 SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=4.0)
 FORMATS = ["w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w4a8-dynamic", "w8a16", "fp16"]
@@ -39,12 +39,16 @@ Found = tuple[Analysis, Trajectory]
 
 
 @pytest.fixture(scope="module")
-def found(shared_pipe: StableDiffusionPipeline) -> Found:
+def found(shallow_pipe: StableDiffusionPipeline) -> Found:
     analysis, held_out, words = analyzed(
-        shared_pipe, [*PROMPTS, "a dog", "a green ring"], FORMATS, settings=SETTINGS, analysed_steps=2
+        shallow_pipe, [*PROMPTS, "a dog", "a green ring"], FORMATS, settings=SETTINGS, analysed_steps=2
     )
     assert words == "held-out prompts"
     return analysis, held_out
+
+
+def _float_bytes(pipe: StableDiffusionPipeline) -> int:
+    return sum(weight_bytes(layer, FLOAT) for layer in quantizable_layers(pipe.unet).values())
 
 
 def _plan(
@@ -55,86 +59,86 @@ def _plan(
 
 @pytest.mark.parametrize("decibels", [20.0, 30.0, 40.0])
 def test_the_target_is_met_on_held_out_prompts_as_predicted(
-    decibels: float, shared_pipe: StableDiffusionPipeline, found: Found
+    decibels: float, shallow_pipe: StableDiffusionPipeline, found: Found
 ) -> None:
-    result = _plan(shared_pipe, found, sqnr_db=decibels)
+    result = _plan(shallow_pipe, found, sqnr_db=decibels)
     assert result.held_out.mean_db >= decibels
     # each half of three prompts knows less than all of them: what is predicted so may be too little
     assert -1.5 < result.held_out.mean_db - result.predicted_db < 3
-    moments = RecordedMoments(shared_pipe, result.plan) if result.plan.needs_inputs else None
-    again = measure_plan(shared_pipe.unet, result.plan, found[1], moments)
+    moments = RecordedMoments(shallow_pipe, result.plan) if result.plan.needs_inputs else None
+    again = measure_plan(shallow_pipe.unet, result.plan, found[1], moments)
     assert again.by_step == pytest.approx(result.held_out.by_step, rel=1e-3)
 
 
 def test_a_quantized_pipeline_has_the_noise_that_its_plan_file_says(
-    shared_pipe: StableDiffusionPipeline, found: Found
+    shallow_pipe: StableDiffusionPipeline, found: Found
 ) -> None:
-    result = _plan(shared_pipe, found, bytes=int(0.33 * 1571328))
+    result = _plan(shallow_pipe, found, bytes=int(0.33 * _float_bytes(shallow_pipe)))
     assert result.plan.needs_inputs
-    pipe = copy.deepcopy(shared_pipe)
+    pipe = copy.deepcopy(shallow_pipe)
     quantize(pipe, Plan.from_dict(result.plan.to_dict()), show_progress=False)
     assert output_noise(pipe.unet, found[1]).by_step == pytest.approx(result.held_out.by_step, rel=1e-3)
 
 
-def test_a_lower_target_takes_fewer_bytes(shared_pipe: StableDiffusionPipeline, found: Found) -> None:
-    sizes = [_plan(shared_pipe, found, sqnr_db=db).plan.measured["weight_bytes"] for db in (15.0, 30.0, 50.0)]
+def test_a_lower_target_takes_fewer_bytes(shallow_pipe: StableDiffusionPipeline, found: Found) -> None:
+    sizes = [_plan(shallow_pipe, found, sqnr_db=db).plan.measured["weight_bytes"] for db in (15.0, 30.0, 50.0)]
     assert sizes[0] < sizes[1] < sizes[2]
 
 
-def test_bytes_are_kept_and_spent(shared_pipe: StableDiffusionPipeline, found: Found) -> None:
-    floats = sum(weight_bytes(m, FLOAT) for m in quantizable_layers(shared_pipe.unet).values())
-    tight = _plan(shared_pipe, found, bytes=int(0.35 * floats))
-    loose = _plan(shared_pipe, found, bytes=int(0.55 * floats))
+def test_bytes_are_kept_and_spent(shallow_pipe: StableDiffusionPipeline, found: Found) -> None:
+    floats = _float_bytes(shallow_pipe)
+    tight = _plan(shallow_pipe, found, bytes=int(0.35 * floats))
+    loose = _plan(shallow_pipe, found, bytes=int(0.55 * floats))
     assert tight.plan.measured["weight_bytes"] <= 0.35 * floats
     assert loose.held_out.mean_db > tight.held_out.mean_db
 
 
 def test_a_byte_target_below_what_four_bits_allow_says_the_least(
-    shared_pipe: StableDiffusionPipeline, found: Found
+    shallow_pipe: StableDiffusionPipeline, found: Found
 ) -> None:
     with pytest.raises(PlanError, match=r"at least (\d+) bytes; raise the target") as told:
-        _plan(shared_pipe, found, bytes=1000)
+        _plan(shallow_pipe, found, bytes=1000)
     least = int(str(told.value).split("at least ")[1].split()[0])
-    assert _plan(shared_pipe, found, bytes=least).plan.measured["weight_bytes"] <= least
+    assert _plan(shallow_pipe, found, bytes=least).plan.measured["weight_bytes"] <= least
 
 
-def test_an_unreachable_target_says_the_most(shared_pipe: StableDiffusionPipeline, found: Found) -> None:
+def test_an_unreachable_target_says_the_most(shallow_pipe: StableDiffusionPipeline, found: Found) -> None:
     analysis = found[0]
     candidates = {n: [c for c in cs if str(c.scheme).startswith("w8a8")] for n, cs in analysis.candidates.items()}
     narrowed = dataclasses.replace(analysis, candidates=candidates)
     with pytest.raises(PlanError, match=r"at most about [\d.]+ dB"):
-        _plan(shared_pipe, (narrowed, found[1]), ["w8a8"], sqnr_db=90.0)
+        _plan(shallow_pipe, (narrowed, found[1]), ["w8a8"], sqnr_db=90.0)
 
 
-def test_few_layers_stay_in_16_bit_where_few_are_allowed(shared_pipe: StableDiffusionPipeline, found: Found) -> None:
-    plan = _plan(shared_pipe, found, layers=3).plan
-    kept = [name for name, choice in plan.layers(shared_pipe.unet).items() if not choice.scheme.quantizes]
+def test_few_layers_stay_in_16_bit_where_few_are_allowed(shallow_pipe: StableDiffusionPipeline, found: Found) -> None:
+    plan = _plan(shallow_pipe, found, layers=3).plan
+    kept = [name for name, choice in plan.layers(shallow_pipe.unet).items() if not choice.scheme.quantizes]
     assert len(kept) == 3
 
 
 def test_milliseconds_are_measured_when_they_are_asked_for(
-    shared_pipe: StableDiffusionPipeline, found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow_pipe: StableDiffusionPipeline, found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LDMQ_CACHE", str(tmp_path))
-    plan = _plan(shared_pipe, found, milliseconds=1e4).plan
+    plan = _plan(shallow_pipe, found, milliseconds=1e4).plan
     assert 0 < plan.measured["milliseconds"] <= 1e4
     assert len(list(tmp_path.glob("layer-times-*.json"))) == 1
 
 
 def test_runs_leave_the_model_as_it_was_and_a_choice_of_floats_is_exact(
-    shared_pipe: StableDiffusionPipeline, found: Found
+    shallow_pipe: StableDiffusionPipeline, found: Found
 ) -> None:
     analysis, held_out = found
-    trials = Trials(shared_pipe.unet, analysis)
-    names = list(quantizable_layers(shared_pipe.unet))
+    trials = Trials(shallow_pipe.unet, analysis)
+    names = list(quantizable_layers(shallow_pipe.unet))
     quantized = trials.noise(dict.fromkeys(names, "w8a8-timestep"), held_out)
     assert 0 < quantized.mean_power < 1
     assert trials.noise(dict.fromkeys(names, "fp16"), held_out).mean_power == 0.0
     assert trials.noise(dict.fromkeys(names, "w8a8-timestep"), held_out) == quantized
 
 
-def test_runs_of_one_session_are_not_repeated(shared_pipe: StableDiffusionPipeline, found: Found) -> None:
-    session = Session(shared_pipe.unet, *found, FORMATS)
+def test_runs_of_one_session_are_not_repeated(shallow_pipe: StableDiffusionPipeline, found: Found) -> None:
+    session = Session(shallow_pipe.unet, *found, FORMATS)
     choice = session.chooser.choose(Target(sqnr_db=25.0))
     assert session.verified(choice) is session.verified(choice)
 
@@ -142,12 +146,12 @@ def test_runs_of_one_session_are_not_repeated(shared_pipe: StableDiffusionPipeli
 # -- the whole method --------------------------------------------------------------------------------------
 
 
-def test_the_whole_method_writes_a_plan_that_loads(shared_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    result = make_plan(shared_pipe, [*PROMPTS, "a dog"], Target(sqnr_db=30.0), settings=SETTINGS, analysed_steps=1)
+def test_the_whole_method_writes_a_plan_that_loads(shallow_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    result = make_plan(shallow_pipe, [*PROMPTS, "a dog"], Target(sqnr_db=30.0), settings=SETTINGS, analysed_steps=1)
     result.plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
-    assert {n: str(c.scheme) for n, c in loaded.layers(shared_pipe.unet).items()} == {
-        n: str(c.scheme) for n, c in result.plan.layers(shared_pipe.unet).items()
+    assert {n: str(c.scheme) for n, c in loaded.layers(shallow_pipe.unet).items()} == {
+        n: str(c.scheme) for n, c in result.plan.layers(shallow_pipe.unet).items()
     }
     assert loaded.calibration["prompts"] == 2
     assert loaded.calibration["texts"] == PROMPTS
@@ -155,11 +159,11 @@ def test_the_whole_method_writes_a_plan_that_loads(shared_pipe: StableDiffusionP
 
 
 def test_one_prompt_is_enough_and_the_plan_says_what_it_was_verified_on(
-    shared_pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture
+    shallow_pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         result = make_plan(
-            shared_pipe, ["a dog"], Target(sqnr_db=25.0), formats=["w8a16"], settings=SETTINGS, analysed_steps=1
+            shallow_pipe, ["a dog"], Target(sqnr_db=25.0), formats=["w8a16"], settings=SETTINGS, analysed_steps=1
         )
     assert result.held_out.mean_db >= 25.0
     assert "own prompt" in result.plan.measured["verified_on"]
@@ -167,7 +171,7 @@ def test_one_prompt_is_enough_and_the_plan_says_what_it_was_verified_on(
 
 
 def test_a_prompt_that_gives_nan_is_named(tmp_path: Path) -> None:
-    pipe = tiny_pipeline(tmp_path / "tokenizer")
+    pipe = tiny_pipeline(tmp_path / "tokenizer", **SHALLOW)
     with torch.no_grad():
         letter = pipe.tokenizer("z").input_ids[1]
         pipe.text_encoder.get_input_embeddings().weight[letter] = float("nan")

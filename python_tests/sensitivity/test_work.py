@@ -1,7 +1,7 @@
 """Long work goes on where it stopped, gives the same in several processes, and keeps to its settings."""
 
 import dataclasses
-import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ldmq_kernels.calibration import SamplingSettings, calibrate
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.sensitivity import analyze
 from ldmq_kernels.sensitivity.work import Work, WorkError
-from python_tests.tiny import PROMPTS, tiny_pipeline
+from python_tests.tiny import PROMPTS, SHALLOW, tiny_pipeline
 
 SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=4.0)
 SCHEMES = ["w8a8-static", "w4a8-dynamic"]
@@ -71,21 +71,28 @@ def as_values(analysis):
     return layers, weights, analysis.output, analysis.blocks
 
 
-def run_analysis(folder, work_dir=None, prompts=PROMPTS):
+def run_analysis(folder, work_dir=None):
     torch.set_num_threads(1)
-    pipe = tiny_pipeline(folder)
-    calibration = calibrate(pipe, prompts, SETTINGS)
+    pipe = tiny_pipeline(folder, **SHALLOW)
+    calibration = calibrate(pipe, PROMPTS, SETTINGS)
     found = analyze(pipe, calibration, parse_schemes(SCHEMES), analysed_steps=1, exact=3, work_dir=work_dir)
     return as_values(found)
 
 
-def in_process(rank, world, folder, port, queue):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.init_process_group("gloo", rank=rank, world_size=world)
-    values = run_analysis(folder / f"tokenizer{rank}", folder / "work")
-    queue.put((rank, values))
-    distributed.barrier()
-    distributed.destroy_process_group()
+def run_as(rank, folder):
+    """The analysis as one of two processes that share the work."""
+    meeting = f"file://{folder / 'meeting'}"
+    distributed.init_process_group("gloo", meeting, timedelta(minutes=5), rank=rank, world_size=2)
+    try:
+        values = run_analysis(folder / f"tokenizer{rank}", folder / "work")
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+    return values
+
+
+def in_process(folder, queue):
+    queue.put(run_as(1, folder))
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +106,15 @@ def alone(tmp_path_factory):
 def test_two_processes_give_the_same_to_the_bit_as_one(tmp_path, alone):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    port = 29500 + os.getpid() % 500
-    workers = [context.Process(target=in_process, args=(rank, 2, tmp_path, port, queue)) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    found = dict(queue.get(timeout=300) for _ in workers)
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    assert found[0] == alone
-    assert found[1] == alone
-    assert any(found[0][1].values())
+    other = context.Process(target=in_process, args=(tmp_path, queue))
+    other.start()
+    threads = torch.get_num_threads()
+    assert run_as(0, tmp_path) == alone
+    torch.set_num_threads(threads)
+    assert queue.get(timeout=60) == alone
+    other.join(60)
+    assert other.exitcode == 0
+    assert any(alone[1].values())
 
 
 def test_an_analysis_that_was_killed_goes_on_and_gives_the_same(tmp_path, alone, monkeypatch):
@@ -133,16 +138,17 @@ def test_an_analysis_that_was_killed_goes_on_and_gives_the_same(tmp_path, alone,
     assert len(calls) == len(set(calls)) + 1  # only the one that was killed was done again
 
 
-def test_an_interrupted_analysis_with_other_settings_is_refused(tmp_path):
-    run_analysis(tmp_path / "a", tmp_path / "work")
-    with pytest.raises(WorkError, match="another prompts"):
-        run_analysis(tmp_path / "b", tmp_path / "work", prompts=["something else"])
+def test_an_analysis_of_other_prompts_or_another_seed_is_refused_the_work_of_the_first(tmp_path):
+    pipe = tiny_pipeline(tmp_path / "a", **SHALLOW)
 
+    def analyzed(calibration):
+        return analyze(
+            pipe, calibration, parse_schemes(["w8a16"]), analysed_steps=1, exact=0, work_dir=tmp_path / "work"
+        )
 
-def test_the_settings_of_sampling_count_as_settings(tmp_path):
-    pipe = tiny_pipeline(tmp_path / "a")
     first = calibrate(pipe, PROMPTS, SETTINGS)
-    other = dataclasses.replace(first, settings=dataclasses.replace(SETTINGS, seed=1))
-    analyze(pipe, first, parse_schemes(["w8a16"]), analysed_steps=1, exact=0, work_dir=tmp_path / "work")
+    analyzed(first)
+    with pytest.raises(WorkError, match="another prompts"):
+        analyzed(calibrate(pipe, ["something else"], SETTINGS))
     with pytest.raises(WorkError, match="another seed"):
-        analyze(pipe, other, parse_schemes(["w8a16"]), analysed_steps=1, exact=0, work_dir=tmp_path / "work")
+        analyzed(dataclasses.replace(first, settings=dataclasses.replace(SETTINGS, seed=1)))

@@ -39,10 +39,10 @@ WORDS = "abcdefghijklm"
 
 
 @pytest.fixture(scope="module")
-def setup(shared_pipe: Any) -> Setup:
+def setup(shallow_pipe: Any) -> Setup:
     settings = SamplingSettings(4, 3.0, 0)
-    calibration = calibrate(shared_pipe, [WORDS, WORDS[::-1]], settings)
-    return Setup(shared_pipe, calibration, record_trajectory(shared_pipe, [WORDS], replace(settings, seed=9)))
+    calibration = calibrate(shallow_pipe, [WORDS, WORDS[::-1]], settings)
+    return Setup(shallow_pipe, calibration, record_trajectory(shallow_pipe, [WORDS], replace(settings, seed=9)))
 
 
 def test_plain_scales_are_the_whole_range_of_their_steps(setup: Setup) -> None:

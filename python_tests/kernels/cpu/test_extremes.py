@@ -9,15 +9,12 @@ from ldmq_kernels.kernels import cpu
 from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear
 from python_tests.kernels.convolutions import as_op
 
-pytestmark = pytest.mark.skipif(
-    not cpu.serves(torch.device("cpu")), reason="oneDNN's int8 is not exact on this processor"
-)
-
 
 def _filled(shape: tuple[int, ...], value: int) -> torch.Tensor:
     return torch.full(shape, value, dtype=torch.int8)
 
 
+@pytest.mark.needs_exact_onednn
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("rows", "k", "n"), [(1, 1280, 320), (17, 4, 20), (63, 960, 64), (4097, 20, 4)])
 def test_linear_sums_of_the_largest_products_are_exact(rows, k, n, sign):
@@ -28,6 +25,7 @@ def test_linear_sums_of_the_largest_products_are_exact(rows, k, n, sign):
     assert torch.equal(out, torch.full((rows, n), float(127 * 127 * k * sign)))
 
 
+@pytest.mark.needs_exact_onednn
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("channels", "out_channels", "groups"), [(4, 320, 1), (960, 4, 1), (64, 64, 64), (64, 32, 4)])
 def test_convolution_sums_of_the_largest_products_are_exact_at_the_padding_too(channels, out_channels, groups, sign):
@@ -39,6 +37,7 @@ def test_convolution_sums_of_the_largest_products_are_exact_at_the_padding_too(c
     assert torch.equal(out.double(), exact.float().double())
 
 
+@pytest.mark.needs_exact_onednn
 def test_float16_output_is_finite_where_the_accumulator_is_not_a_float16():
     k, scale = 1280, torch.full((8,), 1e-3)
     weight = pack_linear(_filled((8, k), 127))
