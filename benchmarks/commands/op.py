@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ import torch
 from benchmarks.harness import machine, results
 from benchmarks.harness.baselines import BASELINES
 from benchmarks.harness.cases import OURS, Case, accepted, measure
+from benchmarks.harness.shapes import CONV2D, IMAGE, LINEAR, TOKENS
 from benchmarks.harness.tables import aligned, markdown
 from ldmq_kernels.timing import ROUNDS
+
+GEOMETRY = ("kernel", "stride", "upsample")
 
 
 def names(text: str) -> list[str]:
@@ -24,8 +28,11 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def cases_of(op: str, written: Sequence[str], against: Sequence[str] | None) -> list[Case]:
+def cases_of(op: str, written: Sequence[str], against: Sequence[str] | None, geometry: Mapping[str, int]) -> list[Case]:
     """The cases of an op at the shapes that are written, or at the models'.
+
+    Args:
+        geometry: kernel, stride and upsample of a convolution whose shape is written, as far as they are given.
 
     Raises:
         ValueError: there is no such op, the shape is not one of its kind, or a name is no baseline of it.
@@ -33,7 +40,10 @@ def cases_of(op: str, written: Sequence[str], against: Sequence[str] | None) -> 
     if op not in results.OPS:
         raise ValueError(f"there is no op {op}: there are {', '.join(results.OPS)}")
     module = importlib.import_module(f"benchmarks.ops.{op}")
-    cases = [module.case(module.SHAPE.parse(text)) for text in written] or list(module.cases())
+    if geometry and (module.SHAPE is not CONV2D or not written):
+        raise ValueError(f"--{next(iter(geometry))} goes with the --shape of a convolution")
+    own = [replace(module.SHAPE.parse(text), **geometry) for text in written]
+    cases = [module.case(shape) for shape in own] or list(module.cases())
     known = accepted(cases[0])
     unknown = [name for name in against or () if name not in known]
     if unknown:
@@ -93,11 +103,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--against", type=names, metavar="NAMES", help="baselines and backends, with commas between")
     made.add_argument(
         "--shape",
-        action="append",
+        action="extend",
+        type=names,
         default=[],
-        help="MxKxN of a linear, NxCxSIZExK[xKERNEL[xSTRIDE[xUPSAMPLE]]] of a convolution, MxK or NxCxSIZE of an "
-        "op that quantizes; may be given again; without, the models' shapes",
+        help=f"{LINEAR} of a linear, {CONV2D} of a convolution, {TOKENS} or {IMAGE} of an op that quantizes; several "
+        "with commas; without, the models' shapes",
     )
+    for name in GEOMETRY:
+        made.add_argument(f"--{name}", type=int, help="of a convolution whose shape is given")
     made.add_argument("--device", choices=("cpu", "cuda"), help="without: the GPU where there is one")
     made.add_argument("--rounds", type=int, default=ROUNDS, help="calls of each that are timed")
     made.add_argument("--threads", type=int, help="of torch, on a CPU")
@@ -109,12 +122,13 @@ def main(arguments: list[str]) -> None:
     """Print a table for each shape as soon as it is measured, and keep the rows where the options say."""
     options_of = parser()
     options = options_of.parse_args(arguments)
+    geometry = {name: value for name in GEOMETRY if (value := getattr(options, name)) is not None}
     try:
         if options.device:
             machine.use_device(options.device)
         if options.threads:
             torch.set_num_threads(options.threads)
-        cases = cases_of(options.op, options.shape, options.against)
+        cases = cases_of(options.op, options.shape, options.against, geometry)
     except ValueError as error:
         options_of.error(str(error))
     record = machine.machine()

@@ -40,42 +40,39 @@ def convolutions() -> tuple[Conv2d, ...]:
 
 @dataclass(frozen=True)
 class Notation:
-    """How the shapes of an op are written: numbers with an x between them.
+    """How the shapes of an op are written, as `ldmq bench` has them: numbers with an x between them.
 
     Attributes:
         names: of the numbers, in order.
         make: a shape, called no time by any model, of that many numbers.
-        optional: how many of the last numbers may be left out.
     """
 
     names: tuple[str, ...]
     make: Callable[..., Linear | Conv2d]
     example: str
-    optional: int = 0
 
     def __str__(self) -> str:
-        kept = len(self.names) - self.optional
-        return "x".join(self.names[:kept]) + "".join(f"[x{name}]" for name in self.names[kept:])
+        return "x".join(self.names)
 
     def parse(self, text: str) -> Linear | Conv2d:
         """The shape of a text.
 
         Raises:
-            ValueError: it is not that many positive numbers.
+            ValueError: it is not that many positive numbers, or a picture is not square.
         """
         parts = text.lower().split("x")
-        fits = len(self.names) - self.optional <= len(parts) <= len(self.names)
-        if not fits or not all(part.isdigit() and int(part) > 0 for part in parts):
+        if len(parts) != len(self.names) or not all(part.isdigit() and int(part) > 0 for part in parts):
             raise ValueError(f"the shape {text} is not {self}, positive whole numbers such as {self.example}")
         return self.make(*map(int, parts))
 
 
-LINEAR = Notation(("M", "K", "N"), lambda m, k, n: Linear(0, m, k, n), "4096x1280x1280")
+def _image(n: int, c: int, height: int, width: int, k: int | None = None) -> Conv2d:
+    if height != width:
+        raise ValueError(f"the benchmarks measure square pictures, as the models have them, and not {height}x{width}")
+    return Conv2d(0, n, c, height, c if k is None else k)
+
+
+LINEAR = Notation(("M", "N", "K"), lambda m, n, k: Linear(0, m, k, n), "4096x1280x1280")
 TOKENS = Notation(("M", "K"), lambda m, k: Linear(0, m, k, k), "4096x1280")
-CONV2D = Notation(
-    ("N", "C", "SIZE", "K", "KERNEL", "STRIDE", "UPSAMPLE"),
-    lambda *numbers: Conv2d(0, *numbers),
-    "2x320x64x320x3",
-    optional=3,
-)
-IMAGE = Notation(("N", "C", "SIZE"), lambda n, c, size: Conv2d(0, n, c, size, c), "2x320x64")
+CONV2D = Notation(("N", "C", "H", "W", "K"), _image, "2x320x64x64x320")
+IMAGE = Notation(("N", "C", "H", "W"), _image, "2x320x64x64")

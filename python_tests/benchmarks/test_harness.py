@@ -46,11 +46,10 @@ def test_a_mean_is_weighted_by_how_often_a_model_calls_the_shape() -> None:
 @pytest.mark.parametrize(
     ("notation", "text", "wanted"),
     [
-        (shapes.LINEAR, "4096x1280x640", Linear(0, 4096, 1280, 640)),
+        (shapes.LINEAR, "4096x1280x640", Linear(0, 4096, k=640, n=1280)),
         (shapes.TOKENS, "17X320", Linear(0, 17, 320, 320)),
-        (shapes.CONV2D, "2x320x64x640", Conv2d(0, 2, 320, 64, 640)),
-        (shapes.CONV2D, "2x320x64x640x1x2", Conv2d(0, 2, 320, 64, 640, kernel=1, stride=2)),
-        (shapes.IMAGE, "2x320x64", Conv2d(0, 2, 320, 64, 320)),
+        (shapes.CONV2D, "2x320x64x64x640", Conv2d(0, 2, 320, 64, 640)),
+        (shapes.IMAGE, "2x320x64x64", Conv2d(0, 2, 320, 64, 320)),
     ],
 )
 def test_a_shape_is_read_as_it_is_written(notation: shapes.Notation, text: str, wanted: Linear | Conv2d) -> None:
@@ -59,8 +58,13 @@ def test_a_shape_is_read_as_it_is_written(notation: shapes.Notation, text: str, 
 
 @pytest.mark.parametrize("text", ["4096x1280", "4096x1280x640x3", "4096x-1x640", "4096x0x640", "a x b", ""])
 def test_what_is_no_shape_is_told_how_to_write_one(text: str) -> None:
-    with pytest.raises(ValueError, match="MxKxN, positive whole numbers such as 4096x1280x1280"):
+    with pytest.raises(ValueError, match="MxNxK, positive whole numbers such as 4096x1280x1280"):
         shapes.LINEAR.parse(text)
+
+
+def test_a_picture_that_is_not_square_is_refused() -> None:
+    with pytest.raises(ValueError, match="square pictures, as the models have them, and not 64x32"):
+        shapes.IMAGE.parse("2x320x64x32")
 
 
 def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from benchmarks.harness import cases, results, shapes
 from benchmarks.harness.baselines import BASELINES
 from ldmq_kernels.ops import SCHEMAS
 
-SMALL = {shapes.LINEAR: "24x64x32", shapes.TOKENS: "24x64", shapes.CONV2D: "1x32x6x32", shapes.IMAGE: "1x32x6"}
+SMALL = {shapes.LINEAR: "24x32x64", shapes.TOKENS: "24x64", shapes.CONV2D: "1x32x6x6x32", shapes.IMAGE: "1x32x6x6"}
 
 
 def test_every_op_has_a_benchmark() -> None:
@@ -49,11 +49,11 @@ def test_every_name_that_an_op_takes_is_made_and_described(op: str) -> None:
 
 def test_the_command_prints_what_was_asked_for_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
-    arguments = ["linear_w8a8", "--device", "cpu", "--shape", "32x64x32", "--against", "bf16,fp8,reference"]
+    arguments = ["linear_w8a8", "--device", "cpu", "--shape", "32x16x64", "--against", "bf16,fp8,reference"]
     command.main([*arguments, "--rounds", "2", "--json", str(out)])
     data = json.loads(out.read_text())
     (row,) = data["rows"]
-    assert row["shape"] == {"M": 32, "K": 64, "N": 32}
+    assert row["shape"] == {"M": 32, "K": 64, "N": 16}
     assert set(row["rivals"]) == {"bf16", "reference"}
     assert "needs a GPU" in row["notes"]["fp8"]
     printed = capsys.readouterr().out
@@ -63,14 +63,21 @@ def test_the_command_prints_what_was_asked_for_and_keeps_it(tmp_path: Path, caps
     assert data["device"] in printed
 
 
+def test_a_convolution_takes_its_kernel_beside_its_shape() -> None:
+    (case,) = command.cases_of("conv2d_w8a8", ["1x32x6x6x16"], None, {"kernel": 1, "stride": 2})
+    assert case.shape == {"N": 1, "C": 32, "H": 6, "W": 6, "K": 16, "kernel": 1, "stride": 2}
+    assert case.work == 2e-9 * 9 * 32 * 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["linear_w9a9"], "there is no op linear_w9a9: there are conv2d_w4a8"),
         (["linear_w8a8", "--against", "int_mm,cutlass"], "not measured beside cutlass; it is beside"),
         (["quantize_static", "--against", "int_mm"], "quantize_static is not measured beside int_mm"),
-        (["linear_w8a8", "--shape", "4096x1280"], "the shape 4096x1280 is not MxKxN"),
-        (["conv2d_w8a8", "--shape", "2x320"], "is not NxCxSIZExK[xKERNEL][xSTRIDE][xUPSAMPLE]"),
+        (["linear_w8a8", "--shape", "4096x1280"], "the shape 4096x1280 is not MxNxK"),
+        (["linear_w8a8", "--kernel", "3"], "--kernel goes with the --shape of a convolution"),
+        (["conv2d_w8a8", "--shape", "2x320"], "is not NxCxHxWxK"),
     ],
 )
 def test_the_command_says_what_it_takes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
