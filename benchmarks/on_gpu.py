@@ -74,7 +74,7 @@ AGAIN = ", tuned"
 STAGES = (
     Stage("packages", ("-m", "benchmarks", "gpu", "--install"), 60),
     Stage("CUDA kernels", ("setup.py", "-q", "build_ext", "--inplace"), 200),
-    Stage("every tile", (*PYTEST, "python_tests/kernels/test_triton_backend.py", "-k", "tile or split"), 120),
+    Stage("every tile", (*PYTEST, "python_tests/kernels/triton/test_backend.py", "-k", "tile or split"), 120),
     Stage("every CUDA tile", (*PYTEST, "python_tests/kernels/cuda/test_products.py", "-k", "gpu"), 60),
     Stage("ceilings", ("-m", "benchmarks", "machine", "ceilings", "--rows", "{rows}"), 60),
     _op("linear_w8a8", 120),

@@ -27,10 +27,10 @@ from ldmq_kernels import ops
 from ldmq_kernels.integrations.diffusers.fused import fuse, merged
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels import triton as triton_backend
-from ldmq_kernels.kernels.triton import configurations
+from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES
-from python_tests.kernels.compile_triton import GPUS, OPTIONS, source
+from python_tests.kernels.triton.compile_triton import GPUS, OPTIONS, source
 
 CAPABILITY = 90
 
@@ -65,7 +65,7 @@ def launches(name: str, scheme: str) -> list[tuple[Any, dict[str, Any]]]:
         torch.no_grad(),
         mock.patch.multiple(ops, **servers),
         mock.patch.object(triton_backend, "serves", return_value=True),
-        mock.patch.object(configurations, "gpu_of", return_value=GPUS[CAPABILITY]),
+        mock.patch.object(tile_choice, "gpu_of", return_value=GPUS[CAPABILITY]),
         mock.patch.object(triton.JITFunction, "run", note),
         dispatch.use_backend("triton"),
     ):

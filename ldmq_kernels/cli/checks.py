@@ -29,7 +29,7 @@ from ldmq_kernels.cli.op_cases import SIZES, Cases
 from ldmq_kernels.kernels import agreement, dispatch, measurements
 from ldmq_kernels.kernels.cpu import onednn
 from ldmq_kernels.kernels.gpu import gpu_of
-from ldmq_kernels.kernels.triton import configurations
+from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.progress import track
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "accelerate", "scipy")
@@ -170,7 +170,7 @@ def _file_problem(devices: set[torch.device]) -> str:
     """A file of measurements that is damaged, as a line; empty where all is well."""
     try:
         for device in devices:
-            configurations.measured(gpu_of(device))
+            tile_choice.measured(gpu_of(device))
             measurements.read_file(measurements.user_file(device))
     except ValueError as error:
         return str(error)

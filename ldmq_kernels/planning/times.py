@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.files import write_whole
 from ldmq_kernels.kernels.gpu import cache_folder, gpu_of
-from ldmq_kernels.kernels.triton import configurations
+from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.knapsack import Option
 from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
@@ -130,7 +130,7 @@ def _head(device: torch.device) -> dict[str, Any]:
     head: dict[str, Any] = {"device": _device_name(device), "package": __version__, "torch": torch.__version__}
     if device.type != "cuda":
         return {**head, "threads": torch.get_num_threads()}
-    tiles = configurations.measured(gpu_of(device))
+    tiles = tile_choice.measured(gpu_of(device))
     if not tiles:
         raise PlanError(
             f"no kernel was measured on this {_device_name(device)}, so times would be those of estimated tiles: run "

@@ -49,7 +49,7 @@ def _rival_tiles(call: Call, product: str, device: torch.device, found: dict[str
 
 
 def _product(call: Call) -> str:
-    """The key of a call's tile in "cuda_tiles": "op rowsxcolumnsxdepth"."""
+    """The key of a call's tile in "cuda_tiles": "op mxnxk"."""
     return "" if isinstance(call.shape, Input) else f"{call.op} {'x'.join(map(str, call.shape.product))}"
 
 

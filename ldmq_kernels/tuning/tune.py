@@ -116,29 +116,31 @@ def _todo(
 
 def _write(path: Path, found: dict[str, Any]) -> None:
     """Write what was measured; what else the file holds, such as what is switched off, stays as it is now."""
-    from ldmq_kernels.kernels.triton import configurations
+    from ldmq_kernels.kernels.triton import tile_choice
 
     kept = json.loads(path.read_text()) if path.exists() else {}
     head = {**kept, **found, "date": datetime.date.today().isoformat(), "torch": torch.__version__}
-    write_whole(path, configurations.as_file(found["tiles"], head))
+    write_whole(path, tile_choice.as_file(found["tiles"], head))
 
 
 def _earlier(path: Path, name: str) -> dict[str, Any]:
     """What a file holds already; parts that an earlier version did not write are empty."""
-    from ldmq_kernels.kernels.triton.candidates import Tile
+    from ldmq_kernels.kernels.triton.tile_choice import current_key, tile_of
 
     empty: dict[str, Any] = {key: kind() for key, kind in _EMPTY.items()}
     if not path.exists():
         return {"gpu": name, **empty}
     try:
         content = json.loads(path.read_text())
-        content["tiles"] = {key: Tile(**fields) for key, fields in content["tiles"].items()}
+        content["tiles"] = {current_key(key): tile_of(fields) for key, fields in content["tiles"].items()}
         if content["gpu"] != name:
             raise TuningError(f"{path} was measured on {content['gpu']}, this is {name}: choose another file")
         found = {key: content.get(key, nothing) for key, nothing in empty.items()}
         for key, kind in _EMPTY.items():
             if not isinstance(found[key], kind):
                 raise TypeError(f"{key!r} is {found[key]!r}")
+        found["milliseconds"] = {current_key(key): taken for key, taken in found["milliseconds"].items()}
+        found["refused"] = {current_key(key): _current_refusals(lines) for key, lines in found["refused"].items()}
         return {"gpu": name, **found}
     except TuningError:
         raise
@@ -146,9 +148,16 @@ def _earlier(path: Path, name: str) -> dict[str, Any]:
         raise TuningError(f"{path} is damaged ({error}): remove it to measure anew") from None
 
 
+def _current_refusals(lines: list[list[Any]]) -> list[list[Any]]:
+    """Refused tiles with their reasons, in the words of this version; a CUDA tile is its name."""
+    from ldmq_kernels.kernels.triton.tile_choice import tile_of
+
+    return [[asdict(tile_of(tile)) if isinstance(tile, dict) else tile, why] for tile, why in lines]
+
+
 def _measure(call: Call, parts: dict[str, str], device: torch.device, timer: Clock, found: dict[str, Any]) -> None:
-    """Add the fastest tile of each product that a call makes, and the faster backend, to `found`."""
-    from ldmq_kernels.kernels.triton import configurations
+    """Add the fastest tile of each GEMM that a call makes, and the faster backend, to `found`."""
+    from ldmq_kernels.kernels.triton import tile_choice
 
     arguments = call.make()
     run = partial(getattr(ops, call.op), *arguments)
@@ -158,23 +167,23 @@ def _measure(call: Call, parts: dict[str, str], device: torch.device, timer: Clo
                 _measure_triton(run, device, timer, found)
             found["seen"].append(parts["triton"])
         if RIVAL in parts:
-            best = partial(configurations.chosen_by, lambda table, problem: found["tiles"].get(f"{table} {problem}"))
+            best = partial(tile_choice.chosen_by, lambda table, problem: found["tiles"].get(f"{table} {problem}"))
             compete(call, arguments, run, best, device, timer, found)
             found["seen"].append(parts[RIVAL])
 
 
 def _measure_triton(run: Run, device: torch.device, timer: Clock, found: dict[str, Any]) -> None:
-    from ldmq_kernels.kernels.triton import configurations
-    from ldmq_kernels.kernels.triton.configurations import Problem
+    from ldmq_kernels.kernels.triton import tile_choice
+    from ldmq_kernels.kernels.triton.tile_choice import Problem
 
     asked: list[tuple[str, Problem]] = []
-    with configurations.chosen_by(lambda table, problem: asked.append((table, problem))):
+    with tile_choice.chosen_by(lambda table, problem: asked.append((table, problem))):
         run()
     for table, problem in asked:
         key = f"{table} {problem}"
         if key in found["tiles"]:
             continue
-        tiles = Tiles(key, _shortlist(table, problem, device), configurations.forced, asdict)
+        tiles = Tiles(key, _shortlist(table, problem, device), tile_choice.forced, asdict)
         times = fastest(run, tiles, device, timer, found["refused"])
         if times:
             best, first = min(times, key=lambda tile: times[tile]), next(iter(times))
@@ -183,12 +192,12 @@ def _measure_triton(run: Run, device: torch.device, timer: Clock, found: dict[st
 
 def _shortlist(table: str, problem: Any, device: torch.device) -> list[Any]:
     """The tiles with the least estimate, and their persistent forms."""
-    from ldmq_kernels.kernels.triton import configurations
+    from ldmq_kernels.kernels.triton import tile_choice
 
     gpu = gpu_of(device)
-    tiles = configurations.candidates(table, problem, gpu)
+    tiles = tile_choice.candidates(table, problem, gpu)
     known = set(tiles)
-    plain = sorted((t for t in tiles if not t.persistent), key=lambda t: configurations.estimate(t, problem, gpu))
+    plain = sorted((t for t in tiles if not t.persistent), key=lambda t: tile_choice.estimate(t, problem, gpu))
     kept = plain[:SHORTLIST]
-    forms = [replace(tile, persistent=True, splittable=False) for tile in kept[:3] if tile.splits == 1]
+    forms = [replace(tile, persistent=True, splittable=False) for tile in kept[:3] if tile.split_k == 1]
     return kept + [tile for tile in forms if tile in known]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ldmq_kernels import ops
 from ldmq_kernels.kernels import dispatch
-from ldmq_kernels.kernels.triton import configurations
-from ldmq_kernels.kernels.triton.candidates import Tile
+from ldmq_kernels.kernels.triton import tile_choice
+from ldmq_kernels.kernels.triton.tile_tables import Tile
 from ldmq_kernels.numerics.affine import group_count
 from ldmq_kernels.numerics.packing import pack_int4
 
@@ -27,7 +27,7 @@ class Call:
 
     tile: taken instead of the tables' choice.
     backend: that serves it; None for the usual one.
-    intermediate: bytes of what one launch leaves for the next, beside splits and partial sums.
+    intermediate: bytes of what one launch leaves for the next, beside partial sums.
     """
 
     op: str
@@ -36,8 +36,8 @@ class Call:
     intermediate: int = 0
     backend: str | None = None
 
-    def __call__(self, chooser: configurations.Chooser | None = None) -> tuple[Tensor, ...]:
-        with configurations.chosen_by(chooser or (lambda _op, _problem: self.tile)):
+    def __call__(self, chooser: tile_choice.Chooser | None = None) -> tuple[Tensor, ...]:
+        with tile_choice.chosen_by(chooser or (lambda _op, _problem: self.tile)):
             return self.results()
 
     def results(self) -> tuple[Tensor, ...]:
@@ -175,13 +175,13 @@ LINEARS: dict[str, tuple[tuple[int, int, int], Tile | None]] = {
     "linear_w8a8": ((2048, 640, 1280), None),
     "linear_w8a8 unaligned": ((154, 100, 320), None),
     "linear_w8a8 persistent": ((4097, 320, 640), Tile(128, 160, 128, 8, 4, persistent=True)),
-    "linear_w8a8 split": ((130, 1280, 640), Tile(64, 64, 128, 4, 4, splits=4)),
+    "linear_w8a8 split": ((130, 1280, 640), Tile(64, 64, 128, 4, 4, split_k=4)),
     "linear_static_w8a8": ((2048, 640, 640), None),
     "linear_static_w8a8 in two launches": ((2048, 640, 1280), None),
     "linear_static_w8a8 unaligned": ((154, 100, 320), None),
     "linear_w4a8": ((2048, 640, 1280), None),
     "linear_w4a8 unaligned": ((154, 100, 320), None),
-    "linear_w4a8 split": ((130, 1280, 640), Tile(64, 64, 64, 4, 4, splits=4)),
+    "linear_w4a8 split": ((130, 1280, 640), Tile(64, 64, 64, 4, 4, split_k=4)),
     "linear_w8a16": ((2048, 640, 1280), None),
     "linear_w4a16": ((2048, 640, 1280), None),
 }
@@ -190,7 +190,7 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, int, int, int], int, tuple[Any, ...], T
     "conv2d_w8a8 stride 2": (PICTURE, 320, STRIDED, None),
     "conv2d_w8a8 padded at the far sides": (PICTURE, 320, FAR, None),
     "conv2d_w8a8 upsampled": ((2, 320, 16, 16), 320, UPSAMPLED, None),
-    "conv2d_w8a8 8x8": ((2, 640, 8, 8), 320, SAME, Tile(64, 64, 128, 4, 4, splits=4)),
+    "conv2d_w8a8 8x8": ((2, 640, 8, 8), 320, SAME, Tile(64, 64, 128, 4, 4, split_k=4)),
     "conv2d_w8a8 persistent": (PICTURE, 320, SAME, Tile(128, 160, 128, 8, 4, persistent=True)),
     "conv2d_w8a8 transposed": (PICTURE, 320, SAME, Tile(128, 128, 128, 8, 4, transposed=True)),
     "conv2d_w8a8 odd extent": ((2, 320, 15, 17), 320, STRIDED, None),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldmq_kernels.kernels import cuda as cuda_backend
 from ldmq_kernels.kernels.gpu import gpu_of
-from ldmq_kernels.kernels.triton import configurations
+from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.ops import SCHEMAS
 from python_tests.gpu.calls import CALLS, Call
 
@@ -113,13 +113,13 @@ def test_allocates_its_outputs_and_its_workspace_alone(call: Call, device: torch
     """A copy of an operand, or an input in another layout, would be more."""
     workspace = PARTIAL_SUMS + call.intermediate
 
-    def recorded(op: str, problem: configurations.Problem) -> configurations.Tile:
+    def recorded(op: str, problem: tile_choice.Problem) -> tile_choice.Tile:
         nonlocal workspace
         gpu = gpu_of(device)
-        plain = [tile for tile in configurations.candidates(op, problem, gpu) if not tile.persistent]
-        tile = call.tile or min(plain, key=lambda tile: configurations.estimate(tile, problem, gpu))
-        if tile.splits > 1:
-            workspace += tile.splits * problem.rows * problem.columns * problem.groups * 4
+        plain = [tile for tile in tile_choice.candidates(op, problem, gpu) if not tile.persistent]
+        tile = call.tile or min(plain, key=lambda tile: tile_choice.estimate(tile, problem, gpu))
+        if tile.split_k > 1:
+            workspace += tile.split_k * problem.m * problem.n * problem.groups * 4
         return tile
 
     call(recorded)  # the first launch of a kernel may allocate for good

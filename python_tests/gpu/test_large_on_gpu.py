@@ -65,7 +65,7 @@ def test_an_output_of_more_than_2_to_31_elements(op: str, device: torch.device) 
     assert torch.equal(ends(out), run(ends(x), ends(residual)))
 
 
-@pytest.mark.parametrize("geometry", [SAME, UPSAMPLED, STRIDED], ids=["windows", "upsampled", "pointers"])
+@pytest.mark.parametrize("geometry", [SAME, UPSAMPLED, STRIDED], ids=["tma_tiled", "upsampled", "strided"])
 @pytest.mark.parametrize("op", ["conv2d_w8a8", "conv2d_w4a8"])
 def test_a_convolution_of_more_than_2_to_31_elements(op: str, geometry: tuple[Any, ...], device: torch.device) -> None:
     """A picture in the first and in the last place among empty ones: the same output in both, and zeros between."""

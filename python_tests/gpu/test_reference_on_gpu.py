@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.gpu import gpu_of
-from ldmq_kernels.kernels.triton.candidates import CANDIDATES, family
+from ldmq_kernels.kernels.triton.tile_tables import TILES, family
 from ldmq_kernels.numerics.affine import expand_groups
 from ldmq_kernels.numerics.packing import unpack_int4
 from python_tests.gpu.calls import CALLS, EXACT, SAME, Call, conv2d, linear, norm, producer, product
@@ -101,24 +101,24 @@ def test_producers_differ_near_ties_alone(name: str, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if "a16" in name])
-def test_weight_only_products_round_once(name: str, device: torch.device) -> None:
+def test_weight_only_gemms_round_once(name: str, device: torch.device) -> None:
     call = CALLS[name](device)
     (out,) = by("triton", call)
     assert_rounded_once(out, *weight_only(call), steps=16)
 
 
-@pytest.mark.parametrize("table", [name for name in CANDIDATES if "a16" in name])
-def test_every_tile_of_weight_only_products(table: str, device: torch.device) -> None:
-    """More than a tile each way, with a depth that no block divides; int8 tiles have a test in any place."""
+@pytest.mark.parametrize("table", [name for name in TILES if "a16" in name])
+def test_every_tile_of_weight_only_gemms(table: str, device: torch.device) -> None:
+    """More than a tile each way, with a K that no block divides; int8 tiles have a test in any place."""
     op, *kind = table.split()
     dtype = torch.float32 if "float32" in kind else torch.float16
-    for tile in CANDIDATES[table].get(family(gpu_of(device).capability), ()):
-        columns = tile.columns + 3
+    for tile in TILES[table].get(family(gpu_of(device).capability), ()):
+        columns = tile.n + 3
         if op.startswith("linear"):
-            call = linear(op, tile.rows + 5, 224, columns, device, tile=tile, dtype=dtype)
+            call = linear(op, tile.m + 5, 224, columns, device, tile=tile, dtype=dtype)
         else:
-            channels = 37 if "pointers" in kind else 96
-            call = conv2d(op, (1, channels, 5, tile.rows // 5 + 2), columns, SAME, device, tile=tile, dtype=dtype)
+            channels = 37 if "gather" in kind else 96
+            call = conv2d(op, (1, channels, 5, tile.m // 5 + 2), columns, SAME, device, tile=tile, dtype=dtype)
         (out,) = by("triton", call)
         assert_rounded_once(out, *weight_only(call), steps=16)
 

@@ -18,7 +18,7 @@ from ldmq_kernels.kernels import choices, dispatch, measurements
 from ldmq_kernels.kernels import cuda as cuda_backend
 from ldmq_kernels.kernels import triton as triton_backend
 from ldmq_kernels.kernels.gpu import ABSENT, Gpu
-from ldmq_kernels.kernels.triton import configurations
+from ldmq_kernels.kernels.triton import tile_choice
 
 HOPPER = Gpu("NVIDIA H200", 90, 132)
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -304,4 +304,4 @@ def test_a_damaged_file_is_not_written_over(write: Files, content: str) -> None:
 def test_the_tiles_of_triton_are_read_from_a_file_that_doctor_made() -> None:
     measurements.switch_off(OP, "triton", GPU, "wrong")
     measurements.forget()
-    assert configurations.measured(HOPPER) == {}
+    assert tile_choice.measured(HOPPER) == {}

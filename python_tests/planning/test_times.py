@@ -119,6 +119,6 @@ def test_the_users_own_file_is_named_after_the_device() -> None:
 def test_an_untuned_gpu_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Some GPU")
     monkeypatch.setattr(layer_times, "gpu_of", lambda _device: ABSENT)
-    monkeypatch.setattr(layer_times.configurations, "measured", lambda _gpu: {})
+    monkeypatch.setattr(layer_times.tile_choice, "measured", lambda _gpu: {})
     with pytest.raises(PlanError, match=r"Some GPU.*run `ldmq bench --tune` once"):
         layer_times._head(torch.device("cuda"))

@@ -43,8 +43,8 @@ class Rival:
         self.asked: list[tuple[Any, ...]] = []
         self.behaviour: dict[str, Callable[..., Any]] = {}
 
-    def candidates(self, op: str, rows: int, columns: int, depth: int, device: torch.device) -> list[Tile]:
-        self.asked.append((op, rows, columns, depth))
+    def candidates(self, op: str, m: int, n: int, k: int, device: torch.device) -> list[Tile]:
+        self.asked.append((op, m, n, k))
         return [Tile("small"), Tile("large"), Tile("wide")]
 
     @contextlib.contextmanager
@@ -106,16 +106,16 @@ def test_the_slower_backend_is_kept_as_such(rival: Rival, tmp_path: Path) -> Non
 
 
 def test_triton_competes_with_its_own_fastest_tile(rival: Rival, tmp_path: Path) -> None:
-    from ldmq_kernels.kernels.triton import configurations
-    from ldmq_kernels.kernels.triton.configurations import Problem
+    from ldmq_kernels.kernels.triton import tile_choice
+    from ldmq_kernels.kernels.triton.tile_choice import Problem
 
     def timer(run: Any, device: torch.device) -> float:
         if rival.tile:
             return 20.0
-        return float(configurations.choose(OP, Problem(70, 40, 64), device).rows)
+        return float(tile_choice.choose(OP, Problem(70, 40, 64), device).m)
 
     found, _ = measured(tmp_path / "t.json", timer)
-    assert found["tiles"]["linear_w8a8 70x40x64"]["rows"] == 16
+    assert found["tiles"]["linear_w8a8 70x40x64"]["m"] == 16
     assert found["backends"][OP]["70x64 to 40"] == {"backend": "triton", "milliseconds": {"triton": 16.0, "cuda": 20.0}}
 
 

@@ -34,21 +34,21 @@ def small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     measurements.forget()
 
 
-def prefers(rows: int) -> Callable[[Callable[[], Any], torch.device], float]:
-    """A timer by which tiles of so many rows are the fastest; it asks what tile the call would take."""
-    from ldmq_kernels.kernels.triton import configurations
-    from ldmq_kernels.kernels.triton.configurations import Problem
+def prefers(m: int) -> Callable[[Callable[[], Any], torch.device], float]:
+    """A timer by which tiles of so many rows (m) are the fastest; it asks what tile the call would take."""
+    from ldmq_kernels.kernels.triton import tile_choice
+    from ldmq_kernels.kernels.triton.tile_choice import Problem
 
     def timer(run: Callable[[], Any], device: torch.device) -> float:
-        tile = configurations.choose("linear_w8a8", Problem(1, 1, 1), device)
-        return abs(tile.rows - rows) + tile.columns / 1000
+        tile = tile_choice.choose("linear_w8a8", Problem(1, 1, 1), device)
+        return abs(tile.m - m) + tile.n / 1000
 
     return timer
 
 
 def test_the_fastest_tile_is_written_and_then_chosen() -> None:
-    from ldmq_kernels.kernels.triton import configurations
-    from ldmq_kernels.kernels.triton.configurations import Problem
+    from ldmq_kernels.kernels.triton import tile_choice
+    from ldmq_kernels.kernels.triton.tile_choice import Problem
 
     path, left = tune(CPU, timer=prefers(64), names=("linear_w8a8", "conv2d_w8a8"), show=False)
     assert left == 0
@@ -57,14 +57,14 @@ def test_the_fastest_tile_is_written_and_then_chosen() -> None:
         "linear_w8a8 70x40x64",
         "linear_w8a8 20x20x48",
         "conv2d_w8a8 36x20x288",
-        "conv2d_w8a8 pointers 25x8x36",
+        "conv2d_w8a8 gather 25x8x36",
     }
-    assert all(tile["rows"] == 64 for tile in found["tiles"].values())
+    assert all(tile["m"] == 64 for tile in found["tiles"].values())
     assert found["gpu"] == "no GPU"
     for key, tile in found["tiles"].items():
         *table, problem = key.split()
         asked = Problem(*map(int, problem.split("x")))
-        assert vars(configurations.choose(" ".join(table), asked, CPU)) == tile
+        assert vars(tile_choice.choose(" ".join(table), asked, CPU)) == tile
 
 
 @pytest.mark.parametrize("op", tuner_calls.OPS)
@@ -102,28 +102,28 @@ def test_no_time_measures_nothing_more(tmp_path: Path) -> None:
 
 def test_a_tile_that_does_not_launch_is_noted_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ldmq_kernels.kernels.triton import (
-        launch,
+        gemm_launch,
         linear_w8a8,  # noqa: F401
     )
 
-    real = launch.TensorDescriptor
+    real = gemm_launch.TensorDescriptor
 
     def small_only(base: Any, shape: Any, strides: Any, block: list[int]) -> Any:
         if block[0] > 64:
             raise RuntimeError("out of resource: shared memory")
         return real(base, shape, strides, block)
 
-    monkeypatch.setattr(launch, "TensorDescriptor", small_only)
+    monkeypatch.setattr(gemm_launch, "TensorDescriptor", small_only)
     path, _ = tune(CPU, tmp_path / "tiles.json", timer=lambda *_: 1.0, names=("linear_w8a8",), show=False)
     found = json.loads(path.read_text())
-    assert all(tile["rows"] <= 64 and tile["columns"] <= 64 for tile in found["tiles"].values())
+    assert all(tile["m"] <= 64 and tile["n"] <= 64 for tile in found["tiles"].values())
     assert "out of resource" in json.dumps(found["refused"])
 
 
 def test_a_tile_that_kills_the_device_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ldmq_kernels.kernels.triton import launch
+    from ldmq_kernels.kernels.triton import gemm_launch
 
-    path, real = tmp_path / "tiles.json", launch.TensorDescriptor
+    path, real = tmp_path / "tiles.json", gemm_launch.TensorDescriptor
 
     def deadly(base: Any, shape: Any, strides: Any, block: list[int]) -> Any:
         if block[0] == 128:
@@ -131,7 +131,7 @@ def test_a_tile_that_kills_the_device_is_not_tried_again(tmp_path: Path, monkeyp
         return real(base, shape, strides, block)
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "TensorDescriptor", deadly)
+        patch.setattr(gemm_launch, "TensorDescriptor", deadly)
         with pytest.raises(TuningError, match="run `ldmq bench --tune` again"):
             tune(CPU, path, timer=lambda *_: 1.0, names=("linear_w8a8",), show=False)
     (refused,) = json.loads(path.read_text())["refused"].values()

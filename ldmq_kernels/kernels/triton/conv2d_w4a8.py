@@ -1,6 +1,6 @@
 """The int8 convolution over int4 weights times their group multipliers, which is an exact int8 weight.
 
-The product is transposed: the weight is operand A, unpacked and multiplied in registers, and a window of x is
+The GEMM is transposed: the weight is operand A, unpacked and multiplied in registers, and an image tile of x is
 operand B. A step of the main loop is one group of 64 input channels under one tap.
 """
 
@@ -11,19 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.candidates import Tile
-from ldmq_kernels.kernels.triton.configurations import choose, grid
-from ldmq_kernels.kernels.triton.conv2d_pointers import convolve_by_pointers
-from ldmq_kernels.kernels.triton.convolution import Convolution, load_window, pixels_of_window, window_of_tile
-from ldmq_kernels.kernels.triton.launch import (
-    ALIGNMENT,
-    Epilogue,
-    int8,
-    on_device,
-    partial_sums,
-    plain,
-    stored_dtype,
-)
+from ldmq_kernels.kernels.operands import int8, plain
+from ldmq_kernels.kernels.triton.convolution import ConvShape, image_tile_start, load_image_tile, pixels_of_tile
+from ldmq_kernels.kernels.triton.epilogue import Epilogue
+from ldmq_kernels.kernels.triton.gemm_launch import Conv2dLaunch, conv2d
 from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program, unpack_int4
 from ldmq_kernels.numerics.affine import group_count
 
@@ -36,10 +27,10 @@ def _conv2d_w4a8(
     multiplier_ptr: tl.tensor,  # (K, R * S, groups) uint8
     weight_scale_ptr: tl.tensor,  # (K,) float32
     bias_ptr: tl.tensor,  # (K,) floating, or None
-    vector_ptr: tl.tensor,  # (N, K) floating, or None
+    sample_bias_ptr: tl.tensor,  # (N, K) floating, or None
     residual_ptr: tl.tensor,  # (N, P, Q, K) floating, or None
-    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLITS, N, P, Q, K) int32
-    windows: tl.tensor,
+    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLIT_K, N, P, Q, K) int32
+    image_tiles: tl.tensor,
     samples: tl.tensor,
     out_height: tl.tensor,
     out_width: tl.tensor,
@@ -59,16 +50,16 @@ def _conv2d_w4a8(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # the group size
-    SPLITS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
 ) -> None:
     BLOCK_S: tl.constexpr = BLOCK_M // (BLOCK_H * BLOCK_W)
-    tile_row, tile_column = tile_of_program(tl.program_id(0), windows, tl.cdiv(out_channels, BLOCK_N))
-    n, h, w, parity = window_of_tile(tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W)
+    tile_row, tile_column = tile_of_program(tl.program_id(0), image_tiles, tl.cdiv(out_channels, BLOCK_N))
+    first_sample, h, w, parity = image_tile_start(tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W)
     first_column = tile_column * BLOCK_N
     column = first_column + tl.arange(0, BLOCK_N)
     groups = tl.cdiv(channels, BLOCK_K)
     multiplier_ptrs = multiplier_ptr + column.to(tl.int64) * (TAPS * groups)
-    split_steps = tl.cdiv(TAPS * groups, SPLITS)
+    split_steps = tl.cdiv(TAPS * groups, SPLIT_K)
     start = tl.program_id(1) * split_steps
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for step in range(start, min(start + split_steps, TAPS * groups)):
@@ -76,9 +67,9 @@ def _conv2d_w4a8(
         packed = tl.reshape(weight.load([first_column, tap, c // 2]), (BLOCK_N, BLOCK_K // 2))
         multiplier = tl.load(multiplier_ptrs + step, mask=column < out_channels, other=0)
         block = unpack_int4(packed) * multiplier.to(tl.int8)[:, None]
-        x_block = load_window(
+        x_block = load_image_tile(
             x,
-            n,
+            first_sample,
             h,
             w,
             parity,
@@ -96,16 +87,16 @@ def _conv2d_w4a8(
             BLOCK_K,
         )
         accumulator = tl.dot(block, x_block.T, accumulator, out_dtype=tl.int32)
-    row, sample, row_mask = pixels_of_window(
-        n, h, w, parity, samples, out_height, out_width, UPSAMPLE, BLOCK_M, BLOCK_H, BLOCK_W
+    row, sample, row_mask = pixels_of_tile(
+        first_sample, h, w, parity, samples, out_height, out_width, UPSAMPLE, BLOCK_M, BLOCK_H, BLOCK_W
     )
-    terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, vector_ptr, residual_ptr)
-    rows = samples * out_height * out_width
+    terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, sample_bias_ptr, residual_ptr)
+    m = samples * out_height * out_width
     store_tile(
         tl.trans(accumulator),
         terms,
         out_ptr,
-        rows,
+        m,
         out_channels,
         row,
         sample,
@@ -113,7 +104,7 @@ def _conv2d_w4a8(
         first_column,
         out_channels,
         ONE_SCALE,
-        SPLITS,
+        SPLIT_K,
     )
 
 
@@ -143,43 +134,25 @@ def conv2d_w4a8(
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
-    conv = Convolution.of(x_q, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups, upsample)
+    conv = ConvShape.of(x_q, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups, upsample)
     tap_bytes, weight_groups = -(-conv.group_channels // 2), group_count(conv.group_channels)
     taps = (conv.out_channels, *conv.kernel_size)
-    weight = plain(weight, torch.uint8, (*taps, tap_bytes)).view(torch.int8)
+    packed = plain(weight, torch.uint8, (*taps, tap_bytes)).view(torch.int8)
     multiplier = plain(multiplier, torch.uint8, (*taps, weight_groups))
-    x = int8(x_q).contiguous(memory_format=torch.channels_last)
-    out = conv.output(x, stored_dtype(x, out_dtype))
-    epilogue = conv.epilogue(x_scale, weight_scale, bias, sample_bias, residual)
-    if out.numel() == 0:
-        return out.to(out_dtype)
-    by_windows = conv.has_windows(x) and tap_bytes % ALIGNMENT == 0 and weight.data_ptr() % ALIGNMENT == 0
-    tile = choose("conv2d_w4a8" if by_windows else "conv2d_w4a8 pointers", conv.problem, x.device)
-    with on_device(x):
-        if by_windows:
-            _convolve_by_windows(conv, tile, x, weight, multiplier, epilogue, out)
-        else:
-            convolve_by_pointers(conv, tile, x, weight, multiplier, epilogue, out, tl.int8)
-    return out.to(out_dtype)
 
+    def launch(call: Conv2dLaunch) -> None:
+        _conv2d_w4a8[call.grid](
+            call.x,
+            call.epilogue.x_scale,
+            conv.weight_descriptor(packed, call.tile.n, call.tile.k // 2),
+            multiplier,
+            *call.epilogue[1:],
+            call.out,
+            *call.sizes,
+            ONE_SCALE=call.epilogue.has_one_scale,
+            SPLIT_K=call.tile.split_k,
+            **call.options,
+        )
 
-def _convolve_by_windows(
-    conv: Convolution, tile: Tile, x: Tensor, weight: Tensor, multiplier: Tensor, epilogue: Epilogue, out: Tensor
-) -> None:
-    window = conv.window(tile.rows)
-    target = partial_sums(out, tile, conv.rows, conv.out_channels)
-    _conv2d_w4a8[grid(tile, conv.windows(window), conv.out_channels, x.device)](
-        conv.window_descriptor(x, window, tile.depth),
-        epilogue.x_scale,
-        conv.weight_descriptor(weight, tile.columns, tile.depth // 2),
-        multiplier,
-        *epilogue[1:],
-        target,
-        conv.windows(window),
-        *conv.sizes(),
-        **conv.window_arguments(window),
-        ONE_SCALE=epilogue.has_one_scale,
-        **tile.options(),
-        SPLITS=tile.splits,
-    )
-    epilogue.finish(target, out, conv.rows, conv.out_channels, conv.out_size[0] * conv.out_size[1])
+    epilogue = Epilogue(x_scale, weight_scale, bias, sample_bias, residual)
+    return conv2d("conv2d_w4a8", conv, int8(x_q), packed, epilogue, out_dtype, launch, multiplier)

@@ -1,8 +1,8 @@
 """out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, in exact int32.
 
-As the left operand a window of x goes through registers, since it is reshaped; transposed, with the weight on the
-left, both operands reach the tensor cores straight from shared memory. 160 columns are two accumulators, as in
-linear_w8a8. See `convolution` for the windows.
+As operand A an image tile of x goes through registers, since it is reshaped; transposed, with the weight as operand A,
+both operands reach the tensor cores straight from shared memory. N = 160 is two accumulators, as in linear_w8a8. See
+`convolution` for the image tiles.
 """
 
 from __future__ import annotations
@@ -12,18 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.candidates import Tile
-from ldmq_kernels.kernels.triton.configurations import choose, grid
-from ldmq_kernels.kernels.triton.conv2d_pointers import convolve_by_pointers
-from ldmq_kernels.kernels.triton.convolution import Convolution, load_window, pixels_of_window, window_of_tile
-from ldmq_kernels.kernels.triton.launch import (
-    Epilogue,
-    int8,
-    on_device,
-    partial_sums,
-    plain,
-    stored_dtype,
-)
+from ldmq_kernels.kernels.operands import int8, plain
+from ldmq_kernels.kernels.triton.convolution import ConvShape, image_tile_start, load_image_tile, pixels_of_tile
+from ldmq_kernels.kernels.triton.epilogue import Epilogue
+from ldmq_kernels.kernels.triton.gemm_launch import Conv2dLaunch, conv2d
 from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program
 
 
@@ -35,10 +27,10 @@ def _conv2d_w8a8(
     extra_weight: tl.tensor,  # the same with blocks of EXTRA_N rows, or None
     weight_scale_ptr: tl.tensor,  # (K,) float32
     bias_ptr: tl.tensor,  # (K,) floating, or None
-    vector_ptr: tl.tensor,  # (N, K) floating, or None
+    sample_bias_ptr: tl.tensor,  # (N, K) floating, or None
     residual_ptr: tl.tensor,  # (N, P, Q, K) floating, or None
-    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLITS, N, P, Q, K) int32
-    windows: tl.tensor,
+    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLIT_K, N, P, Q, K) int32
+    image_tiles: tl.tensor,
     samples: tl.tensor,
     out_height: tl.tensor,
     out_width: tl.tensor,
@@ -59,28 +51,30 @@ def _conv2d_w8a8(
     BLOCK_N: tl.constexpr,
     EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     PERSISTENT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ) -> None:
     BLOCK_S: tl.constexpr = BLOCK_M // (BLOCK_H * BLOCK_W)
     tile_columns = tl.cdiv(out_channels, BLOCK_N + EXTRA_N)
     blocks = tl.cdiv(channels, BLOCK_K)
-    split_steps = tl.cdiv(TAPS * blocks, SPLITS)
+    split_steps = tl.cdiv(TAPS * blocks, SPLIT_K)
     start = tl.program_id(1) * split_steps
     stop = min(start + split_steps, TAPS * blocks)
-    for tile in tl.range(tl.program_id(0), windows * tile_columns, tl.num_programs(0), flatten=PERSISTENT):
-        tile_row, tile_column = tile_of_program(tile, windows, tile_columns)
-        n, h, w, parity = window_of_tile(tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W)
+    for tile in tl.range(tl.program_id(0), image_tiles * tile_columns, tl.num_programs(0), flatten=PERSISTENT):
+        tile_row, tile_column = tile_of_program(tile, image_tiles, tile_columns)
+        first_sample, h, w, parity = image_tile_start(
+            tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W
+        )
         first_column = tile_column * (BLOCK_N + EXTRA_N)
         accumulator = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.int32)
         if EXTRA_N > 0:
             extra = tl.zeros((BLOCK_M, EXTRA_N), tl.int32)
         for step in range(start, stop):
             tap, c = step // blocks, step % blocks * BLOCK_K
-            x_block = load_window(
+            x_block = load_image_tile(
                 x,
-                n,
+                first_sample,
                 h,
                 w,
                 parity,
@@ -106,16 +100,16 @@ def _conv2d_w8a8(
             if EXTRA_N > 0:
                 block = tl.reshape(extra_weight.load([first_column + BLOCK_N, tap, c]), (EXTRA_N, BLOCK_K))
                 extra = tl.dot(x_block, block.T, extra, out_dtype=tl.int32)
-        row, sample, row_mask = pixels_of_window(
-            n, h, w, parity, samples, out_height, out_width, UPSAMPLE, BLOCK_M, BLOCK_H, BLOCK_W
+        row, sample, row_mask = pixels_of_tile(
+            first_sample, h, w, parity, samples, out_height, out_width, UPSAMPLE, BLOCK_M, BLOCK_H, BLOCK_W
         )
-        terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, vector_ptr, residual_ptr)
-        rows = samples * out_height * out_width
+        terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, sample_bias_ptr, residual_ptr)
+        m = samples * out_height * out_width
         store_tile(
             tl.trans(accumulator) if TRANSPOSED else accumulator,
             terms,
             out_ptr,
-            rows,
+            m,
             out_channels,
             row,
             sample,
@@ -123,14 +117,14 @@ def _conv2d_w8a8(
             first_column,
             out_channels,
             ONE_SCALE,
-            SPLITS,
+            SPLIT_K,
         )
         if EXTRA_N > 0:
             store_tile(
                 extra,
                 terms,
                 out_ptr,
-                rows,
+                m,
                 out_channels,
                 row,
                 sample,
@@ -138,7 +132,7 @@ def _conv2d_w8a8(
                 first_column + BLOCK_N,
                 out_channels,
                 ONE_SCALE,
-                SPLITS,
+                SPLIT_K,
             )
 
 
@@ -179,43 +173,27 @@ def conv2d_w8a8(
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
-    conv = Convolution.of(x_q, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups, upsample)
+    conv = ConvShape.of(x_q, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups, upsample)
     weight = plain(weight, torch.int8, (conv.out_channels, *conv.kernel_size, conv.group_channels))
-    x = int8(x_q).contiguous(memory_format=torch.channels_last)
-    out = conv.output(x, stored_dtype(x, out_dtype))
-    epilogue = conv.epilogue(x_scale, weight_scale, bias, sample_bias, residual)
-    if out.numel() == 0:
-        return out.to(out_dtype)
-    by_windows = conv.has_windows(x)
-    tile = choose("conv2d_w8a8" if by_windows else "conv2d_w8a8 pointers", conv.problem, x.device)
-    with on_device(x):
-        if by_windows:
-            _convolve_by_windows(conv, tile, x, weight, epilogue, out)
-        else:
-            convolve_by_pointers(conv, tile, x, weight, None, epilogue, out, tl.int8)
-    return out.to(out_dtype)
 
+    def launch(call: Conv2dLaunch) -> None:
+        tile = call.tile
+        flat = conv.flat_weight_descriptor(weight, tile.n, tile.k) if tile.transposed else None
+        _conv2d_w8a8[call.grid](
+            call.x,
+            call.epilogue.x_scale,
+            flat or conv.weight_descriptor(weight, tile.main_n, tile.k),
+            conv.weight_descriptor(weight, tile.extra_n, tile.k) if tile.extra_n else None,
+            *call.epilogue[1:],
+            call.out,
+            *call.sizes,
+            ONE_SCALE=call.epilogue.has_one_scale,
+            EXTRA_N=tile.extra_n,
+            SPLIT_K=tile.split_k,
+            PERSISTENT=tile.persistent,
+            TRANSPOSED=flat is not None,
+            **call.options,
+        )
 
-def _convolve_by_windows(
-    conv: Convolution, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor
-) -> None:
-    window = conv.window(tile.rows)
-    flat = conv.flat_weight_descriptor(weight, tile.columns, tile.depth) if tile.transposed else None
-    target = partial_sums(out, tile, conv.rows, conv.out_channels)
-    _conv2d_w8a8[grid(tile, conv.windows(window), conv.out_channels, x.device)](
-        conv.window_descriptor(x, window, tile.depth),
-        epilogue.x_scale,
-        flat or conv.weight_descriptor(weight, tile.main_columns, tile.depth),
-        conv.weight_descriptor(weight, tile.extra_columns, tile.depth),
-        *epilogue[1:],
-        target,
-        conv.windows(window),
-        *conv.sizes(),
-        **conv.window_arguments(window),
-        ONE_SCALE=epilogue.has_one_scale,
-        **tile.options_with_extra(),
-        SPLITS=tile.splits,
-        PERSISTENT=tile.persistent,
-        TRANSPOSED=flat is not None,
-    )
-    epilogue.finish(target, out, conv.rows, conv.out_channels, conv.out_size[0] * conv.out_size[1])
+    epilogue = Epilogue(x_scale, weight_scale, bias, sample_bias, residual)
+    return conv2d("conv2d_w8a8", conv, int8(x_q), weight, epilogue, out_dtype, launch)

@@ -1,13 +1,13 @@
-"""Geometry of the implicit-GEMM convolutions, on the host and on the device.
+"""Sizes of the implicit-GEMM convolutions on the host, and what their tma_tiled kernels share on the device.
 
-The output is a matrix of N * P * Q pixels (rows) by K channels (columns), which is NHWC memory. No im2col:
+The output is a matrix of m = N * P * Q pixels by K channels, which is NHWC memory. No im2col:
 
-- By windows, where there is TMA: a tile is a window of samples x rows x columns of the output. Under one tap its
-  input is the same window, moved, of x (N, H, W, C), which one descriptor load brings to shared memory as a
-  (pixels, channels) operand; what it brings from outside is zero, and that is the padding. With stride 2 the
-  descriptor sees (N, H / 2, 2, W / 2, 2 C), so that a tap's rows and columns of one parity lie side by side. An
-  input to be enlarged stays small: the output's pixels of one parity read a window of it.
-- By pointers, for everything else: `conv2d_pointers`.
+- tma_tiled, where there is TMA: a tile of the output is an image tile of samples x rows x columns. Under one tap its
+  input is the same image tile, shifted, of x (N, H, W, C), which one descriptor load brings to shared memory as a
+  (pixels, channels) operand; what it loads from outside is zero, and that is the padding. With stride 2 the descriptor
+  sees (N, H / 2, 2, W / 2, 2 C), so that a tap's rows and columns of one parity lie side by side. An input to be
+  enlarged stays small: the output's pixels of one parity read an image tile of it.
+- gather, for everything else: `conv2d_gather`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.geometry import conv2d_output_size
-from ldmq_kernels.kernels.triton.configurations import Problem
-from ldmq_kernels.kernels.triton.launch import ALIGNMENT, Epilogue, activation_scale, expanded, has_tma
+from ldmq_kernels.kernels.triton.tile_choice import Problem
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """Sizes of one convolution. x is (N, C, H, W) and the output (N, K, P, Q)."""
+class ConvShape:
+    """The sizes of one convolution: x is (N, C, H, W) and the output (N, K, P, Q)."""
 
     samples: int
     channels: int
@@ -53,8 +52,8 @@ class Convolution:
         dilation: tuple[int, int],
         groups: int,
         upsample: int,
-    ) -> Convolution:
-        """The convolution that these arguments of an op ask for.
+    ) -> ConvShape:
+        """The sizes that these arguments of an op ask for.
 
         Raises:
             Unsupported: the groups do not divide the channels.
@@ -78,52 +77,51 @@ class Convolution:
         )
 
     @property
-    def rows(self) -> int:
-        """Output pixels of all samples."""
+    def m(self) -> int:
+        """The rows of the GEMM: output pixels of all samples."""
         return self.samples * self.out_size[0] * self.out_size[1]
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
-        """(N, K, P, Q)."""
+        """The output's shape (N, K, P, Q)."""
         return (self.samples, self.out_channels, *self.out_size)
 
     @property
     def group_channels(self) -> int:
-        """Input channels of one group."""
+        """The input channels of one group."""
         return self.channels // self.groups
 
     @property
     def group_out_channels(self) -> int:
-        """Output channels of one group."""
+        """The output channels of one group."""
         return self.out_channels // self.groups
 
-    def has_windows(self, x: Tensor) -> bool:
-        """Whether descriptors can read x (N, C, H, W), channels_last, by windows."""
-        strided = self.stride == (2, 2) and self.size[0] % 2 == 0 and self.size[1] % 2 == 0 and self.upsample == 1
-        aligned = self.channels * x.element_size() % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
-        return has_tma(x.device) and aligned and self.groups == 1 and (self.stride == (1, 1) or strided)
+    @property
+    def fits_tma_tiles(self) -> bool:
+        """Whether descriptors can express how the taps step over the input."""
+        is_even = self.size[0] % 2 == 0 and self.size[1] % 2 == 0
+        is_strided = self.stride == (2, 2) and is_even and self.upsample == 1
+        return self.groups == 1 and (self.stride == (1, 1) or is_strided)
 
-    def window(self, pixels: int) -> tuple[int, int, int]:
-        """Samples, rows and columns of a window of so many pixels, with the least waste at the output's edges."""
-        height, width = (-(-length // self.upsample) for length in self.out_size)
+    def image_tile(self, pixels: int) -> tuple[int, int, int]:
+        """Samples, rows and columns of an image tile of so many pixels, with the least waste at the output's edges."""
         shapes = [
             (pixels // (h * w), h, w) for h in (1, 2, 4, 8, 16, 32) for w in (4, 8, 16, 32, 64) if pixels % (h * w) == 0
         ]
 
         def waste(shape: tuple[int, int, int]) -> tuple[int, int]:
-            covers = -(-self.samples // shape[0]) * -(-height // shape[1]) * -(-width // shape[2])
-            return covers, shape[1] + shape[2]  # a window's neighbours read what it has read: squares share most
+            return self.image_tiles(shape), shape[1] + shape[2]  # neighbours read the same edges: squares share most
 
         return min(shapes, key=waste)
 
-    def windows(self, window: tuple[int, int, int]) -> int:
-        """How many windows cover the output."""
+    def image_tiles(self, image_tile: tuple[int, int, int]) -> int:
+        """How many image tiles cover the output."""
         height, width = (-(-length // self.upsample) for length in self.out_size)
-        covers = -(-self.samples // window[0]) * -(-height // window[1]) * -(-width // window[2])
-        return covers * self.upsample**2
+        tiles = -(-self.samples // image_tile[0]) * -(-height // image_tile[1]) * -(-width // image_tile[2])
+        return tiles * self.upsample**2
 
-    def window_arguments(self, window: tuple[int, int, int]) -> dict[str, int]:
-        """Compile-time arguments of the kernels that read by windows."""
+    def tile_options(self, image_tile: tuple[int, int, int]) -> dict[str, int]:
+        """The compile-time arguments of the tma_tiled kernels."""
         return {
             "S": self.kernel_size[1],
             "TAPS": self.kernel_size[0] * self.kernel_size[1],
@@ -131,79 +129,56 @@ class Convolution:
             "DILATION_W": self.dilation[1],
             "STRIDE": self.stride[0],
             "UPSAMPLE": self.upsample,
-            "BLOCK_H": window[1],
-            "BLOCK_W": window[2],
+            "BLOCK_H": image_tile[1],
+            "BLOCK_W": image_tile[2],
         }
 
-    def sizes(self) -> tuple[int, ...]:
-        """What the kernels that read by windows take, from `samples` to `left`."""
+    def tile_sizes(self) -> tuple[int, ...]:
+        """The sizes that the tma_tiled kernels take, from `samples` to `left`."""
         return (self.samples, *self.out_size, self.channels, self.out_channels, self.padding[0], self.padding[2])
 
-    def window_descriptor(self, x: Tensor, window: tuple[int, int, int], depth: int) -> TensorDescriptor:
-        """Loads a window's input of `depth` channels from x (N, C, H, W), channels_last."""
+    def image_descriptor(self, x: Tensor, image_tile: tuple[int, int, int], block_k: int) -> TensorDescriptor:
+        """A descriptor that loads an image tile of `block_k` channels from x (N, C, H, W), channels_last."""
         (height, width), channels = self.size, self.channels
         if self.stride == (1, 1):
             shape = [self.samples, height, width, channels]
             strides = [height * width * channels, width * channels, channels, 1]
-            return TensorDescriptor(x, shape, strides, [*window, depth])
+            return TensorDescriptor(x, shape, strides, [*image_tile, block_k])
         row = width * channels
         shape = [self.samples, height // 2, 2, width // 2, 2 * channels]
         strides = [height * row, 2 * row, row, 2 * channels, 1]
-        return TensorDescriptor(x, shape, strides, [window[0], window[1], 1, window[2], depth])
+        return TensorDescriptor(x, shape, strides, [image_tile[0], image_tile[1], 1, image_tile[2], block_k])
 
-    def weight_descriptor(self, weight: Tensor, rows: int, depth: int) -> TensorDescriptor | None:
-        """Loads (rows, 1, depth) from a weight (K, R, S, depth); None for no rows."""
-        if rows == 0:
-            return None
+    def weight_descriptor(self, weight: Tensor, block_n: int, block_k: int) -> TensorDescriptor:
+        """A descriptor that loads (block_n, 1, block_k) from a weight (K, R, S, C)."""
         taps = weight.view(weight.shape[0], -1, weight.shape[-1])
-        return TensorDescriptor(taps, list(taps.shape), list(taps.stride()), [rows, 1, depth])
+        return TensorDescriptor(taps, list(taps.shape), list(taps.stride()), [block_n, 1, block_k])
 
-    def flat_weight_descriptor(self, weight: Tensor, rows: int, depth: int) -> TensorDescriptor | None:
-        """Loads (rows, depth) from a weight (K, R * S * C), or None where a block could meet nonzero input.
+    def flat_weight_descriptor(self, weight: Tensor, block_n: int, block_k: int) -> TensorDescriptor | None:
+        """A descriptor that loads (block_n, block_k) from a weight (K, R * S * C), or None where that would be wrong.
 
-        A block that goes beyond a tap's channels has the next tap's weights, where the window's channels are
+        A block that goes beyond a tap's channels has the next tap's weights, where the image tile's channels are
         zero; with stride 2 they are another pixel's.
         """
-        if self.stride != (1, 1) and self.channels % depth:
+        if self.stride != (1, 1) and self.channels % block_k:
             return None
         flat = weight.view(weight.shape[0], -1)
-        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, depth])
+        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [block_n, block_k])
 
     @property
     def problem(self) -> Problem:
-        """What the choice of a tile depends on."""
-        depth = self.kernel_size[0] * self.kernel_size[1] * self.group_channels
-        return Problem(self.rows, self.group_out_channels, depth, self.groups)
+        """The GEMM that the choice of a tile depends on."""
+        k = self.kernel_size[0] * self.kernel_size[1] * self.group_channels
+        return Problem(self.m, self.group_out_channels, k, self.groups)
 
     def output(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for the output, channels_last."""
+        """Memory for the output (N, K, P, Q), channels_last."""
         return torch.empty(self.out_shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
-    def epilogue(
-        self,
-        x_scale: Tensor | None,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        sample_bias: Tensor | None,
-        residual: Tensor | None,
-    ) -> Epilogue:
-        """The epilogue's operands, in the sizes of this convolution's output.
-
-        Raises:
-            Unsupported: there are neither one activation scale nor one for each sample.
-        """
-        return Epilogue(
-            None if x_scale is None else activation_scale(x_scale, self.samples),
-            weight_scale.contiguous(),
-            expanded(bias, (self.out_channels,)),
-            expanded(sample_bias, (self.samples, self.out_channels)),
-            expanded(residual, self.out_shape, is_image=True),
-        )
-
-    def arguments(self) -> tuple[int, ...]:
-        """What the kernels take, from `rows` to `dilation_w`."""
+    def gather_sizes(self) -> tuple[int, ...]:
+        """The sizes that the gather kernel takes, from `m` to `dilation_w`."""
         return (
-            self.rows,
+            self.m,
             *self.size,
             *self.out_size,
             self.channels,
@@ -218,7 +193,7 @@ class Convolution:
 
 
 @triton.jit
-def window_of_tile(
+def image_tile_start(
     tile: tl.tensor,
     out_height: tl.tensor,
     out_width: tl.tensor,
@@ -227,7 +202,7 @@ def window_of_tile(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """First sample, row and column of a window, among the output's pixels of one parity, and that parity."""
+    """First sample, row and column of an image tile, among the output's pixels of one parity, and that parity."""
     across = tl.cdiv(tl.cdiv(out_width, UPSAMPLE), BLOCK_W)
     down = tl.cdiv(tl.cdiv(out_height, UPSAMPLE), BLOCK_H)
     w = (tile % across) * BLOCK_W
@@ -238,7 +213,7 @@ def window_of_tile(
 
 
 @triton.jit
-def load_window(
+def load_image_tile(
     x: tl.tensor,  # descriptor of (N, H, W, C), or of (N, H / 2, 2, W / 2, 2 C) with stride 2
     sample: tl.tensor,
     h: tl.tensor,
@@ -257,7 +232,7 @@ def load_window(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """The (BLOCK_M, BLOCK_K) input values of a window under one tap, zero in the padding.
+    """The (BLOCK_M, BLOCK_K) input values of an image tile under one tap, zero in the padding.
 
     Channels beyond the last are zero, or with stride 2 another pixel's: the weight is zero there.
     """
@@ -273,7 +248,7 @@ def load_window(
 
 
 @triton.jit
-def pixels_of_window(
+def pixels_of_tile(
     sample: tl.tensor,
     h: tl.tensor,
     w: tl.tensor,
@@ -286,7 +261,7 @@ def pixels_of_window(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Output row (int64), sample and mask of a window's pixels, (BLOCK_M,) each."""
+    """Output row (int64), sample and mask of an image tile's pixels, (BLOCK_M,) each."""
     index = tl.arange(0, BLOCK_M)
     n = sample + index // (BLOCK_H * BLOCK_W)
     p = (h + index // BLOCK_W % BLOCK_H) * UPSAMPLE + parity // UPSAMPLE

@@ -1,4 +1,4 @@
-"""Device functions that the matrix products share: order of tiles, loading, int4 decoding, epilogue.
+"""Device functions that the GEMM kernels share: order of tiles, loading, int4 decoding, epilogue.
 
 Epilogue, in float32, rounded once to the output's dtype:
 
@@ -25,23 +25,23 @@ def tile_of_program(program: tl.tensor, tile_rows: tl.tensor, tile_columns: tl.t
 
 @triton.jit
 def load_block(
-    source: tl.tensor,  # a descriptor of (rows, depth) with blocks of (BLOCK, BLOCK_K), or a pointer to its start
+    source: tl.tensor,  # a descriptor of (rows, k) with blocks of (BLOCK, BLOCK_K), or a pointer to its start
     first_row: tl.tensor,
     rows: tl.tensor,
-    first: tl.tensor,  # index along the depth
-    depth: tl.tensor,
+    first_k: tl.tensor,
+    k: tl.tensor,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILED: tl.constexpr,  # whether `source` is a descriptor
 ) -> tl.tensor:
     """(BLOCK, BLOCK_K) of a row-major matrix, zero outside of it."""
     if TILED:
-        block = source.load([first_row, first])
+        block = source.load([first_row, first_k])
     else:
         row = first_row + tl.arange(0, BLOCK)
-        k = first + tl.arange(0, BLOCK_K)
-        pointers = source + row.to(tl.int64)[:, None] * depth + k[None, :]
-        block = tl.load(pointers, mask=(row < rows)[:, None] & (k < depth)[None, :], other=0)
+        column = first_k + tl.arange(0, BLOCK_K)
+        pointers = source + row.to(tl.int64)[:, None] * k + column[None, :]
+        block = tl.load(pointers, mask=(row < rows)[:, None] & (column < k)[None, :], other=0)
     return block
 
 
@@ -68,11 +68,11 @@ def store_slice(
     row_mask: tl.tensor,
     column: tl.tensor,
     column_mask: tl.tensor,
-    columns: tl.tensor,
+    n: tl.tensor,
     ONE_SCALE: tl.constexpr,
 ) -> None:
     """Apply the epilogue to a slice of a tile and store it; arguments as `store_tile`."""
-    x_scale_ptr, weight_scale_ptr, bias_ptr, vector_ptr, residual_ptr = terms
+    x_scale_ptr, weight_scale_ptr, bias_ptr, sample_bias_ptr, residual_ptr = terms
     out = accumulator.to(tl.float32)
     mask = row_mask[:, None] & column_mask[None, :]
     if x_scale_ptr is not None:
@@ -84,10 +84,10 @@ def store_slice(
         out = out * tl.load(weight_scale_ptr + column, mask=column_mask, other=0.0)[None, :]
     if bias_ptr is not None:
         out = out + tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    if vector_ptr is not None:
-        vector_ptrs = vector_ptr + sample.to(tl.int64)[:, None] * columns + column[None, :]
-        out = out + tl.load(vector_ptrs, mask=mask, other=0.0).to(tl.float32)
-    offset = row[:, None] * columns + column[None, :]
+    if sample_bias_ptr is not None:
+        sample_bias_ptrs = sample_bias_ptr + sample.to(tl.int64)[:, None] * n + column[None, :]
+        out = out + tl.load(sample_bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+    offset = row[:, None] * n + column[None, :]
     if residual_ptr is not None:
         out = out + tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -96,63 +96,61 @@ def store_slice(
 @triton.jit
 def store_tile(
     accumulator: tl.tensor,  # (BLOCK_M, any width) int32 or float32
-    terms: tl.tuple,  # pointers or None: x_scale (one, or one a sample), weight_scale (columns,), both float32;
-    # bias (columns,), sample_bias (samples, columns), residual (rows, columns), floating
-    out_ptr: tl.tensor,  # (rows, columns) floating, or (SPLITS, rows, columns) int32
-    rows: tl.tensor,
-    columns: tl.tensor,
+    terms: tl.tuple,  # pointers or None: x_scale (one, or one a sample), weight_scale (n,), both float32;
+    # bias (n,), sample_bias (samples, n), residual (m, n), floating
+    out_ptr: tl.tensor,  # (m, n) floating, or (SPLIT_K, m, n) int32
+    m: tl.tensor,
+    n: tl.tensor,
     row: tl.tensor,  # (BLOCK_M,) int64: the rows of this tile, in any order
-    sample: tl.tensor,  # (BLOCK_M,): what the scales and vectors of a row are indexed by
+    sample: tl.tensor,  # (BLOCK_M,): what the scale and sample_bias of a row are indexed by
     row_mask: tl.tensor,  # (BLOCK_M,)
     first_column: tl.tensor,
-    last_column: tl.tensor,  # exclusive: the end of the columns, or of a group's
+    last_column: tl.tensor,  # exclusive: the end of the output, or of a group's
     ONE_SCALE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
 ) -> None:
-    """Store a tile with its epilogue, or one split's share of it, slice by slice: few registers are left for it."""
+    """Store a tile with its epilogue, or split-K's partial sums, slice by slice: few registers are left for it."""
     if accumulator.shape[1] > STORED_COLUMNS:
         left, right = halves(accumulator)
         second = first_column + right.shape[1]
-        store_tile(
-            left, terms, out_ptr, rows, columns, row, sample, row_mask, first_column, last_column, ONE_SCALE, SPLITS
-        )
-        store_tile(right, terms, out_ptr, rows, columns, row, sample, row_mask, second, last_column, ONE_SCALE, SPLITS)
+        store_tile(left, terms, out_ptr, m, n, row, sample, row_mask, first_column, last_column, ONE_SCALE, SPLIT_K)
+        store_tile(right, terms, out_ptr, m, n, row, sample, row_mask, second, last_column, ONE_SCALE, SPLIT_K)
     else:
         column = first_column + tl.arange(0, accumulator.shape[1])
         column_mask = column < last_column
-        if SPLITS > 1:
-            share = out_ptr + tl.program_id(1).to(tl.int64) * rows * columns
-            pointers = share + row[:, None] * columns + column[None, :]
+        if SPLIT_K > 1:
+            partial = out_ptr + tl.program_id(1).to(tl.int64) * m * n
+            pointers = partial + row[:, None] * n + column[None, :]
             tl.store(pointers, accumulator, mask=row_mask[:, None] & column_mask[None, :])
         else:
-            store_slice(accumulator, terms, out_ptr, row, sample, row_mask, column, column_mask, columns, ONE_SCALE)
+            store_slice(accumulator, terms, out_ptr, row, sample, row_mask, column, column_mask, n, ONE_SCALE)
 
 
 @triton.jit
-def add_splits(
-    share_ptr: tl.tensor,  # (SPLITS, rows, columns) int32
+def reduce_split_k(
+    partial_ptr: tl.tensor,  # (SPLIT_K, m, n) int32
     x_scale_ptr: tl.tensor,
     weight_scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
-    vector_ptr: tl.tensor,
+    sample_bias_ptr: tl.tensor,
     residual_ptr: tl.tensor,
     out_ptr: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    sample_rows: tl.tensor,
+    m: tl.tensor,
+    n: tl.tensor,
+    unit_rows: tl.tensor,
     ONE_SCALE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """Add the splits' exact int32 shares and apply the epilogue; arguments as `store_tile`."""
+    """Add split-K's exact int32 partial sums and apply the epilogue; arguments as `store_tile`."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, column_mask = row < rows, column < columns
+    row_mask, column_mask = row < m, column < n
     mask = row_mask[:, None] & column_mask[None, :]
-    offset = row[:, None] * columns + column[None, :]
+    offset = row[:, None] * n + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(share_ptr + split * (rows.to(tl.int64) * columns) + offset, mask=mask, other=0)
-    terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, vector_ptr, residual_ptr)
-    store_slice(total, terms, out_ptr, row, row // sample_rows, row_mask, column, column_mask, columns, ONE_SCALE)
+    for split in tl.static_range(SPLIT_K):
+        total += tl.load(partial_ptr + split * (m.to(tl.int64) * n) + offset, mask=mask, other=0)
+    terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, sample_bias_ptr, residual_ptr)
+    store_slice(total, terms, out_ptr, row, row // unit_rows, row_mask, column, column_mask, n, ONE_SCALE)

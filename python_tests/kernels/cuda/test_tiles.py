@@ -50,6 +50,6 @@ def test_the_least_estimate_fills_the_gpu(device: torch.device) -> None:
         pytest.skip("the figures are Hopper's")
     small = tiles.candidates("linear_w8a8", 512, 1280, 1280, device)[0]
     large = tiles.candidates("linear_w8a8", 8192, 8192, 8192, device)[0]
-    assert small.rows * small.columns < 128 * 160
-    assert large.rows * large.columns >= 128 * 160
+    assert small.m * small.n < 128 * 160
+    assert large.m * large.n >= 128 * 160
     assert large.cluster == 2

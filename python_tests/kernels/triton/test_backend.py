@@ -13,7 +13,7 @@ import torch
 
 from ldmq_kernels.kernels import triton as triton_backend
 from ldmq_kernels.kernels.gpu import Gpu
-from ldmq_kernels.kernels.triton.candidates import CANDIDATES, FAMILIES, Tile, family
+from ldmq_kernels.kernels.triton.tile_tables import FAMILIES, TILES, Tile, family
 from ldmq_kernels.numerics.packing import pack_int4
 from ldmq_kernels.ops import SCHEMAS
 from python_tests.kernels.operands import (
@@ -30,7 +30,7 @@ from python_tests.kernels.operands import (
 ONE = torch.ones(1)
 GEOMETRY = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)
 if importlib.util.find_spec("triton") is not None:
-    from ldmq_kernels.kernels.triton import configurations, convolution, launch
+    from ldmq_kernels.kernels.triton import convolution, gemm_launch, tile_choice
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -54,19 +54,19 @@ def test_asking_whether_it_serves_does_not_import_triton() -> None:
 
 
 def tiles() -> list[tuple[str, Tile]]:
-    """Every tile of an int8 product, of all tables or of those that a GPU here has; split ones in two as well."""
+    """Every tile of an int8 GEMM, of all tables or of those that a GPU here has; with split-K of 2 as well."""
     families = set(FAMILIES)
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         families = {family(10 * major + minor)}
     found = {
-        (op, replace(tile, splits=splits, share=1.0))
-        for op, table in CANDIDATES.items()
+        (op, replace(tile, split_k=split_k, efficiency=1.0))
+        for op, table in TILES.items()
         if "a8" in op
         for name, tiles in table.items()
         if name in families
         for tile in tiles
-        for splits in ((1, 2) if tile.splittable else (1,))
+        for split_k in ((1, 2) if tile.splittable else (1,))
     }
     return sorted(found, key=str)
 
@@ -74,8 +74,8 @@ def tiles() -> list[tuple[str, Tile]]:
 def tile_id(value: object) -> str:
     if not isinstance(value, Tile):
         return str(value)
-    words = f"{value.rows}x{value.columns}x{value.depth}w{value.warps}s{value.stages}"
-    return words + "p" * value.persistent + "t" * value.transposed + f"-{value.splits}" * (value.splits > 1)
+    words = f"{value.m}x{value.n}x{value.k}w{value.warps}s{value.stages}"
+    return words + "p" * value.persistent + "t" * value.transposed + f"-{value.split_k}" * (value.split_k > 1)
 
 
 @needs_triton
@@ -88,14 +88,14 @@ def test_an_op_is_its_function_even_after_its_module_is_imported(op: str) -> Non
 @needs_triton
 @pytest.mark.parametrize(("table", "tile"), tiles(), ids=tile_id)
 def test_every_tile_gives_exact_integers(table: str, tile: Tile) -> None:
-    """On more tiles than one by one, the last ones partly outside, and with a depth that the blocks do not divide."""
+    """On more tiles than one by one, the last ones partly outside, and with a K that the blocks do not divide."""
     op, *kind = table.split()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     aligned = kind == [] or op.startswith("linear_w8a16")
-    columns, depth = tile.columns + 3, (3 if op.startswith("linear") else 1) * 64 + (32 if aligned else 5)
+    columns, depth = tile.n + 3, (3 if op.startswith("linear") else 1) * 64 + (32 if aligned else 5)
     is_linear = op.startswith("linear")
     shape = (columns, depth) if is_linear else (columns, 3, 3, depth)
-    x = random_int8(tile.rows + 5, depth) if is_linear else random_int8(1, depth, 5, tile.rows // 5 + 2)
+    x = random_int8(tile.m + 5, depth) if is_linear else random_int8(1, depth, 5, tile.m // 5 + 2)
     weight = random_int8(*shape)
     operands: tuple = (weight,)
     if "w4" in op:
@@ -103,7 +103,7 @@ def test_every_tile_gives_exact_integers(table: str, tile: Tile) -> None:
         weight, operands = folded(integers, multiplier), (pack_int4(integers), multiplier)
     exact = exact_linear(x, weight) if is_linear else exact_conv2d(x, weight, GEOMETRY)
     backend = Backend("triton", device)
-    with configurations.forced(tile):
+    with tile_choice.forced(tile):
         if op == "linear_static_w8a8":
             out = backend.call(op, x.float(), ONE, ONE, *operands, torch.ones(columns), None, None)
         else:
@@ -115,9 +115,9 @@ def test_every_tile_gives_exact_integers(table: str, tile: Tile) -> None:
 @needs_triton
 @pytest.mark.parametrize("columns", [320, 70])
 def test_a_persistent_tile_computes_every_part_with_few_programs(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configurations, "gpu_of", lambda _: Gpu("", 90, 3))
+    monkeypatch.setattr(tile_choice, "gpu_of", lambda _: Gpu("", 90, 3))
     x, weight = random_int8(260, 64), random_int8(columns, 64)
-    with configurations.forced(Tile(64, 64, 64, 4, 3, persistent=True)):
+    with tile_choice.forced(Tile(64, 64, 64, 4, 3, persistent=True)):
         out = Backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu")).call(
             "linear_w8a8", x, ONE, weight, torch.ones(columns), None, None, torch.float32
         )
@@ -126,8 +126,8 @@ def test_a_persistent_tile_computes_every_part_with_few_programs(columns: int, m
 
 @needs_triton
 @pytest.mark.parametrize("terms", [False, True])
-def test_splits_have_the_epilogue_once(terms: bool) -> None:
-    """Per-sample scales, bias, time embedding and residual after the splits are added."""
+def test_split_k_has_the_epilogue_once(terms: bool) -> None:
+    """Per-sample scales, bias, time embedding and residual after the partial sums are reduced."""
     x, weight, scale = random_int8(3, 128, 4, 5), random_int8(40, 3, 3, 128), random_scale(40)
     x_scale = random_scale(3)
     bias, vector, residual = torch.randn(40), torch.randn(3, 40), torch.randn(3, 40, 4, 5)
@@ -135,17 +135,17 @@ def test_splits_have_the_epilogue_once(terms: bool) -> None:
     arguments = x, x_scale, weight, scale, *added, *GEOMETRY, torch.float32
     backend = Backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     outs = []
-    for splits in (1, 3, 8):
-        with configurations.forced(Tile(64, 64, 64, 4, 3, splits=splits)):
+    for split_k in (1, 3, 8):
+        with tile_choice.forced(Tile(64, 64, 64, 4, 3, split_k=split_k)):
             outs.append(backend.call("conv2d_w8a8", *arguments))
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
 
 
 @needs_triton
-def test_without_tma_everything_is_read_by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configurations, "gpu_of", lambda _: Gpu("", 80, 108))
-    monkeypatch.setattr(launch, "TensorDescriptor", None)
+def test_without_tma_everything_is_gathered_by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_choice, "gpu_of", lambda _: Gpu("", 80, 108))
+    monkeypatch.setattr(gemm_launch, "TensorDescriptor", None)
     monkeypatch.setattr(convolution, "TensorDescriptor", None)
     backend = Backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     x, weight = random_int8(70, 96), random_int8(40, 96)

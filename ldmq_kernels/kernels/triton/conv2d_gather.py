@@ -1,7 +1,7 @@
-"""The general implicit-GEMM convolution: any stride, padding, dilation, groups, kernel and channels, by pointers.
+"""The general implicit-GEMM convolution, which gathers its input by pointers: any geometry, groups and channels.
 
 For what descriptors cannot read, and for GPUs without TMA. The main loop goes over taps and blocks of channels;
-of few channels, over both at once, so that 9 taps of 4 channels are a depth of 36 and not of 9 blocks.
+of few channels, over both at once, so that 9 taps of 4 channels are a K of 36 and not of 9 blocks.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.candidates import Tile
-from ldmq_kernels.kernels.triton.convolution import Convolution
-from ldmq_kernels.kernels.triton.launch import Epilogue, partial_sums
+from ldmq_kernels.kernels.triton.convolution import ConvShape
+from ldmq_kernels.kernels.triton.epilogue import Epilogue
+from ldmq_kernels.kernels.triton.launch import dot_dtype
 from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program, unpack_int4
+from ldmq_kernels.kernels.triton.tile_tables import Tile
 
 FEW_CHANNELS = 32
 
@@ -45,38 +46,38 @@ def _load_weight(
     tap: tl.tensor,
     block: tl.tensor,
     taps: tl.tensor,
-    tap_depth: tl.tensor,
+    tap_length: tl.tensor,
     blocks: tl.tensor,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
 ) -> tl.tensor:
-    """(BLOCK_N, BLOCK_K) of the weight under one tap, as the product takes it."""
+    """(BLOCK_N, BLOCK_K) of the weight under one tap, as tl.dot takes it."""
     row = column.to(tl.int64)[:, None] * taps + tap
     if multiplier_ptr is not None:
         byte = block * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-        mask = column_mask[:, None] & (byte < tap_depth)[None, :]
-        packed = tl.load(weight_ptr + row * tap_depth + byte[None, :], mask=mask, other=0)
+        mask = column_mask[:, None] & (byte < tap_length)[None, :]
+        packed = tl.load(weight_ptr + row * tap_length + byte[None, :], mask=mask, other=0)
         multiplier = tl.load(multiplier_ptr + row * blocks + block, mask=column_mask[:, None], other=0)
         weight = unpack_int4(packed) * multiplier.to(tl.int8)
     else:
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = column_mask[:, None] & (k < tap_depth)[None, :]
-        weight = tl.load(weight_ptr + row * tap_depth + k[None, :], mask=mask, other=0)
+        mask = column_mask[:, None] & (k < tap_length)[None, :]
+        weight = tl.load(weight_ptr + row * tap_length + k[None, :], mask=mask, other=0)
     return weight.to(DOT)
 
 
 @triton.jit
-def _convolve(
+def _gather_conv2d(
     x_ptr: tl.tensor,  # (N, H, W, C) int8 or floating
     x_scale_ptr: tl.tensor,  # (1,) or (N,) float32, or None
-    weight_ptr: tl.tensor,  # (K, R, S, tap_depth) int8
+    weight_ptr: tl.tensor,  # (K, R, S, tap_length) int8
     multiplier_ptr: tl.tensor,  # (K, R, S, groups of BLOCK_K) uint8 where the weight holds int4, or None
     weight_scale_ptr: tl.tensor,  # (K,) float32
     bias_ptr: tl.tensor,  # (K,) floating, or None
-    vector_ptr: tl.tensor,  # (N, K) floating, or None
+    sample_bias_ptr: tl.tensor,  # (N, K) floating, or None
     residual_ptr: tl.tensor,  # (N, P, Q, K) floating, or None
-    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLITS, N, P, Q, K) int32
-    rows: tl.tensor,
+    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLIT_K, N, P, Q, K) int32
+    m: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
     out_height: tl.tensor,
@@ -91,47 +92,45 @@ def _convolve(
     padding_w: tl.tensor,
     dilation_h: tl.tensor,
     dilation_w: tl.tensor,
-    tap_depth: tl.tensor,  # group_channels, or the bytes of as many int4
+    tap_length: tl.tensor,  # group_channels, or the bytes of as many int4
     R: tl.constexpr,
     S: tl.constexpr,
     UPSAMPLE: tl.constexpr,
-    FLAT: tl.constexpr,  # few channels: taps and channels are one depth
-    DOT: tl.constexpr,  # int8, or the dtype of a floating product
+    FLAT: tl.constexpr,  # few channels: taps and channels are one K
+    DOT: tl.constexpr,  # int8, or the dtype of a floating tl.dot
     ONE_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
 ) -> None:
     group = tl.program_id(2)
-    tile_rows, tile_columns = tl.cdiv(rows, BLOCK_M), tl.cdiv(group_out_channels, BLOCK_N)
+    tile_rows, tile_columns = tl.cdiv(m, BLOCK_M), tl.cdiv(group_out_channels, BLOCK_N)
     tile_row, tile_column = tile_of_program(tl.program_id(0), tile_rows, tile_columns)
     row = tile_row.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = row < rows
+    row_mask = row < m
     first_column = group * group_out_channels + tile_column * BLOCK_N
     last_column = (group + 1) * group_out_channels
     column = first_column + tl.arange(0, BLOCK_N)
     sample, h, w = receptive_field(row, out_height, out_width, stride_h, stride_w, padding_h, padding_w)
-    depth = R * S * group_channels
+    k = R * S * group_channels
     blocks = tl.cdiv(group_channels, BLOCK_K)
-    steps = tl.cdiv(depth, BLOCK_K) if FLAT else R * S * blocks
-    split_steps = tl.cdiv(steps, SPLITS)
+    steps = tl.cdiv(k, BLOCK_K) if FLAT else R * S * blocks
+    split_steps = tl.cdiv(steps, SPLIT_K)
     start = tl.program_id(1) * split_steps
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if tl.int8 == DOT else tl.float32)
     for step in range(start, min(start + split_steps, steps)):
         if FLAT:
-            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            tap = (k // group_channels)[None, :]
+            index = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            tap = (index // group_channels)[None, :]
             h_k, w_k = h[:, None] + tap // S * dilation_h, w[:, None] + tap % S * dilation_w
-            channel, mask = (group * group_channels + k % group_channels)[None, :], (k < depth)[None, :]
-            weight = _load_weight(
-                weight_ptr, None, column, column < last_column, 0, step, 1, depth, blocks, BLOCK_K, DOT
-            )
+            channel, mask = (group * group_channels + index % group_channels)[None, :], (index < k)[None, :]
+            weight = _load_weight(weight_ptr, None, column, column < last_column, 0, step, 1, k, blocks, BLOCK_K, DOT)
         else:
             tap, block = step // blocks, step % blocks
-            k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            index = block * BLOCK_K + tl.arange(0, BLOCK_K)
             h_k, w_k = (h + tap // S * dilation_h)[:, None], (w + tap % S * dilation_w)[:, None]
-            channel, mask = (group * group_channels + k)[None, :], (k < group_channels)[None, :]
+            channel, mask = (group * group_channels + index)[None, :], (index < group_channels)[None, :]
             weight = _load_weight(
                 weight_ptr,
                 multiplier_ptr,
@@ -140,7 +139,7 @@ def _convolve(
                 tap,
                 block,
                 R * S,
-                tap_depth,
+                tap_length,
                 blocks,
                 BLOCK_K,
                 DOT,
@@ -152,12 +151,12 @@ def _convolve(
             accumulator = tl.dot(x, weight.T, accumulator, out_dtype=tl.int32)
         else:
             accumulator = tl.dot(x.to(DOT), weight.T, accumulator, input_precision="ieee")
-    terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, vector_ptr, residual_ptr)
+    terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, sample_bias_ptr, residual_ptr)
     store_tile(
         accumulator,
         terms,
         out_ptr,
-        rows,
+        m,
         out_channels,
         row,
         sample,
@@ -165,39 +164,46 @@ def _convolve(
         first_column,
         last_column,
         ONE_SCALE,
-        SPLITS,
+        SPLIT_K,
     )
 
 
-def convolve_by_pointers(
-    conv: Convolution,
+def gather_conv2d(
+    conv: ConvShape,
     tile: Tile,
     x: Tensor,
     weight: Tensor,
     multiplier: Tensor | None,
     epilogue: Epilogue,
     out: Tensor,
-    dot: tl.dtype,
 ) -> None:
-    """Launch on x (N, C, H, W), channels_last, and a weight (K, R, S, depth) with its group multipliers, if int4."""
-    target = partial_sums(out, tile, conv.rows, conv.out_channels)
-    grid = (tile.programs(conv.rows, conv.group_out_channels), tile.splits, conv.groups)
-    _convolve[grid](
+    """Launch the kernel.
+
+    Args:
+        conv: the sizes.
+        tile: the tile.
+        x: (N, C, H, W) int8 or floating, channels_last.
+        weight: (K, R, S, C / groups) int8, or (K, R, S, bytes) int8 holding int4.
+        multiplier: (K, R, S, weight groups) uint8, of an int4 weight.
+        epilogue: the epilogue's operands, expanded.
+        out: (N, K, P, Q) floating, channels_last, or (split_k, N * P * Q, K) int32.
+    """
+    grid = (tile.programs(conv.m, conv.group_out_channels), tile.split_k, conv.groups)
+    _gather_conv2d[grid](
         x,
         epilogue.x_scale,
         weight,
         multiplier,
         *epilogue[1:],
-        target,
-        *conv.arguments(),
+        out,
+        *conv.gather_sizes(),
         weight.shape[-1],
         R=conv.kernel_size[0],
         S=conv.kernel_size[1],
         UPSAMPLE=conv.upsample,
         FLAT=multiplier is None and conv.group_channels < FEW_CHANNELS,
-        DOT=dot,
+        DOT=dot_dtype(x),
         ONE_SCALE=epilogue.has_one_scale,
+        SPLIT_K=tile.split_k,
         **tile.options(),
-        SPLITS=tile.splits,
     )
-    epilogue.finish(target, out, conv.rows, conv.out_channels, conv.out_size[0] * conv.out_size[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.candidates import Tile
+from ldmq_kernels.kernels.triton.tile_tables import Tile
 
 F16, F32, I8, U8 = torch.float16, torch.float32, torch.int8, torch.uint8
 

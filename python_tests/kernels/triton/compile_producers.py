@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.candidates import Tile
+from ldmq_kernels.kernels.triton.tile_tables import Tile
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 

@@ -30,9 +30,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ldmq_kernels.kernels import triton as triton_backend
 from ldmq_kernels.kernels.gpu import Gpu
-from ldmq_kernels.kernels.triton import configurations
-from ldmq_kernels.kernels.triton.candidates import CANDIDATES, Tile, family
-from python_tests.kernels import compile_conv2d, compile_linear, compile_producers
+from ldmq_kernels.kernels.triton import tile_choice
+from ldmq_kernels.kernels.triton.tile_tables import TILES, Tile, family
+from python_tests.kernels.triton import compile_conv2d, compile_linear, compile_producers
 
 TYPES = {
     torch.float16: "fp16",
@@ -137,24 +137,24 @@ def compile_call(op: str, case: str, arguments: tuple, tile: Tile | None, capabi
         identity = {"op": op, "case": case, "kernel": kernel.__name__, "capability": capability, "tile": blocks}
         rows.append(identity | inspect(compiled))
 
-    given = contextlib.nullcontext() if tile is None else configurations.forced(tile)
+    given = contextlib.nullcontext() if tile is None else tile_choice.forced(tile)
     with given, mock.patch.object(triton.JITFunction, "run", compile_launch):
         getattr(triton_backend, op)(*arguments)
     return rows
 
 
 def tile_calls(capability: int) -> list[tuple[str, str, tuple, Tile | None]]:
-    """A call for every tile of every table of an architecture; split ones are split in two."""
+    """A call for every tile of every table of an architecture; those that can have split-K also with 2."""
     calls: list[tuple[str, str, tuple, Tile | None]] = []
-    for table, families in CANDIDATES.items():
-        if table.startswith("conv2d") and "pointers" not in table and capability < 90:
+    for table, families in TILES.items():
+        if table.startswith("conv2d") and "gather" not in table and capability < 90:
             continue
         for tile in families[family(capability)]:
             if table.startswith("linear"):
-                given = compile_linear.of_tile(table, tile.rows, tile.columns)
+                given = compile_linear.of_tile(table, tile.m, tile.n)
             else:
-                given = compile_conv2d.of_tile(table, tile.columns, capability >= 90)
-            calls.append((table.split()[0], table, given, replace(tile, splits=2) if tile.splittable else tile))
+                given = compile_conv2d.of_tile(table, tile.n, capability >= 90)
+            calls.append((table.split()[0], table, given, replace(tile, split_k=2) if tile.splittable else tile))
             if tile.splittable:
                 calls.append((table.split()[0], table, given, tile))
     return calls
@@ -166,7 +166,7 @@ def main() -> None:
     report, capabilities = Path(arguments[0]), [int(text) for text in arguments[1:]]
     rows = []
     for capability in capabilities:
-        with mock.patch.object(configurations, "gpu_of", lambda _, gpu=GPUS[capability]: gpu):
+        with mock.patch.object(tile_choice, "gpu_of", lambda _, gpu=GPUS[capability]: gpu):
             for op, case, given, tile in tile_calls(capability) if "--tiles" in sys.argv else CALLS:
                 rows += compile_call(op, case, given, tile, capability)
     for row in rows:

@@ -1,4 +1,4 @@
-"""Which tile a matrix product takes: the one measured for this GPU and shape, or the best estimate of a small table.
+"""Which tile a GEMM takes: the one measured for this GPU and shape, or the best estimate of a small table.
 
 Nothing is measured when an op runs. `ldmq bench --tune` measures and writes the file that `measured` reads;
 without it `estimate` chooses among the table's tiles by how well they fill the GPU.
@@ -12,27 +12,28 @@ import json
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ldmq_kernels.kernels import measurements
+from ldmq_kernels.kernels import measurements, tile_cost
 from ldmq_kernels.kernels.gpu import Gpu, cache_folder, file_name, gpu_of
-from ldmq_kernels.kernels.triton.candidates import CANDIDATES, Tile, family
+from ldmq_kernels.kernels.triton.tile_tables import TILES, Tile, family
 
-SPLITS = (1, 2, 3, 4, 6, 8)
-FEWEST_STEPS = 4  # of a split's main loop
-# in products of one multiprocessor's int8 tensor cores at its full rate, about 4096 a clock
-START_AND_END = 8e6  # filling a tile's pipeline and storing it
-ANOTHER_LAUNCH = 20e6  # adding up the splits
+SPLIT_K = (1, 2, 3, 4, 6, 8)
+FEWEST_STEPS = 4  # of the main loop of each program of split-K
+RATE = tile_cost.INT8_PRODUCTS[90]  # on every GPU: tiles are weighed against each other alone, by their efficiency
+# the words of files of measured tiles that earlier versions wrote
+_EARLIER_FIELDS = {"rows": "m", "columns": "n", "depth": "k", "share": "efficiency", "splits": "split_k"}
+_EARLIER_WORDS = {"pointers": "gather"}
 
 
 class Problem(NamedTuple):
-    """An output of `groups` matrices of rows x columns, each element a sum of `depth` products."""
+    """A GEMM of (m, k) by (n, k), or `groups` of them."""
 
-    rows: int
-    columns: int
-    depth: int
+    m: int
+    n: int
+    k: int
     groups: int = 1
 
     def __str__(self) -> str:
@@ -44,23 +45,43 @@ _override: ContextVar[Chooser | None] = ContextVar("ldmq_triton_tile", default=N
 
 
 def estimate(tile: Tile, problem: Problem, gpu: Gpu) -> float:
-    """Relative time of a tile: waves of programs over the multiprocessors, each as long as its main loop."""
-    programs = tile.programs(problem.rows, problem.columns) * problem.groups * tile.splits
-    waves = -(-programs // gpu.multiprocessors)
-    steps = -(-problem.depth // (tile.depth * tile.splits))
-    work = tile.rows * tile.columns * tile.depth * steps / tile.share
-    return waves * (work + START_AND_END) + (ANOTHER_LAUNCH if tile.splits > 1 else 0)
+    """The clocks that a tile is expected to take; its efficiency counts for what its loads delay it."""
+    programs = tile.programs(problem.m, problem.n) * problem.groups * tile.split_k
+    steps = -(-problem.k // (tile.k * tile.split_k))
+    clocks_of_step = tile_cost.step_clocks(tile.m * tile.n * tile.k, RATE * tile.efficiency)
+    reduction = tile_cost.REDUCTION_LAUNCH if tile.split_k > 1 else 0.0
+    return tile_cost.gemm_clocks(
+        programs, gpu.multiprocessors, steps, clocks_of_step, tile_cost.FILL_AND_STORE, reduction
+    )
 
 
 def candidates(op: str, problem: Problem, gpu: Gpu) -> list[Tile]:
-    """The table's tiles for an op on this architecture, each also split along the depth where it can be."""
-    tiles = CANDIDATES[op][family(gpu.capability)]
+    """The table's tiles for an op on this architecture, each also with split-K where it can have it."""
     return [
-        replace(tile, splits=splits)
-        for tile in tiles
-        for splits in (SPLITS if tile.splittable else (1,))
-        if splits == 1 or problem.depth >= splits * FEWEST_STEPS * tile.depth
+        replace(tile, split_k=split_k)
+        for tile in TILES[op][family(gpu.capability)]
+        for split_k in (SPLIT_K if tile.splittable else (1,))
+        if split_k == 1 or problem.k >= split_k * FEWEST_STEPS * tile.k
     ]
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether descriptors pay: elsewhere Triton makes pointers of them, whose strides it does not know."""
+    return gpu_of(device).capability >= 90
+
+
+def tile_of(fields: dict[str, Any]) -> Tile:
+    """A tile as a file of measurements has it, also one that an earlier version wrote.
+
+    Raises:
+        TypeError: a field is missing or unknown.
+    """
+    return Tile(**{_EARLIER_FIELDS.get(name, name): value for name, value in fields.items()})
+
+
+def current_key(key: str) -> str:
+    """A file's "op problem" in the words of this version."""
+    return " ".join(_EARLIER_WORDS.get(word, word) for word in key.split(" "))
 
 
 @measurements.emptied_by_forget
@@ -76,7 +97,7 @@ def measured(gpu: Gpu) -> dict[str, Tile]:
         if path.exists():
             try:
                 found = json.loads(path.read_text())["tiles"]
-                tiles |= {key: Tile(**fields) for key, fields in found.items()}
+                tiles |= {current_key(key): tile_of(fields) for key, fields in found.items()}
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{path} is damaged ({error}): remove it, or run `ldmq bench --tune` again") from None
     return tiles
@@ -105,12 +126,12 @@ def choose(op: str, problem: Problem, device: torch.device) -> Tile:
     return forced or _chosen(op, problem, gpu_of(device))
 
 
-def grid(tile: Tile, tile_rows: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """Programs of a launch over so many tiles of rows, and splits; a persistent tile fills the multiprocessors once."""
-    programs = tile_rows * -(-columns // tile.columns)
+def grid(tile: Tile, tiles_m: int, n: int, device: torch.device) -> tuple[int, int]:
+    """Programs of a launch over `tiles_m` tiles of rows, and split_k; persistent ones fill the multiprocessors once."""
+    programs = tiles_m * -(-n // tile.n)
     if tile.persistent:
         programs = min(programs, gpu_of(device).multiprocessors)
-    return programs, tile.splits
+    return programs, tile.split_k
 
 
 @contextlib.contextmanager

@@ -20,14 +20,14 @@ TILES = (
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 INT8 = {80: "IMMA", 90: "IGMMA", 100: "UTCIMMA IMMA"}
 FLOAT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA HMMA"}
-BY_POINTERS = ("unaligned", "conv_in", "odd extent", "float32")  # what no descriptor can read
+WITHOUT_TMA = ("unaligned", "conv_in", "odd extent", "float32")  # what no descriptor can read
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def compiled(path: Path, *arguments: str) -> list[dict[str, Any]]:
     """What the script reports; its table is printed."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(root)}
     environment.pop("TRITON_INTERPRET", None)
     program = Path(__file__).with_name("compile_triton.py")
@@ -50,9 +50,9 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return compiled(tmp_path_factory.mktemp("triton") / "tiles.json", "--tiles", *map(str, TILES))
 
 
-def products(rows: list[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
-    """The products of the ops whose names end so, without what adds up their splits."""
-    return [row for row in rows if row["op"].endswith(suffix) and row["kernel"] != "add_splits"]
+def gemms(rows: list[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
+    """The GEMMs of the ops whose names end so, without what reduces split-K."""
+    return [row for row in rows if row["op"].endswith(suffix) and row["kernel"] != "reduce_split_k"]
 
 
 def names(rows: list[dict[str, Any]]) -> list[str]:
@@ -78,37 +78,37 @@ def test_every_tile_fits_and_spills_nothing(tiles: list[dict[str, Any]]) -> None
     assert names([row for row in tiles if row["spills"] or row["shared"] > SHARED_LIMIT[row["capability"]]]) == []
 
 
-def test_integer_products_use_the_integer_tensor_cores(report: list[dict[str, Any]]) -> None:
-    rows = products(report, "a8")
+def test_integer_gemms_use_the_integer_tensor_cores(report: list[dict[str, Any]]) -> None:
+    rows = gemms(report, "a8")
     wrong = [row for row in rows if not set(row["instructions"]) & set(INT8[row["capability"]].split())]
     assert len(rows) >= 18 * len(CAPABILITIES)
     assert names(wrong) == []
 
 
 def test_tma_reads_what_it_can(report: list[dict[str, Any]], tiles: list[dict[str, Any]]) -> None:
-    rows = [row for row in (*products(report, "a8"), *products(report, "a16")) if row["capability"] >= 90]
-    wrong = [row for row in rows if bool(row["counts"].get("UTMALDG")) == (row["case"] in BY_POINTERS)]
-    by_pointers = ("unaligned", "pointers", "float32")
+    rows = [row for row in (*gemms(report, "a8"), *gemms(report, "a16")) if row["capability"] >= 90]
+    wrong = [row for row in rows if bool(row["counts"].get("UTMALDG")) == (row["case"] in WITHOUT_TMA)]
+    without_tma = ("unaligned", "gather", "float32")
     wrong += [
         row
         for row in tiles
-        if row["capability"] == 90 and row["kernel"] != "add_splits"
-        if bool(row["counts"].get("UTMALDG")) == any(word in row["case"] for word in by_pointers)
+        if row["capability"] == 90 and row["kernel"] != "reduce_split_k"
+        if bool(row["counts"].get("UTMALDG")) == any(word in row["case"] for word in without_tma)
     ]
     assert names(wrong) == []
 
 
 def test_int8_operands_go_from_shared_memory_to_the_tensor_cores(report: list[dict[str, Any]]) -> None:
     """On sm_90 the loop of a linear touches no register with them; a persistent one has the epilogue in its loop."""
-    rows = [row for row in products(report, "linear_w8a8") if row["capability"] == 90]
-    rows = [row for row in rows if row["case"] not in (*BY_POINTERS, "persistent")]
+    rows = [row for row in gemms(report, "linear_w8a8") if row["capability"] == 90]
+    rows = [row for row in rows if row["case"] not in (*WITHOUT_TMA, "persistent")]
     assert len(rows) >= 5
     assert names([row for row in rows if set(row["loop"]) != {"IGMMA", "UTMALDG"}]) == []
 
 
-def test_transposed_windows_go_from_shared_memory_to_the_tensor_cores(tiles: list[dict[str, Any]]) -> None:
+def test_transposed_image_tiles_go_from_shared_memory_to_the_tensor_cores(tiles: list[dict[str, Any]]) -> None:
     """On sm_90; a persistent one has the epilogue in its loop."""
-    rows = [row for row in products(tiles, "conv2d_w8a8") if row["tile"].endswith("T") and row["capability"] == 90]
+    rows = [row for row in gemms(tiles, "conv2d_w8a8") if row["tile"].endswith("T") and row["capability"] == 90]
     plain = [row for row in rows if "STS" not in row["loop"]]
     assert len(plain) >= 8
     assert len(rows) - len(plain) <= 5
@@ -116,22 +116,22 @@ def test_transposed_windows_go_from_shared_memory_to_the_tensor_cores(tiles: lis
 
 
 def test_no_operand_makes_a_round_trip_through_shared_memory(report: list[dict[str, Any]]) -> None:
-    """On sm_90 windows on the left are loaded into registers, as are weights to be unpacked: nothing is stored."""
+    """On sm_90 image tiles as operand A are loaded into registers, as are weights to be unpacked: nothing is stored."""
     ops = ("conv2d_w8a8", "linear_w4a8", "conv2d_w4a8", "linear_w8a16", "linear_w4a16", "conv2d_w8a16")
-    rows = [row for op in ops for row in products(report, op) if row["capability"] == 90]
-    rows = [row for row in rows if row["case"] not in BY_POINTERS]
+    rows = [row for op in ops for row in gemms(report, op) if row["capability"] == 90]
+    rows = [row for row in rows if row["case"] not in WITHOUT_TMA]
     assert len(rows) >= 10
     assert names([row for row in rows if row["loop"].get("STS") or not row["loop"]]) == []
 
 
-def test_16_bit_products_use_the_tensor_cores(report: list[dict[str, Any]]) -> None:
-    rows = [row for row in products(report, "a16") if row["case"] == "main"]
+def test_16_bit_gemms_use_the_tensor_cores(report: list[dict[str, Any]]) -> None:
+    rows = [row for row in gemms(report, "a16") if row["case"] == "main"]
     wrong = [row for row in rows if not set(row["instructions"]) & set(FLOAT[row["capability"]].split())]
     assert len(rows) == 3 * len(CAPABILITIES)
     assert names(wrong) == []
 
 
-def test_exact_float32_products_and_quantizers_use_none(report: list[dict[str, Any]]) -> None:
+def test_exact_float32_gemms_and_quantizers_use_none(report: list[dict[str, Any]]) -> None:
     rows = [row for row in report if "quantize" in row["op"] or row["case"] == "float32"]
     assert names([row for row in rows if row["instructions"]]) == []
 

@@ -1,4 +1,4 @@
-"""Which tile a product takes: by measurement, or else by the estimate over a small table."""
+"""Which tile a GEMM takes: by measurement, or else by the estimate over a small table."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from ldmq_kernels.kernels import measurements
 from ldmq_kernels.kernels.gpu import Gpu, file_name
-from ldmq_kernels.kernels.triton import configurations
-from ldmq_kernels.kernels.triton.candidates import CANDIDATES, FAMILIES, Tile, family
-from ldmq_kernels.kernels.triton.configurations import Problem
+from ldmq_kernels.kernels.triton import tile_choice
+from ldmq_kernels.kernels.triton.tile_choice import Problem
+from ldmq_kernels.kernels.triton.tile_tables import FAMILIES, TILES, Tile, family
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 HOPPER = Gpu("NVIDIA H200", 90, 132)
@@ -24,42 +24,42 @@ CPU = torch.device("cpu")
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder of measured tiles, forgotten afterwards."""
     monkeypatch.setenv("LDMQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(configurations, "gpu_of", lambda _: HOPPER)
+    monkeypatch.setattr(tile_choice, "gpu_of", lambda _: HOPPER)
     measurements.forget()
     yield tmp_path
     measurements.forget()
 
 
 def chosen(op: str, *problem: int) -> Tile:
-    return configurations.choose(op, Problem(*problem), CPU)
+    return tile_choice.choose(op, Problem(*problem), CPU)
 
 
 @pytest.mark.parametrize("problem", [(2048, 1280, 1280), (8192, 640, 2560), (32768, 320, 2880)])
 def test_widths_of_latent_diffusion_take_160_columns_on_132_multiprocessors(problem: tuple[int, ...]) -> None:
-    assert chosen("linear_w8a8", *problem).columns == 160
+    assert chosen("linear_w8a8", *problem).n == 160
 
 
 @pytest.mark.parametrize("problem", [(128, 1280, 11520), (512, 1280, 11520)])
 def test_few_tiles_of_a_long_sum_are_split(problem: tuple[int, ...]) -> None:
     tile = chosen("conv2d_w8a8", *problem)
-    assert tile.splits > 1
-    assert tile.programs(*problem[:2]) * tile.splits <= 2 * HOPPER.multiprocessors
+    assert tile.split_k > 1
+    assert tile.programs(*problem[:2]) * tile.split_k <= 2 * HOPPER.multiprocessors
 
 
 def test_a_long_sum_that_fills_the_gpu_is_not_split() -> None:
-    assert chosen("linear_w8a8", 8192, 5120, 640).splits == 1
+    assert chosen("linear_w8a8", 8192, 5120, 640).split_k == 1
 
 
 def test_few_rows_take_a_short_tile() -> None:
-    assert chosen("linear_w8a8", 2, 1280, 320).rows <= 64
+    assert chosen("linear_w8a8", 2, 1280, 320).m <= 64
 
 
 def test_persistence_is_chosen_by_measurement_only(own_cache: Path) -> None:
     problem = Problem(8192, 5120, 640)
-    tiles = configurations.candidates("linear_w8a8", problem, HOPPER)
+    tiles = tile_choice.candidates("linear_w8a8", problem, HOPPER)
     persistent = next(tile for tile in tiles if tile.persistent)
     assert not chosen("linear_w8a8", *problem[:3]).persistent
-    file = configurations.as_file({f"linear_w8a8 {problem}": persistent}, {"gpu": HOPPER.name})
+    file = tile_choice.as_file({f"linear_w8a8 {problem}": persistent}, {"gpu": HOPPER.name})
     (own_cache / file_name(HOPPER)).write_bytes(file)
     measurements.forget()
     assert chosen("linear_w8a8", *problem[:3]) == persistent
@@ -77,7 +77,7 @@ def test_a_damaged_file_says_what_to_do(own_cache: Path, content: str) -> None:
 def test_a_forced_tile_is_taken_inside_its_block_only() -> None:
     tile = Tile(64, 64, 64, 4, 2)
     before = chosen("linear_w8a8", 8192, 5120, 640)
-    with configurations.forced(tile):
+    with tile_choice.forced(tile):
         assert chosen("linear_w8a8", 8192, 5120, 640) is tile
     assert chosen("linear_w8a8", 8192, 5120, 640) == before
 
@@ -85,20 +85,20 @@ def test_a_forced_tile_is_taken_inside_its_block_only() -> None:
 def test_every_op_has_candidates_on_every_family_for_every_size() -> None:
     gpus = [Gpu("", capability, 100) for capability in (80, 86, 89, 90, 100, 120)]
     assert {family(gpu.capability) for gpu in gpus} == set(FAMILIES)
-    for op, table in CANDIDATES.items():
-        by_windows = op in ("conv2d_w8a8", "conv2d_w4a8", "conv2d_w8a16")
-        assert set(table) == set(FAMILIES) - ({"80"} if by_windows else set())
-        for gpu in gpus[by_windows:]:
+    for op, table in TILES.items():
+        is_tma_tiled = op in ("conv2d_w8a8", "conv2d_w4a8", "conv2d_w8a16")
+        assert set(table) == set(FAMILIES) - ({"80"} if is_tma_tiled else set())
+        for gpu in gpus[is_tma_tiled:]:
             for problem in (Problem(1, 1, 1), Problem(10**6, 10240, 23040), Problem(77, 4, 2880, groups=3)):
-                tiles = [t for t in configurations.candidates(op, problem, gpu) if not t.persistent]
+                tiles = [t for t in tile_choice.candidates(op, problem, gpu) if not t.persistent]
                 assert tiles
-                assert all(configurations.estimate(tile, problem, gpu) > 0 for tile in tiles)
+                assert all(tile_choice.estimate(tile, problem, gpu) > 0 for tile in tiles)
 
 
 def test_a_persistent_tile_starts_no_more_programs_than_multiprocessors() -> None:
     tile = Tile(128, 128, 128, 8, 4, persistent=True)
-    assert configurations.grid(tile, 64, 5120, CPU) == (132, 1)
-    assert configurations.grid(tile, 1, 256, CPU) == (2, 1)
+    assert tile_choice.grid(tile, 64, 5120, CPU) == (132, 1)
+    assert tile_choice.grid(tile, 1, 256, CPU) == (2, 1)
 
 
 def test_a_file_is_named_after_its_gpu() -> None:
