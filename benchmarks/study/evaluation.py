@@ -32,7 +32,8 @@ from ldmq_kernels.calibration.trajectory import (
 from ldmq_kernels.demo import scenes
 from ldmq_kernels.demo.evaluator import Evaluator, attributes_right
 from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions, held_out_captions
-from ldmq_kernels.planning.planner import HELD_OUT_SEED, split_prompts
+from ldmq_kernels.planning.planner import HELD_OUT_SEED
+from ldmq_kernels.planning.request import split_prompts
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise
 
 TEST_SEED = 2_000_003  # of pictures, far from those of calibration and of the planner's check

@@ -16,7 +16,7 @@ from ldmq_kernels.calibration.ranges import ALL_STEPS, static_scale
 from ldmq_kernels.conversion import quantize
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme, parse_schemes
 from ldmq_kernels.numerics.smoothing import smoothing_vector
-from ldmq_kernels.planning.planner import plan_from_analysis
+from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.plans.cost import choice_bytes, weight_bytes
 from ldmq_kernels.plans.layers import kind_of, quantizable_layers
@@ -199,7 +199,7 @@ class OwnPlans:
     ) -> Plan:
         analysis = replace(self.analysis, candidates=candidates)
         unet, held_out = self.setup.unet, self.setup.held_out
-        return plan_from_analysis(unet, analysis, held_out, target, formats, signals=tuple(signals)).plan
+        return Session(unet, analysis, held_out, formats, signals=tuple(signals)).plan(target).plan
 
 
 @functools.cache

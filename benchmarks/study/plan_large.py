@@ -33,7 +33,9 @@ from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.trajectory import SamplingSettings, record_trajectory
 from ldmq_kernels.demo.run import calibration_captions
 from ldmq_kernels.numerics.formats import parse_schemes
-from ldmq_kernels.planning.planner import DEFAULT_FORMATS, HELD_OUT_SEED, plan_from_analysis, split_prompts
+from ldmq_kernels.planning.planner import HELD_OUT_SEED
+from ldmq_kernels.planning.request import DEFAULT_FORMATS, split_prompts
+from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.sensitivity.analysis import analyze
 
@@ -113,7 +115,7 @@ def measured(pipe: Any, prompts: list[str], target: Target, settings: SamplingSe
         settings.num_inference_steps, settings.guidance_scale, HELD_OUT_SEED, settings.height, settings.width
     )
     held_out = record_trajectory(pipe, verified_on, others, show=True)
-    result = plan_from_analysis(pipe.unet, analysis, held_out, target, DEFAULT_FORMATS)
+    result = Session(pipe.unet, analysis, held_out, DEFAULT_FORMATS).plan(target)
     mark("plan")
     found = result.plan.measured
     stages = [later - earlier for earlier, later in itertools.pairwise(marks)]

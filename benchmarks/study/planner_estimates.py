@@ -27,7 +27,9 @@ from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, range_drift
 from ldmq_kernels.calibration.trajectory import SamplingSettings
 from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions
 from ldmq_kernels.numerics.formats import parse_schemes
-from ldmq_kernels.planning.planner import Target, make_plan, split_prompts
+from ldmq_kernels.planning.planner import make_plan
+from ldmq_kernels.planning.request import PlanRequest, split_prompts
+from ldmq_kernels.planning.target import Target
 from ldmq_kernels.sensitivity.analysis import ALL, Analysis, analyze
 from ldmq_kernels.sensitivity.candidates import PLAIN, Method
 from ldmq_kernels.sensitivity.output_noise import finite_db
@@ -108,7 +110,9 @@ def plans(pipe: Any, prompts: list[str], settings: SamplingSettings) -> list[dic
     rows = []
     for formats, target in PLANS:
         began = time.perf_counter()
-        measured = make_plan(pipe, prompts, Target(sqnr_db=target), formats=formats, settings=settings).plan.measured
+        measured = make_plan(
+            pipe, PlanRequest(prompts, Target(sqnr_db=target), formats, settings=settings)
+        ).plan.measured
         rows.append(
             {
                 "op": "plan",

@@ -14,6 +14,11 @@ from ldmq_kernels.plans.layers import quantizable_layers
 ROWS_PER_CALL = 512
 
 
+def hessian_bytes(layer: nn.Linear | nn.Conv2d) -> int:
+    """Bytes of the second moments of a layer's inputs: (K, K) float32."""
+    return 4 * layer.weight[0].numel() ** 2
+
+
 def second_moments(
     model: nn.Module, trajectory: Trajectory, layers: Sequence[str], *, rows_per_call: int = ROWS_PER_CALL
 ) -> dict[str, Tensor]:

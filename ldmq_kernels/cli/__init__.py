@@ -14,11 +14,11 @@ from typing import Annotated
 import typer
 
 from ldmq_kernels.cli.options import (
+    DEFAULT_FORMATS,
     Calibration,
     DryRun,
     Dtype,
     Formats,
-    Front,
     Guidance,
     Height,
     Hybrid,
@@ -26,6 +26,7 @@ from ldmq_kernels.cli.options import (
     OptionalPlan,
     OptionalPrompts,
     OptionalTarget,
+    Pareto,
     Prompts,
     Seed,
     Signals,
@@ -36,7 +37,8 @@ from ldmq_kernels.cli.options import (
     Times,
     Width,
     WorkDir,
-    needed,
+    names_in,
+    require_out,
     sampling,
 )
 
@@ -106,16 +108,16 @@ def demo(
 def plan(
     model: Model,
     prompts: Prompts,
-    out: Annotated[Path | None, typer.Option(help="The plan file to write; with --front, a new folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The plan file to write; with --pareto, a new folder.")] = None,
     target_sqnr: OptionalTarget = None,
     target_bytes: TargetBytes = None,
     target_ms: TargetMs = None,
     target_layers: TargetLayers = None,
-    front: Front = False,
+    pareto: Pareto = False,
     times: Times = False,
     signals: Signals = "sqnr",
     hybrid: Hybrid = 0.0,
-    formats: Formats = None,
+    formats: Formats = DEFAULT_FORMATS,
     calibration: Calibration = "first-step",
     steps: Steps = 20,
     guidance: Guidance = 7.5,
@@ -133,23 +135,33 @@ def plan(
 
     With --dry-run nothing is measured: it tells what each format would make of the model.
     """
-    from ldmq_kernels.cli.method import Wishes, preview, run_front, run_plan, target_of
+    from ldmq_kernels.cli.method import preview, run_pareto, run_plan, target_of
     from ldmq_kernels.cli.models import read_prompts
+    from ldmq_kernels.planning.request import PlanRequest
 
     limits = (target_sqnr, target_bytes, target_ms, target_layers)
-    if front and any(limit is not None for limit in limits):
-        raise typer.BadParameter("give either --front or targets: a front holds plans for all of them")
-    target = None if front else target_of(*limits)
-    place = needed(out, dry_run=dry_run)
-    texts = read_prompts(prompts)
+    if pareto and any(limit is not None for limit in limits):
+        raise typer.BadParameter("give either --pareto or targets: a Pareto front holds plans for all of them")
+    target = None if pareto else target_of(*limits)
+    place = require_out(out, dry_run=dry_run)
+    request = PlanRequest(
+        read_prompts(prompts),
+        target,
+        formats=names_in(formats),
+        calibration_mode=calibration,
+        settings=sampling(steps, guidance, seed, height, width),
+        signals=names_in(signals),
+        hybrid=hybrid,
+        time_layers=times,
+        work_dir=work,
+        show=True,
+    )
     if dry_run:
-        preview(model, formats, len(texts))
-        return
-    wishes = Wishes(formats, calibration, sampling(steps, guidance, seed, height, width), signals, hybrid, work, times)
-    if target is None:
-        run_front(model, texts, place, wishes, dtype)
+        preview(model, request)
+    elif pareto:
+        run_pareto(model, request, place, dtype)
     else:
-        run_plan(model, texts, target, place, wishes, dtype)
+        run_plan(model, request, place, dtype)
 
 
 @app.command()
@@ -161,7 +173,7 @@ def quantize(
     plan: OptionalPlan = None,
     prompts: OptionalPrompts = None,
     target_sqnr: OptionalTarget = None,
-    formats: Formats = None,
+    formats: Formats = DEFAULT_FORMATS,
     calibration: Calibration = "first-step",
     steps: Steps = 20,
     guidance: Guidance = 7.5,
@@ -176,10 +188,11 @@ def quantize(
     The result loads with diffusers' own from_pretrained after `import ldmq_kernels`. With --dry-run the
     plan is made all the same, and nothing is written.
     """
-    from ldmq_kernels.cli.method import quantize_by_plan, quantize_by_prompts
+    from ldmq_kernels.cli.method import quantize_by_plan, quantize_by_prompts, target_of
     from ldmq_kernels.cli.models import read_prompts
+    from ldmq_kernels.planning.request import PlanRequest
 
-    place = needed(out, dry_run=dry_run)
+    place = require_out(out, dry_run=dry_run)
     if plan is not None:
         if prompts is not None or target_sqnr is not None:
             raise typer.BadParameter("give either --plan, or --prompts and --target-sqnr")
@@ -187,10 +200,15 @@ def quantize(
         return
     if prompts is None or target_sqnr is None:
         raise typer.BadParameter("give --plan FILE, or --prompts FILE with --target-sqnr DB")
-    settings = sampling(steps, guidance, seed, height, width)
-    quantize_by_prompts(
-        model, read_prompts(prompts), target_sqnr, place, formats, calibration, settings, dtype, dry_run=dry_run
+    request = PlanRequest(
+        read_prompts(prompts),
+        target_of(target_sqnr),
+        formats=names_in(formats),
+        calibration_mode=calibration,
+        settings=sampling(steps, guidance, seed, height, width),
+        show=True,
     )
+    quantize_by_prompts(model, request, place, dtype, dry_run=dry_run)
 
 
 @app.command()
@@ -201,8 +219,10 @@ def analyze(
     target_sqnr: Annotated[
         float, typer.Option(help="SQNR of the UNet output in dB that the plan on the page must reach.", metavar="DB")
     ] = 38.0,
-    front: Annotated[bool, typer.Option("--front", help="Show plans of all sizes too, each run and measured.")] = False,
-    formats: Formats = None,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Show plans of all sizes too, each run and measured.")
+    ] = False,
+    formats: Formats = DEFAULT_FORMATS,
     calibration: Calibration = "first-step",
     steps: Steps = 20,
     guidance: Guidance = 7.5,
@@ -212,12 +232,19 @@ def analyze(
     dtype: Dtype = "float32",
 ) -> None:
     """Measure what quantizing each layer of MODEL does to its output, and show it on a page."""
-    from ldmq_kernels.cli.method import run_analyze
+    from ldmq_kernels.cli.method import run_analyze, target_of
     from ldmq_kernels.cli.models import read_prompts
+    from ldmq_kernels.planning.request import PlanRequest
 
-    settings = sampling(steps, guidance, seed, height, width)
-    texts = read_prompts(prompts)
-    run_analyze(model, texts, target_sqnr, out, formats, calibration, settings, dtype, with_front=front)
+    request = PlanRequest(
+        read_prompts(prompts),
+        target_of(target_sqnr),
+        formats=names_in(formats),
+        calibration_mode=calibration,
+        settings=sampling(steps, guidance, seed, height, width),
+        show=True,
+    )
+    run_analyze(model, request, out, dtype, with_pareto=pareto)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +12,17 @@ import typer
 from rich.console import Console
 
 import ldmq_kernels
-from ldmq_kernels.calibration.trajectory import SamplingSettings, denoiser
+from ldmq_kernels.calibration.trajectory import denoiser
 from ldmq_kernels.cli.models import load, load_pipeline, load_structure, to_stored_dtype
-from ldmq_kernels.cli.options import parse_formats
 from ldmq_kernels.conversion import quantize, summarize
 from ldmq_kernels.files import whole_folder, write_whole
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
-from ldmq_kernels.planning.choice import MOST_DB, SQNR
-from ldmq_kernels.planning.front import FrontPoint, front
-from ldmq_kernels.planning.planner import HELD_OUT_SEED, Target, analyzed, make_plan, measure_layers, split_prompts
+from ldmq_kernels.planning.choice import MOST_DB
+from ldmq_kernels.planning.pareto import ParetoPoint, pareto_front
+from ldmq_kernels.planning.planner import held_out_settings, make_plan, open_session
+from ldmq_kernels.planning.request import PlanRequest
 from ldmq_kernels.planning.session import Session
+from ldmq_kernels.planning.target import Target
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import kind_of, quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
@@ -32,42 +33,22 @@ if TYPE_CHECKING:
     from ldmq_kernels.report.page import Fact, Report
 
 PICTURES = 8
-SSIM = "ssim"
 
 console = Console()
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """How a plan is made, beside its target."""
+def target_of(
+    sqnr_db: float | None, size: int | None = None, milliseconds: float | None = None, layers: int | None = None
+) -> Target:
+    """The target of the limits that were given.
 
-    formats: str | None
-    calibration: str
-    settings: SamplingSettings
-    signals: str = SQNR
-    hybrid: float = 0.0
-    work: Path | None = None
-    times: bool = False
-
-    @property
-    def signal_names(self) -> tuple[str, ...]:
-        """The names in --signals.
-
-        Raises:
-            ValueError: one of them is unknown, or "sqnr" is missing.
-        """
-        names = tuple(name.strip() for name in self.signals.split(",") if name.strip())
-        if SQNR not in names or set(names) - {SQNR, SSIM}:
-            raise ValueError(f"--signals {self.signals!r}: give {SQNR}, or {SQNR},{SSIM}")
-        return names
-
-
-def target_of(sqnr_db: float | None, size: int | None, milliseconds: float | None, layers: int | None) -> Target:
-    """The limits that were given."""
+    Raises:
+        typer.BadParameter: none was given.
+    """
     if all(limit is None for limit in (sqnr_db, size, milliseconds, layers)):
         raise typer.BadParameter(
             "give a target: --target-sqnr DB, --target-bytes N, --target-ms MS or --target-layers N, or several; "
-            "or --front for plans of all sizes"
+            "or --pareto for plans of all sizes"
         )
     return Target(sqnr_db, size, milliseconds, layers)
 
@@ -78,13 +59,15 @@ def _check_free(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists already and is not empty: choose another place, or remove it")
 
 
-def preview(model: Path, formats: str | None, prompts: int) -> None:
-    """Tell what each scheme would make of the model; nothing runs and nothing is written."""
+def preview(model: Path, request: PlanRequest) -> None:
+    """Print what each scheme would make of the model; nothing runs and nothing is written."""
     from rich.table import Table
 
-    schemes = [s for s in parse_schemes(parse_formats(formats)) if s.quantizes]
+    schemes = [s for s in parse_schemes(request.schemes) if s.quantizes]
     layers = quantizable_layers(load_structure(model)).values()
-    table = Table(title=f"{model}: weights of all quantizable layers, before planning on {prompts} prompts")
+    table = Table(
+        title=f"{model}: weights of all quantizable layers, before planning on {len(request.prompts)} prompts"
+    )
     table.add_column("every layer in")
     for column in ("convolutions", "linears", "bytes before", "bytes after"):
         table.add_column(column, justify="right")
@@ -98,65 +81,37 @@ def preview(model: Path, formats: str | None, prompts: int) -> None:
     console.print("A plan mixes these to meet the target; nothing was written.")
 
 
-def run_plan(model: Path, prompts: list[str], target: Target, out: Path, wishes: Wishes, dtype: str) -> None:
+def run_plan(model: Path, request: PlanRequest, out: Path, dtype: str) -> None:
     """Make a plan and write it."""
-    names, signals = parse_formats(wishes.formats), wishes.signal_names
     pipe = load_pipeline(model, dtype)
-    result = make_plan(
-        pipe,
-        prompts,
-        target,
-        formats=names,
-        calibration_mode=wishes.calibration,
-        settings=wishes.settings,
-        signals=signals,
-        hybrid=wishes.hybrid,
-        time_layers=wishes.times,
-        work_dir=wishes.work,
-        show=True,
-    )
+    result = make_plan(pipe, request)
     result.plan.save(out)
     console.print(summarize(denoiser(pipe), result.plan).table())
     console.print(f"{_reached(result.plan)}\nwritten to {out}")
 
 
-def run_front(model: Path, prompts: list[str], out: Path, wishes: Wishes, dtype: str) -> None:
+def run_pareto(model: Path, request: PlanRequest, out: Path, dtype: str) -> None:
     """Make plans of all sizes, print them as a table, and write them with a table of numbers and a picture."""
-    from ldmq_kernels.report.front import front_csv, front_picture
+    from ldmq_kernels.report.pareto import pareto_csv, pareto_picture
 
-    names, signals = [str(s) for s in parse_schemes(parse_formats(wishes.formats))], wishes.signal_names
     _check_free(out)
-    pipe = load_pipeline(model, dtype)
-    analysis, held_out, verified_on = analyzed(
-        pipe,
-        prompts,
-        names,
-        calibration_mode=wishes.calibration,
-        settings=wishes.settings,
-        signals=signals,
-        work_dir=wishes.work,
-        show=True,
-    )
-    unet = denoiser(pipe)
-    times = measure_layers(unet, analysis, show=True) if wishes.times else None
-    session = Session(unet, analysis, held_out, names, signals=signals, times=times, hybrid=wishes.hybrid)
-    points = front(session, axis="milliseconds" if wishes.times else "bytes", show=True)
+    session = open_session(load_pipeline(model, dtype), request)
+    points = pareto_front(session, axis="milliseconds" if request.time_layers else "bytes", show=request.show)
     with whole_folder(out) as folder:
         for number, point in enumerate(points, 1):
-            point.result.plan.measured["verified_on"] = verified_on
             point.result.plan.save(folder / plan_name(number))
-        write_whole(folder / "front.csv", front_csv(points))
-        write_whole(folder / "front.svg", front_picture(points).encode())
-    console.print(_front_table(points, verified_on))
-    console.print(f"plans, front.csv and front.svg are in {out}")
+        write_whole(folder / "pareto.csv", pareto_csv(points))
+        write_whole(folder / "pareto.svg", pareto_picture(points).encode())
+    console.print(_pareto_table(points, session.verified_on))
+    console.print(f"plans, pareto.csv and pareto.svg are in {out}")
 
 
 def plan_name(number: int) -> str:
-    """The file of a point of a front."""
+    """The file name of a plan of a Pareto front."""
     return f"plan_{number:02}.json"
 
 
-def _front_table(points: list[FrontPoint], verified_on: str) -> Table:
+def _pareto_table(points: list[ParetoPoint], verified_on: str) -> Table:
     from rich.table import Table
 
     timed = any("milliseconds" in point.result.plan.measured for point in points)
@@ -197,25 +152,12 @@ def quantize_by_plan(model: Path, plan_file: Path, out: Path, dtype: str, *, dry
     _save(loaded, model, out)
 
 
-def quantize_by_prompts(
-    model: Path,
-    prompts: list[str],
-    target_db: float,
-    out: Path,
-    formats: str | None,
-    calibration: str,
-    settings: SamplingSettings,
-    dtype: str,
-    *,
-    dry_run: bool,
-) -> None:
+def quantize_by_prompts(model: Path, request: PlanRequest, out: Path, dtype: str, *, dry_run: bool) -> None:
     """Make a plan and quantize the pipeline by it."""
-    names = parse_formats(formats)
     if not dry_run:
         _check_free(out)
     pipe = load_pipeline(model, dtype)
-    target = Target(sqnr_db=target_db)
-    result = make_plan(pipe, prompts, target, formats=names, calibration_mode=calibration, settings=settings, show=True)
+    result = make_plan(pipe, request)
     console.print(summarize(denoiser(pipe), result.plan).table())
     console.print(_reached(result.plan))
     if dry_run:
@@ -232,18 +174,7 @@ def _save(loaded: Any, model: Path, out: Path) -> None:
     console.print(f"written to {out}; load it with from_pretrained after `import ldmq_kernels`")
 
 
-def run_analyze(
-    model: Path,
-    prompts: list[str],
-    target_db: float,
-    out: Path,
-    formats: str | None,
-    calibration_mode: str,
-    settings: SamplingSettings,
-    dtype: str,
-    *,
-    with_front: bool,
-) -> None:
+def run_analyze(model: Path, request: PlanRequest, out: Path, dtype: str, *, with_pareto: bool) -> None:
     """Measure, plan, draw before and after, and write the page and the table of layers.
 
     Where the formats cannot reach the target, the page has no plan and says so.
@@ -252,22 +183,19 @@ def run_analyze(
     from ldmq_kernels.report.page import write_report
     from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
 
-    names = [str(scheme) for scheme in parse_schemes(parse_formats(formats))]
     _check_free(out)
     pipe = load_pipeline(model, dtype)
-    analysis, held_out, _ = analyzed(
-        pipe, prompts, names, calibration_mode=calibration_mode, settings=settings, show=True
-    )
-    session = Session(denoiser(pipe), analysis, held_out, names)
-    points = front(session, show=True) if with_front else []
-    blocks = noise_of_blocks(denoiser(pipe), analysis, show=True)
-    verified_on = split_prompts(prompts)[1]
-    report = _report(pipe, model.resolve().name, session, verified_on, Target(sqnr_db=target_db), points)
+    session = open_session(pipe, request)
+    analysis = session.analysis
+    points = pareto_front(session, show=request.show) if with_pareto else []
+    blocks = noise_of_blocks(denoiser(pipe), analysis, show=request.show)
+    report = _report(pipe, model.resolve().name, session, request, points)
     plan = None if report.result is None else report.result.plan
     measured = []
     if report.result is not None and report.pictures is not None:
-        others = replace(settings, seed=settings.seed + HELD_OUT_SEED)
-        measured = [*rows_of_plan(pipe, verified_on, others, report.result, held_out), *rows_of_pairs(report.pictures)]
+        settings = held_out_settings(request.settings)
+        whole = rows_of_plan(pipe, request.held_out_prompts, settings, report.result, session.held_out)
+        measured = [*whole, *rows_of_pairs(report.pictures)]
     rows = layer_rows(denoiser(pipe), analysis, plan)
     with whole_folder(out) as folder:
         write_report(folder / "report.html", denoiser(pipe), report)
@@ -281,33 +209,31 @@ def run_analyze(
     )
 
 
-def _report(
-    pipe: Any, name: str, session: Session, verified_on: list[str], target: Target, points: list[FrontPoint]
-) -> Report:
+def _report(pipe: Any, name: str, session: Session, request: PlanRequest, points: list[ParetoPoint]) -> Report:
     """The page's content; the pipeline is quantized afterwards, if there is a plan."""
     from ldmq_kernels.report.measure import PicturePairs, draw_pictures, time_plan
     from ldmq_kernels.report.page import Report
 
     analysis, held_out, unet = session.analysis, session.held_out, session.model
-    used = analysis.calibration.settings
-    settings = replace(used, seed=used.seed + HELD_OUT_SEED)
+    assert request.target is not None
+    settings = held_out_settings(request.settings)
     report = Report(
         f"{name}: quantized, measured",
         f"What quantizing each layer of its {type(unet).__name__} does to the output, and the plan that follows.",
         analysis,
-        front=points,
+        pareto=points,
         notes=[f"{machine()}; torch {torch.__version__}, ldmq_kernels {ldmq_kernels.__version__}."],
     )
     try:
-        result = session.plan(target)
+        result = session.plan(request.target)
     except PlanError as error:
         return replace(report, no_plan=f"With these formats there is none: {error}.")
     summary = summarize(unet, result.plan)
     timing = time_plan(unet, result.plan, held_out.calls[0])
-    prompts = verified_on[:PICTURES]
-    before = draw_pictures(pipe, prompts, settings, "float pictures", show=True)
+    prompts = request.held_out_prompts[:PICTURES]
+    before = draw_pictures(pipe, prompts, settings, "float pictures", show=request.show)
     quantize(pipe, result.plan)
-    after = draw_pictures(pipe, prompts, settings, "quantized pictures", show=True)
+    after = draw_pictures(pipe, prompts, settings, "quantized pictures", show=request.show)
     seeds = range(settings.seed, settings.seed + len(prompts))
     pairs = PicturePairs(prompts, seeds, before, after)
     facts = headline(summary.bytes_after / summary.bytes_before, result.held_out.mean_db, pairs, timing.speedup)

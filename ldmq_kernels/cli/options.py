@@ -56,10 +56,10 @@ Times = Annotated[
     bool,
     typer.Option("--times", help="Time the layers on this device; those that would get slower stay in 16 bit."),
 ]
-Front = Annotated[
+Pareto = Annotated[
     bool,
     typer.Option(
-        "--front",
+        "--pareto",
         help="In place of one target: plans from the smallest to float, each run and measured. --out is then a "
         "folder for the plans, a table and a picture. With --times they are spaced by time.",
     ),
@@ -69,11 +69,10 @@ WorkDir = Annotated[
     typer.Option("--work", help="Folder that keeps the analysis, so that the same command goes on after a kill."),
 ]
 Formats = Annotated[
-    str | None,
+    str,
     typer.Option(
         help="Formats or schemes to choose among, with commas: w8a8, w4a8 (each static, timestep, dynamic and "
-        f"split, w8a8x2), w8a16, w4a16, fp16, or w8a8-static and so on. [default: {DEFAULT_FORMATS}]",
-        show_default=False,
+        "split, w8a8x2), w8a16, w4a16, fp16, or w8a8-static and so on."
     ),
 ]
 Calibration = Annotated[
@@ -103,8 +102,8 @@ def sampling(
     return SamplingSettings(steps, guidance, seed, height, width)
 
 
-def needed(out: Path | None, *, dry_run: bool) -> Path:
-    """Where to write; a dry run writes nothing and needs no place.
+def require_out(out: Path | None, *, dry_run: bool) -> Path:
+    """The place to write to, which only a dry run does without.
 
     Raises:
         typer.BadParameter: --out is missing.
@@ -114,16 +113,6 @@ def needed(out: Path | None, *, dry_run: bool) -> Path:
     return out or Path()
 
 
-def parse_formats(text: str | None) -> list[str]:
-    """The names in --formats.
-
-    Raises:
-        ValueError: one of them is not a format, or there is none.
-    """
-    from ldmq_kernels.numerics.formats import parse_schemes
-
-    names = [name.strip() for name in (text or DEFAULT_FORMATS).split(",") if name.strip()]
-    if not names:
-        raise ValueError(f"--formats {text!r} names no format: leave it out for {DEFAULT_FORMATS}")
-    parse_schemes(names)
-    return names
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in an option that takes several, with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())

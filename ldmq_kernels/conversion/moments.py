@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from ldmq_kernels.calibration.second_moments import second_moments
+from ldmq_kernels.calibration.second_moments import hessian_bytes, second_moments
 from ldmq_kernels.calibration.trajectory import SamplingSettings, denoiser, record_trajectory
+from ldmq_kernels.chunks import chunks_within
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
 from ldmq_kernels.progress import track
@@ -40,7 +40,7 @@ class RecordedMoments:
                 "`ldmq plan`, or set the rounding to nearest in its details"
             )
         recorded = {key: plan.calibration[key] for key in SETTINGS if key in plan.calibration}
-        chunks = list(_chunks(names, {n: 4 * layers[n].weight[0].numel() ** 2 for n in names}, bytes_at_once))
+        chunks = list(chunks_within(names, {name: hessian_bytes(layers[name]) for name in names}, bytes_at_once))
         self._trajectory = record_trajectory(pipe, texts, SamplingSettings(**recorded), show=show)
         self._chunks = iter(track(chunks, "inputs for GPTQ rounding", len(chunks), show=show))
         self._held: dict[str, Tensor] = {}
@@ -51,14 +51,3 @@ class RecordedMoments:
             self._held = {}  # before the next ones are made
             self._held = second_moments(self._model, self._trajectory, next(self._chunks))
         return self._held.pop(name)
-
-
-def _chunks(names: list[str], sizes: dict[str, int], most: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for name in names:
-        if chunk and sum(sizes[n] for n in (*chunk, name)) > most:
-            yield chunk
-            chunk = []
-        chunk.append(name)
-    if chunk:
-        yield chunk

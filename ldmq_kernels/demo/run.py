@@ -27,7 +27,11 @@ from ldmq_kernels.conversion import Summary, quantize, summarize
 from ldmq_kernels.demo import WEIGHTS, load_demo_pipeline, load_evaluator, scenes
 from ldmq_kernels.demo.scoring import Scores, score
 from ldmq_kernels.files import whole_folder, write_whole
-from ldmq_kernels.planning.planner import DEFAULT_FORMATS, PlanResult, Target, make_plan, measure_plan
+from ldmq_kernels.planning.planner import make_plan
+from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
+from ldmq_kernels.planning.session import PlanResult
+from ldmq_kernels.planning.target import Target
+from ldmq_kernels.planning.trial import measure_plan
 from ldmq_kernels.report.measure import PicturePairs, Timing, draw_pictures, time_plan
 from ldmq_kernels.report.page import Fact, Report, write_report
 from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
@@ -147,9 +151,8 @@ def _measure(folder: Path, count: int, weights: Path, *, show: bool) -> Outcome:
     start = time.perf_counter()
     calibrated = SamplingSettings(STEPS, GUIDANCE, 0)
     captions = calibration_captions(CALIBRATION_PROMPTS)
-    result = make_plan(
-        pipe, captions, Target(sqnr_db=TARGET_DB), formats=DEFAULT_FORMATS, settings=calibrated, show=show
-    )
+    request = PlanRequest(captions, Target(sqnr_db=TARGET_DB), DEFAULT_FORMATS, settings=calibrated, show=show)
+    result = make_plan(pipe, request)
     seconds["plan"] = time.perf_counter() - start
     summary = summarize(pipe.unet, result.plan)
     held_out = record_trajectory(pipe, prompts[:MEASURED_CAPTIONS], sampling, show=show)

@@ -51,7 +51,7 @@ def build_plan(
         "texts": list(calibration.prompts),
         **asdict(calibration.settings),
         "analysed_steps": analysis.steps,
-        "step_groups": list(calibration.timestep_groups),
+        "timestep_groups": list(calibration.timestep_groups),
         "formats": list(formats),
     }
     return plan

@@ -15,56 +15,17 @@ from ldmq_kernels.calibration.ranges import FIRST_STEP
 from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, denoiser, record_trajectory
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.choice import SQNR
+from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes, measure_times
-from ldmq_kernels.planning.trial import measure_plan
 from ldmq_kernels.plans.plan import Plan
-from ldmq_kernels.sensitivity.analysis import ANALYSED_STEPS, Analysis, analyze
-
-__all__ = ["DEFAULT_FORMATS", "HELD_OUT_SEED", "PlanResult", "Target", "make_plan", "measure_plan", "plan"]
+from ldmq_kernels.sensitivity.analysis import Analysis, analyze
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_FORMATS = ("w8a8", "w8a16", "fp16")
 HELD_OUT_SEED = 1_000_003  # far from the seeds that calibration counts up from
 HELD_OUT, SAME_PROMPTS = "held-out prompts", "the calibration's own prompt, from another seed"
-
-
-def split_prompts(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Prompts to calibrate on, and prompts to verify on: the last quarter, or all where there are too few."""
-    unique = [text.strip() for text in prompts if text.strip()]
-    if not unique:
-        raise ValueError("there is no prompt: give at least one line of text to calibrate on")
-    held = max(1, len(unique) // 4)
-    return (unique[:-held], unique[-held:]) if len(unique) > 1 else (unique, unique)
-
-
-def plan_from_analysis(
-    model: nn.Module,
-    analysis: Analysis,
-    held_out: Trajectory,
-    target: Target,
-    formats: Sequence[str],
-    *,
-    signals: Sequence[str] = (SQNR,),
-    times: LayerTimes | None = None,
-    hybrid: float = 0.0,
-) -> PlanResult:
-    """Solve, verify on the held-out trajectory, and ask again until the target is met and not by far exceeded.
-
-    Args:
-        times: of the layers, where the target or the user asks for them; see `planning.times.measure_times`.
-
-    See `session.Session` for the others.
-
-    Raises:
-        PlanError: the target cannot be met; the text says what can.
-    """
-    if times is None and target.needs_times:
-        times = measure_layers(model, analysis)
-    session = Session(model, analysis, held_out, formats, signals=signals, times=times, hybrid=hybrid)
-    return session.plan(target)
 
 
 def measure_layers(model: nn.Module, analysis: Analysis, *, show: bool = False) -> LayerTimes:
@@ -72,71 +33,61 @@ def measure_layers(model: nn.Module, analysis: Analysis, *, show: bool = False) 
     return measure_times(model, analysis, analysis.calibration.trajectory.calls[0].of_prompts([0]), show=show)
 
 
-def analyzed(
-    pipe: Any,
-    prompts: Sequence[str],
-    formats: Sequence[str],
-    *,
-    calibration_mode: str = FIRST_STEP,
-    settings: SamplingSettings | None = None,
-    analysed_steps: int = ANALYSED_STEPS,
-    signals: Sequence[str] = (SQNR,),
-    work_dir: Path | None = None,
-    show: bool = False,
-) -> tuple[Analysis, Trajectory, str]:
+def held_out_settings(settings: SamplingSettings) -> SamplingSettings:
+    """The settings that held-out pictures are drawn with: seeds that calibration never reaches."""
+    return replace(settings, seed=settings.seed + HELD_OUT_SEED)
+
+
+def analyzed(pipe: Any, request: PlanRequest) -> tuple[Analysis, Trajectory, str]:
     """Calibrate and analyse on most prompts, and record the float trajectory of the others.
 
     Returns:
         The analysis, the held-out trajectory, and in words what it was recorded on.
     """
-    calibrated_on, verified_on = split_prompts(prompts)
-    settings = settings or SamplingSettings()
-    calibration = calibrate(pipe, calibrated_on, settings, mode=calibration_mode, show=show)
-    schemes = parse_schemes(tuple(formats))
+    calibrated_on, verified_on = request.calibration_prompts, request.held_out_prompts
+    calibration = calibrate(pipe, calibrated_on, request.settings, mode=request.calibration_mode, show=request.show)
     analysis = analyze(
-        pipe, calibration, schemes, analysed_steps=analysed_steps, signals=signals, work_dir=work_dir, show=show
+        pipe,
+        calibration,
+        parse_schemes(request.schemes),
+        analysed_steps=request.analysed_steps,
+        signals=request.signals,
+        work_dir=request.work_dir,
+        show=request.show,
     )
-    others = replace(settings, seed=settings.seed + HELD_OUT_SEED)
-    held_out = record_trajectory(pipe, verified_on, others, show=show)
+    held_out = record_trajectory(pipe, verified_on, held_out_settings(request.settings), show=request.show)
     if calibrated_on != verified_on:
         return analysis, held_out, HELD_OUT
     logger.warning("there is one prompt: the plan is verified on %s; give more prompts to tell more", SAME_PROMPTS)
     return analysis, held_out, SAME_PROMPTS
 
 
-def make_plan(
-    pipe: Any,
-    prompts: Sequence[str],
-    target: Target,
-    *,
-    formats: Sequence[str] = DEFAULT_FORMATS,
-    calibration_mode: str = FIRST_STEP,
-    settings: SamplingSettings | None = None,
-    analysed_steps: int = ANALYSED_STEPS,
-    signals: Sequence[str] = (SQNR,),
-    hybrid: float = 0.0,
-    time_layers: bool = False,
-    work_dir: Path | None = None,
-    show: bool = False,
-) -> PlanResult:
-    """The whole method on a full-precision pipeline. See `plan` for the arguments."""
-    names = [str(scheme) for scheme in parse_schemes(tuple(formats))]
-    analysis, held_out, verified_on = analyzed(
-        pipe,
-        prompts,
-        names,
-        calibration_mode=calibration_mode,
-        settings=settings,
-        analysed_steps=analysed_steps,
-        signals=signals,
-        work_dir=work_dir,
-        show=show,
-    )
+def open_session(pipe: Any, request: PlanRequest) -> Session:
+    """Calibrate, analyse, and time the layers where the request needs it: all that plans for any target share."""
     model = denoiser(pipe)
-    times = measure_layers(model, analysis, show=show) if time_layers or target.needs_times else None
-    result = plan_from_analysis(model, analysis, held_out, target, names, signals=signals, times=times, hybrid=hybrid)
-    result.plan.measured["verified_on"] = verified_on
-    return result
+    analysis, held_out, verified_on = analyzed(pipe, request)
+    return Session(
+        model,
+        analysis,
+        held_out,
+        request.schemes,
+        signals=request.signals,
+        times=measure_layers(model, analysis, show=request.show) if request.needs_times else None,
+        hybrid=request.hybrid,
+        verified_on=verified_on,
+    )
+
+
+def make_plan(pipe: Any, request: PlanRequest) -> PlanResult:
+    """The whole method on a full-precision pipeline: the verified plan, with what it was made from.
+
+    Raises:
+        ValueError: the request has no target, the model is quantized, or it computes values that are not finite.
+        PlanError: the target cannot be met; the text says what can.
+    """
+    if request.target is None:
+        raise ValueError("the request has no target: give it one, such as Target(sqnr_db=38)")
+    return open_session(pipe, request).plan(request.target)
 
 
 def plan(
@@ -192,8 +143,7 @@ def plan(
         ValueError: bad arguments, no prompts, a quantized model, values that are not finite.
         PlanError: the target cannot be met; the text says what can.
     """
-    result = make_plan(
-        pipe,
+    request = PlanRequest(
         prompts,
         Target(target_sqnr_db, target_bytes, target_milliseconds, target_layers),
         formats=formats,
@@ -205,6 +155,7 @@ def plan(
         work_dir=None if work_dir is None else Path(work_dir),
         show=show_progress,
     )
+    result = make_plan(pipe, request)
     if out is not None:
         result.plan.save(out)
     return result.plan

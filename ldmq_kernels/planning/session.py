@@ -1,4 +1,4 @@
-"""One analysis, solved for targets and verified: what a single plan and a front of plans share."""
+"""One analysis, solved for targets and verified: what a single plan and a Pareto front of plans share."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import StepNoise
+from ldmq_kernels.sensitivity.similarity import SSIM
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Session:
         hybrid: the paper's global step: the blocks that make this share of the noise start with higher precision
             (w8a16, fp16 or dynamic w8a8), whatever they cost; 0 leaves it to the knapsack, which by its own
             measure is never worse.
+        verified_on: what the held-out trajectory was recorded on, in words; plans say it.
     """
 
     def __init__(
@@ -84,9 +86,10 @@ class Session:
         signals: Sequence[str] = (SQNR,),
         times: LayerTimes | None = None,
         hybrid: float = 0.0,
+        verified_on: str = "",
     ) -> None:
         self.model, self.analysis, self.held_out, self.formats = model, analysis, held_out, list(formats)
-        self.times = times
+        self.times, self.verified_on = times, verified_on
         self.signals = [name for name in signals if name != SQNR]
         self.sensitive = sensitive_blocks(model, analysis, hybrid) if hybrid else []
         options = restricted(model, make_options(model, analysis, formats, signals, times), self.sensitive)
@@ -123,8 +126,8 @@ class Session:
         if key not in self._known:
             predicted = self.predicted_db(choice)
             noise, losses = self._trials.noise(choice.schemes, self.held_out), {}
-            if "ssim" in self.signals and self.analysis.decoder is not None:
-                losses["ssim"] = self._trials.structural_noise(choice.schemes, self.held_out, self.analysis.decoder)
+            if SSIM in self.signals and self.analysis.decoder is not None:
+                losses[SSIM] = self._trials.structural_noise(choice.schemes, self.held_out, self.analysis.decoder)
             self._known[key] = Verified(choice, predicted, noise, losses)
         return self._known[key]
 
@@ -149,6 +152,8 @@ class Session:
             "weight_bytes": choice.bytes,
             "weight_bytes_fp16": sum(weight_bytes(m, FLOAT) for m in quantizable_layers(self.model).values()),
         }
+        if self.verified_on:
+            plan.measured["verified_on"] = self.verified_on
         if self.times is not None:
             plan.measured["milliseconds"] = round(self.times.rest + choice.milliseconds, 4)
             plan.measured["milliseconds_float"] = round(self.times.all_float, 4)
@@ -160,8 +165,11 @@ class Session:
         """The verified plan for a target.
 
         Raises:
-            PlanError: the target cannot be met; the text says what can.
+            PlanError: the target cannot be met, and the text says what can; or it is in milliseconds, and the session
+                has no times.
         """
+        if target.needs_times and self.times is None:
+            raise PlanError(f"a target of {target} needs the layers' times: give them to the session")
         first = self.chooser.choose(target)
         if target.sqnr_db is None:
             return self.result(self.verified(first), target)

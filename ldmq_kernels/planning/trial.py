@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.calibration.second_moments import second_moments
+from ldmq_kernels.calibration.second_moments import hessian_bytes, second_moments
 from ldmq_kernels.calibration.trajectory import Trajectory
+from ldmq_kernels.chunks import chunks_within
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.conversion.moments import BYTES_AT_ONCE
+from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.nn.timestep_groups import following
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -86,23 +88,18 @@ class Trials:
         candidate = None if scheme == str(FLOAT) else self._analysis.candidate(name, scheme)
         return None if candidate is None else candidate.layer_plan()
 
-    def _made(self, plans: Mapping[Key, LayerPlan]) -> dict[Key, nn.Module]:
+    def _made(self, plans: Mapping[Key, LayerPlan]) -> dict[Key, QuantizedLayer]:
         """The quantized layers of new choices, those that GPTQ rounds in groups whose moments fit into memory."""
         layers = quantizable_layers(self._model)
-        made: dict[Key, nn.Module] = {}
-        groups: dict[int, list[Key]] = {}
-        size = 0
-        for key, plan in plans.items():
-            if plan.rounding == "gptq":
-                size += 4 * layers[key[0]].weight[0].numel() ** 2
-                groups.setdefault(size // BYTES_AT_ONCE, []).append(key)
-            else:
-                made[key] = quantize_layer(key[0], layers[key[0]], plan)
-        for group in groups.values():
-            moments = second_moments(self._model, self._analysis.calibration.trajectory, [name for name, _ in group])
-            for key in group:
-                made[key] = quantize_layer(key[0], layers[key[0]], plans[key], moments.pop(key[0]))
-        return made
+        sizes = {key: hessian_bytes(layers[key[0]]) for key, plan in plans.items() if plan.rounding == "gptq"}
+        quantized: dict[Key, QuantizedLayer] = {
+            key: quantize_layer(key[0], layers[key[0]], plan) for key, plan in plans.items() if key not in sizes
+        }
+        for chunk in chunks_within(sizes, sizes, BYTES_AT_ONCE):
+            moments = second_moments(self._model, self._analysis.calibration.trajectory, [name for name, _ in chunk])
+            for key in chunk:
+                quantized[key] = quantize_layer(key[0], layers[key[0]], plans[key], moments.pop(key[0]))
+        return quantized
 
 
 @torch.no_grad()

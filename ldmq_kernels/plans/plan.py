@@ -353,15 +353,29 @@ def model_record(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def uniform_plan(model: nn.Module, scheme: str) -> Plan:
-    """Every layer that has it in one scheme, the others in float; for schemes that need no calibration.
+def check_uniform(scheme: str) -> None:
+    """Refuse a scheme that a model cannot have without a calibration.
 
     Raises:
         PlanError: the scheme is unknown or static.
     """
-    if scheme not in SCHEMES or SCHEMES[scheme].is_static:
-        accepted = ", ".join(n for n, s in SCHEMES.items() if not s.is_static)
-        raise PlanError(f"a uniform plan without calibration takes one of {accepted}, not {scheme!r}")
+    accepted = ", ".join(name for name, s in SCHEMES.items() if not s.is_static)
+    if scheme not in SCHEMES:
+        raise PlanError(f"unknown scheme {scheme!r}: choose one of {accepted}")
+    if SCHEMES[scheme].is_static:
+        raise PlanError(
+            f"{scheme} needs activation scales, which only a calibration gives: make a plan with `ldmq.plan` or "
+            f"`ldmq plan` and give that, or choose one of {accepted}"
+        )
+
+
+def uniform_plan(model: nn.Module, scheme: str) -> Plan:
+    """Every layer that can have it in one scheme, the others in float; for schemes that need no calibration.
+
+    Raises:
+        PlanError: the scheme is unknown or static.
+    """
+    check_uniform(scheme)
     exceptions = {
         name: {"scheme": str(FLOAT), "reason": f"no {scheme} for a {kind_of(m)}"}
         for name, m in quantizable_layers(model).items()

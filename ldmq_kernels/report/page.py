@@ -16,7 +16,7 @@ from torch import nn
 
 from ldmq_kernels.conversion.summary import Summary
 from ldmq_kernels.files import write_whole
-from ldmq_kernels.planning.front import FrontPoint
+from ldmq_kernels.planning.pareto import ParetoPoint
 from ldmq_kernels.planning.session import PlanResult
 from ldmq_kernels.report import figures, sections
 from ldmq_kernels.report.measure import PicturePairs, Timing
@@ -39,7 +39,7 @@ class Report:
     Attributes:
         lead: the sentence under the title.
         summary: what the plan quantizes, and the bytes; with `result`.
-        front: plans of all sizes, where they were asked for.
+        pareto: plans of all sizes, where they were asked for.
         notes: lines at the foot, such as the machine and the versions.
     """
 
@@ -52,7 +52,7 @@ class Report:
     facts: Sequence[Fact] = ()
     pictures: PicturePairs | None = None
     timings: Sequence[Timing] = ()
-    front: Sequence[FrontPoint] = ()
+    pareto: Sequence[ParetoPoint] = ()
     notes: Sequence[str] = field(default_factory=list)
 
 
@@ -68,8 +68,8 @@ def render(model: nn.Module, report: Report) -> str:
         parts.append(sections.plan(report.result, report.summary, report.timings))
     else:
         parts.append(sections.without_plan(report.no_plan))
-    if report.front:
-        parts.append(sections.front(report.front))
+    if report.pareto:
+        parts.append(sections.pareto(report.pareto))
     parts.append(_noise(report, rows, schemes))
     parts.append(_steps(report, schemes))
     parts.append(sections.layers(rows, schemes))

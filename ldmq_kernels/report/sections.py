@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ldmq_kernels.conversion.summary import Summary
 from ldmq_kernels.numerics.formats import FLOAT
-from ldmq_kernels.planning.front import FrontPoint
+from ldmq_kernels.planning.pareto import ParetoPoint
 from ldmq_kernels.planning.session import PlanResult
 from ldmq_kernels.planning.target import Target
-from ldmq_kernels.report.front import front_figure
 from ldmq_kernels.report.measure import IDENTICAL_DB, PicturePairs, Timing
+from ldmq_kernels.report.pareto import pareto_figure
 from ldmq_kernels.report.rows import LayerRow
 from ldmq_kernels.sensitivity.analysis import Analysis
 
@@ -161,7 +161,7 @@ def plan(result: PlanResult, summary: Summary, timings: Sequence[Timing]) -> str
     )
 
 
-def front(points: Sequence[FrontPoint]) -> str:
+def pareto(points: Sequence[ParetoPoint]) -> str:
     """Plans of all sizes."""
     beaten = sum(point.dominated for point in points)
     remark = f" {beaten} of them turned out worse than another one." if beaten else ""
@@ -170,7 +170,7 @@ def front(points: Sequence[FrontPoint]) -> str:
         f"{len(points)} plans from the smallest that the formats allow up to the least noisy one, each run on prompts "
         f"and seeds that it was not made from.{remark}",
         chart(
-            front_figure(points),
+            pareto_figure(points),
             "What each size has at best. Dashed: predicted from the noise of single layers, corrected by one run "
             "along the calibration's own prompts. A plan without any noise is left out.",
         ),

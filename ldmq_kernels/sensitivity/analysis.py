@@ -22,7 +22,14 @@ from ldmq_kernels.plans.layers import fingerprint, quantizable_layers
 from ldmq_kernels.sensitivity.candidates import Candidate, LayerSearch, Method
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
 from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record
-from ldmq_kernels.sensitivity.similarity import Decoder, float_pictures, middle_step, scored_layers, structural_noise
+from ldmq_kernels.sensitivity.similarity import (
+    SSIM,
+    Decoder,
+    float_pictures,
+    middle_step,
+    scored_layers,
+    structural_noise,
+)
 from ldmq_kernels.sensitivity.work import Work
 
 ANALYSED_STEPS = 8
@@ -221,7 +228,7 @@ def analyze(
         ValueError: an unknown signal or `exact`, or an output that is not finite.
         WorkError: the folder holds work of other settings.
     """
-    if unknown := set(signals) - {"sqnr", "ssim"}:
+    if unknown := set(signals) - {"sqnr", SSIM}:
         raise ValueError(f"unknown signal {sorted(unknown)[0]!r}: choose among sqnr and ssim")
     method = method or Method()
     trials = [scheme for scheme in schemes if scheme.quantizes]
@@ -256,9 +263,9 @@ def analyze(
     output = {key: output[key] for key in chosen}
     blocks = _blocks(bench, chosen, output, exact, work, show)
     decoder, similarity = None, {}
-    if "ssim" in signals:
+    if SSIM in signals:
         decoder = Decoder(pipe, calibration.settings.guidance_scale)
-        similarity = {"ssim": _similarity(bench, decoder, candidates, work, show)}
+        similarity = {SSIM: _similarity(bench, decoder, candidates, work, show)}
     return Analysis(calibration, steps, candidates, output, blocks, frozenset(keys), similarity, estimates, decoder)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows, output_tensor
+from ldmq_kernels.chunks import chunks_within
 from ldmq_kernels.plans.layers import quantizable_layers
 
 MEMORY = 4 << 30  # bytes of inputs and gradients that are kept at a time
@@ -168,14 +169,5 @@ def chunks_of_layers(
     finally:
         for handle in handles:
             handle.remove()
-    chunk: list[str] = []
-    held = 0
-    for name in layers:
-        size = sizes.get(name, 0) * len(trajectory.calls)
-        if chunk and held + size > memory:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(name)
-        held += size
-    if chunk:
-        yield chunk
+    calls = len(trajectory.calls)
+    return chunks_within(layers, {name: size * calls for name, size in sizes.items()}, memory)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, replay
 
+SSIM = "ssim"  # the signal's name
 SCORED = (".attn2.", ".ff.")
 
 

@@ -102,25 +102,25 @@ def test_quantize_keeps_the_stored_dtype_and_the_pictures(model: Path, plan_file
     assert unet.dtype == torch.float16
 
 
-def test_a_front_leaves_plans_a_table_and_a_picture(
+def test_a_pareto_front_leaves_plans_a_table_and_a_picture(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "front"
+    out = tmp_path / "pareto"
     arguments = ("--steps", "1", "--formats", "w8a8-dynamic,w8a16,fp16")
-    assert run("plan", model, "--prompts", prompts, "--front", "--out", out, *arguments) == 0
+    assert run("plan", model, "--prompts", prompts, "--pareto", "--out", out, *arguments) == 0
     told = capsys.readouterr().out
-    with (out / "front.csv").open() as file:
+    with (out / "pareto.csv").open() as file:
         rows = list(csv.DictReader(file))
     names = [f"plan_{number:02}.json" for number in range(1, len(rows) + 1)]
     assert len(rows) > 3
-    assert what_is_in(out) == {"front.csv", "front.svg", *names}
+    assert what_is_in(out) == {"pareto.csv", "pareto.svg", *names}
     assert all(name in told for name in names)
     for name, row in zip(names, rows, strict=True):
         plan = Plan.load(out / name)
         assert plan.measured["weight_bytes"] == int(row["weight_bytes"])
         assert plan.measured["held_out_sqnr_db"] == pytest.approx(float(row["measured_db"]), abs=1e-3)
         assert plan.measured["verified_on"] == "held-out prompts"
-    assert "<svg" in (out / "front.svg").read_text()
+    assert "<svg" in (out / "pareto.svg").read_text()
 
 
 def test_targets_can_be_combined(model: Path, prompts: Path, tmp_path: Path) -> None:
@@ -153,9 +153,9 @@ def test_unknown_signals_are_refused_before_any_work(
     assert "give sqnr, or sqnr,ssim" in complaint(capsys)
 
 
-def test_an_analysis_can_show_a_front(model: Path, prompts: Path, tmp_path: Path) -> None:
+def test_an_analysis_can_show_a_pareto_front(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "analysis"
-    assert run("analyze", model, "--prompts", prompts, "--target-sqnr", 20, "--front", "--out", out, *QUICK) == 0
+    assert run("analyze", model, "--prompts", prompts, "--target-sqnr", 20, "--pareto", "--out", out, *QUICK) == 0
     assert "Smaller and larger plans" in (out / "report.html").read_text()
 
 
@@ -397,11 +397,11 @@ def test_verbose_shows_the_traceback_and_silence_does_not(tmp_path: Path, capsys
     [
         ("plan", "m", "--prompts", "p", "--out", "o"),
         ("plan", "m", "--prompts", "p", "--target-sqnr", "3"),
-        ("plan", "m", "--prompts", "p", "--out", "o", "--front", "--target-ms", "3"),
+        ("plan", "m", "--prompts", "p", "--out", "o", "--pareto", "--target-ms", "3"),
         ("quantize", "m", "--out", "o"),
         ("quantize", "m", "--out", "o", "--plan", "p", "--target-sqnr", "3"),
     ],
-    ids=["no target", "no place", "front and target", "neither plan nor prompts", "both"],
+    ids=["no target", "no place", "pareto and target", "neither plan nor prompts", "both"],
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert run(*arguments) == 2

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from ldmq_kernels.demo import models, run, scenes
 from ldmq_kernels.demo.evaluator import Evaluator
 from ldmq_kernels.nn import QuantizedLayer
-from ldmq_kernels.planning.planner import PlanResult, make_plan
+from ldmq_kernels.planning.planner import make_plan
+from ldmq_kernels.planning.session import PlanResult
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan
 

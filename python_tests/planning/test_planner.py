@@ -15,17 +15,11 @@ from ldmq_kernels.calibration import SamplingSettings, Trajectory
 from ldmq_kernels.conversion import quantize
 from ldmq_kernels.conversion.moments import RecordedMoments
 from ldmq_kernels.numerics.formats import FLOAT
-from ldmq_kernels.planning.planner import (
-    PlanResult,
-    Target,
-    analyzed,
-    make_plan,
-    measure_plan,
-    plan_from_analysis,
-    split_prompts,
-)
-from ldmq_kernels.planning.session import Session
-from ldmq_kernels.planning.trial import Trials
+from ldmq_kernels.planning.planner import analyzed, make_plan, measure_layers
+from ldmq_kernels.planning.request import PlanRequest
+from ldmq_kernels.planning.session import PlanResult, Session
+from ldmq_kernels.planning.target import Target
+from ldmq_kernels.planning.trial import Trials, measure_plan
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
@@ -40,9 +34,8 @@ Found = tuple[Analysis, Trajectory]
 
 @pytest.fixture(scope="module")
 def found(shallow_pipe: StableDiffusionPipeline) -> Found:
-    analysis, held_out, words = analyzed(
-        shallow_pipe, [*PROMPTS, "a dog", "a green ring"], FORMATS, settings=SETTINGS, analysed_steps=2
-    )
+    request = PlanRequest([*PROMPTS, "a dog", "a green ring"], None, FORMATS, settings=SETTINGS, analysed_steps=2)
+    analysis, held_out, words = analyzed(shallow_pipe, request)
     assert words == "held-out prompts"
     return analysis, held_out
 
@@ -54,7 +47,9 @@ def _float_bytes(pipe: StableDiffusionPipeline) -> int:
 def _plan(
     pipe: StableDiffusionPipeline, found: Found, formats: list[str] = FORMATS, **target: float | int
 ) -> PlanResult:
-    return plan_from_analysis(pipe.unet, *found, Target(**target), formats)
+    limits = Target(**target)
+    times = measure_layers(pipe.unet, found[0]) if limits.needs_times else None
+    return Session(pipe.unet, *found, formats, times=times).plan(limits)
 
 
 @pytest.mark.parametrize("decibels", [20.0, 30.0, 40.0])
@@ -147,7 +142,9 @@ def test_runs_of_one_session_are_not_repeated(shallow_pipe: StableDiffusionPipel
 
 
 def test_the_whole_method_writes_a_plan_that_loads(shallow_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    result = make_plan(shallow_pipe, [*PROMPTS, "a dog"], Target(sqnr_db=30.0), settings=SETTINGS, analysed_steps=1)
+    result = make_plan(
+        shallow_pipe, PlanRequest([*PROMPTS, "a dog"], Target(sqnr_db=30.0), settings=SETTINGS, analysed_steps=1)
+    )
     result.plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     assert {n: str(c.scheme) for n, c in loaded.layers(shallow_pipe.unet).items()} == {
@@ -161,10 +158,9 @@ def test_the_whole_method_writes_a_plan_that_loads(shallow_pipe: StableDiffusion
 def test_one_prompt_is_enough_and_the_plan_says_what_it_was_verified_on(
     shallow_pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
+    request = PlanRequest(["a dog"], Target(sqnr_db=25.0), ["w8a16"], settings=SETTINGS, analysed_steps=1)
     with caplog.at_level(logging.WARNING):
-        result = make_plan(
-            shallow_pipe, ["a dog"], Target(sqnr_db=25.0), formats=["w8a16"], settings=SETTINGS, analysed_steps=1
-        )
+        result = make_plan(shallow_pipe, request)
     assert result.held_out.mean_db >= 25.0
     assert "own prompt" in result.plan.measured["verified_on"]
     assert "there is one prompt" in caplog.text
@@ -176,13 +172,16 @@ def test_a_prompt_that_gives_nan_is_named(tmp_path: Path) -> None:
         letter = pipe.tokenizer("z").input_ids[1]
         pipe.text_encoder.get_input_embeddings().weight[letter] = float("nan")
     with pytest.raises(ValueError, match=r"NaN|not finite"):
-        make_plan(pipe, ["a dog", "z"], Target(sqnr_db=20.0), formats=["w8a16"], settings=SETTINGS)
+        make_plan(pipe, PlanRequest(["a dog", "z"], Target(sqnr_db=20.0), ["w8a16"], settings=SETTINGS))
     with pytest.raises(ValueError, match=r"NaN|not finite"):
-        make_plan(pipe, ["z", "a dog"], Target(sqnr_db=20.0), formats=["w8a16"], settings=SETTINGS)
+        make_plan(pipe, PlanRequest(["z", "a dog"], Target(sqnr_db=20.0), ["w8a16"], settings=SETTINGS))
 
 
-def test_the_last_quarter_of_the_prompts_is_held_out() -> None:
-    assert split_prompts(list("abcdefgh")) == (list("abcdef"), ["g", "h"])
-    assert split_prompts(["a"]) == (["a"], ["a"])
-    with pytest.raises(ValueError, match="no prompt"):
-        split_prompts(["", "  "])
+def test_a_request_without_a_target_makes_no_single_plan(shallow_pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(ValueError, match=r"no target: give it one, such as Target\(sqnr_db=38\)"):
+        make_plan(shallow_pipe, PlanRequest(PROMPTS))
+
+
+def test_a_target_in_milliseconds_needs_times(shallow_pipe: StableDiffusionPipeline, found: Found) -> None:
+    with pytest.raises(PlanError, match="5 ms needs the layers' times"):
+        Session(shallow_pipe.unet, *found, FORMATS).plan(Target(milliseconds=5.0))

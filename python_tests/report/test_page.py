@@ -17,11 +17,11 @@ from torch import nn
 
 from ldmq_kernels.conversion import summarize
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.front import FrontPoint
+from ldmq_kernels.planning.pareto import ParetoPoint
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.report.front import front_csv, front_figure, front_picture
 from ldmq_kernels.report.measure import PicturePairs, Timing
 from ldmq_kernels.report.page import Fact, Report, render, write_report
+from ldmq_kernels.report.pareto import pareto_csv, pareto_figure, pareto_picture
 from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
 from ldmq_kernels.report.svg import SCHEME_COLOURS
 from python_tests.report.analyses import TRIED, made_up_analysis, made_up_result
@@ -137,7 +137,7 @@ def test_without_a_plan_the_page_says_why_and_still_shows_the_noise(unet: nn.Mod
     assert "Where the noise comes from" in text
 
 
-def _front(unet: nn.Module) -> list[FrontPoint]:
+def _points(unet: nn.Module) -> list[ParetoPoint]:
     result = made_up_result(unet)
     points = []
     for cost, db, is_beaten in ((500, 30.0, False), (700, 29.0, True), (900, 44.0, False), (1000, 200.0, False)):
@@ -146,17 +146,17 @@ def _front(unet: nn.Module) -> list[FrontPoint]:
             target={"bytes": cost},
             measured={**result.plan.measured, "weight_bytes": cost, "weight_bytes_fp16": 1000},
         )
-        points.append(FrontPoint(dataclasses.replace(result, plan=plan), cost, db - 0.5, db, is_beaten))
+        points.append(ParetoPoint(dataclasses.replace(result, plan=plan), cost, db - 0.5, db, is_beaten))
     return points
 
 
 def test_plans_of_all_sizes_are_drawn_with_their_decibels(unet: nn.Module, report: Report, page: str) -> None:
-    text = render(unet, dataclasses.replace(report, front=_front(unet)))
+    text = render(unet, dataclasses.replace(report, pareto=_points(unet)))
     assert "Smaller and larger plans" in text
     assert "4 plans from the smallest" in text
     assert "1 of them turned out worse" in text
     assert Reader(text).open == []
-    figure = front_figure(_front(unet))
+    figure = pareto_figure(_points(unet))
     assert {">30.0<", ">44.0<"} <= set(re.findall(r">[\d.]+<", figure))
     assert ">200.0<" not in figure
     assert ">29.0<" not in figure
@@ -164,14 +164,14 @@ def test_plans_of_all_sizes_are_drawn_with_their_decibels(unet: nn.Module, repor
 
 
 def test_a_picture_of_its_own_has_colours_and_no_variables(unet: nn.Module) -> None:
-    picture = front_picture(_front(unet))
+    picture = pareto_picture(_points(unet))
     assert "var(" not in picture
     assert "#fbfaf7" in picture
     assert ElementTree.fromstring(picture).tag.endswith("svg")
 
 
 def test_a_table_of_plans_has_a_row_for_each(unet: nn.Module) -> None:
-    rows = list(csv.DictReader(io.StringIO(front_csv(_front(unet)).decode())))
+    rows = list(csv.DictReader(io.StringIO(pareto_csv(_points(unet)).decode())))
     assert [row["weight_bytes"] for row in rows] == ["500", "700", "900", "1000"]
     assert [row["dominated"] for row in rows] == ["0", "1", "0", "0"]
     assert rows[0]["predicted_db"] == "29.500"

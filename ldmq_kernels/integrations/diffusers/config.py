@@ -11,8 +11,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ldmq_kernels.conversion.pipeline import as_plan
-from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.plans.plan import Plan, PlanError, uniform_plan
+from ldmq_kernels.plans.plan import Plan, PlanError, check_uniform, uniform_plan
 
 
 class LdmqMethod(str, Enum):  # noqa: UP042  diffusers looks its members up as plain strings, and prints `.value`
@@ -44,7 +43,7 @@ class LdmqConfig(QuantizationConfigMixin):
         if (scheme is None) == (plan is None):
             raise PlanError("LdmqConfig takes either a scheme, such as 'w8a8-dynamic', or a plan")
         if scheme is not None:
-            _check_scheme(scheme)
+            check_uniform(scheme)
         self.scheme = scheme
         self.plan = None if plan is None else as_plan(plan, "the plan in quantization_config")
 
@@ -70,14 +69,3 @@ class LdmqConfig(QuantizationConfigMixin):
         if self.plan is None:
             return f"LdmqConfig(scheme={self.scheme!r})"
         return f"LdmqConfig(plan for {self.plan.model['class']}, {self.plan.model['layers']} layers)"
-
-
-def _check_scheme(scheme: str) -> None:
-    accepted = ", ".join(name for name, s in SCHEMES.items() if not s.is_static)
-    if scheme in SCHEMES and SCHEMES[scheme].is_static:
-        raise PlanError(
-            f"{scheme} needs activation scales, which only a calibration gives: make a plan with `ldmq plan` and "
-            f"pass LdmqConfig(plan=...), or take one of {accepted}"
-        )
-    if scheme not in SCHEMES:
-        raise PlanError(f"unknown scheme {scheme!r}: choose one of {accepted}")

@@ -1,4 +1,4 @@
-"""A front holds plans of all sizes, none of which another one beats unless it is marked."""
+"""A Pareto front holds plans of all sizes, none of which another one beats unless it is marked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from ldmq_kernels.planning import session as sessions
-from ldmq_kernels.planning.front import _dominated, front
+from ldmq_kernels.planning.pareto import _dominated, pareto_front
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.times import LayerTimes
 from ldmq_kernels.sensitivity.analysis import Analysis
@@ -36,8 +36,8 @@ def session(unet: nn.Module, analysis: Analysis, monkeypatch: pytest.MonkeyPatch
     return Session(unet, analysis, analysis.calibration.trajectory, FORMATS)
 
 
-def test_the_front_goes_from_the_smallest_plan_to_float_and_up(session: Session) -> None:
-    points = front(session, points=6)
+def test_the_pareto_front_goes_from_the_smallest_plan_to_float_and_up(session: Session) -> None:
+    points = pareto_front(session, points=6)
     costs, dbs = [p.cost for p in points], [p.measured_db for p in points]
     assert costs == sorted(set(costs))
     assert dbs == sorted(set(dbs))
@@ -51,7 +51,7 @@ def test_the_front_goes_from_the_smallest_plan_to_float_and_up(session: Session)
 
 
 def test_every_point_is_a_plan_that_was_run_with_its_prediction_beside(session: Session, unet: nn.Module) -> None:
-    for point in front(session, points=5):
+    for point in pareto_front(session, points=5):
         measured = point.result.plan.measured
         assert measured["held_out_sqnr_db"] == pytest.approx(point.measured_db, abs=1e-3)
         assert point.predicted_db == pytest.approx(point.measured_db, abs=0.5)
@@ -70,7 +70,7 @@ def test_a_point_that_turns_out_worse_is_marked(
             return StepNoise({step: power * (1e6 if spoilt else 1) for step, power in noise.by_step.items()})
 
     monkeypatch.setattr(sessions, "Trials", OneIsBad)
-    points = front(Session(unet, analysis, analysis.calibration.trajectory, FORMATS), points=6)
+    points = pareto_front(Session(unet, analysis, analysis.calibration.trajectory, FORMATS), points=6)
     marked = [point for point in points if point.dominated]
     assert marked
     for point in marked:
@@ -81,10 +81,10 @@ def test_a_point_that_turns_out_worse_is_marked(
 
 def test_a_front_over_time_needs_times_and_keeps_them(session: Session, unet: nn.Module, analysis: Analysis) -> None:
     with pytest.raises(ValueError, match="needs the layers' times"):
-        front(session, axis="milliseconds")
+        pareto_front(session, axis="milliseconds")
     times = LayerTimes(everything_in(analysis, {"fp16": 2.0, "w8a8-static": 1.0, "w8a8-dynamic": 1.2, "w8a16": 1.9}), 3)
     timed = Session(unet, analysis, analysis.calibration.trajectory, FORMATS, times=times)
-    points = front(timed, axis="milliseconds", points=5)
+    points = pareto_front(timed, axis="milliseconds", points=5)
     layers = len(analysis.candidates)
     assert points[0].cost == pytest.approx(3 + 1.0 * layers)
     assert points[-1].cost == pytest.approx(3 + 2.0 * layers)
@@ -95,7 +95,7 @@ def test_a_front_over_time_needs_times_and_keeps_them(session: Session, unet: nn
 
 def test_one_point_is_no_front(session: Session) -> None:
     with pytest.raises(ValueError, match="ask for 2 or more"):
-        front(session, points=1)
+        pareto_front(session, points=1)
 
 
 def test_domination_by_its_definition() -> None:

@@ -19,8 +19,8 @@ Axis = Literal["bytes", "milliseconds"]
 
 
 @dataclass(frozen=True)
-class FrontPoint:
-    """One plan of a front.
+class ParetoPoint:
+    """One plan of a Pareto front.
 
     Attributes:
         cost: bytes, or milliseconds.
@@ -51,7 +51,9 @@ def _dominated(costs: Sequence[float], dbs: Sequence[float]) -> list[bool]:
     return [any(beats(one, other) for one in places if one != other) for other in places]
 
 
-def front(session: Session, *, axis: Axis = "bytes", points: int = POINTS, show: bool = False) -> list[FrontPoint]:
+def pareto_front(
+    session: Session, *, axis: Axis = "bytes", points: int = POINTS, show: bool = False
+) -> list[ParetoPoint]:
     """Plans from the smallest that the formats allow up to the least noisy one, each run on the held-out trajectory.
 
     Budgets are spaced evenly. Plans that the prediction already calls dominated are left out; those that turn out
@@ -65,9 +67,9 @@ def front(session: Session, *, axis: Axis = "bytes", points: int = POINTS, show:
         ValueError: too few points, or milliseconds without times.
     """
     if points < 2:
-        raise ValueError(f"a front of {points} points has no two ends: ask for 2 or more")
+        raise ValueError(f"a Pareto front of {points} points has no two ends: ask for 2 or more")
     if axis == "milliseconds" and session.times is None:
-        raise ValueError("a front over milliseconds needs the layers' times: give them to the session")
+        raise ValueError("a Pareto front over milliseconds needs the layers' times: give them to the session")
     chooser = session.chooser
     rest = 0.0 if session.times is None else session.times.rest
 
@@ -83,12 +85,12 @@ def front(session: Session, *, axis: Axis = "bytes", points: int = POINTS, show:
     unlike = _dominated([cost(c) for c in choices], [c.sum_db for c in choices])
     kept = [(t, c) for t, c, beaten in zip(targets, choices, unlike, strict=True) if not beaten]
     found = []
-    for target, choice in track(kept, "points of the front", len(kept), show=show):
+    for target, choice in track(kept, "plans of the Pareto front", len(kept), show=show):
         run = session.verified(choice)
         result = session.result(run, target)
-        found.append(FrontPoint(result, cost(choice), result.predicted_db, run.db))
+        found.append(ParetoPoint(result, cost(choice), result.predicted_db, run.db))
     beaten = _dominated([p.cost for p in found], [p.measured_db for p in found])
     return [
-        FrontPoint(p.result, p.cost, p.predicted_db, p.measured_db, is_beaten)
+        ParetoPoint(p.result, p.cost, p.predicted_db, p.measured_db, is_beaten)
         for p, is_beaten in zip(found, beaten, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A front of plans: as a figure, as a section of the page, as a picture of its own and as a table of numbers."""
+"""A Pareto front of plans: as a figure, as a section of the page, as a picture of its own and as a table of numbers."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from matplotlib.figure import Figure
 
 from ldmq_kernels.files import csv_bytes
 from ldmq_kernels.planning.choice import MOST_DB
-from ldmq_kernels.planning.front import FrontPoint
+from ldmq_kernels.planning.pareto import ParetoPoint
 from ldmq_kernels.report.svg import INK, MUTED, SCHEME_COLOURS, draw, plain_axes, standalone
 
 WIDTH, HEIGHT = 11.0, 4.2
 ACCENT = SCHEME_COLOURS["w8a8-dynamic"]
 
 
-def _is_timed(points: Sequence[FrontPoint]) -> bool:
+def _is_timed(points: Sequence[ParetoPoint]) -> bool:
     """Whether the points are spaced by time."""
     return "milliseconds" in points[0].result.plan.target
 
 
-def _cost(point: FrontPoint, timed: bool) -> float:
+def _cost(point: ParetoPoint, timed: bool) -> float:
     """As people read it: milliseconds, or a share of the bytes in 16 bit."""
     return point.cost if timed else point.cost / point.result.plan.measured["weight_bytes_fp16"]
 
 
-def _paint(axes: Axes, points: Sequence[FrontPoint]) -> None:
+def _paint(axes: Axes, points: Sequence[ParetoPoint]) -> None:
     plain_axes(axes)
     timed = _is_timed(points)
     finite = [point for point in points if point.measured_db < MOST_DB]
@@ -73,7 +73,7 @@ def _paint(axes: Axes, points: Sequence[FrontPoint]) -> None:
     axes.legend(loc="lower right")
 
 
-def front_figure(points: Sequence[FrontPoint]) -> str:
+def pareto_figure(points: Sequence[ParetoPoint]) -> str:
     """SQNR against bytes or time as an `<svg>` element: predicted as a dashed line, measured as dots.
 
     A plan without any noise has no place on it.
@@ -82,15 +82,15 @@ def front_figure(points: Sequence[FrontPoint]) -> str:
     def paint(figure: Figure) -> None:
         _paint(figure.add_subplot(), points)
 
-    return draw("front", WIDTH, HEIGHT, paint)
+    return draw("pareto", WIDTH, HEIGHT, paint)
 
 
-def front_picture(points: Sequence[FrontPoint]) -> str:
+def pareto_picture(points: Sequence[ParetoPoint]) -> str:
     """The figure as the content of an SVG file."""
-    return standalone(front_figure(points))
+    return standalone(pareto_figure(points))
 
 
-def front_csv(points: Sequence[FrontPoint]) -> bytes:
+def pareto_csv(points: Sequence[ParetoPoint]) -> bytes:
     """A row for each plan, as CSV in UTF-8."""
     columns = ["plan", "weight_bytes", "weight_bytes_fp16", "milliseconds", "predicted_db", "measured_db", "dominated"]
     rows = []

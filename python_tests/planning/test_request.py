@@ -1,0 +1,103 @@
+"""A request holds everything that a plan is made from, and refuses what no plan can be made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+
+from ldmq_kernels.cli import options
+from ldmq_kernels.planning import planner
+from ldmq_kernels.planning.planner import plan
+from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest, split_prompts
+from ldmq_kernels.planning.target import Target
+
+
+def test_the_last_quarter_of_the_prompts_is_held_out() -> None:
+    assert split_prompts(list("abcdefgh")) == (list("abcdef"), ["g", "h"])
+    assert split_prompts(["a"]) == (["a"], ["a"])
+    request = PlanRequest([" a ", "b", "", "c", "d"])
+    assert (request.calibration_prompts, request.held_out_prompts) == (["a", "b", "c"], ["d"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": ["", "  "]}, "there is no prompt"),
+        ({"prompts": "a dog"}, r"prompts is the text 'a dog': give a list"),
+        ({"formats": ()}, "there is no format to choose among"),
+        ({"formats": ["w3a8"]}, "w3a8"),
+        ({"formats": "w8a8"}, "formats is the text 'w8a8'"),
+        ({"calibration_mode": "last-step"}, "unknown calibration 'last-step'.*first-step"),
+        ({"signals": ["ssim"]}, "give sqnr, or sqnr,ssim"),
+        ({"signals": ["sqnr", "beauty"]}, "give sqnr, or sqnr,ssim"),
+        ({"signals": []}, "the signals are none"),
+        ({"hybrid": 1.5}, "hybrid is 1.5"),
+        ({"hybrid": float("nan")}, "hybrid is nan"),
+        ({"analysed_steps": 0}, "analyse at least one"),
+    ],
+    ids=str,
+)
+def test_what_no_plan_can_be_made_from_is_refused_at_once(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PlanRequest(**({"prompts": ["a dog"]} | changes))
+
+
+def test_a_format_stands_for_all_of_its_schemes() -> None:
+    assert PlanRequest(["a"], formats=["w8a8", "fp16"]).schemes == [
+        "w8a8-static",
+        "w8a8-timestep",
+        "w8a8-dynamic",
+        "w8a8x2",
+        "fp16",
+    ]
+
+
+def test_times_are_needed_by_a_target_in_milliseconds_or_on_demand() -> None:
+    assert not PlanRequest(["a"], Target(sqnr_db=30.0)).needs_times
+    assert PlanRequest(["a"], Target(milliseconds=3.0)).needs_times
+    assert PlanRequest(["a"], time_layers=True).needs_times
+
+
+def test_the_command_line_has_the_same_default_formats() -> None:
+    assert options.names_in(options.DEFAULT_FORMATS) == DEFAULT_FORMATS
+
+
+def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "target_sqnr_db": 31.0,
+        "target_bytes": 32,
+        "target_milliseconds": 33.0,
+        "target_layers": 34,
+        "formats": ["w8a16"],
+        "calibration_mode": "all-steps",
+        "signals": ["sqnr", "ssim"],
+        "hybrid": 0.35,
+        "time_layers": True,
+        "num_inference_steps": 36,
+        "guidance_scale": 37.0,
+        "seed": 38,
+        "height": 39,
+        "width": 40,
+        "work_dir": "folder",
+        "show_progress": False,
+    }
+    assert set(given) == set(inspect.signature(plan).parameters) - {"pipe", "prompts", "out"}
+    requests: list[PlanRequest] = []
+
+    def stop(_pipe: object, request: PlanRequest) -> None:
+        requests.append(request)
+        raise InterruptedError
+
+    monkeypatch.setattr(planner, "make_plan", stop)
+    with pytest.raises(InterruptedError):
+        plan(None, ["a dog"], **given)  # type: ignore[arg-type]
+    (request,) = requests
+    assert request.target == Target(31.0, 32, 33.0, 34)
+    assert dataclasses.astuple(request.settings) == (36, 37.0, 38, 39, 40)
+    assert (list(request.prompts), list(request.formats)) == (["a dog"], ["w8a16"])
+    assert (request.calibration_mode, list(request.signals), request.hybrid) == ("all-steps", ["sqnr", "ssim"], 0.35)
+    assert (request.time_layers, str(request.work_dir), request.show) == (True, "folder", False)
