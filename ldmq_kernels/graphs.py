@@ -97,7 +97,7 @@ class _Replayer:
 
 
 class _Gpu:
-    """What a replayer asks of its GPU."""
+    """The GPU operations of a replayer: order between streams, and recording."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -145,9 +145,9 @@ def _watched(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
 
 
 def _addresses(places: list[tuple[dict[str, Any], str]]) -> list[int | None]:
-    """Where these tensors are now."""
-    found = (tensors.get(name) for tensors, name in places)
-    return [None if tensor is None else tensor.data_ptr() for tensor in found]
+    """The addresses of these tensors now."""
+    watched = (tensors.get(name) for tensors, name in places)
+    return [None if tensor is None else tensor.data_ptr() for tensor in watched]
 
 
 def _needs_grad(tree: Any) -> bool:
@@ -155,14 +155,14 @@ def _needs_grad(tree: Any) -> bool:
 
 
 def _signature(leaf: Any) -> Any:
-    """What a recorded call depends on: a tensor's form, another value itself."""
+    """The part of a leaf that a recorded call depends on: a tensor's form, another value itself."""
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), leaf.stride(), leaf.dtype
     try:
         hash(leaf)
     except TypeError:
         raise CaptureError(
-            f"an argument is a {type(leaf).__name__}, which a recorded call cannot be told by: pass tensors, numbers, "
+            f"an argument is a {type(leaf).__name__}, which cannot identify a recorded call: pass tensors, numbers, "
             "strings, tuples, lists or dicts of them"
         ) from None
     return type(leaf), leaf

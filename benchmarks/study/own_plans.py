@@ -22,7 +22,7 @@ from ldmq_kernels.plans.cost import choice_bytes, weight_bytes
 from ldmq_kernels.plans.layers import kind_of, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan, model_record
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze
-from ldmq_kernels.sensitivity.candidates import Candidate, Method
+from ldmq_kernels.sensitivity.candidates import LayerCandidate, Method
 
 Choices = dict[str, LayerPlan]
 ALL_FORMATS = ("w8a8", "w4a8", "w8a16", "fp16")
@@ -150,7 +150,7 @@ class OwnPlans:
         """What `searched` says of each layer."""
         calibration = self.calibration(mode)
         found = analyze(self.setup.pipe, calibration, [SCHEMES[scheme]], exact=0, method=method or Method())
-        return {name: each[0].layer_plan() if each else UNCHANGED for name, each in found.candidates.items()}
+        return {name: each[0].layer_plan if each else UNCHANGED for name, each in found.candidates.items()}
 
     # -- planned ------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class OwnPlans:
 
     def _solve(
         self,
-        candidates: dict[str, list[Candidate]],
+        candidates: dict[str, list[LayerCandidate]],
         target: Target,
         formats: Sequence[str],
         signals: Sequence[str],

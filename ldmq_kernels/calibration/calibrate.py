@@ -18,7 +18,7 @@ from ldmq_kernels.nn import QuantizedLayer
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was seen: the float trajectory, and ranges by layer, step and channel.
+    """One calibration run: the float trajectory, and the ranges of inputs by layer, step and channel.
 
     Attributes:
         mode: which steps static scales come from: "first-step" (the paper's way), "sampled-steps" or "all-steps".
@@ -28,8 +28,8 @@ class Calibration:
             half of the prompts, which `absmax` and `absmax_by_fold` leave out.
         concatenations: layer -> channels of the first part, where the input is a concatenation of two.
         timestep_groups: descending timesteps between the groups that a timestep scale has.
-        absmax_by_fold: layer -> (2, steps, C) float32, `absmax` of each half of the prompts, by which choices are
-            cross-validated; empty where there is one prompt.
+        absmax_by_fold: layer -> (2, steps, C) float32, `absmax` of each half of the prompts, by which layer plans
+            are cross-validated; empty where there is one prompt.
     """
 
     mode: str
@@ -44,7 +44,7 @@ class Calibration:
     absmax_by_fold: dict[str, Tensor] = field(default_factory=dict)
 
     def of_fold(self, fold: int) -> Calibration:
-        """As half of the prompts alone have it; as all have it where there is one prompt."""
+        """The calibration by half of the prompts alone; by all of them where there is one prompt."""
         if not self.absmax_by_fold:
             return self
         return replace(self, absmax={name: found[fold] for name, found in self.absmax_by_fold.items()})
@@ -55,7 +55,7 @@ class Calibration:
         return frozenset(self.first_tokens)
 
     def with_first_token(self) -> Calibration:
-        """With the text's first token in the ranges of the layers that read it."""
+        """The calibration with the text's first token in the ranges of the layers that read it."""
         by_fold, whole = dict(self.absmax_by_fold), dict(self.absmax)
         for name, first in self.first_tokens.items():
             whole[name] = torch.maximum(whole[name], first.amax(0))
@@ -96,7 +96,7 @@ def calibrate(
 
     Args:
         mode: "first-step", "sampled-steps" or "all-steps": which steps make the static scales.
-        whole: observe all steps in every mode, which an analysis needs, so that the drift can be told. False
+        whole: observe all steps in every mode, which an analysis needs, so that the drift can be measured. False
             stops the pipeline after the last step that the mode needs: one step instead of all.
 
     Raises:

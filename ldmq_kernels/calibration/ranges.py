@@ -93,7 +93,7 @@ class RangeObserver:
         return {name: torch.stack(steps, 1) for name, steps in self._absmax.items()}
 
     def first_tokens(self) -> dict[str, Tensor]:
-        """Layer that reads the text -> the same of the first token alone."""
+        """Layer that reads the text -> (2, steps, C) float32, the range of the text's first token alone."""
         return {name: torch.stack(steps, 1) for name, steps in self._first_tokens.items()}
 
     def close(self) -> None:

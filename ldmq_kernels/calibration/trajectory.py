@@ -22,7 +22,7 @@ OnCall = Callable[[int, tuple[int, ...]], None]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How pictures are drawn during calibration: as the user will draw them."""
+    """The settings of pictures drawn during calibration, as the user will draw them."""
 
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
@@ -53,7 +53,7 @@ class UNetCall:
 
     @property
     def timestep(self) -> float:
-        """What the model was told of the time."""
+        """The timestep that the model was called with."""
         value = self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
         return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
 
@@ -113,16 +113,16 @@ class Trajectory:
         """The calls for the prompts of each fold, 0 and 1; all of them as fold 0 where there is one prompt."""
         if len(self.prompts) < 2:
             return {0: self}
-        found = {}
+        folds = {}
         for fold in (0, 1):
-            wanted = [prompt for prompt in self.prompts if prompt % 2 == fold]
-            calls = [call.of_prompts(wanted) for call in self.calls if set(call.prompts) & set(wanted)]
+            of_fold = [prompt for prompt in self.prompts if prompt % 2 == fold]
+            calls = [call.of_prompts(of_fold) for call in self.calls if set(call.prompts) & set(of_fold)]
             if calls:
-                found[fold] = replace(self, calls=calls)
-        return found
+                folds[fold] = replace(self, calls=calls)
+        return folds
 
     def timesteps(self) -> list[float]:
-        """What the model was told of the time, by step."""
+        """The timestep that the model was called with at each step."""
         return [next(call.timestep for call in self.calls if call.step == step) for step in range(self.steps)]
 
 
@@ -231,7 +231,7 @@ def record_trajectory(
         pipe: a diffusers text-to-image pipeline in full precision.
         prompts: one picture each, seeds counting up from `settings.seed`.
         last_step: stop after this sampling step, without pictures; None runs to the end.
-        on_call: told the step and the indices of the prompts before each call.
+        on_call: called with the step and the indices of the prompts before each call of the UNet.
 
     Raises:
         ValueError: there is no prompt, or the UNet's output is not finite.

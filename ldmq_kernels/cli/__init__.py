@@ -133,7 +133,7 @@ def plan(
     Targets may be combined. The first of noise, bytes and time that has no limit is made as small as the others
     allow: with --target-sqnr the fewest bytes, with --target-bytes or --target-ms alone the highest SQNR.
 
-    With --dry-run nothing is measured: it tells what each format would make of the model.
+    With --dry-run nothing is measured: it prints what each format would make of the model.
     """
     from ldmq_kernels.cli.method import preview, run_pareto, run_plan, target_of
     from ldmq_kernels.cli.models import read_prompts

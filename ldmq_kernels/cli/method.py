@@ -17,7 +17,7 @@ from ldmq_kernels.cli.models import load, load_pipeline, load_structure, to_stor
 from ldmq_kernels.conversion import quantize, summarize
 from ldmq_kernels.files import whole_folder, write_whole
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
-from ldmq_kernels.planning.choice import MOST_DB
+from ldmq_kernels.planning.assignment import MOST_DB
 from ldmq_kernels.planning.pareto import ParetoPoint, pareto_front
 from ldmq_kernels.planning.planner import held_out_settings, make_plan, open_session
 from ldmq_kernels.planning.request import PlanRequest

@@ -49,7 +49,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def denoiser_folder(folder: Path) -> Path:
-    """Where the UNet (or transformer) of a pipeline directory lies; the directory itself if it is one.
+    """The folder of the UNet (or transformer) in a pipeline directory; the directory itself if it is one.
 
     Raises:
         ModelError: there is no such directory, it is not diffusers', or its UNet is quantized already.
@@ -62,22 +62,22 @@ def denoiser_folder(folder: Path) -> Path:
         )
     if (folder / PIPELINE_FILE).exists():
         parts = _read_json(folder / PIPELINE_FILE)
-        found = next((folder / name for name in DENOISERS if name in parts), None)
-        if found is None:
+        part = next((folder / name for name in DENOISERS if name in parts), None)
+        if part is None:
             raise ModelError(
                 f"{folder} is a {parts.get('_class_name')}, with neither a unet nor a transformer to quantize"
             )
     else:
-        found = folder
-    if not (found / MODEL_FILE).exists():
-        raise ModelError(f"{folder} is not a diffusers directory: there is no {found / MODEL_FILE}")
-    config = _read_json(found / MODEL_FILE)
+        part = folder
+    if not (part / MODEL_FILE).exists():
+        raise ModelError(f"{folder} is not a diffusers directory: there is no {part / MODEL_FILE}")
+    config = _read_json(part / MODEL_FILE)
     if "_class_name" not in config:
-        raise ModelError(f"{folder} is not a diffusers directory: {found / MODEL_FILE} has no _class_name")
+        raise ModelError(f"{folder} is not a diffusers directory: {part / MODEL_FILE} has no _class_name")
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method", "an unknown method")
         raise ModelError(f"{folder} is quantized already, with {method}: give the full-precision model")
-    return found
+    return part
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -89,10 +89,10 @@ def _model_class(folder: Path) -> Any:
     import diffusers
 
     name = _read_json(folder / MODEL_FILE)["_class_name"]
-    found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ModelError(f"{folder / MODEL_FILE}: diffusers {diffusers.__version__} has no model class {name}")
-    return found
+    return kind
 
 
 def load_structure(folder: Path) -> nn.Module:

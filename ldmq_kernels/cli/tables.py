@@ -12,12 +12,12 @@ from ldmq_kernels.numerics.sqnr import relative_noise_power
 from ldmq_kernels.planning.session import PlanResult
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.report.measure import PicturePairs
-from ldmq_kernels.sensitivity.analysis import Analysis, analysed_part, quantized_copy
+from ldmq_kernels.sensitivity.analysis import Analysis, analysed_part, quantized_as
 from ldmq_kernels.sensitivity.output_noise import finite_db
 from ldmq_kernels.sensitivity.propagation import BlockNoise, propagation
 from ldmq_kernels.sensitivity.table import PLAN, Row, rows_of_analysis, rows_of_noise, rows_of_pictures, write_rows
 
-COLUMNS = ("block", "step", "scheme", "received_db", "born_db", "passed_db", "total_db", "amplification")
+COLUMNS = ("block", "step", "scheme", "input_db", "own_db", "propagated_db", "total_db", "amplification")
 
 
 def rows_of_plan(
@@ -50,22 +50,22 @@ def write_sqnr(path: Path, analysis: Analysis, plan_rows: Sequence[Row]) -> int:
 
 def noise_of_blocks(model: Any, analysis: Analysis, *, show: bool) -> tuple[str, list[BlockNoise]]:
     """The first scheme of the analysis in all layers that have it, measured block by block for one prompt a step."""
-    scheme = next(str(c.scheme) for found in analysis.candidates.values() for c in found)
+    scheme = next(str(c.scheme) for of_layer in analysis.candidates.values() for c in of_layer)
     layers = quantizable_layers(model)
-    copies = {
-        name: quantized_copy(name, layers[name], candidate)
+    quantized = {
+        name: quantized_as(name, layers[name], candidate)
         for name in analysis.candidates
         if (candidate := analysis.candidate(name, scheme)) is not None
     }
     trajectory = analysed_part(analysis.calibration.trajectory, analysis.steps, 1)
-    return scheme, propagation(model, copies, trajectory, show=show)
+    return scheme, propagation(model, quantized, trajectory, show=show)
 
 
-def write_blocks(path: Path, scheme: str, found: Sequence[BlockNoise]) -> None:
+def write_blocks(path: Path, scheme: str, noises: Sequence[BlockNoise]) -> None:
     """blocks.csv: relative noise as SQNR in dB, whole or not at all."""
     rows = []
-    for entry in found:
-        powers = (entry.received, entry.born, entry.passed, entry.total)
+    for entry in noises:
+        powers = (entry.input_noise, entry.own_noise, entry.propagated_noise, entry.total_noise)
         numbers = [f"{finite_db(power):.2f}" for power in powers]
         rows.append((entry.block, entry.step, scheme, *numbers, f"{entry.amplification:.3f}"))
     write_csv(path, COLUMNS, rows)

@@ -1,4 +1,4 @@
-"""Puts quantized layers into a model as a plan says, and tells what that saves."""
+"""Puts quantized layers into a model as a plan says, and summarizes what that saves."""
 
 from ldmq_kernels.conversion.convert import ConversionError, convert
 from ldmq_kernels.conversion.pipeline import quantize

@@ -25,15 +25,15 @@ def on_conversion(listener: Callable[[nn.Module, Plan], None]) -> None:
 
 
 def convert(
-    model: nn.Module, plan: Plan, second_moments: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None
+    model: nn.Module, plan: Plan, hessians: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None
 ) -> None:
     """Replace every layer that the plan quantizes, in place; the others stay as they are.
 
     All quantized layers are built before the first one is put in, so an error leaves the model untouched.
 
     Args:
-        second_moments: layer -> (K, K) float32 for the layers that the plan rounds by GPTQ, asked for in the
-            model's order; see `calibration.second_moments`. `ldmq.quantize` makes them of a pipeline.
+        hessians: layer -> (K, K) float32 for the layers that the plan rounds by GPTQ, asked for in the model's
+            order; see `calibration.hessian`. `ldmq.quantize` makes them of a pipeline.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -42,17 +42,17 @@ def convert(
     """
     check_convertible(model)
     layers = quantizable_layers(model)
-    choices = {name: choice for name, choice in plan.layers(model).items() if choice.scheme.quantizes}
-    if any(choice.scheme.has_timestep_scales for choice in choices.values()):
+    layer_plans = {name: p for name, p in plan.layers(model).items() if p.scheme.quantizes}
+    if any(layer_plan.scheme.has_timestep_scales for layer_plan in layer_plans.values()):
         try:
             timestep_groups.timestep_position(model)
         except ValueError as error:
             raise ConversionError(str(error)) from None
-    moments = second_moments.get if isinstance(second_moments, Mapping) else second_moments
+    hessian_of = hessians.get if isinstance(hessians, Mapping) else hessians
     built: dict[nn.Module, nn.Module] = {}
-    for name, choice in choices.items():
-        hessian = moments(name) if moments is not None and choice.rounding == "gptq" else None
-        built[layers[name]] = quantize_layer(name, layers[name], choice, hessian)
+    for name, layer_plan in layer_plans.items():
+        hessian = hessian_of(name) if hessian_of is not None and layer_plan.rounding == "gptq" else None
+        built[layers[name]] = quantize_layer(name, layers[name], layer_plan, hessian)
     replace_modules(model, built)
     timestep_groups.attach(model, plan.timestep_groups)
     for listener in _listeners:
@@ -91,16 +91,16 @@ def quantized_class(layer: nn.Module) -> type[QuantLinear] | type[QuantConv2d]:
 
 
 def quantize_layer(
-    name: str, layer: nn.Linear | nn.Conv2d, choice: LayerPlan, hessian: Tensor | None = None
+    name: str, layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan, hessian: Tensor | None = None
 ) -> QuantLinear | QuantConv2d:
     """The quantized layer that takes the place of `layer`; see `QuantizedLayer.from_float`.
 
     Args:
-        hessian: (K, K) float32, the second moments of the layer's inputs, where the choice is gptq rounding.
+        hessian: (K, K) float32, the second moments of the layer's inputs, where the plan rounds it by GPTQ.
 
     Raises:
         ConversionError: the layer computes something of its own, has hooks that would be lost, holds no
-            weight yet, its weight is not finite, or gptq rounding has no second moments.
+            weight yet, its weight is not finite, or GPTQ rounding has no Hessian.
     """
     kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     keep = "give it fp16 in the plan's exceptions to leave it as it is"
@@ -117,7 +117,7 @@ def quantize_layer(
         raise ConversionError(f"{name}: its weight is not in memory (meta device): quantize before offloading")
     if not layer.weight.is_floating_point():
         raise ConversionError(f"{name}: its weight is {layer.weight.dtype}, a floating dtype is needed: {keep}")
-    needs_hessian = choice.rounding == "gptq"
+    needs_hessian = layer_plan.rounding == "gptq"
     if needs_hessian and hessian is None:
         raise ConversionError(
             f"{name}: the plan rounds it by GPTQ, which takes the layer's inputs: quantize it within its pipeline, "
@@ -125,15 +125,15 @@ def quantize_layer(
         )
     device = layer.weight.device
     # a plan keeps the scales of schemes that it did not choose
-    scales = choice.scales if choice.scheme.is_static else ()
+    scales = layer_plan.scales if layer_plan.scheme.is_static else ()
     try:
         return quantized_class(layer).from_float(
             layer,
-            choice.scheme,
+            layer_plan.scheme,
             input_scale=torch.tensor(scales, dtype=torch.float32, device=device) if scales else None,
-            smoothing=None if choice.smoothing is None else choice.smoothing.to(device),
-            first_token=choice.first_token,
-            bias_correction=choice.bias_correction,
+            smoothing=None if layer_plan.smoothing is None else layer_plan.smoothing.to(device),
+            first_token=layer_plan.first_token,
+            bias_correction=layer_plan.bias_correction,
             hessian=hessian if needs_hessian else None,
         )
     except ValueError as error:

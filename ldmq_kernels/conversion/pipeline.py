@@ -10,7 +10,7 @@ from torch import nn
 
 from ldmq_kernels.calibration.trajectory import denoiser
 from ldmq_kernels.conversion.convert import check_convertible, convert
-from ldmq_kernels.conversion.moments import RecordedMoments
+from ldmq_kernels.conversion.hessian import RecordedHessians
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.plan import Plan, PlanError, uniform_plan
 
@@ -74,6 +74,6 @@ def quantize(
     hessian_of = None
     if plan.needs_inputs and not isinstance(pipe, nn.Module):
         check_convertible(model)
-        hessian_of = RecordedMoments(pipe, plan, show=show_progress)
+        hessian_of = RecordedHessians(pipe, plan, show=show_progress)
     convert(model, plan, hessian_of)
     return pipe

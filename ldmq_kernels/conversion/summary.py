@@ -1,4 +1,4 @@
-"""How many layers a plan quantizes, in what, and the bytes that it saves in the checkpoint."""
+"""How many layers a plan quantizes in each scheme, and the bytes that it saves in the checkpoint."""
 
 from __future__ import annotations
 
@@ -117,16 +117,16 @@ def summarize(model: nn.Module, plan: Plan | None = None) -> Summary:
         PlanError: the plan does not fit the model.
     """
     layers = quantizable_layers(model)
-    choices = {} if plan is None else plan.layers(model)
+    layer_plans = {} if plan is None else plan.layers(model)
     counts: Counter[tuple[Scheme, str]] = Counter()
     before: Counter[Scheme] = Counter()
     after: Counter[Scheme] = Counter()
     for name, layer in layers.items():
-        choice = choices.get(name)
-        scheme = choice.scheme if choice else layer.scheme if isinstance(layer, QuantizedLayer) else FLOAT
+        layer_plan = layer_plans.get(name)
+        scheme = layer_plan.scheme if layer_plan else layer.scheme if isinstance(layer, QuantizedLayer) else FLOAT
         counts[scheme, kind_of(layer)] += 1
         before[scheme] += weight_bytes(layer, FLOAT)
-        after[scheme] += choice_bytes(layer, choice) if choice else _stored_bytes(layer)
+        after[scheme] += choice_bytes(layer, layer_plan) if layer_plan else _stored_bytes(layer)
     shares = {
         str(s): SchemeShare(counts[s, "conv2d"], counts[s, "linear"], before[s], after[s])
         for s in SCHEMES.values()
@@ -139,7 +139,7 @@ def summarize(model: nn.Module, plan: Plan | None = None) -> Summary:
 
 
 def _stored_bytes(layer: nn.Linear | nn.Conv2d) -> int:
-    """Of a layer as it is."""
+    """Bytes of a layer's weight, scales and corrections as the layer is now."""
     if not (isinstance(layer, QuantizedLayer) and layer.scheme.quantizes):
         return weight_bytes(layer, FLOAT)
     return weight_bytes(

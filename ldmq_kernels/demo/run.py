@@ -27,11 +27,11 @@ from ldmq_kernels.conversion import Summary, quantize, summarize
 from ldmq_kernels.demo import WEIGHTS, load_demo_pipeline, load_evaluator, scenes
 from ldmq_kernels.demo.scoring import Scores, score
 from ldmq_kernels.files import whole_folder, write_whole
+from ldmq_kernels.planning.evaluate import measure_plan
 from ldmq_kernels.planning.planner import make_plan
 from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
 from ldmq_kernels.planning.session import PlanResult
 from ldmq_kernels.planning.target import Target
-from ldmq_kernels.planning.trial import measure_plan
 from ldmq_kernels.report.measure import PicturePairs, Timing, draw_pictures, time_plan
 from ldmq_kernels.report.page import Fact, Report, write_report
 from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
@@ -180,7 +180,7 @@ def _reload(pipe: Any, folder: Path, device: str) -> Any:
     return again.to(device)
 
 
-# -- what is told ----------------------------------------------------------------------------------------
+# -- results --------------------------------------------------------------------------------------------
 
 
 def _commit() -> str | None:
@@ -189,10 +189,12 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        told = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told.stdout.strip()
+    return answer.stdout.strip()
 
 
 def _results(outcome: Outcome, count: int) -> dict[str, Any]:

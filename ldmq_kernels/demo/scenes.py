@@ -73,7 +73,7 @@ class Scene:
     background: str
 
     def attributes(self) -> dict[str, str]:
-        """What a picture of this scene must show, one entry an attribute (5 or 8 of them)."""
+        """The attributes that a picture of this scene must show, 5 or 8 of them."""
         found = {"layout": self.layout, "background": self.background}
         for index, thing in enumerate(self.things):
             found |= {f"shape{index}": thing.shape, f"colour{index}": thing.colour, f"size{index}": thing.size}

@@ -15,14 +15,14 @@ from ldmq_kernels.report.measure import PicturePairs
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the float pictures (`before`) and the quantized ones (`after`).
+    """Scores of the float pictures (`before`) and the quantized ones (`after`).
 
     Attributes:
         accuracy_before: share of attributes that the float pictures show, by kind of caption: "one object", "two
             objects" and "all".
         frechet_distance: between the two sets, in the evaluator's features; 0 is the same.
-        feature_variance: of the float pictures' features, all summed: what the distance is to be compared with.
-        psnr_db: of all pictures as one.
+        feature_variance: the sum of the variances of the float pictures' features, to compare the distance with.
+        psnr_db: PSNR of all pictures together, in dB.
     """
 
     accuracy_before: dict[str, float]

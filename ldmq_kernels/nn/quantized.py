@@ -18,7 +18,7 @@ from ldmq_kernels.nn.stored import BUFFERS, FLOAT32_BUFFERS, check_stored
 from ldmq_kernels.numerics import affine
 from ldmq_kernels.numerics.formats import FLOAT, Scheme, schemes_of
 from ldmq_kernels.numerics.packing import pack_int4, unpack_int4
-from ldmq_kernels.numerics.smoothing import smoothed_moments
+from ldmq_kernels.numerics.smoothing import smoothed_hessian
 from ldmq_kernels.numerics.split import FINER, quantize_low_part
 
 
@@ -125,7 +125,7 @@ class QuantizedLayer(InputScale):
             assert smoothing is not None
             layer.smoothing = smoothing.detach().float().to(device)
             weight = original.float() / layer.smoothing
-            weighted = None if hessian is None else smoothed_moments(hessian, layer.smoothing)
+            weighted = None if hessian is None else smoothed_hessian(hessian, layer.smoothing)
         layer._fill(weight, weighted)
         if scheme.is_static and input_scale is not None:
             layer.input_scale = input_scale.detach().float().reshape(-1).to(device)

@@ -54,7 +54,7 @@ def parts_vector(input_absmax: Tensor, first: int) -> Tensor:
     return factors.repeat_interleave(torch.tensor([first, input_absmax.numel() - first], device=factors.device))
 
 
-def smoothed_moments(moments: Tensor, inv_scale: Tensor) -> Tensor:
-    """The second moments (K, K) of a smoothed input; the reciprocal (C,) holds at each position of a kernel."""
-    factors = inv_scale.to(moments.device).repeat(moments.shape[0] // inv_scale.numel())
-    return (moments * factors[:, None]).mul_(factors)
+def smoothed_hessian(hessian: Tensor, inv_scale: Tensor) -> Tensor:
+    """The Hessian (K, K) of a layer whose input is smoothed; the reciprocal (C,) holds at each position of a kernel."""
+    factors = inv_scale.to(hessian.device).repeat(hessian.shape[0] // inv_scale.numel())
+    return (hessian * factors[:, None]).mul_(factors)

@@ -1,9 +1,9 @@
-"""From a choice for every layer to the plan file's content: rules, exceptions, and why."""
+"""From an assignment of schemes to the plan file's content: rules, exceptions, and why."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from torch import nn
 
@@ -32,8 +32,8 @@ def build_plan(
 
     Args:
         schemes: layer -> scheme, of all layers.
-        sensitive: blocks that had to start with higher precision.
-        times: by which layers that would get slower stayed in 16 bit.
+        sensitive: the blocks that had to start with higher precision.
+        times: the times by which layers that would get slower stayed in 16 bit.
     """
     rules, exceptions = compress(schemes)
     calibration = analysis.calibration
@@ -44,7 +44,10 @@ def build_plan(
     for name, scheme in schemes.items():
         candidate = None if scheme == str(FLOAT) else analysis.candidate(name, scheme)
         reason = reasons.get(name, "")
-        plan.set(name, LayerPlan(SCHEMES[scheme], reason) if candidate is None else candidate.layer_plan(reason))
+        plan.set(
+            name,
+            LayerPlan(SCHEMES[scheme], reason) if candidate is None else replace(candidate.layer_plan, reason=reason),
+        )
     plan.calibration = {
         "mode": calibration.mode,
         "prompts": len(calibration.prompts),

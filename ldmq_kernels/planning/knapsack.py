@@ -1,4 +1,4 @@
-"""One choice for each layer: a multiple-choice knapsack, solved by SciPy's HiGHS.
+"""One option for each layer: a multiple-choice knapsack, solved by SciPy's HiGHS.
 
 Whatever adds up over layers can be a goal or a limit: noise at the UNet's output, bytes, time, operations.
 """
@@ -33,15 +33,15 @@ def _silent() -> Iterator[None]:
     libc = ctypes.CDLL(None)
     sys.stdout.flush()
     libc.fflush(None)
-    kept = os.dup(1)
+    stdout = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
         yield
     finally:
         libc.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)
         os.close(nowhere)
 
 
@@ -52,12 +52,12 @@ def _scaled(column: Column, scale: float) -> Column:
 
 
 class Infeasible(Exception):
-    """No combination of choices meets the limits."""
+    """No combination of options meets the limits."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One choice of one layer: its costs.
+    """The costs of one way to have one layer.
 
     Attributes:
         noise: relative noise power at the UNet's output, at each analysed step.
@@ -128,7 +128,7 @@ class Table:
         constraints = [optimize.LinearConstraint(one_each, 1, 1)]
         allowed = np.ones(count, dtype=bool)
         for row, bound in limits:
-            allowed &= row <= max(bound, 0.0) * (1 + TOLERANCE)  # what passes a limit by itself is no choice
+            allowed &= row <= max(bound, 0.0) * (1 + TOLERANCE)  # an option that passes a limit by itself is out
         for row, bound in limits:
             scale = bound if bound > 0 else max(float(row.max()), TINY)
             scaled = _scaled(np.where(allowed, row, 0.0), scale)

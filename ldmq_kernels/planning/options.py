@@ -1,4 +1,4 @@
-"""What the knapsack chooses among: every candidate of every layer, and the float layer."""
+"""The options of the knapsack: every candidate of every layer, and the float layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
-from ldmq_kernels.planning.choice import SQNR
+from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.knapsack import Option
 from ldmq_kernels.planning.times import LayerTimes
 from ldmq_kernels.plans.blocks import block_of
@@ -24,7 +24,7 @@ def make_options(
     signals: Sequence[str] = (SQNR,),
     times: LayerTimes | None = None,
 ) -> list[Option]:
-    """Every choice of every layer: noise at the output, bytes, operations and time.
+    """Every option of every layer: noise at the output, bytes, operations and time.
 
     A layer stays in 16 bit where the pipeline never runs it, and where no candidate fits it. With times, a
     candidate that is slower than the float layer is left out, if "fp16" is among the formats.
@@ -44,27 +44,27 @@ def make_options(
             options.append(Option(layer, str(FLOAT), silent, size, 0.0))
             continue
         operations = analysis.calibration.operations[layer]
-        found = []
+        of_layer = []
         for candidate in analysis.candidates[layer]:
             key = (layer, str(candidate.scheme))
-            found.append(
+            of_layer.append(
                 Option(
                     layer,
                     key[1],
                     tuple(analysis.output[key].by_step[step] for step in analysis.steps),
-                    choice_bytes(module, candidate.layer_plan()),
+                    choice_bytes(module, candidate.layer_plan),
                     operation_cost(operations, candidate.scheme),
                     signals=tuple((name, max(0.0, analysis.signals[name].get(key, 0.0))) for name in names),
                 )
             )
         unchanged = Option(layer, str(FLOAT), silent, size, operation_cost(operations, FLOAT), is_float=True)
         if times is not None:
-            unchanged, *found = times.of([unchanged, *found])
+            unchanged, *of_layer = times.of([unchanged, *of_layer])
         if str(FLOAT) in formats:
-            kept = [option for option in found if option.milliseconds <= unchanged.milliseconds]
-            options += [*kept, unchanged]
+            no_slower = [option for option in of_layer if option.milliseconds <= unchanged.milliseconds]
+            options += [*no_slower, unchanged]
         else:
-            options += found or [unchanged]
+            options += of_layer or [unchanged]
     return options
 
 
@@ -84,8 +84,8 @@ def sensitive_blocks(model: nn.Module, analysis: Analysis, share: float) -> list
     if not 0 < share <= 1:
         raise ValueError(f"the share of noise for sensitive blocks is {share}: choose above 0 and up to 1")
     noise: dict[str, float] = {}
-    for (block, _), found in analysis.blocks.items():
-        noise[block] = max(noise.get(block, 0.0), found.mean_power)
+    for (block, _), block_noise in analysis.blocks.items():
+        noise[block] = max(noise.get(block, 0.0), block_noise.mean_power)
     parameters: dict[str, float] = dict.fromkeys(noise, 0.0)
     operations: dict[str, float] = dict.fromkeys(noise, 0.0)
     for layer, module in quantizable_layers(model).items():
@@ -120,10 +120,10 @@ def restricted(model: nn.Module, options: Sequence[Option], blocks: Collection[s
     layers: dict[str, list[Option]] = {}
     for option in options:
         layers.setdefault(option.layer, []).append(option)
-    for layer, found in layers.items():
+    for layer, of_layer in layers.items():
         if block_of(model, layer) not in blocks:
-            kept += found
+            kept += of_layer
             continue
-        precise = [option for option in found if is_precise(SCHEMES[option.scheme])]
-        kept += precise or [min(found, key=lambda option: sum(option.noise))]
+        precise = [option for option in of_layer if is_precise(SCHEMES[option.scheme])]
+        kept += precise or [min(of_layer, key=lambda option: sum(option.noise))]
     return kept

@@ -1,4 +1,4 @@
-"""Pareto front: what SQNR each number of bytes, or each time, can have at best, and what it has when it is run."""
+"""The Pareto front of plans: the highest SQNR for each size, or each time, as predicted and as measured by a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ldmq_kernels.planning.choice import Choice
+from ldmq_kernels.planning.assignment import Assignment
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.progress import track
@@ -73,24 +73,24 @@ def pareto_front(
     chooser = session.chooser
     rest = 0.0 if session.times is None else session.times.rest
 
-    def cost(choice: Choice) -> float:
-        return float(choice.bytes) if axis == "bytes" else rest + choice.milliseconds
+    def cost(assignment: Assignment) -> float:
+        return float(assignment.bytes) if axis == "bytes" else rest + assignment.milliseconds
 
     least = chooser.least(axis)
     most = cost(chooser.best(Target(layers=len(chooser.table.options))))
     budgets = np.linspace(least, most, points)
-    # a budget is not below what the smallest choice takes, whatever its last digit
+    # a budget is not below what the smallest assignment takes, whatever its last digit
     targets = [_target(axis, max(float(np.nextafter(budget, np.inf)), least)) for budget in budgets]
-    choices = [chooser.choose(target) for target in targets]
-    unlike = _dominated([cost(c) for c in choices], [c.sum_db for c in choices])
-    kept = [(t, c) for t, c, beaten in zip(targets, choices, unlike, strict=True) if not beaten]
-    found = []
-    for target, choice in track(kept, "plans of the Pareto front", len(kept), show=show):
-        run = session.verified(choice)
+    assignments = [chooser.choose(target) for target in targets]
+    unlikely = _dominated([cost(a) for a in assignments], [a.sum_db for a in assignments])
+    likely = [(t, a) for t, a, beaten in zip(targets, assignments, unlikely, strict=True) if not beaten]
+    measured = []
+    for target, assignment in track(likely, "plans of the Pareto front", len(likely), show=show):
+        run = session.verified(assignment)
         result = session.result(run, target)
-        found.append(ParetoPoint(result, cost(choice), result.predicted_db, run.db))
-    beaten = _dominated([p.cost for p in found], [p.measured_db for p in found])
+        measured.append(ParetoPoint(result, cost(assignment), result.predicted_db, run.db))
+    beaten = _dominated([p.cost for p in measured], [p.measured_db for p in measured])
     return [
         ParetoPoint(p.result, p.cost, p.predicted_db, p.measured_db, is_beaten)
-        for p, is_beaten in zip(found, beaten, strict=True)
+        for p, is_beaten in zip(measured, beaten, strict=True)
     ]

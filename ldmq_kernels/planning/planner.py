@@ -14,7 +14,7 @@ from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.ranges import FIRST_STEP
 from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, denoiser, record_trajectory
 from ldmq_kernels.numerics.formats import parse_schemes
-from ldmq_kernels.planning.choice import SQNR
+from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
@@ -128,7 +128,7 @@ def plan(
         formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic and split.
         calibration_mode: "first-step" (the paper's single sampling step), "sampled-steps" or "all-steps": which steps
             a static range starts from. The search widens it where the analysed trajectory shows more.
-        signals: "sqnr", and "ssim" to keep the structure of pictures too; see `planning.choice.Chooser`.
+        signals: "sqnr", and "ssim" to keep the structure of pictures too; see `planning.assignment.Chooser`.
         hybrid: share of the noise whose blocks start with higher precision, as in the paper; 0 for none.
         time_layers: time the layers on the pipeline's device, as targets in milliseconds do: a layer that would get
             slower stays in 16 bit.

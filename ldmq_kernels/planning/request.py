@@ -1,4 +1,4 @@
-"""What a plan is asked for with: one object from the command line and `ldmq.plan` down to the search."""
+"""The request for a plan: one object from the command line and `ldmq.plan` down to the search."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from ldmq_kernels.calibration.ranges import FIRST_STEP, MODES
 from ldmq_kernels.calibration.trajectory import SamplingSettings
 from ldmq_kernels.numerics.formats import parse_schemes
-from ldmq_kernels.planning.choice import SQNR
+from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.sensitivity.analysis import ANALYSED_STEPS
 from ldmq_kernels.sensitivity.similarity import SSIM

@@ -1,7 +1,7 @@
-"""A choice for every layer as few lines that a person can read: pattern rules, and exceptions to them.
+"""The scheme of every layer in few lines that a person can read: pattern rules, and exceptions to them.
 
 Patterns are made of the parts of names: "*.attn2.to_k", "down_blocks.*.conv?", "mid_block.*". The first rule is the
-commonest choice; then that rule is added, again and again, after which the fewest layers are told wrongly; at the end
+commonest scheme; then that rule is added, again and again, after which the fewest layers get a wrong scheme; at the end
 what no longer helps is taken out. The last rule that fits holds, and exceptions name what is still wrong.
 """
 
@@ -61,31 +61,31 @@ def _masks(names: tuple[str, ...]) -> dict[str, Mask]:
 
 
 class _Rules:
-    """Rules in order, each a pattern and the number of its scheme, and what they say of every layer."""
+    """Rules in order, each a pattern and the number of its scheme, and the scheme that they give every layer."""
 
-    def __init__(self, names: tuple[str, ...], wanted: NDArray[np.intp]) -> None:
-        self.wanted = wanted
+    def __init__(self, names: tuple[str, ...], schemes_of_layers: NDArray[np.intp]) -> None:
+        self.schemes = schemes_of_layers
         self.masks = _masks(names)
-        self.rules: list[tuple[str, int]] = [(EVERYTHING, Counter(wanted.tolist()).most_common(1)[0][0])]
+        self.rules: list[tuple[str, int]] = [(EVERYTHING, Counter(schemes_of_layers.tolist()).most_common(1)[0][0])]
 
-    def said(self, rules: list[tuple[str, int]]) -> NDArray[np.intp]:
-        result = np.full(len(self.wanted), -1)
+    def assigned(self, rules: list[tuple[str, int]]) -> NDArray[np.intp]:
+        result = np.full(len(self.schemes), -1)
         for pattern, scheme in rules:
             result[self.masks[pattern]] = scheme
         return result
 
     def cost(self, rules: list[tuple[str, int]]) -> int:
-        """What rules and their exceptions ask of a reader."""
-        return RULE * len(rules) + int((self.said(rules) != self.wanted).sum())
+        """The lines that rules and their exceptions take, a rule counting for more."""
+        return RULE * len(rules) + int((self.assigned(rules) != self.schemes).sum())
 
     def grow(self) -> None:
         patterns = list(self.masks)
         table = np.stack([self.masks[pattern] for pattern in patterns]).astype(np.int64)
-        schemes = sorted(set(self.wanted.tolist()))
+        schemes = sorted(set(self.schemes.tolist()))
         while True:
-            wrong = self.said(self.rules) != self.wanted
+            wrong = self.assigned(self.rules) != self.schemes
             gains = np.stack(
-                [table @ ((wrong & (self.wanted == s)).astype(int) - (~wrong & (self.wanted != s))) for s in schemes]
+                [table @ ((wrong & (self.schemes == s)).astype(int) - (~wrong & (self.schemes != s))) for s in schemes]
             )
             scheme, pattern = np.unravel_index(int(gains.argmax()), gains.shape)
             if gains[scheme, pattern] <= RULE:
@@ -112,12 +112,15 @@ def compress(schemes: Mapping[str, str]) -> tuple[list[Rule], list[str]]:
         Rules as a plan file has them, each with its reason, and names of layers in the given order.
     """
     names, kinds = tuple(schemes), sorted(set(schemes.values()))
-    wanted = np.array([kinds.index(scheme) for scheme in schemes.values()])
-    search = _Rules(names, wanted)
+    schemes_of_layers = np.array([kinds.index(scheme) for scheme in schemes.values()])
+    search = _Rules(names, schemes_of_layers)
     search.grow()
     search.prune()
-    rules = [_rule(pattern, kinds[scheme], search.masks[pattern], wanted == scheme) for pattern, scheme in search.rules]
-    wrong = search.said(search.rules) != wanted
+    rules = [
+        _rule(pattern, kinds[scheme], search.masks[pattern], schemes_of_layers == scheme)
+        for pattern, scheme in search.rules
+    ]
+    wrong = search.assigned(search.rules) != schemes_of_layers
     return rules, [name for name, is_wrong in zip(names, wrong, strict=True) if is_wrong]
 
 

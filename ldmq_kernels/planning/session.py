@@ -10,12 +10,12 @@ from torch import nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.numerics.formats import FLOAT
+from ldmq_kernels.planning.assignment import MOST_DB, SQNR, Assignment, Chooser, step_weights
 from ldmq_kernels.planning.build import build_plan
-from ldmq_kernels.planning.choice import MOST_DB, SQNR, Choice, Chooser, step_weights
+from ldmq_kernels.planning.evaluate import PlanEvaluator
 from ldmq_kernels.planning.options import make_options, restricted, sensitive_blocks
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes
-from ldmq_kernels.planning.trial import Trials
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
@@ -43,16 +43,16 @@ class PlanResult:
 
 @dataclass(frozen=True)
 class Verified:
-    """A choice, what it was expected to do along the held-out trajectory, and what it does."""
+    """An assignment, its predicted SQNR along the held-out trajectory, and its noise there."""
 
-    choice: Choice
+    assignment: Assignment
     predicted_db: float
     noise: StepNoise
     losses: dict[str, float] = field(default_factory=dict, compare=False)  # of the other signals, as measured
 
     @property
     def db(self) -> float:
-        """Mean over steps, 200 dB for no noise at all."""
+        """SQNR in dB as the mean over steps, 200 dB for no noise at all."""
         return mean_db(self.noise)
 
 
@@ -66,10 +66,10 @@ class Session:
 
     Args:
         model: the float model that was analysed.
-        held_out: its trajectory on prompts and seeds that were not calibrated on.
+        held_out: the float trajectory on prompts and seeds that were not calibrated on.
         formats: names of formats or schemes; "fp16" lets layers stay as they are.
-        signals: what counts as noise: "sqnr", and "ssim" if the analysis has it. See `choice.Chooser`.
-        times: of the layers on the device that the model will run on.
+        signals: the kinds of noise that count: "sqnr", and "ssim" if the analysis has it. See `assignment.Chooser`.
+        times: the layers' times on the device that the model will run on.
         hybrid: the paper's global step: the blocks that make this share of the noise start with higher precision
             (w8a16, fp16 or dynamic w8a8), whatever they cost; 0 leaves it to the knapsack, which by its own
             measure is never worse.
@@ -95,51 +95,51 @@ class Session:
         options = restricted(model, make_options(model, analysis, formats, signals, times), self.sensitive)
         weights = step_weights(analysis.steps, analysis.calibration.trajectory.steps)
         self.chooser = Chooser(options, weights, signals, rest_milliseconds=None if times is None else times.rest)
-        self._trials = Trials(model, analysis)
+        self._trials = PlanEvaluator(model, analysis)
         self._known: dict[tuple[tuple[str, str], ...], Verified] = {}
         self.interaction_db: float | None = None  # by which the layers together are noisier than their sum
 
     # -- runs ----------------------------------------------------------------------------------------------
 
-    def predicted_db(self, choice: Choice) -> float:
+    def predicted_db(self, assignment: Assignment) -> float:
         """SQNR as the calibration alone has it: the sum of the layers' noise, corrected for what they do together.
 
-        The correction is measured once, by running the first choice along the calibration's trajectory. There is none
-        where GPTQ rounds a layer, which on these samples has less noise than on others.
+        The correction is measured once, by running the first assignment along the calibration's trajectory. There is
+        none where GPTQ rounds a layer, which on these samples has less noise than on others.
         """
-        if choice.sum_db >= MOST_DB:
+        if assignment.sum_db >= MOST_DB:
             return MOST_DB
-        if any(self._is_rounded_for_calibration(*key) for key in choice.schemes.items()):
-            return choice.sum_db
+        if any(self._is_rounded_for_calibration(*key) for key in assignment.schemes.items()):
+            return assignment.sum_db
         if self.interaction_db is None:
-            together = mean_db(self._trials.cross_validated(choice.schemes))
-            self.interaction_db = 0.0 if together >= MOST_DB else choice.sum_db - together
-        return min(MOST_DB, choice.sum_db - self.interaction_db)
+            together = mean_db(self._trials.cross_validated(assignment.schemes))
+            self.interaction_db = 0.0 if together >= MOST_DB else assignment.sum_db - together
+        return min(MOST_DB, assignment.sum_db - self.interaction_db)
 
     def _is_rounded_for_calibration(self, layer: str, scheme: str) -> bool:
         candidate = self.analysis.candidate(layer, scheme) if layer in self.analysis.candidates else None
-        return candidate is not None and candidate.choice.rounding == "gptq"
+        return candidate is not None and candidate.layer_plan.rounding == "gptq"
 
-    def verified(self, choice: Choice) -> Verified:
-        """The choice run along the held-out trajectory; once for each choice of schemes."""
-        key = tuple(choice.schemes.items())
+    def verified(self, assignment: Assignment) -> Verified:
+        """Run an assignment along the held-out trajectory; each one once."""
+        key = tuple(assignment.schemes.items())
         if key not in self._known:
-            predicted = self.predicted_db(choice)
-            noise, losses = self._trials.noise(choice.schemes, self.held_out), {}
+            predicted = self.predicted_db(assignment)
+            noise, losses = self._trials.noise(assignment.schemes, self.held_out), {}
             if SSIM in self.signals and self.analysis.decoder is not None:
-                losses[SSIM] = self._trials.structural_noise(choice.schemes, self.held_out, self.analysis.decoder)
-            self._known[key] = Verified(choice, predicted, noise, losses)
+                losses[SSIM] = self._trials.structural_noise(assignment.schemes, self.held_out, self.analysis.decoder)
+            self._known[key] = Verified(assignment, predicted, noise, losses)
         return self._known[key]
 
     # -- plans ---------------------------------------------------------------------------------------------
 
     def result(self, verified: Verified, target: Target) -> PlanResult:
-        """The plan file's content, with what was predicted and measured."""
-        choice = verified.choice
+        """The plan of a verified assignment, with the SQNR that was predicted and measured."""
+        assignment = verified.assignment
         plan = build_plan(
             self.model,
             self.analysis,
-            choice.schemes,
+            assignment.schemes,
             target,
             self.formats,
             sensitive=self.sensitive,
@@ -149,15 +149,15 @@ class Session:
             "held_out_sqnr_db": round(verified.db, 3),
             "predicted_sqnr_db": round(verified.predicted_db, 3),
             "interaction_db": round(self.interaction_db or 0.0, 3),
-            "weight_bytes": choice.bytes,
+            "weight_bytes": assignment.bytes,
             "weight_bytes_fp16": sum(weight_bytes(m, FLOAT) for m in quantizable_layers(self.model).values()),
         }
         if self.verified_on:
             plan.measured["verified_on"] = self.verified_on
         if self.times is not None:
-            plan.measured["milliseconds"] = round(self.times.rest + choice.milliseconds, 4)
+            plan.measured["milliseconds"] = round(self.times.rest + assignment.milliseconds, 4)
             plan.measured["milliseconds_float"] = round(self.times.all_float, 4)
-        plan.measured |= {f"predicted_{name}_loss": round(choice.signal(name), 6) for name in self.signals}
+        plan.measured |= {f"predicted_{name}_loss": round(assignment.signal(name), 6) for name in self.signals}
         plan.measured |= {f"held_out_{name}_loss": round(loss, 6) for name, loss in verified.losses.items()}
         return PlanResult(plan, self.analysis, verified.noise, verified.predicted_db)
 
@@ -175,47 +175,47 @@ class Session:
             return self.result(self.verified(first), target)
         return self.result(self._reach(target, target.sqnr_db, first), target)
 
-    def _reach(self, target: Target, wanted: float, first: Choice) -> Verified:
-        """The cheapest choice found that reaches the target when it is run.
+    def _reach(self, target: Target, target_db: float, first: Assignment) -> Verified:
+        """The cheapest assignment that reaches the target when it is run, of those that were run.
 
-        Requests are in dB of the layers' sum. Each run tells by how much a request was too low or too high, and
+        Requests are in dB of the layers' sum. Each run shows by how much a request was too low or too high, and
         they close in from both sides.
         """
         most = self.chooser.best(target).sum_db
-        asked = min(wanted + first.sum_db - self.predicted_db(first), most)
+        asked = min(target_db + first.sum_db - self.predicted_db(first), most)
         tried: list[Verified] = []
         low: Verified | None = None  # the highest sum that fails
         high: Verified | None = None  # the cheapest that reaches the target
         for _ in range(RUNS):
             run = self.verified(self.chooser.choose(target, asked))
-            logger.info("asked for %.2f dB of the sum: %.2f dB of %.2f", asked, run.db, wanted)
+            logger.info("asked for %.2f dB of the sum: %.2f dB of %.2f", asked, run.db, target_db)
             is_new = run not in tried
             tried.append(run)
-            if run.db >= wanted:
-                is_new = is_new and (high is None or self.chooser.is_cheaper(run.choice, high.choice, target))
+            if run.db >= target_db:
+                is_new = is_new and (high is None or self.chooser.is_cheaper(run.assignment, high.assignment, target))
                 high = run if is_new else high
-            elif low is None or run.choice.sum_db > low.choice.sum_db:
+            elif low is None or run.assignment.sum_db > low.assignment.sum_db:
                 low = run
-            if run.db < wanted and asked >= most:
+            if run.db < target_db and asked >= most:
                 break
-            if high is not None and (not is_new or high.db - wanted <= ENOUGH_DB):
+            if high is not None and (not is_new or high.db - target_db <= ENOUGH_DB):
                 break
-            asked = min(_next(low, high, wanted), most)
+            asked = min(_next(low, high, target_db), most)
         if high is None:
             raise PlanError(
-                f"{wanted} dB is not reached on held-out prompts: the best plan of {len(tried)} that were run has "
+                f"{target_db} dB is not reached on held-out prompts: the best plan of {len(tried)} that were run has "
                 f"{max(run.db for run in tried):.2f} dB; lower the target, allow more precise formats, or calibrate "
                 "on more prompts"
             )
         return high
 
 
-def _next(low: Verified | None, high: Verified | None, wanted: float) -> float:
-    """What to ask for, in dB of the sum, after runs on one side of the target or on both."""
+def _next(low: Verified | None, high: Verified | None, target_db: float) -> float:
+    """The next request, in dB of the sum, after runs on one side of the target or on both."""
     if low is None or high is None:
         run = low or high
         assert run is not None
-        return run.choice.sum_db + wanted + MARGIN_DB - run.db
-    left, right = low.choice.sum_db, high.choice.sum_db
-    share = (wanted + MARGIN_DB - low.db) / (high.db - low.db)
+        return run.assignment.sum_db + target_db + MARGIN_DB - run.db
+    left, right = low.assignment.sum_db, high.assignment.sum_db
+    share = (target_db + MARGIN_DB - low.db) / (high.db - low.db)
     return left + (right - left) * min(max(share, NEAREST), 1 - NEAREST)

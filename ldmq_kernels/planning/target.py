@@ -1,4 +1,4 @@
-"""What a plan must reach, and what it is then free to make as small as it can."""
+"""The limits that a plan must keep, and the quantity that it then makes as small as it can."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Target:
 
     @property
     def goal(self) -> Goal:
-        """What is made as small as the limits allow."""
+        """The quantity that is made as small as the limits allow."""
         if self.sqnr_db is None:
             return "noise"
         if self.bytes is None:
@@ -55,7 +55,7 @@ class Target:
         return self.milliseconds is not None or self.goal == "milliseconds"
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the plan file: the limits that were given."""
+        """The limits that were given, as the plan file has them."""
         given = {
             "sqnr_db": self.sqnr_db,
             "bytes": self.bytes,

@@ -27,7 +27,7 @@ from ldmq_kernels.planning.knapsack import Option
 from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, PlanError
 from ldmq_kernels.progress import track
-from ldmq_kernels.sensitivity.analysis import Analysis, quantized_copy
+from ldmq_kernels.sensitivity.analysis import Analysis, quantized_as
 from ldmq_kernels.timing import Clock, interleaved, one_call_ms
 from ldmq_kernels.version import __version__
 
@@ -40,8 +40,8 @@ class LayerTimes:
     """Milliseconds of one UNet call for one picture, guidance's two halves together.
 
     Attributes:
-        layers: (layer, scheme) -> of the layer, "fp16" standing for the float model's dtype.
-        rest: of what is beside the linears and convolutions.
+        layers: (layer, scheme) -> milliseconds of the layer, "fp16" standing for the float model's dtype.
+        rest: milliseconds of all that is beside the linears and convolutions.
     """
 
     layers: dict[tuple[str, str], float]
@@ -69,7 +69,7 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class _Input:
-    """What a layer is given: enough to make another one of the same kind."""
+    """The kind of a layer's input: enough to make another one of the same kind."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -90,12 +90,12 @@ class _Input:
 
 
 def _inputs(model: nn.Module, call: UNetCall) -> dict[str, _Input]:
-    """What each layer that runs is given in a call."""
-    seen: dict[str, _Input] = {}
+    """The kind of input that each layer gets in a call, of those that run."""
+    inputs: dict[str, _Input] = {}
 
     def note(name: str) -> Any:
         def observe(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, _Input.of(args[0]))
+            inputs.setdefault(name, _Input.of(args[0]))
 
         return observe
 
@@ -105,16 +105,16 @@ def _inputs(model: nn.Module, call: UNetCall) -> dict[str, _Input]:
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return inputs
 
 
-def _key(layer: nn.Linear | nn.Conv2d, given: _Input, choice: LayerPlan) -> str:
-    """What a layer's time depends on, in words."""
+def _key(layer: nn.Linear | nn.Conv2d, given: _Input, layer_plan: LayerPlan) -> str:
+    """All that a layer's time depends on, in words."""
     words = [kind_of(layer), str(given), "to", "x".join(map(str, layer_shape(layer)))]
     if isinstance(layer, nn.Conv2d):
         words.append(f"stride {layer.stride} padding {layer.padding} dilation {layer.dilation}")
-    words.append(str(choice.scheme))
-    details = {"smoothed": choice.smoothing is not None, "first token": choice.first_token}
+    words.append(str(layer_plan.scheme))
+    details = {"smoothed": layer_plan.smoothing is not None, "first token": layer_plan.first_token}
     words += [name for name, value in details.items() if value]
     return " ".join(words)
 
@@ -126,7 +126,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _head(device: torch.device) -> dict[str, Any]:
-    """What makes times comparable."""
+    """The device and versions that make times comparable."""
     head: dict[str, Any] = {"device": _device_name(device), "package": __version__, "torch": torch.__version__}
     if device.type != "cuda":
         return {**head, "threads": torch.get_num_threads()}
@@ -141,7 +141,7 @@ def _head(device: torch.device) -> dict[str, Any]:
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where this user's layer times of a device are kept."""
+    """The file that keeps this user's layer times of a device."""
     name = re.sub(r"[^a-z0-9]+", "-", _device_name(device).lower()).strip("-")
     return cache_folder() / f"layer-times-{name}.json"
 
@@ -195,11 +195,11 @@ def measure_times(
     todo: dict[str, list[tuple[str, str]]] = {}
     for name, given in inputs.items():
         candidates = analysis.candidates.get(name, [])
-        for choice in [LayerPlan(FLOAT), *(candidate.layer_plan() for candidate in candidates)]:
-            keys[name, str(choice.scheme)] = key = _key(layers[name], given, choice)
+        for layer_plan in [LayerPlan(FLOAT), *(candidate.layer_plan for candidate in candidates)]:
+            keys[name, str(layer_plan.scheme)] = key = _key(layers[name], given, layer_plan)
             if key not in planned:
                 planned.add(key)
-                todo.setdefault(name, []).append((str(choice.scheme), key))
+                todo.setdefault(name, []).append((str(layer_plan.scheme), key))
     for name, group in track(list(todo.items()), "time of each layer", len(todo), show=show):
         x = inputs[name].make(device)
         works = [_work(analysis, name, layers[name], scheme, x) for scheme, _ in group]
@@ -214,5 +214,5 @@ def measure_times(
 
 def _work(analysis: Analysis, name: str, layer: nn.Linear | nn.Conv2d, scheme: str, x: Tensor) -> Callable[[], Any]:
     candidate = None if scheme == str(FLOAT) else analysis.candidate(name, scheme)
-    module = layer if candidate is None else quantized_copy(name, layer, candidate)
+    module = layer if candidate is None else quantized_as(name, layer, candidate)
     return lambda: module(x)

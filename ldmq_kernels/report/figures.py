@@ -39,7 +39,7 @@ def _range(values: np.ndarray) -> Normalize:
 
 
 def layer_heatmap(rows: Sequence[LayerRow], schemes: Sequence[str]) -> str:
-    """SQNR at the output of every layer alone, layers left to right, schemes top to bottom, the choice dotted."""
+    """SQNR at the output of every layer alone, layers left to right, schemes top to bottom, with the plan dotted."""
     values = np.array([[row.sqnr_db.get(scheme, np.nan) for row in rows] for scheme in schemes])
     stages = [_stage(row.name) for row in rows]
     starts = [i for i in range(len(rows)) if i == 0 or stages[i] != stages[i - 1]]

@@ -46,13 +46,13 @@ class PicturePairs:
 
     @property
     def psnr_db(self) -> list[float]:
-        """Of each pair, against a peak of 1; identical pictures have 100 dB."""
+        """PSNR of each pair in dB, against a peak of 1; identical pictures have 100 dB."""
         error = (self.after.double() - self.before.double()).square().flatten(1).mean(1)
         return [min(IDENTICAL_DB, -10 * math.log10(e)) if e > 0 else IDENTICAL_DB for e in error.tolist()]
 
     @property
     def pooled_psnr_db(self) -> float:
-        """Of all pictures as one: from the mean squared error over all of them."""
+        """PSNR of all pictures together in dB, from the mean squared error over all of them."""
         error = float((self.after.double() - self.before.double()).square().mean())
         return min(IDENTICAL_DB, -10 * math.log10(error)) if error > 0 else IDENTICAL_DB
 
@@ -94,15 +94,15 @@ def time_plan(model: nn.Module, plan: Plan, call: UNetCall, *, rounds: int = 7) 
         PlanError: the plan does not fit the model.
     """
     layers = quantizable_layers(model)
-    chosen = {name: choice for name, choice in plan.layers(model).items() if choice.scheme.quantizes}
-    copies: dict[str, nn.Module] = {
-        name: quantize_layer(name, layers[name], replace(choice, rounding="nearest")) for name, choice in chosen.items()
+    chosen = {name: p for name, p in plan.layers(model).items() if p.scheme.quantizes}
+    quantized: dict[str, nn.Module] = {
+        name: quantize_layer(name, layers[name], replace(p, rounding="nearest")) for name, p in chosen.items()
     }
 
     def run() -> None:
         output_tensor(model(*call.args, **call.kwargs))
 
-    contexts: dict[str, Context] = {"before": nullcontext, "after": partial(swapped, model, copies)}
+    contexts: dict[str, Context] = {"before": nullcontext, "after": partial(swapped, model, quantized)}
     samples = interleaved(
         dict.fromkeys(contexts, run),
         call.output.device,

@@ -34,7 +34,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Report:
-    """What the page tells. Without `result` there is no plan, and `no_plan` says why.
+    """The content of the page. Without `result` there is no plan, and `no_plan` says why.
 
     Attributes:
         lead: the sentence under the title.

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ldmq_kernels.files import csv_bytes
-from ldmq_kernels.planning.choice import MOST_DB
+from ldmq_kernels.planning.assignment import MOST_DB
 from ldmq_kernels.planning.pareto import ParetoPoint
 from ldmq_kernels.report.svg import INK, MUTED, SCHEME_COLOURS, draw, plain_axes, standalone
 
@@ -22,7 +22,7 @@ def _is_timed(points: Sequence[ParetoPoint]) -> bool:
 
 
 def _cost(point: ParetoPoint, timed: bool) -> float:
-    """As people read it: milliseconds, or a share of the bytes in 16 bit."""
+    """The cost on the axis: milliseconds, or a share of the bytes in 16 bit."""
     return point.cost if timed else point.cost / point.result.plan.measured["weight_bytes_fp16"]
 
 

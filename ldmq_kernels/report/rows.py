@@ -22,9 +22,9 @@ class LayerRow:
 
     Attributes:
         sqnr_db: scheme -> SQNR at the UNet's output with this layer alone quantized so.
-        found: scheme -> what the search of the layer kept, such as "alpha 0.5, bias".
+        found: scheme -> the parts that the search of the layer chose, such as "alpha 0.5, bias".
         drift: how many times larger its input gets than at the first step.
-        scheme: the plan's choice; None without a plan.
+        scheme: the scheme in the plan; None without a plan.
         bytes_after: bytes of the weight, its scales and its corrections, as the plan counts them; None without a plan.
     """
 
@@ -58,8 +58,8 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
         measured = {str(c.scheme): analysis.output[name, str(c.scheme)].mean_power for c in analysis.candidates[name]}
         sqnr = {scheme: finite_db(power) for scheme, power in measured.items()}
         found = {str(c.scheme): c.label for c in analysis.candidates[name]}
-        choice = None if plan is None else plan.layer(name)
-        scheme = None if choice is None else str(choice.scheme)
+        layer_plan = None if plan is None else plan.layer(name)
+        scheme = None if layer_plan is None else str(layer_plan.scheme)
         rows.append(
             LayerRow(
                 name=name,
@@ -72,7 +72,7 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
                 drift=drift[name],
                 bytes_before=weight_bytes(layer, FLOAT),
                 scheme=scheme,
-                bytes_after=None if choice is None else choice_bytes(layer, choice),
+                bytes_after=None if layer_plan is None else choice_bytes(layer, layer_plan),
                 reason="" if plan is None else _reason(plan, name, sqnr),
             )
         )
@@ -80,13 +80,13 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
 
 
 def _reason(plan: Plan, name: str, sqnr: dict[str, float]) -> str:
-    choice = plan.layer(name)
+    layer_plan = plan.layer(name)
     if name in plan.exceptions:
-        return choice.reason
-    alone = f"; alone {sqnr[str(choice.scheme)]:.1f} dB at the output" if str(choice.scheme) in sqnr else ""
+        return layer_plan.reason
+    alone = f"; alone {sqnr[str(layer_plan.scheme)]:.1f} dB at the output" if str(layer_plan.scheme) in sqnr else ""
     reasons = {f"rule {rule['pattern']}": rule["reason"] for rule in plan.rules if "reason" in rule}
-    why = f", {reasons[choice.reason]}" if choice.reason in reasons else ""
-    return f"{choice.reason}{why}{alone}"
+    why = f", {reasons[layer_plan.reason]}" if layer_plan.reason in reasons else ""
+    return f"{layer_plan.reason}{why}{alone}"
 
 
 def to_csv(rows: list[LayerRow], schemes: list[str]) -> bytes:

@@ -134,7 +134,7 @@ def _time_bars(timing: Timing) -> list[Bar]:
 
 
 def plan(result: PlanResult, summary: Summary, timings: Sequence[Timing]) -> str:
-    """What the plan chose, how large and how fast the model is before and after."""
+    """The schemes of the plan, how large and how fast the model is before and after."""
     asked = Target(**result.plan.target)
     measured = result.plan.measured
     rows = "".join(
@@ -178,7 +178,7 @@ def pareto(points: Sequence[ParetoPoint]) -> str:
 
 
 def without_plan(why: str) -> str:
-    """In place of a plan."""
+    """The section that says why there is no plan."""
     return section("No plan", why)
 
 
@@ -190,15 +190,15 @@ def _layer(row: LayerRow, schemes: Sequence[str]) -> str:
         f"<td class=n>{row.sqnr_db[s]:.1f}</td>" if s in row.sqnr_db else "<td class=n>&ndash;</td>" for s in schemes
     )
     name = escape(row.name).replace(".", ".<wbr>")
-    choice = "" if row.scheme is None else f"<td>{chip(row.scheme)}</td>"
-    found = "" if row.scheme is None else f"<td>{escape(row.found.get(row.scheme, ''))}</td>"
+    scheme = "" if row.scheme is None else f"<td>{chip(row.scheme)}</td>"
+    searched = "" if row.scheme is None else f"<td>{escape(row.found.get(row.scheme, ''))}</td>"
     after = (
         "" if row.bytes_after is None else f'<td class=n data-v="{row.bytes_after}">{row.bytes_after / 1e3:.1f}</td>'
     )
     why = "" if row.scheme is None else f"<td class=why>{escape(row.reason)}</td>"
     return (
         f"<tr><td class=name>{name}</td><td>{row.kind} {'x'.join(map(str, row.shape))}</td>"
-        f"{choice}{numbers}<td class=n>{row.drift:.2f}x</td>{found}{after}{why}</tr>"
+        f"{scheme}{numbers}<td class=n>{row.drift:.2f}x</td>{searched}{after}{why}</tr>"
     )
 
 
@@ -222,7 +222,7 @@ def layers(rows: Sequence[LayerRow], schemes: Sequence[str]) -> str:
 
 
 def footer(analysis: Analysis, notes: Sequence[str]) -> str:
-    """What the figures mean, and where they were measured."""
+    """The meaning of the figures, and where they were measured."""
     calibration = analysis.calibration
     settings = calibration.settings
     analysed = ", ".join(str(step + 1) for step in analysis.steps)

@@ -19,7 +19,7 @@ from ldmq_kernels.nn import timestep_groups
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import fingerprint, quantizable_layers
-from ldmq_kernels.sensitivity.candidates import Candidate, LayerSearch, Method
+from ldmq_kernels.sensitivity.candidates import LayerCandidate, LayerSearch, Method
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
 from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record
 from ldmq_kernels.sensitivity.similarity import (
@@ -43,21 +43,22 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Analysis:
-    """What every choice costs in noise.
+    """The noise that every candidate of every layer makes.
 
     Attributes:
+        steps: the sampling steps that noise is measured at.
         candidates: layer -> its candidates, at most one a scheme.
         output: (layer, scheme) -> noise at the UNet's output with this layer alone quantized so.
         blocks: (block, scheme) -> noise at the output with this block alone quantized so.
-        exact: the keys of `output` that were run; the others are estimated by backward probes.
+        exact: the keys of `output` that were measured by a run; the others are estimated by backward probes.
         signals: other measures by name, "ssim" -> (layer, scheme) -> 1 - structural similarity.
-        estimates: (layer, scheme) -> what the probes said, also of those that were run.
+        estimates: (layer, scheme) -> the estimate by backward probes, also of those that were run.
         decoder: draws the pictures that structural similarity was measured on, with the signal "ssim".
     """
 
     calibration: Calibration
     steps: list[int]
-    candidates: dict[str, list[Candidate]]
+    candidates: dict[str, list[LayerCandidate]]
     output: dict[Key, StepNoise]
     blocks: dict[Key, StepNoise]
     exact: frozenset[Key] = frozenset()
@@ -69,18 +70,20 @@ class Analysis:
         """Layer -> how many times larger its input gets than at the first step."""
         return {name: range_drift(by_step) for name, by_step in self.calibration.absmax.items()}
 
-    def candidate(self, layer: str, scheme: str) -> Candidate | None:
+    def candidate(self, layer: str, scheme: str) -> LayerCandidate | None:
         """The candidate of a layer for a scheme, if the layer can have it."""
         return next((c for c in self.candidates[layer] if str(c.scheme) == scheme), None)
 
 
-def quantized_copy(name: str, layer: nn.Linear | nn.Conv2d, candidate: Candidate) -> nn.Module:
-    """The layer quantized as a candidate says; the float one stays as it is."""
-    return candidate.copy if candidate.copy is not None else quantize_layer(name, layer, candidate.choice)
+def quantized_as(name: str, layer: nn.Linear | nn.Conv2d, candidate: LayerCandidate) -> nn.Module:
+    """The layer quantized as a candidate has it; the float one stays as it is."""
+    if candidate.quantized_layer is not None:
+        return candidate.quantized_layer
+    return quantize_layer(name, layer, candidate.layer_plan)
 
 
 def cross_validated_noise(
-    model: nn.Module, chosen: Mapping[str, Candidate], folds: Mapping[int, Trajectory], calibration: Calibration
+    model: nn.Module, chosen: Mapping[str, LayerCandidate], folds: Mapping[int, Trajectory], calibration: Calibration
 ) -> StepNoise:
     """Noise at the output with these layers quantized, on each fold of the prompts as the other fold makes them.
 
@@ -91,15 +94,15 @@ def cross_validated_noise(
     Raises:
         ValueError: the output is not finite, or GPTQ rounds one of the layers.
     """
-    modules, found = quantizable_layers(model), []
+    modules, noises = quantizable_layers(model), []
     for fold, trajectory in folds.items():
-        copies = {name: quantize_layer(name, modules[name], c.judged_on(fold)) for name, c in chosen.items()}
-        with swapped(model, copies), timestep_groups.following(model, calibration.timestep_groups):
-            found.append(output_noise(model, trajectory, guidance_scale=calibration.settings.guidance_scale))
-    return pooled(found)
+        quantized = {name: quantize_layer(name, modules[name], c.judged_on(fold)) for name, c in chosen.items()}
+        with swapped(model, quantized), timestep_groups.following(model, calibration.timestep_groups):
+            noises.append(output_noise(model, trajectory, guidance_scale=calibration.settings.guidance_scale))
+    return pooled(noises)
 
 
-class _Bench:
+class _TrialModel:
     """The float model, the analysed part of its trajectory, and runs along it with some layers quantized."""
 
     def __init__(self, pipe: Any, calibration: Calibration, steps: list[int], prompts: int | None) -> None:
@@ -109,12 +112,12 @@ class _Bench:
         self.folds = self.trajectory.by_fold()
 
     @contextlib.contextmanager
-    def quantized(self, copies: Mapping[str, nn.Module]) -> Iterator[None]:
+    def quantized(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         """The model with these layers in place of its own, inside this block."""
-        with swapped(self.model, copies), timestep_groups.following(self.model, self.calibration.timestep_groups):
+        with swapped(self.model, layers), timestep_groups.following(self.model, self.calibration.timestep_groups):
             yield
 
-    def noise_of(self, chosen: dict[str, Candidate]) -> StepNoise:
+    def noise_of(self, chosen: dict[str, LayerCandidate]) -> StepNoise:
         """Noise at the UNet's output with these layers quantized, cross-validated over the folds of the prompts."""
         return cross_validated_noise(self.model, chosen, self.folds, self.calibration)
 
@@ -136,21 +139,25 @@ def analysed_part(trajectory: Trajectory, steps: Sequence[int], prompts: int | N
     return replace(part, calls=calls)
 
 
-def _search(bench: _Bench, schemes: list[Scheme], method: Method, probes: int, work: Work, show: bool) -> Any:
-    def search(names: list[str]) -> Iterator[tuple[str, list[Candidate]]]:
-        for chunk in chunks_of_layers(bench.model, bench.trajectory, names, probes):
-            seen = record(bench.model, bench.trajectory, chunk, probes)
+def _search(trial: _TrialModel, schemes: list[Scheme], method: Method, probes: int, work: Work, show: bool) -> Any:
+    def search(names: list[str]) -> Iterator[tuple[str, list[LayerCandidate]]]:
+        for chunk in chunks_of_layers(trial.model, trial.trajectory, names, probes):
+            records = record(trial.model, trial.trajectory, chunk, probes)
             for name in chunk:
-                layer_search = LayerSearch(name, bench.modules[name], seen.pop(name), bench.calibration, method)
+                layer_search = LayerSearch(name, trial.modules[name], records.pop(name), trial.calibration, method)
                 yield name, layer_search.candidates(schemes)
 
-    names = list(bench.calibration.absmax)
+    names = list(trial.calibration.absmax)
     return work.run("noise of each layer", names, search, show=show)
 
 
-def _exact_keys(estimates: dict[Key, StepNoise], candidates: dict[str, list[Candidate]], exact: str | int) -> list[Key]:
-    """What is run alone: not what GPTQ rounds, which on the samples that it was rounded for has too little noise."""
-    everything = [(name, str(c.scheme)) for name, found in candidates.items() for c in found if c.copy is None]
+def _exact_keys(
+    estimates: dict[Key, StepNoise], candidates: dict[str, list[LayerCandidate]], exact: str | int
+) -> list[Key]:
+    """The candidates to run alone; those of GPTQ make too little noise on the samples that it rounded for."""
+    everything = [
+        (name, str(c.scheme)) for name, of_layer in candidates.items() for c in of_layer if c.quantized_layer is None
+    ]
     if exact == ALL:
         return everything
     estimated = [key for key in everything if key in estimates]
@@ -160,30 +167,30 @@ def _exact_keys(estimates: dict[Key, StepNoise], candidates: dict[str, list[Cand
 
 
 def _run_each(
-    bench: _Bench, stage: str, sets: dict[str, dict[str, Candidate]], work: Work, show: bool
+    trial: _TrialModel, stage: str, sets: dict[str, dict[str, LayerCandidate]], work: Work, show: bool
 ) -> dict[str, StepNoise]:
     def run(items: list[str]) -> Iterator[tuple[str, StepNoise]]:
         for item in items:
-            yield item, bench.noise_of(sets[item])
+            yield item, trial.noise_of(sets[item])
 
     return work.run(stage, list(sets), run, show=show)
 
 
 def _similarity(
-    bench: _Bench, decoder: Decoder, candidates: dict[str, list[Candidate]], work: Work, show: bool
+    trial: _TrialModel, decoder: Decoder, candidates: dict[str, list[LayerCandidate]], work: Work, show: bool
 ) -> dict[Key, float]:
-    trajectory = middle_step(bench.trajectory)
+    trajectory = middle_step(trial.trajectory)
     pictures = float_pictures(trajectory, decoder)
     sets = {f"{name} {c.scheme}": (name, c) for name in scored_layers(candidates) for c in candidates[name]}
 
     def run(items: list[str]) -> Iterator[tuple[str, float]]:
         for item in items:
             name, candidate = sets[item]
-            with bench.quantized({name: quantized_copy(name, bench.modules[name], candidate)}):
-                yield item, structural_noise(bench.model, trajectory, decoder, pictures)
+            with trial.quantized({name: quantized_as(name, trial.modules[name], candidate)}):
+                yield item, structural_noise(trial.model, trajectory, decoder, pictures)
 
-    found = work.run("similarity of pictures", list(sets), run, show=show)
-    return {(sets[item][0], str(sets[item][1].scheme)): value for item, value in found.items()}
+    losses = work.run("similarity of pictures", list(sets), run, show=show)
+    return {(sets[item][0], str(sets[item][1].scheme)): value for item, value in losses.items()}
 
 
 def _settings(calibration: Calibration, model: nn.Module, **others: Any) -> dict[str, Any]:
@@ -231,7 +238,7 @@ def analyze(
     if unknown := set(signals) - {"sqnr", SSIM}:
         raise ValueError(f"unknown signal {sorted(unknown)[0]!r}: choose among sqnr and ssim")
     method = method or Method()
-    trials = [scheme for scheme in schemes if scheme.quantizes]
+    tried = [scheme for scheme in schemes if scheme.quantizes]
     steps = spread_steps(calibration.trajectory.steps, analysed_steps)
     small = sum(p.numel() for p in denoiser(pipe).parameters()) <= SMALL_MODEL
     if exact == AUTO:
@@ -242,48 +249,51 @@ def analyze(
         analysed_prompts = 2 if small else 1
     if isinstance(analysed_prompts, str):
         raise ValueError(f"analysed_prompts is {analysed_prompts!r}: choose 'auto', a number, or None for all")
-    bench = _Bench(pipe, calibration, steps, analysed_prompts)
+    trial = _TrialModel(pipe, calibration, steps, analysed_prompts)
     settings = _settings(
         calibration,
-        bench.model,
-        schemes=[str(s) for s in trials],
+        trial.model,
+        schemes=[str(s) for s in tried],
         steps=steps,
         analysed_prompts=analysed_prompts,
         method=asdict(method),
     )
     work = Work(work_dir, settings)
-    candidates = _search(bench, trials, method, PROBES, work, show)
+    candidates = _search(trial, tried, method, PROBES, work, show)
     estimates = {
-        (name, str(c.scheme)): c.estimate for name, found in candidates.items() for c in found if c.estimate is not None
+        (name, str(c.scheme)): c.estimate
+        for name, of_layer in candidates.items()
+        for c in of_layer
+        if c.estimate is not None
     }
     keys = _exact_keys(estimates, candidates, exact)
-    chosen = {(name, str(c.scheme)): {name: c} for name, found in candidates.items() for c in found}
-    measured = _run_each(bench, "SQNR of each layer", {" ".join(key): chosen[key] for key in keys}, work, show)
+    chosen = {(name, str(c.scheme)): {name: c} for name, of_layer in candidates.items() for c in of_layer}
+    measured = _run_each(trial, "SQNR of each layer", {" ".join(key): chosen[key] for key in keys}, work, show)
     output = estimates | {key: measured[" ".join(key)] for key in keys}
     output = {key: output[key] for key in chosen}
-    blocks = _blocks(bench, chosen, output, exact, work, show)
+    blocks = _blocks(trial, chosen, output, exact, work, show)
     decoder, similarity = None, {}
     if SSIM in signals:
         decoder = Decoder(pipe, calibration.settings.guidance_scale)
-        similarity = {SSIM: _similarity(bench, decoder, candidates, work, show)}
+        similarity = {SSIM: _similarity(trial, decoder, candidates, work, show)}
     return Analysis(calibration, steps, candidates, output, blocks, frozenset(keys), similarity, estimates, decoder)
 
 
 def _blocks(
-    bench: _Bench,
-    chosen: dict[Key, dict[str, Candidate]],
+    trial: _TrialModel,
+    chosen: dict[Key, dict[str, LayerCandidate]],
     output: dict[Key, StepNoise],
     exact: str | int,
     work: Work,
     show: bool,
 ) -> dict[Key, StepNoise]:
     """Each block's noise: run where every layer is and none is rounded by GPTQ, else the sum of its layers'."""
-    members: dict[Key, dict[str, Candidate]] = {}
+    members: dict[Key, dict[str, LayerCandidate]] = {}
     for (name, scheme), candidate in chosen.items():
-        members.setdefault((block_of(bench.model, name), scheme), {}).update(candidate)
+        members.setdefault((block_of(trial.model, name), scheme), {}).update(candidate)
     summed_up = {key: summed(output[name, key[1]] for name in layers) for key, layers in members.items()}
     if exact != ALL:
         return summed_up
-    plain = {" ".join(key): m for key, m in members.items() if all(c.copy is None for c in m.values())}
-    runs = _run_each(bench, "SQNR of each block", plain, work, show)
+    plain = {" ".join(key): m for key, m in members.items() if all(c.quantized_layer is None for c in m.values())}
+    runs = _run_each(trial, "SQNR of each block", plain, work, show)
     return {key: runs.get(" ".join(key), total) for key, total in summed_up.items()}

@@ -2,8 +2,8 @@
 
 Searched one after the other, each kept only if it pays: the first token of the text in 16 bit, smoothing (an alpha,
 or one factor for each part of a concatenation), the range that a static scale covers, GPTQ's rounding of 4-bit
-weights, and a bias that takes the mean error away. A trial runs on what the layer saw in the float model,
-cross-validated: what it takes from a calibration (ranges, smoothing vectors, second moments, mean errors) it takes
+weights, and a bias that takes the mean error away. A trial runs on the recorded inputs of the float layer,
+cross-validated: what it takes from a calibration (ranges, smoothing vectors, Hessians, mean errors) it takes
 from the other half of the prompts.
 """
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.calibrate import Calibration
+from ldmq_kernels.calibration.hessian import HessianObserver
 from ldmq_kernels.calibration.ranges import static_scale
-from ldmq_kernels.calibration.second_moments import MomentsObserver
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES, Scheme
@@ -26,8 +26,8 @@ from ldmq_kernels.numerics.smoothing import parts_vector, smoothing_vector
 from ldmq_kernels.plans.layers import kind_of
 from ldmq_kernels.plans.plan import LayerPlan
 from ldmq_kernels.sensitivity.output_noise import StepNoise
-from ldmq_kernels.sensitivity.probes import Seen
-from ldmq_kernels.sensitivity.trials import Exact, Outcome, estimated_output_noise, set_to_step, try_out
+from ldmq_kernels.sensitivity.probes import LayerRecord
+from ldmq_kernels.sensitivity.trials import FloatReference, Outcome, estimated_output_noise, set_to_step, try_out
 
 SMOOTHING_ALPHAS = (0.25, 0.5, 0.75)
 PARTS = "parts"  # in place of an alpha: one factor for each part of a concatenation
@@ -38,7 +38,7 @@ WORTH_A_RANGE_DB = 0.5
 WORTH_GPTQ_DB = 0.1
 WORTH_A_BIAS_DB = 0.2
 SPLIT_ROOM = 1.25
-MOMENT_ROWS = 1024  # of a layer's inputs in one call, for GPTQ
+HESSIAN_ROWS = 1024  # of a layer's inputs in one call, for GPTQ
 
 
 @dataclass(frozen=True)
@@ -56,38 +56,34 @@ PLAIN = Method(smoothing=False, ranges=False, gptq=False, bias_correction=False,
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LayerCandidate:
     """One way to quantize a layer.
 
     Attributes:
-        choice: what a plan would say of it.
+        layer_plan: the layer's entry in a plan that takes this candidate.
         noise: relative noise power of the layer's own output, with float inputs, cross-validated.
-        label: what the search found, such as "alpha 0.5, range 0.85, bias".
+        label: the parts that the search chose, such as "alpha 0.5, range 0.85, bias".
         estimate: noise at the UNet's output by backward probes; None without probes.
-        copy: the quantized layer itself where it cannot be made again from the choice alone (GPTQ).
-        judged: for each fold of the prompts what the other fold alone would have made of the choice, by which it is
-            judged; empty where the choice takes nothing from a calibration.
+        quantized_layer: the quantized layer itself where the layer plan alone cannot make it again (GPTQ).
+        judged: for each fold of the prompts the layer plan as the other fold alone makes it, on which the candidate is
+            judged; empty where the layer plan takes nothing from a calibration.
     """
 
-    choice: LayerPlan
+    layer_plan: LayerPlan
     noise: float
     label: str
     estimate: StepNoise | None = None
-    copy: QuantizedLayer | None = None
+    quantized_layer: QuantizedLayer | None = None
     judged: tuple[LayerPlan, ...] = ()
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme that it is a candidate for."""
-        return self.choice.scheme
-
-    def layer_plan(self, reason: str = "") -> LayerPlan:
-        """As an entry of a plan."""
-        return replace(self.choice, reason=reason)
+        """The scheme that this is a candidate for."""
+        return self.layer_plan.scheme
 
     def judged_on(self, fold: int) -> LayerPlan:
-        """What is run on the prompts of a fold to judge the choice."""
-        return self.judged[fold] if self.judged else self.choice
+        """The layer plan that is run on the prompts of a fold to judge the candidate."""
+        return self.judged[fold] if self.judged else self.layer_plan
 
 
 def _less_noisy(noise: float, than: float, worth_db: float) -> bool:
@@ -96,7 +92,7 @@ def _less_noisy(noise: float, than: float, worth_db: float) -> bool:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to make a choice of any calibration: of all prompts, or of a fold.
+    """How to make a layer plan from any calibration: of all prompts, or of a fold.
 
     Attributes:
         smoothing: an alpha, PARTS, or None.
@@ -114,7 +110,7 @@ class _Recipe:
 
     @property
     def takes_inputs(self) -> bool:
-        """Whether the choice depends on what was calibrated on."""
+        """Whether the layer plan depends on the calibration's inputs."""
         return self.scheme.is_static or self.smoothing is not None or self.rounding == "gptq"
 
 
@@ -130,10 +126,15 @@ class LayerSearch:
     """The search for one layer; `candidates` runs it."""
 
     def __init__(
-        self, name: str, layer: nn.Linear | nn.Conv2d, seen: list[Seen], calibration: Calibration, method: Method
+        self,
+        name: str,
+        layer: nn.Linear | nn.Conv2d,
+        records: list[LayerRecord],
+        calibration: Calibration,
+        method: Method,
     ) -> None:
         self.name, self.layer, self.method = name, layer, method
-        self.exact = Exact.of(layer, seen)
+        self.reference = FloatReference.of(layer, records)
         self.timesteps = calibration.trajectory.timesteps()
         kind: type[QuantizedLayer] = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
         self.weight = kind.to_channels_last(layer.weight.detach())
@@ -143,7 +144,7 @@ class LayerSearch:
         self._weights: dict[tuple[_Recipe, int | None], QuantizedLayer] = {}
         self.smoothable = getattr(layer, "groups", 1) == 1 and bool((calibration.input_absmax(name) > 0).any())
 
-    # -- from a recipe to a choice ----------------------------------------------------------------------
+    # -- from a recipe to a layer plan ------------------------------------------------------------------
 
     def _vector(self, recipe: _Recipe, calibration: Calibration) -> Tensor | None:
         """The smoothing vector of a recipe's ranges over all steps: which channels are large changes with them."""
@@ -174,14 +175,14 @@ class LayerSearch:
             return None
         return tuple((largest if scale is None else scale) * recipe.share for scale in groups)
 
-    def _choice(self, recipe: _Recipe, fold: int | None = None) -> LayerPlan | None:
-        """A recipe as all prompts make it, or as it is judged on a fold; None without a range for a static scale."""
+    def _layer_plan(self, recipe: _Recipe, fold: int | None = None) -> LayerPlan | None:
+        """The layer plan of a recipe by all prompts, or judged on a fold; None where a static scale has no range."""
         whole = self.whole[recipe.first_token]
         calibration = whole if fold is None else self.other[recipe.first_token][fold]
         scheme, smoothing = recipe.scheme, self._vector(recipe, calibration)
         scale = self._scale(recipe, smoothing, calibration)
         if scheme.is_static and scale is None:
-            return None if fold is None else self._choice(recipe)  # an input that is zero in the other fold alone
+            return None if fold is None else self._layer_plan(recipe)  # an input that is zero in the other fold alone
         return LayerPlan(
             scheme,
             "",
@@ -192,71 +193,75 @@ class LayerSearch:
         )
 
     def _judged(self, recipe: _Recipe) -> tuple[LayerPlan, ...]:
-        """For each fold, the choice as the other fold makes it; one for both where it takes no inputs."""
+        """The layer plan for each fold as the other fold makes it; one for both where it takes no inputs."""
         folds = (0, 1) if recipe.takes_inputs else (None,)
-        choices = [self._choice(recipe, fold) for fold in folds]
-        return tuple(choice for choice in choices if choice is not None)
+        layer_plans = [self._layer_plan(recipe, fold) for fold in folds]
+        return tuple(layer_plan for layer_plan in layer_plans if layer_plan is not None)
 
     # -- trials ---------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _moments(self) -> dict[int, Tensor]:
-        """Fold -> (K, K) float32, the sum of x x^T over what the layer saw of its samples."""
-        observers: dict[int, MomentsObserver] = {}
-        for seen, output in zip(self.exact.seen, self.exact.outputs, strict=True):
-            if seen.fold not in observers:
-                observers[seen.fold] = MomentsObserver(self.name, self.layer, MOMENT_ROWS)
-            observers[seen.fold](self.layer, (seen.x,), output)
+    def _hessians(self) -> dict[int, Tensor]:
+        """Fold -> (K, K) float32, the sum of x x^T over the layer's recorded inputs."""
+        observers: dict[int, HessianObserver] = {}
+        for record, output in zip(self.reference.records, self.reference.outputs, strict=True):
+            if record.fold not in observers:
+                observers[record.fold] = HessianObserver(self.name, self.layer, HESSIAN_ROWS)
+            observers[record.fold](self.layer, (record.x,), output)
         return {fold: observer.total for fold, observer in observers.items()}
 
-    def _quantized(self, recipe: _Recipe, choice: LayerPlan, fold: int | None = None) -> QuantizedLayer:
-        """The layer as a choice has it, made for all prompts or to be judged on a fold.
+    def _quantized(self, recipe: _Recipe, layer_plan: LayerPlan, fold: int | None = None) -> QuantizedLayer:
+        """The quantized layer of a layer plan, made for all prompts or to be judged on a fold.
 
         Its weight is rounded once for all ways to scale the activations.
         """
         hessian = None
         if recipe.rounding == "gptq":
-            every = list(self._moments.values())
-            hessian = torch.stack(every).sum(0) if fold is None else self._moments.get(1 - fold, every[0])
-        scheme = choice.scheme
+            every = list(self._hessians.values())
+            hessian = torch.stack(every).sum(0) if fold is None else self._hessians.get(1 - fold, every[0])
+        scheme = layer_plan.scheme
         if scheme.activations is None:
-            return quantize_layer(self.name, self.layer, choice, hessian)
+            return quantize_layer(self.name, self.layer, layer_plan, hessian)
         takes_inputs = recipe.smoothing is not None or recipe.rounding == "gptq"
         weight = replace(recipe, scheme=SCHEMES[f"{scheme.format.name}-dynamic"], widened=False, share=1.0)
         key = (weight, fold if takes_inputs else None)
         if key not in self._weights:
-            plain = replace(choice, scheme=weight.scheme, input_scale=None, first_token=False, bias_correction=None)
+            plain = replace(layer_plan, scheme=weight.scheme, input_scale=None, first_token=False, bias_correction=None)
             self._weights[key] = quantize_layer(self.name, self.layer, plain, hessian)
-        scales = torch.tensor(choice.scales, device=self.weight.device) if scheme.is_static else None
-        copy = self._weights[key].with_activations(scheme, input_scale=scales, first_token=choice.first_token)
-        if choice.bias_correction is not None:
-            copy.correct_bias(choice.bias_correction, self.layer.weight)
-        return copy
+        scales = torch.tensor(layer_plan.scales, device=self.weight.device) if scheme.is_static else None
+        quantized = self._weights[key].with_activations(
+            scheme, input_scale=scales, first_token=layer_plan.first_token
+        )
+        if layer_plan.bias_correction is not None:
+            quantized.correct_bias(layer_plan.bias_correction, self.layer.weight)
+        return quantized
 
-    def _copies(self, recipe: _Recipe, judged: Sequence[LayerPlan]) -> Callable[[Seen], QuantizedLayer]:
-        """Gives for a call the layer as the other fold makes it, set to its step."""
-        copies = [
-            set_to_step(self._quantized(recipe, choice, fold), self.timesteps, self.calibration.timestep_groups)
-            for fold, choice in enumerate(judged)
+    def _quantized_layers(
+        self, recipe: _Recipe, judged: Sequence[LayerPlan]
+    ) -> Callable[[LayerRecord], QuantizedLayer]:
+        """A function that gives for a record the layer as the other fold makes it, set to its step."""
+        layers = [
+            set_to_step(self._quantized(recipe, layer_plan, fold), self.timesteps, self.calibration.timestep_groups)
+            for fold, layer_plan in enumerate(judged)
         ]
-        return lambda seen: copies[seen.fold % len(copies)](seen)
+        return lambda record: layers[record.fold % len(layers)](record)
 
     def _try(self, recipe: _Recipe) -> _Trial:
-        return _Trial(recipe, try_out(self.exact, self._copies(recipe, self._judged(recipe))))
+        return _Trial(recipe, try_out(self.reference, self._quantized_layers(recipe, self._judged(recipe))))
 
     # -- what is searched -----------------------------------------------------------------------------
 
     def _plain(self, scheme: Scheme, sibling: _Recipe | None) -> _Trial | None:
         """Nothing but the calibrated range, without the first token of a text where that pays."""
         plain = _Recipe(scheme, widened=self.method.ranges and scheme.activations == "static")
-        if self._choice(plain) is None:
+        if self._layer_plan(plain) is None:
             return None
         trial = self._try(plain)
         asked = scheme.format.activation_bits == 8 and not scheme.is_split and self.method.first_token
         if not asked or self.name not in self.calibration.text_layers or not isinstance(self.layer, nn.Linear):
             return trial
         apart = replace(plain, first_token=True)
-        if (sibling is not None and not sibling.first_token) or self._choice(apart) is None:
+        if (sibling is not None and not sibling.first_token) or self._layer_plan(apart) is None:
             return trial
         other = self._try(apart)
         return other if _less_noisy(other.outcome.noise, trial.outcome.noise, WORTH_A_FIRST_TOKEN_DB) else trial
@@ -316,7 +321,7 @@ class LayerSearch:
     # -- the result -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def candidates(self, schemes: Sequence[Scheme]) -> list[Candidate]:
+    def candidates(self, schemes: Sequence[Scheme]) -> list[LayerCandidate]:
         """The least noisy candidate of each scheme that the layer can have.
 
         Args:
@@ -328,7 +333,7 @@ class LayerSearch:
             key=lambda s: (-s.format.weight_bits, list(SCHEMES).index(str(s))),
         )
         tried: dict[str, _Recipe] = {}
-        found: dict[str, Candidate] = {}
+        best: dict[str, LayerCandidate] = {}
         for scheme in order:
             sibling = tried.get(f"w8a8-{scheme.activations}") if scheme.format.weight_bits == 4 else None
             smoothed_alike = sibling
@@ -339,28 +344,30 @@ class LayerSearch:
                 continue
             ranged = self._ranged(smoothed, sibling)
             tried[str(scheme)] = ranged.recipe
-            found[str(scheme)] = self._candidate(self._rounded(ranged))
-        return [found[str(s)] for s in schemes if str(s) in found]
+            best[str(scheme)] = self._candidate(self._rounded(ranged))
+        return [best[str(s)] for s in schemes if str(s) in best]
 
-    def _candidate(self, trial: _Trial) -> Candidate:
+    def _candidate(self, trial: _Trial) -> LayerCandidate:
         recipe, outcome = trial.recipe, trial.outcome
-        choice, judged = self._choice(recipe), self._judged(recipe)
-        assert choice is not None
+        layer_plan, judged = self._layer_plan(recipe), self._judged(recipe)
+        assert layer_plan is not None
         words, noise = self._words(recipe), outcome.noise
         corrected = outcome.corrected if self.method.bias_correction else None
         if corrected is not None and _less_noisy(corrected, noise, WORTH_A_BIAS_DB):
-            choice = replace(choice, bias_correction=-outcome.mean_error)
+            layer_plan = replace(layer_plan, bias_correction=-outcome.mean_error)
             judged = tuple(
                 replace(judged[fold % len(judged)], bias_correction=-outcome.mean_errors[1 - fold]) for fold in (0, 1)
             )
             words, noise = [*words, "bias"], corrected
-        copy = None
+        quantized = None
         if recipe.rounding == "gptq":
-            copy = self._quantized(recipe, choice)
-        estimate = estimated_output_noise(self.exact, self._copies(recipe, judged))
-        differs = recipe.takes_inputs or choice.bias_correction is not None
+            quantized = self._quantized(recipe, layer_plan)
+        estimate = estimated_output_noise(self.reference, self._quantized_layers(recipe, judged))
+        differs = recipe.takes_inputs or layer_plan.bias_correction is not None
         label = ", ".join(words) or "plain"
-        return Candidate(choice, noise, label, estimate, copy, judged if differs and len(judged) == 2 else ())
+        return LayerCandidate(
+            layer_plan, noise, label, estimate, quantized, judged if differs and len(judged) == 2 else ()
+        )
 
     def _words(self, recipe: _Recipe) -> list[str]:
         words = ["first token"] if recipe.first_token else []

@@ -1,4 +1,4 @@
-"""What each layer sees in a replay of the float trajectory, and what its noise does to the UNet's output.
+"""The inputs of each layer in a replay of the float trajectory, and the effect of its noise on the UNet's output.
 
 A small error d of a layer's output moves the UNet's output by J d, J being the Jacobian between the two. For a
 random v with independent entries of variance 1, the mean of (v . J d)^2 is |J d|^2, and v . J d = (J^T v) . d:
@@ -24,11 +24,11 @@ PROBES = 2
 
 
 @dataclass
-class Seen:
-    """One call of one layer.
+class LayerRecord:
+    """The record of one call of one layer.
 
     Attributes:
-        step: the sampling step.
+        step: the sampling step of the call.
         x: the layer's input.
         gradients: J^T v for each probe, of the output's shape and float32; empty where there were no probes.
         signal: sum of squares of the UNet's output, over the batch.
@@ -43,15 +43,17 @@ class Seen:
     fold: int = 0
     rows: tuple[int, ...] = ()
 
-    def folds(self) -> list[Seen]:
+    def folds(self) -> list[LayerRecord]:
         """The samples of each fold; every second one where their prompts are not known."""
         of_rows = self.rows or tuple(row % 2 for row in range(self.x.shape[0]))
-        found = []
+        halves = []
         for fold in sorted(set(of_rows)):
             mask = torch.tensor([row == fold for row in of_rows], device=self.x.device)
             share = of_rows.count(fold) / len(of_rows)
-            found.append(Seen(self.step, self.x[mask], self.signal * share, [g[mask] for g in self.gradients], fold))
-        return found
+            halves.append(
+                LayerRecord(self.step, self.x[mask], self.signal * share, [g[mask] for g in self.gradients], fold)
+            )
+        return halves
 
 
 def _rademacher(like: Tensor, seed: int) -> Tensor:
@@ -89,58 +91,58 @@ class _Recorder:
 
 def _call(
     model: nn.Module, call: UNetCall, recorder: _Recorder, probes: int, seed: int, prompts: tuple[int, ...]
-) -> dict[str, Seen]:
+) -> dict[str, LayerRecord]:
     with torch.set_grad_enabled(probes > 0):
         output = output_tensor(model(*call.args, **call.kwargs))
         signal = float(output.detach().double().square().sum())
-        seen = {
-            name: Seen(call.step, x, signal, rows=folds_of_rows(x.shape[0], prompts))
+        records = {
+            name: LayerRecord(call.step, x, signal, rows=folds_of_rows(x.shape[0], prompts))
             for name, x in recorder.inputs.items()
         }
         names = list(recorder.outputs)
         for probe in range(probes if names else 0):
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 output,
                 [recorder.outputs[name] for name in names],
                 _rademacher(output.detach(), seed + probe),
                 retain_graph=probe + 1 < probes,
                 allow_unused=True,
             )
-            for name, gradient in zip(names, found, strict=True):
+            for name, gradient in zip(names, gradients, strict=True):
                 if gradient is not None:
-                    seen[name].gradients.append(gradient.float())
+                    records[name].gradients.append(gradient.float())
     recorder.inputs.clear()
     recorder.outputs.clear()
-    return seen
+    return records
 
 
 def record(
     model: nn.Module, trajectory: Trajectory, layers: Sequence[str], probes: int = PROBES
-) -> dict[str, list[Seen]]:
-    """Replay the trajectory in float and keep what these layers see, call by call.
+) -> dict[str, list[LayerRecord]]:
+    """Replay the trajectory in float and record these layers, call by call.
 
     Args:
         probes: backward passes for each call; 0 records inputs alone.
 
     Returns:
-        layer -> one entry a call. A layer whose output does not reach the UNet's has no gradients.
+        layer -> one record a call. A layer whose output does not reach the UNet's has no gradients.
     """
     modules = quantizable_layers(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    found: dict[str, list[Seen]] = {name: [] for name in layers}
+    records: dict[str, list[LayerRecord]] = {name: [] for name in layers}
     recorder = _Recorder({name: modules[name] for name in layers}, probes)
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         for index, call in enumerate(trajectory.calls):
             prompts = call.prompts if len(trajectory.prompts) > 1 else ()
-            for name, seen in _call(model, call, recorder, probes, 1000 * index, prompts).items():
-                found[name].append(seen)
+            for name, layer_record in _call(model, call, recorder, probes, 1000 * index, prompts).items():
+                records[name].append(layer_record)
     finally:
         recorder.close()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    return found
+    return records
 
 
 def chunks_of_layers(

@@ -1,4 +1,4 @@
-"""Where noise is born and where it is amplified: a block's own noise beside what it receives and passes on."""
+"""Where noise comes from and where it is amplified: each block's own noise, its input's, and what it propagates."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class BlockNoise:
     """Relative noise powers of one block, or of one layer, in the quantized run of one sampling step.
 
     Attributes:
-        received: of its input.
-        born: of its output where it alone is quantized and its input is exact.
-        passed: of its output where it is exact and its input is as received; `passed / received` above 1
-            means that it amplifies.
-        total: of its output in the quantized run.
+        input_noise: noise of the block's input.
+        own_noise: noise of its output where it alone is quantized and its input is the float one.
+        propagated_noise: noise of its output where it is in float and its input is that of the quantized run;
+            `propagated_noise / input_noise` above 1 means that it amplifies.
+        total_noise: noise of its output in the quantized run.
     """
 
     block: str
     step: int
-    received: float
-    born: float
-    passed: float
-    total: float
+    input_noise: float
+    own_noise: float
+    propagated_noise: float
+    total_noise: float
 
     @property
     def amplification(self) -> float:
-        """How many times larger relative noise leaves the exact block than entered it; 0 where none entered."""
-        return self.passed / self.received if self.received > 0 else 0.0
+        """How many times larger relative noise leaves the float block than entered it; 0 where none entered."""
+        return self.propagated_noise / self.input_noise if self.input_noise > 0 else 0.0
 
 
 @dataclass
@@ -50,11 +50,11 @@ class _Visit:
 
 
 def _visits(model: nn.Module, call: UNetCall, names: list[str]) -> dict[str, _Visit]:
-    found: dict[str, _Visit] = {}
+    visits: dict[str, _Visit] = {}
 
     def keep(name: str) -> Any:
         def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            found[name] = _Visit(args, kwargs, output_tensor(output))
+            visits[name] = _Visit(args, kwargs, output_tensor(output))
 
         return after
 
@@ -64,7 +64,7 @@ def _visits(model: nn.Module, call: UNetCall, names: list[str]) -> dict[str, _Vi
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return visits
 
 
 def _relative(exact: Any, test: Any) -> float:
@@ -84,13 +84,13 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def propagation(
-    model: nn.Module, copies: Mapping[str, nn.Module], trajectory: Trajectory, *, show: bool = False
+    model: nn.Module, quantized_layers: Mapping[str, nn.Module], trajectory: Trajectory, *, show: bool = False
 ) -> list[BlockNoise]:
-    """Measure every block in a run with all `copies` in place, call by call along the float trajectory.
+    """Measure every block in a run with all quantized layers in place, call by call along the float trajectory.
 
     Args:
         model: the float model.
-        copies: layer -> its quantized layer.
+        quantized_layers: layer -> its quantized layer.
 
     Returns:
         One entry a block and call, in the order of the trajectory.
@@ -99,29 +99,29 @@ def propagation(
     return [
         entry
         for call in track(trajectory.calls, "noise from block to block", len(trajectory.calls), show=show)
-        for entry in _of_call(model, copies, call, blocks)
+        for entry in _of_call(model, quantized_layers, call, blocks)
     ]
 
 
 def _of_call(
-    model: nn.Module, copies: Mapping[str, nn.Module], call: UNetCall, blocks: list[str]
+    model: nn.Module, quantized_layers: Mapping[str, nn.Module], call: UNetCall, blocks: list[str]
 ) -> Iterator[BlockNoise]:
     exact = _visits(model, call, blocks)
-    with swapped(model, copies):
+    with swapped(model, quantized_layers):
         noisy = _visits(model, call, blocks)
     for name in blocks:
         if name not in exact:
             continue  # never called
-        clean, seen = exact[name], noisy[name]
-        own = {layer: copy for layer, copy in copies.items() if block_of(model, layer) == name}
-        passed = output_tensor(model.get_submodule(name)(*seen.args, **seen.kwargs))
+        clean, disturbed = exact[name], noisy[name]
+        own = {layer: quantized for layer, quantized in quantized_layers.items() if block_of(model, layer) == name}
+        propagated = output_tensor(model.get_submodule(name)(*disturbed.args, **disturbed.kwargs))
         with swapped(model, own):
-            born = output_tensor(model.get_submodule(name)(*clean.args, **clean.kwargs))
+            alone = output_tensor(model.get_submodule(name)(*clean.args, **clean.kwargs))
         yield BlockNoise(
             name,
             call.step,
-            _relative((clean.args, clean.kwargs), (seen.args, seen.kwargs)),
-            _relative(clean.output, born),
-            _relative(clean.output, passed),
-            _relative(clean.output, seen.output),
+            _relative((clean.args, clean.kwargs), (disturbed.args, disturbed.kwargs)),
+            _relative(clean.output, alone),
+            _relative(clean.output, propagated),
+            _relative(clean.output, disturbed.output),
         )

@@ -22,6 +22,9 @@ from ldmq_kernels.progress import track
 Result = TypeVar("Result")
 
 
+FORMAT = 2  # of the results: 1 had classes of other names
+
+
 class WorkError(ValueError):
     """A folder that holds the work of something else."""
 
@@ -58,19 +61,22 @@ class Work:
         self._folder = folder
         if folder is None:
             return
+        settings = {**settings, "format": FORMAT}
         path = folder / "settings.json"
         rank, _ = processes()
         if path.exists():
-            found = json.loads(path.read_text())
-            different = [key for key in {*found, *settings} if found.get(key) != settings.get(key)]
+            earlier = json.loads(path.read_text())
+            if earlier.get("format") != FORMAT:
+                raise WorkError(f"{folder} holds work of another version of ldmq_kernels: give another folder")
+            different = [key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key)]
             if different:
                 key = sorted(different)[0]
                 raise WorkError(
-                    f"{folder} holds work that was done with another {key} ({found.get(key)!r}, now "
+                    f"{folder} holds work that was done with another {key} ({earlier.get(key)!r}, now "
                     f"{settings.get(key)!r}): go on with the same settings, or give another folder"
                 )
         elif rank == 0:
-            write_whole(path, json.dumps(dict(settings), indent=1).encode())
+            write_whole(path, json.dumps(settings, indent=1).encode())
 
     def _path(self, stage: str, item: str) -> Path | None:
         if self._folder is None:

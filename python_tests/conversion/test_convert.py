@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldmq_kernels.conversion import ConversionError, convert, quantize
-from ldmq_kernels.conversion import moments as moments_module
+from ldmq_kernels.conversion import hessian as hessian_module
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.plans.layers import fingerprint, quantizable_layers
@@ -174,7 +174,7 @@ def test_a_plan_with_nothing_to_quantize_leaves_the_output_bit_identical():
     assert torch.equal(run_unet(unet), reference)
 
 
-def test_second_moments_are_asked_for_in_order_and_only_where_rounding_is_gptq():
+def test_hessians_are_asked_for_in_order_and_only_where_rounding_is_gptq():
     unet = tiny_unet()
     plan = uniform_plan(unet, "w8a8-dynamic")
     wanted = ["conv_in", "mid_block.resnets.0.conv1", "conv_out"]
@@ -182,7 +182,7 @@ def test_second_moments_are_asked_for_in_order_and_only_where_rounding_is_gptq()
     plan.details = {name: {"rounding": "gptq"} for name in wanted}
     asked = []
 
-    def moments(name: str) -> torch.Tensor:
+    def hessian_of(name: str) -> torch.Tensor:
         asked.append(name)
         width = quantizable_layers(unet)[name].weight[0].numel()
         x = torch.randn(2 * width, 5) @ torch.randn(5, width)
@@ -190,13 +190,13 @@ def test_second_moments_are_asked_for_in_order_and_only_where_rounding_is_gptq()
 
     plain = copy.deepcopy(unet)
     convert(plain, uniform_plan(plain, "w8a8-dynamic"))
-    convert(unet, plan, moments)
+    convert(unet, plan, hessian_of)
     assert asked == wanted
     differ = [n for n in quantized_names(unet) if not torch.equal(*(m.get_submodule(n).weight for m in (unet, plain)))]
     assert differ == wanted
 
 
-def test_recorded_moments_come_in_chunks_that_fit_and_are_those_of_all_layers_at_once(tmp_path, monkeypatch):
+def test_recorded_hessians_come_in_chunks_that_fit_and_are_those_of_all_layers_at_once(tmp_path, monkeypatch):
     pipe = tiny_pipeline(tmp_path / "tokenizer")
     plan = uniform_plan(pipe.unet, "w8a8-dynamic")
     layers = quantizable_layers(pipe.unet)
@@ -204,21 +204,21 @@ def test_recorded_moments_come_in_chunks_that_fit_and_are_those_of_all_layers_at
     plan.details = {name: {"rounding": "gptq"} for name in names}
     plan.calibration = {"texts": ["a red circle"], "num_inference_steps": 2, "guidance_scale": 5.0, "seed": 1}
     chunks = []
-    real = moments_module.second_moments
+    real = hessian_module.input_hessians
 
     def spied(model, trajectory, chunk):
         chunks.append(list(chunk))
         return real(model, trajectory, chunk)
 
-    monkeypatch.setattr(moments_module, "second_moments", spied)
+    monkeypatch.setattr(hessian_module, "input_hessians", spied)
     most = 4 * (64**2 + 32**2)
-    few = moments_module.RecordedMoments(pipe, plan, bytes_at_once=most)
+    few = hessian_module.RecordedHessians(pipe, plan, bytes_at_once=most)
     found = {name: few(name) for name in names}
     assert [name for chunk in chunks for name in chunk] == names
     assert len(chunks) == 2
     assert all(sum(4 * layers[n].weight[0].numel() ** 2 for n in c) <= most or len(c) == 1 for c in chunks)
     chunks.clear()
-    whole = moments_module.RecordedMoments(pipe, plan)
+    whole = hessian_module.RecordedHessians(pipe, plan)
     assert all(torch.equal(whole(name), found[name]) for name in names)
     assert chunks == [names]
 

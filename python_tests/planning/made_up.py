@@ -64,7 +64,7 @@ def mean_db(chosen: tuple[Option, ...], weights: tuple[float, ...]) -> float:
 
 
 class SummedRuns:
-    """In place of `trial.Trials`: whole plans whose noise is the sum of their layers', on every trajectory."""
+    """A double of `PlanEvaluator`: whole plans whose noise is the sum of their layers', on every trajectory."""
 
     def __init__(self, _model: nn.Module, analysis: Analysis) -> None:
         self._analysis = analysis

@@ -32,7 +32,7 @@ def analysis(unet: nn.Module) -> Analysis:
 
 @pytest.fixture
 def session(unet: nn.Module, analysis: Analysis, monkeypatch: pytest.MonkeyPatch) -> Session:
-    monkeypatch.setattr(sessions, "Trials", SummedRuns)
+    monkeypatch.setattr(sessions, "PlanEvaluator", SummedRuns)
     return Session(unet, analysis, analysis.calibration.trajectory, FORMATS)
 
 
@@ -69,7 +69,7 @@ def test_a_point_that_turns_out_worse_is_marked(
             spoilt = 0 < floats < len(schemes)
             return StepNoise({step: power * (1e6 if spoilt else 1) for step, power in noise.by_step.items()})
 
-    monkeypatch.setattr(sessions, "Trials", OneIsBad)
+    monkeypatch.setattr(sessions, "PlanEvaluator", OneIsBad)
     points = pareto_front(Session(unet, analysis, analysis.calibration.trajectory, FORMATS), points=6)
     marked = [point for point in points if point.dominated]
     assert marked

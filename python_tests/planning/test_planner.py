@@ -13,13 +13,13 @@ from diffusers import StableDiffusionPipeline
 
 from ldmq_kernels.calibration import SamplingSettings, Trajectory
 from ldmq_kernels.conversion import quantize
-from ldmq_kernels.conversion.moments import RecordedMoments
+from ldmq_kernels.conversion.hessian import RecordedHessians
 from ldmq_kernels.numerics.formats import FLOAT
+from ldmq_kernels.planning.evaluate import PlanEvaluator, measure_plan
 from ldmq_kernels.planning.planner import analyzed, make_plan, measure_layers
 from ldmq_kernels.planning.request import PlanRequest
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
-from ldmq_kernels.planning.trial import Trials, measure_plan
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
@@ -60,8 +60,8 @@ def test_the_target_is_met_on_held_out_prompts_as_predicted(
     assert result.held_out.mean_db >= decibels
     # each half of three prompts knows less than all of them: what is predicted so may be too little
     assert -1.5 < result.held_out.mean_db - result.predicted_db < 3
-    moments = RecordedMoments(shallow_pipe, result.plan) if result.plan.needs_inputs else None
-    again = measure_plan(shallow_pipe.unet, result.plan, found[1], moments)
+    hessians = RecordedHessians(shallow_pipe, result.plan) if result.plan.needs_inputs else None
+    again = measure_plan(shallow_pipe.unet, result.plan, found[1], hessians)
     assert again.by_step == pytest.approx(result.held_out.by_step, rel=1e-3)
 
 
@@ -124,7 +124,7 @@ def test_runs_leave_the_model_as_it_was_and_a_choice_of_floats_is_exact(
     shallow_pipe: StableDiffusionPipeline, found: Found
 ) -> None:
     analysis, held_out = found
-    trials = Trials(shallow_pipe.unet, analysis)
+    trials = PlanEvaluator(shallow_pipe.unet, analysis)
     names = list(quantizable_layers(shallow_pipe.unet))
     quantized = trials.noise(dict.fromkeys(names, "w8a8-timestep"), held_out)
     assert 0 < quantized.mean_power < 1

@@ -55,7 +55,7 @@ def run_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Runs]:
                 alone = super().noise(schemes, trajectory).by_step
                 return StepNoise({step: power * factor for step, power in alone.items()})
 
-        monkeypatch.setattr(sessions, "Trials", MadeUp)
+        monkeypatch.setattr(sessions, "PlanEvaluator", MadeUp)
         return runs
 
     return install

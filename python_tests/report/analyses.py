@@ -12,7 +12,7 @@ from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan, model_record
 from ldmq_kernels.sensitivity.analysis import Analysis
-from ldmq_kernels.sensitivity.candidates import Candidate
+from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 
 STEPS = [0, 3, 7]
@@ -33,7 +33,7 @@ def made_up_analysis(model: nn.Module) -> Analysis:
     output, candidates = {}, {}
     for index, name in enumerate(layers):
         candidates[name] = [
-            Candidate(LayerPlan(SCHEMES[scheme], "", 0.1), 1e-5, "alpha 0.5" if index % 4 == 0 else "plain")
+            LayerCandidate(LayerPlan(SCHEMES[scheme], "", 0.1), 1e-5, "alpha 0.5" if index % 4 == 0 else "plain")
             for scheme in TRIED
         ]
         for rank, scheme in enumerate(TRIED):

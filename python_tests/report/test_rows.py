@@ -19,7 +19,7 @@ from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.report import sections
 from ldmq_kernels.report.rows import layer_rows, to_csv
 from ldmq_kernels.sensitivity.analysis import Analysis
-from ldmq_kernels.sensitivity.candidates import Candidate
+from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from python_tests.report.analyses import made_up_analysis
 from python_tests.tiny import mixed_plan, tiny_unet
 
@@ -40,7 +40,7 @@ def _analysis_of(model: nn.Module, plan: Plan) -> Analysis:
     candidates, output = {}, {}
     analysis = made_up_analysis(model)
     for name, chosen in plan.layers(model).items():
-        candidates[name] = [Candidate(chosen, 1e-5, "plain")] if chosen.scheme.quantizes else []
+        candidates[name] = [LayerCandidate(chosen, 1e-5, "plain")] if chosen.scheme.quantizes else []
         output |= {(name, str(chosen.scheme)): analysis.output[name, "w8a16"]}
     return dataclasses.replace(analysis, candidates=candidates, output=output, blocks=analysis.blocks)
 

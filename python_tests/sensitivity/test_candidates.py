@@ -11,7 +11,7 @@ from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, UN
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.numerics.sqnr import relative_noise_power
 from ldmq_kernels.sensitivity.candidates import PLAIN, LayerSearch, Method
-from ldmq_kernels.sensitivity.probes import Seen
+from ldmq_kernels.sensitivity.probes import LayerRecord
 
 STEPS = 4
 
@@ -34,7 +34,7 @@ def calibration_of(inputs: list[torch.Tensor], axis: int, *, text=(), parts=None
 
 def search(layer, inputs, schemes, *, axis=-1, method=None, **known):
     calibration = calibration_of(inputs, axis, **known)
-    seen = [Seen(step, x, 1.0) for step, x in enumerate(inputs)]
+    seen = [LayerRecord(step, x, 1.0) for step, x in enumerate(inputs)]
     with torch.no_grad():
         found = LayerSearch("layer", layer, seen, calibration, method or Method()).candidates(parse_schemes(schemes))
     return {str(c.scheme): c for c in found}
@@ -80,7 +80,7 @@ def test_two_parts_of_different_range_get_a_factor_each():
         x[:, 32:] *= 30
     layer.weight[:, 32:] /= 30
     found = search(layer, inputs, ["w8a8-dynamic"], axis=1, parts={"layer": 32})["w8a8-dynamic"]
-    assert found.choice.smoothing is not None
+    assert found.layer_plan.smoothing is not None
     assert found.noise < search(layer, inputs, ["w8a8-dynamic"], axis=1, method=PLAIN)["w8a8-dynamic"].noise / 20
     alone = search(layer, inputs, ["w8a8-dynamic"], axis=1)["w8a8-dynamic"]
     assert found.noise <= alone.noise
@@ -92,7 +92,7 @@ def test_a_rare_outlier_is_clipped(linear):
     found = search(linear, inputs, ["w8a8-static"], method=Method(smoothing=False))["w8a8-static"]
     assert "range 0." in found.label
     full = max(float(x.abs().max()) for x in inputs) / 127
-    assert found.choice.input_scale < 0.9 * full
+    assert found.layer_plan.input_scale < 0.9 * full
 
 
 def test_a_first_step_that_saw_too_little_is_widened(linear):
@@ -100,7 +100,7 @@ def test_a_first_step_that_saw_too_little_is_widened(linear):
     found = search(linear, inputs, ["w8a8-static", "w8a8-timestep"], mode="first-step", method=Method(smoothing=False))
     assert float(found["w8a8-static"].label.removeprefix("range ").split(",")[0]) > 1.5
     assert found["w8a8-timestep"].noise < found["w8a8-static"].noise
-    scales = found["w8a8-timestep"].choice.input_scale
+    scales = found["w8a8-timestep"].layer_plan.input_scale
     assert len(scales) == 4
     assert list(scales) == sorted(scales)
 
@@ -111,9 +111,9 @@ def test_a_mean_error_is_taken_away_and_only_where_other_samples_have_it_too(lin
     plain = search(linear, inputs, ["w8a16"], method=PLAIN)["w8a16"]
     assert found.label == "bias"
     assert found.noise < plain.noise / 2
-    assert found.choice.bias_correction.shape == (48,)
+    assert found.layer_plan.bias_correction.shape == (48,)
     single = search(linear, [x[:1] for x in inputs], ["w8a16"])["w8a16"]
-    assert single.choice.bias_correction is None
+    assert single.layer_plan.bias_correction is None
 
 
 def test_gptq_beats_nearest_and_is_kept_as_a_copy(linear):
@@ -122,8 +122,8 @@ def test_gptq_beats_nearest_and_is_kept_as_a_copy(linear):
     found = search(linear, inputs, ["w4a8-dynamic", "w4a16"], method=Method(bias_correction=False))
     nearest = search(linear, inputs, ["w4a8-dynamic", "w4a16"], method=PLAIN)
     for scheme, candidate in found.items():
-        assert candidate.choice.rounding == "gptq"
-        assert candidate.copy is not None
+        assert candidate.layer_plan.rounding == "gptq"
+        assert candidate.quantized_layer is not None
         assert candidate.noise < nearest[scheme].noise / 1.5
 
 
@@ -134,11 +134,11 @@ def test_the_first_token_is_kept_out_where_the_layer_reads_the_text(linear):
     known = calibration_of([x[:, 1:] for x in inputs], -1, text=("layer",))
     first = torch.stack([x[:, 0].abs().amax(0) for x in inputs])
     known = dataclasses.replace(known, first_tokens={"layer": first.expand(2, -1, -1)})
-    seen = [Seen(step, x, 1.0) for step, x in enumerate(inputs)]
+    seen = [LayerRecord(step, x, 1.0) for step, x in enumerate(inputs)]
     with torch.no_grad():
         found = LayerSearch("layer", linear, seen, known, Method()).candidates(parse_schemes(["w8a8-static"]))[0]
-    assert found.choice.first_token
-    assert found.choice.input_scale < 0.1
+    assert found.layer_plan.first_token
+    assert found.layer_plan.input_scale < 0.1
     assert found.noise < 1e-3
 
 
@@ -147,11 +147,11 @@ def test_a_first_token_like_the_others_is_not_kept_out(linear):
     known = calibration_of([x[:, 1:] for x in inputs], -1, text=("layer",))
     first = torch.stack([x[:, 0].abs().amax(0) for x in inputs])
     known = dataclasses.replace(known, first_tokens={"layer": first.expand(2, -1, -1)})
-    seen = [Seen(step, x, 1.0) for step, x in enumerate(inputs)]
+    seen = [LayerRecord(step, x, 1.0) for step, x in enumerate(inputs)]
     with torch.no_grad():
         schemes = parse_schemes(["w8a8-static", "w8a8-dynamic", "w8a8x2"])
         found = LayerSearch("layer", linear, seen, known, Method()).candidates(schemes)
-    assert not any(candidate.choice.first_token for candidate in found)
+    assert not any(candidate.layer_plan.first_token for candidate in found)
 
 
 def test_a_pair_is_as_good_as_16_bit_activations(linear):
@@ -176,7 +176,7 @@ def in_folds(linear, widths, schemes=("w8a8-static",), method=PLAIN):
     known = calibration_of(inputs, -1)
     by_fold = torch.stack([torch.stack([x[f].abs().amax(0) for x in inputs]) for f in (0, 1)])
     known = dataclasses.replace(known, absmax_by_fold={"layer": by_fold})
-    seen = [Seen(step, x, 1.0, rows=(0, 1)) for step, x in enumerate(inputs)]
+    seen = [LayerRecord(step, x, 1.0, rows=(0, 1)) for step, x in enumerate(inputs)]
     with torch.no_grad():
         found = LayerSearch("layer", linear, seen, known, method).candidates(parse_schemes(list(schemes)))
     return by_fold, {str(c.scheme): c for c in found}
@@ -185,11 +185,11 @@ def in_folds(linear, widths, schemes=("w8a8-static",), method=PLAIN):
 def test_each_fold_is_judged_by_what_the_other_one_makes(linear):
     by_fold, found = in_folds(linear, (1.0, 4.0), ["w8a8-static", "w8a16"])
     static = found["w8a8-static"]
-    assert static.choice.input_scale == pytest.approx(float(by_fold.amax()) / 127)
+    assert static.layer_plan.input_scale == pytest.approx(float(by_fold.amax()) / 127)
     for fold in (0, 1):
         assert static.judged_on(fold).input_scale == pytest.approx(float(by_fold[1 - fold].amax()) / 127)
     assert found["w8a16"].judged == ()
-    assert found["w8a16"].judged_on(1) is found["w8a16"].choice
+    assert found["w8a16"].judged_on(1) is found["w8a16"].layer_plan
 
 
 def test_a_range_that_one_fold_cannot_know_is_seen_in_the_noise(linear):
@@ -206,7 +206,7 @@ def test_smoothing_that_serves_its_own_fold_alone_is_not_taken(linear):
         x[1, :, 8] *= 40
     by_fold = torch.stack([torch.stack([x[f].abs().amax(0) for x in inputs]) for f in (0, 1)])
     known = dataclasses.replace(calibration_of(inputs, -1), absmax_by_fold={"layer": by_fold})
-    seen = [Seen(step, x, 1.0, rows=(0, 1)) for step, x in enumerate(inputs)]
+    seen = [LayerRecord(step, x, 1.0, rows=(0, 1)) for step, x in enumerate(inputs)]
     schemes = parse_schemes(["w8a8-static"])
     with torch.no_grad():
         apart = LayerSearch("layer", linear, seen, known, Method()).candidates(schemes)[0]
@@ -221,4 +221,4 @@ def test_a_bias_is_judged_by_the_other_folds_mean(linear):
     found = search(linear, inputs, ["w8a16"])["w8a16"]
     first, second = (found.judged_on(fold).bias_correction for fold in (0, 1))
     assert not torch.equal(first, second)
-    assert torch.allclose((first + second) / 2, found.choice.bias_correction, atol=1e-6)
+    assert torch.allclose((first + second) / 2, found.layer_plan.bias_correction, atol=1e-6)

@@ -32,18 +32,18 @@ def test_every_block_is_measured_at_every_step_and_the_model_is_left_in_float(sh
     assert [(entry.block, entry.step) for entry in found] == [(b, s) for s in (0, 1) for b in blocks]
     assert dict(quantizable_layers(shared_pipe.unet)) == before
     assert not any(m._forward_hooks for m in shared_pipe.unet.modules())
-    assert all(entry.born > 0 for entry in found)
+    assert all(entry.own_noise > 0 for entry in found)
 
 
 def test_the_first_block_receives_nothing_and_the_last_ones_total_is_the_models(shared_pipe, trajectory):
     copies = copies_of(shared_pipe.unet)
     found = propagation(shared_pipe.unet, copies, trajectory)
     first = [entry for entry in found if entry.block == "conv_in"]
-    assert all(entry.received == 0 and entry.passed == 0 and entry.amplification == 0 for entry in first)
-    assert all(entry.total == entry.born for entry in first)
+    assert all(entry.input_noise == 0 and entry.propagated_noise == 0 and entry.amplification == 0 for entry in first)
+    assert all(entry.total_noise == entry.own_noise for entry in first)
     with swapped(shared_pipe.unet, copies), torch.no_grad():
         whole = output_noise(shared_pipe.unet, trajectory)
-    last = {entry.step: entry.total for entry in found if entry.block == "conv_out"}
+    last = {entry.step: entry.total_noise for entry in found if entry.block == "conv_out"}
     assert last == pytest.approx(whole.by_step, rel=1e-5)
 
 
@@ -51,6 +51,9 @@ def test_a_float_block_behind_a_quantized_one_passes_on_all_that_it_has(shared_p
     copies = copies_of(shared_pipe.unet, lambda name: name == "conv_in")
     found = propagation(shared_pipe.unet, copies, trajectory)
     behind = [entry for entry in found if entry.block == "down_blocks.0.resnets.0"]
-    assert all(entry.received > 0 and entry.born == 0 and entry.passed == entry.total for entry in behind)
+    assert all(
+        entry.input_noise > 0 and entry.own_noise == 0 and entry.propagated_noise == entry.total_noise
+        for entry in behind
+    )
     untouched = [entry for entry in found if entry.block == "time_embedding"]
-    assert all(entry.received == entry.total == 0 for entry in untouched)
+    assert all(entry.input_noise == entry.total_noise == 0 for entry in untouched)

@@ -70,7 +70,7 @@ def test_weight_only_noise_is_below_that_of_quantized_activations_for_most_layer
 
 def test_outliers_call_for_smoothing_and_smoothing_helps(outlier_pipe, analysis):
     chosen = analysis.candidate(OUTLIER_LAYER, "w8a8-static")
-    assert chosen.choice.smoothing is not None
+    assert chosen.layer_plan.smoothing is not None
     assert chosen.label.startswith("alpha")
     plain = Plan(model_record(outlier_pipe.unet), [], {OUTLIER_LAYER: {"scheme": "w8a8-static"}})
     absmax = analysis.calibration.input_absmax(OUTLIER_LAYER)
@@ -83,7 +83,7 @@ def test_noise_powers_of_layers_add_up_to_that_of_all_together(outlier_pipe, ana
     names = list(analysis.candidates)
     together = Plan(model_record(outlier_pipe.unet), [{"pattern": "*", "scheme": "w8a8-dynamic"}])
     for name in names:
-        together.set(name, analysis.candidate(name, "w8a8-dynamic").layer_plan())
+        together.set(name, analysis.candidate(name, "w8a8-dynamic").layer_plan)
     whole = noise_of_plan(outlier_pipe.unet, together, analysis.calibration.trajectory)
     added = summed(analysis.output[name, "w8a8-dynamic"] for name in names)
     assert set(added.by_step) == set(whole.by_step)

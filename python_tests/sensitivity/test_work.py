@@ -50,6 +50,13 @@ def test_work_of_other_settings_is_refused_and_kept(tmp_path):
     assert done == []
 
 
+def test_work_of_an_earlier_version_is_refused_and_kept(tmp_path):
+    (tmp_path / "settings.json").write_text('{"steps": 2}')
+    with pytest.raises(WorkError, match="another version of ldmq_kernels: give another folder"):
+        Work(tmp_path, {"steps": 2})
+    assert (tmp_path / "settings.json").read_text() == '{"steps": 2}'
+
+
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Work(None, {}).run("stage", ["x"], counting([]), show=False)
@@ -59,14 +66,14 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 def as_values(analysis):
     """All numbers of an analysis, for comparison to the bit."""
     layers = {
-        name: [(str(c.scheme), c.noise, c.label, c.choice.input_scale, c.estimate) for c in found]
+        name: [(str(c.scheme), c.noise, c.label, c.layer_plan.input_scale, c.estimate) for c in found]
         for name, found in analysis.candidates.items()
     }
     weights = {
-        (name, str(c.scheme)): c.copy.state_dict()["weight"].tolist()
+        (name, str(c.scheme)): c.quantized_layer.state_dict()["weight"].tolist()
         for name, found in analysis.candidates.items()
         for c in found
-        if c.copy is not None
+        if c.quantized_layer is not None
     }
     return layers, weights, analysis.output, analysis.blocks
 

@@ -1,4 +1,4 @@
-"""Second moments for GPTQ rounding, of a pipeline's own inputs: a few layers at a time, as memory allows."""
+"""Hessians for GPTQ rounding, from a pipeline's own inputs: a few layers at a time, as memory allows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldmq_kernels.calibration.second_moments import hessian_bytes, second_moments
+from ldmq_kernels.calibration.hessian import hessian_bytes, input_hessians
 from ldmq_kernels.calibration.trajectory import SamplingSettings, denoiser, record_trajectory
 from ldmq_kernels.chunks import chunks_within
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -17,13 +17,13 @@ BYTES_AT_ONCE = 2 << 30
 SETTINGS = ("num_inference_steps", "guidance_scale", "seed", "height", "width")
 
 
-class RecordedMoments:
-    """Gives the second moments of one layer after the other; each chunk of layers is one pass over the calibration.
+class RecordedHessians:
+    """The Hessians of one layer after the other; each chunk of layers is one pass over the calibration.
 
     Args:
         pipe: a full-precision pipeline.
-        plan: whose calibration is run again, and whose layers with gptq rounding are asked for in their order.
-        bytes_at_once: of the moments in memory; a layer that needs more comes alone.
+        plan: the plan whose calibration is run again, and whose layers with gptq rounding are asked for in their order.
+        bytes_at_once: the most bytes of Hessians in memory; a layer that needs more comes alone.
 
     Raises:
         PlanError: the plan does not fit, or holds no calibration texts.
@@ -46,8 +46,8 @@ class RecordedMoments:
         self._held: dict[str, Tensor] = {}
 
     def __call__(self, name: str) -> Tensor:
-        """(K, K) float32 of the next layer, which is forgotten then."""
+        """The Hessian of the next layer, (K, K) float32, which is forgotten then."""
         while name not in self._held:
             self._held = {}  # before the next ones are made
-            self._held = second_moments(self._model, self._trajectory, next(self._chunks))
+            self._held = input_hessians(self._model, self._trajectory, next(self._chunks))
         return self._held.pop(name)

@@ -1,7 +1,7 @@
-"""The choice for each layer that meets a target, by noise as the analysis predicts it.
+"""The assignment of a scheme to each layer that meets a target, by noise as the analysis predicts it.
 
 The target in dB is a mean over sampling steps of the dB at each step, and noise powers add up at each step. The
-logarithm of a sum is not linear in the choices, but lies below its tangents: the knapsack is solved with the tangent
+logarithm of a sum is not linear in the options, but lies below its tangents: the knapsack is solved with the tangent
 at the last solution until that no longer changes, and every solution on the way keeps the true limit.
 """
 
@@ -28,27 +28,32 @@ SQNR = "sqnr"
 
 
 def step_weights(analysed: Sequence[int], steps: int) -> tuple[float, ...]:
-    """What each analysed step counts in a mean over all steps: those between are interpolated from both sides."""
+    """The weight of each analysed step in a mean over all steps, which interpolates the steps between."""
     each = np.eye(len(analysed))
     every = np.arange(steps)
     return tuple(float(np.interp(every, analysed, row).mean()) for row in each)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """An option for each layer, and SQNR in dB as the sum of the layers' noise has it."""
+class Assignment:
+    """An option for each layer.
+
+    Attributes:
+        options: layer -> its option.
+        sum_db: SQNR in dB by the sum of the layers' noise.
+    """
 
     options: dict[str, Option]
     sum_db: float
 
     @property
     def bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights."""
         return int(sum(o.bytes for o in self.options.values()))
 
     @property
     def milliseconds(self) -> float:
-        """Of all layers in one call, without what is beside them."""
+        """Milliseconds of all layers in one call, without what is beside them."""
         return sum(o.milliseconds for o in self.options.values())
 
     def signal(self, name: str) -> float:
@@ -64,16 +69,16 @@ class Choice:
 class Chooser:
     """Solves for targets over the same options.
 
-    With more signals than noise, each is divided by its sum over the smallest choice of every layer. Without a
+    With more signals than noise, each is divided by its sum over the smallest option of every layer. Without a
     target in dB their sum is minimised. With one, bytes (or time) are minimised and every signal must hold: the
     noise must keep the dB, and of each other signal at most the share may be left that this leaves of the noise of
-    the smallest choice, since the loss of structure (1 - SSIM) grows as the noise power does while it is small.
+    the smallest options, since the loss of structure (1 - SSIM) grows as the noise power does while it is small.
 
     Args:
-        options: of all layers.
-        weights: what each step of their noise counts in the mean of dB; they add up to 1.
+        options: the options of all layers.
+        weights: the weight of each step in the mean of dB; they add up to 1.
         signals: "sqnr", and names of signals that the options have.
-        rest_milliseconds: what one call takes beside the layers; None where no times were measured.
+        rest_milliseconds: the time of one call beside the layers; None where no times were measured.
     """
 
     def __init__(
@@ -92,12 +97,12 @@ class Chooser:
 
     # -- what may be asked -------------------------------------------------------------------------------
 
-    def choose(self, target: Target, sum_db: float | None = None) -> Choice:
-        """The choice for a target.
+    def choose(self, target: Target, sum_db: float | None = None) -> Assignment:
+        """The assignment that meets a target.
 
         Args:
             target: the limits, and what is to be small.
-            sum_db: in place of the target's dB, where the sum of the layers' noise is known to be wrong.
+            sum_db: dB of the layers' sum to ask for in place of the target's, where that sum is known to be wrong.
 
         Raises:
             PlanError: the limits cannot be met together; the text says what can.
@@ -106,34 +111,34 @@ class Chooser:
         limits = self._limits(target)
         try:
             if asked is None:
-                return self._choice(self._least_noise(limits))
-            return self._choice(self._least_cost(target, asked, limits))
+                return self._assignment(self._least_noise(limits))
+            return self._assignment(self._least_cost(target, asked, limits))
         except Infeasible:
             raise PlanError(self._why_not(target, asked)) from None
 
-    def best(self, target: Target) -> Choice:
-        """The choice of highest SQNR within the target's other limits.
+    def best(self, target: Target) -> Assignment:
+        """The assignment of highest SQNR within the target's other limits.
 
         Raises:
             PlanError: these cannot be met together.
         """
         try:
-            return self._choice(self._least_noise(self._limits(target)))
+            return self._assignment(self._least_noise(self._limits(target)))
         except Infeasible:
             raise PlanError(self._why_not(target, None)) from None
 
-    def is_cheaper(self, one: Choice, other: Choice, target: Target) -> bool:
-        """Whether a choice has less of what the target makes small than another, or of what breaks ties."""
+    def is_cheaper(self, one: Assignment, other: Assignment, target: Target) -> bool:
+        """Whether one assignment costs less than another in what the target makes small, or in what breaks ties."""
         for ours, theirs in zip(self._costs(one, target), self._costs(other, target), strict=True):
             if abs(ours - theirs) > EQUAL * theirs:
                 return ours < theirs
         return False
 
-    def _costs(self, choice: Choice, target: Target) -> list[float]:
-        options = choice.options.values()
-        time = [] if self.rest is None else [choice.milliseconds]
+    def _costs(self, assignment: Assignment, target: Target) -> list[float]:
+        options = assignment.options.values()
+        time = [] if self.rest is None else [assignment.milliseconds]
         costs = [*time, sum(o.operations for o in options)]
-        return [float(choice.bytes), *costs] if target.goal == "bytes" else costs
+        return [float(assignment.bytes), *costs] if target.goal == "bytes" else costs
 
     def least(self, what: Literal["bytes", "milliseconds"]) -> float:
         """The least bytes, or milliseconds of one call, that the options allow."""
@@ -150,8 +155,8 @@ class Chooser:
     def _mean_db(self, powers: Column) -> float:
         return float(self.weights @ (-10 * np.log10(powers)))
 
-    def _choice(self, picked: NDArray[np.intp]) -> Choice:
-        return Choice(self.table.chosen(picked), min(MOST_DB, self._mean_db(self._powers(picked))))
+    def _assignment(self, picked: NDArray[np.intp]) -> Assignment:
+        return Assignment(self.table.chosen(picked), min(MOST_DB, self._mean_db(self._powers(picked))))
 
     def _tangent(self, powers: Column, level_db: float) -> Column:
         """A column whose sum is at most 1 where mean dB is at least the level; exact at these powers' shape."""
@@ -176,7 +181,7 @@ class Chooser:
     # -- solutions ---------------------------------------------------------------------------------------
 
     def _ties(self) -> list[Column]:
-        """What is made small among choices that are equal in the goal."""
+        """The costs that are made small among assignments that are equal in the goal."""
         table = self.table
         return [table.operations] if self.rest is None else [table.milliseconds, table.operations]
 
@@ -185,15 +190,15 @@ class Chooser:
         if self.others:
             return self.table.solve([self._normalised(powers), *self._ties()], limits)
         for _ in range(TANGENTS):
-            found = self.table.solve([self._tangent(powers, self._mean_db(powers))], limits)
-            gain = self._mean_db(self._powers(found)) - self._mean_db(powers)
-            powers = self._powers(found)
+            picked = self.table.solve([self._tangent(powers, self._mean_db(powers))], limits)
+            gain = self._mean_db(self._powers(picked)) - self._mean_db(powers)
+            powers = self._powers(picked)
             if abs(gain) < 10 * ENOUGH:
                 break
         return self.table.solve([self._tangent(powers, self._mean_db(powers)), *self._ties()], limits)
 
     def _normalised(self, powers: Column) -> Column:
-        """Noise and the other signals, each 1 for the smallest choice, added."""
+        """Noise and the other signals, each 1 for the smallest assignment, added."""
         columns = [self._tangent(powers, self._mean_db(powers))]
         for column in self.others.values():
             columns.append(column / max(float(column[self.smallest].sum()), LEAST_POWER))
@@ -221,7 +226,7 @@ class Chooser:
         return best
 
     def _starts(self, limits: list[Limit]) -> Iterator[Column]:
-        """Noise by step whose tangents come first: of the smallest choice; else of the least noisy one."""
+        """Noise by step whose tangents are tried first: the smallest assignment's, then the least noisy one's."""
         yield self._powers(self.smallest)
         yield self._powers(self._least_noise(limits))
 
@@ -230,12 +235,12 @@ class Chooser:
         best, least = None, np.inf
         for _ in range(TANGENTS):
             try:
-                found = self.table.solve([goal], [*limits, (self._tangent(powers, asked), 1.0)])
+                picked = self.table.solve([goal], [*limits, (self._tangent(powers, asked), 1.0)])
             except Infeasible:
                 break
-            before, after = least, float(goal[found].sum())
+            before, after = least, float(goal[picked].sum())
             if after < least:
-                best, least, powers = found, after, self._powers(found)
+                best, least, powers = picked, after, self._powers(picked)
             if after > before * (1 - ENOUGH):
                 break
         return best
@@ -258,7 +263,7 @@ class Chooser:
         return f"{asked} dB cannot be met: with these formats at most about {most:.1f} dB{within}; {remedy}"
 
     def _why_not_one(self, target: Target) -> str | None:
-        """What one of the limits lacks by itself."""
+        """The limit that cannot be met by itself, in words; None where each can."""
         table = self.table
         known = [
             (table.bytes, 0.0, target.bytes, "bytes", "the weights take at least {:.0f} bytes", self._smaller()),

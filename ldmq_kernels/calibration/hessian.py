@@ -1,4 +1,4 @@
-"""The second moments of layers' inputs, by which GPTQ rounding weighs errors."""
+"""The Hessians of layers: the second moments of their inputs, by which GPTQ rounding weighs errors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ROWS_PER_CALL = 512
 
 
 def hessian_bytes(layer: nn.Linear | nn.Conv2d) -> int:
-    """Bytes of the second moments of a layer's inputs: (K, K) float32."""
+    """Bytes of a layer's Hessian: (K, K) float32."""
     return 4 * layer.weight[0].numel() ** 2
 
 
-def second_moments(
+def input_hessians(
     model: nn.Module, trajectory: Trajectory, layers: Sequence[str], *, rows_per_call: int = ROWS_PER_CALL
 ) -> dict[str, Tensor]:
     """The sum of x x^T over what each layer multiplies its weight with, along a recorded trajectory.
@@ -48,7 +48,7 @@ def second_moments(
             raise ValueError(
                 f"{name} is a grouped convolution, whose channels see different inputs: round it to nearest"
             )
-    observers = {name: MomentsObserver(name, known[name], rows_per_call) for name in layers}
+    observers = {name: HessianObserver(name, known[name], rows_per_call) for name in layers}
     handles = [known[name].register_forward_hook(observer) for name, observer in observers.items()]
     try:
         for _ in replay(model, trajectory):
@@ -59,8 +59,8 @@ def second_moments(
     return {name: observer.total for name, observer in observers.items()}
 
 
-class MomentsObserver:
-    """A forward hook that adds up the second moments of one layer's inputs.
+class HessianObserver:
+    """A forward hook that adds up one layer's Hessian.
 
     Attributes:
         total: (K, K) float32, the sum of x x^T.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldmq_kernels.numerics.sqnr import from_db
-from ldmq_kernels.planning.choice import Chooser, step_weights
+from ldmq_kernels.planning.assignment import Chooser, step_weights
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.plans.plan import PlanError
 from python_tests.planning.made_up import SCHEMES, every_choice, mean_db, options

@@ -1,11 +1,11 @@
-"""The second moments are those of what each layer multiplies its weight with."""
+"""The Hessians are the second moments of what each layer multiplies its weight with."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration import SamplingSettings, record_trajectory
-from ldmq_kernels.calibration.second_moments import second_moments
+from ldmq_kernels.calibration.hessian import input_hessians
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
 from python_tests.tiny import PROMPTS
 
@@ -46,7 +46,7 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
 def test_a_convolution_against_an_explicit_unfold(layer):
     inputs = _random(2, layer.in_channels, 9, 8), _random(1, layer.in_channels, 7, 11)
-    found = second_moments(nn.Sequential(layer), _trajectory(*inputs), ["0"], rows_per_call=ALL_ROWS)["0"]
+    found = input_hessians(nn.Sequential(layer), _trajectory(*inputs), ["0"], rows_per_call=ALL_ROWS)["0"]
     rows = torch.cat([_unfolded(layer, x) for x in inputs]).double()
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), rows.t() @ rows, rtol=1e-5, atol=1e-3)
@@ -55,7 +55,7 @@ def test_a_convolution_against_an_explicit_unfold(layer):
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
 def test_the_weight_in_that_order_gives_the_output_power(layer):
     x = _random(2, layer.in_channels, 9, 8)
-    found = second_moments(nn.Sequential(layer), _trajectory(x), ["0"], rows_per_call=ALL_ROWS)["0"]
+    found = input_hessians(nn.Sequential(layer), _trajectory(x), ["0"], rows_per_call=ALL_ROWS)["0"]
     weight = layer.weight.detach().permute(0, 2, 3, 1).flatten(1)
     power = (layer(x) - layer.bias[:, None, None]).detach().square().sum((0, 2, 3))
     assert torch.allclose(((weight @ found) * weight).sum(1), power, rtol=1e-4)
@@ -63,13 +63,13 @@ def test_the_weight_in_that_order_gives_the_output_power(layer):
 
 def test_a_picture_without_a_batch_is_one_of_a_batch():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), _random(3, 6, 6)
-    alone = second_moments(model, _trajectory(x), ["0"], rows_per_call=ALL_ROWS)["0"]
-    assert torch.equal(alone, second_moments(model, _trajectory(x[None]), ["0"], rows_per_call=ALL_ROWS)["0"])
+    alone = input_hessians(model, _trajectory(x), ["0"], rows_per_call=ALL_ROWS)["0"]
+    assert torch.equal(alone, input_hessians(model, _trajectory(x[None]), ["0"], rows_per_call=ALL_ROWS)["0"])
 
 
 def test_a_linear_sums_over_tokens_and_calls():
     inputs = _random(2, 7, 6), _random(3, 6)
-    found = second_moments(nn.Sequential(nn.Linear(6, 4)), _trajectory(*inputs), ["0"])["0"]
+    found = input_hessians(nn.Sequential(nn.Linear(6, 4)), _trajectory(*inputs), ["0"])["0"]
     rows = torch.cat([inputs[0].flatten(0, 1), inputs[1]])
     assert torch.allclose(found, rows.t() @ rows, atol=1e-4)
 
@@ -78,18 +78,18 @@ def test_a_linear_sums_over_tokens_and_calls():
 def test_sampled_rows_stand_for_all_and_are_the_same_each_time(layer):
     x = _random(4, 6, 32, 32) if isinstance(layer, nn.Conv2d) else _random(4, 1024, 6)
     model, run = nn.Sequential(layer, nn.Identity()), _trajectory(x, x)
-    exact = second_moments(model, run, ["0"], rows_per_call=ALL_ROWS)["0"]
-    sampled = second_moments(model, run, ["0"], rows_per_call=1000)["0"]
+    exact = input_hessians(model, run, ["0"], rows_per_call=ALL_ROWS)["0"]
+    sampled = input_hessians(model, run, ["0"], rows_per_call=1000)["0"]
     assert not torch.equal(exact, sampled)
-    assert torch.equal(sampled, second_moments(model, run, ["0"], rows_per_call=1000)["0"])
+    assert torch.equal(sampled, input_hessians(model, run, ["0"], rows_per_call=1000)["0"])
     largest = exact.diagonal().amax()
     assert ((sampled - exact).abs() < 0.15 * largest).all()
 
 
 def test_the_rows_sampled_of_a_layer_do_not_depend_on_the_other_layers():
     model, run = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), _trajectory(_random(100, 6))
-    both = second_moments(model, run, ["0", "1"], rows_per_call=10)
-    assert torch.equal(both["1"], second_moments(model, run, ["1"], rows_per_call=10)["1"])
+    both = input_hessians(model, run, ["0", "1"], rows_per_call=10)
+    assert torch.equal(both["1"], input_hessians(model, run, ["1"], rows_per_call=10)["1"])
 
 
 def test_a_layer_that_is_never_called_has_seen_nothing():
@@ -101,7 +101,7 @@ def test_a_layer_that_is_never_called_has_seen_nothing():
         def forward(self, x: Tensor) -> Tensor:
             return self.used(x)
 
-    found = second_moments(Idle(), _trajectory(_random(4, 3)), ["used", "idle"])
+    found = input_hessians(Idle(), _trajectory(_random(4, 3)), ["used", "idle"])
     assert not found["idle"].any()
     assert found["idle"].shape == (5, 5)
     assert found["used"].any()
@@ -110,7 +110,7 @@ def test_a_layer_that_is_never_called_has_seen_nothing():
 def test_a_unet_gives_them_for_every_layer_and_is_left_as_it_was(shared_pipe):
     trajectory = record_trajectory(shared_pipe, PROMPTS, SamplingSettings(2, 4.0, 5))
     names = ["conv_in", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]
-    found = second_moments(shared_pipe.unet, trajectory, names)
+    found = input_hessians(shared_pipe.unet, trajectory, names)
     for name in names:
         weight = shared_pipe.unet.get_submodule(name).weight
         assert found[name].shape == (weight[0].numel(),) * 2
@@ -121,12 +121,12 @@ def test_a_unet_gives_them_for_every_layer_and_is_left_as_it_was(shared_pipe):
 def test_what_cannot_be_recorded_is_refused():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.ReLU())
     with pytest.raises(ValueError, match="0 is a grouped convolution"):
-        second_moments(model, _trajectory(), ["0"])
+        input_hessians(model, _trajectory(), ["0"])
     with pytest.raises(ValueError, match="1 is not a linear or convolution"):
-        second_moments(model, _trajectory(), ["1"])
+        input_hessians(model, _trajectory(), ["1"])
     bad = _random(2, 3)
     bad[1, 1] = float("nan")
     model = nn.Sequential(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="0: its input holds NaN"):
-        second_moments(model, _trajectory(bad), ["0"])
+        input_hessians(model, _trajectory(bad), ["0"])
     assert not model[0]._forward_hooks

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.calibration.second_moments import hessian_bytes, second_moments
+from ldmq_kernels.calibration.hessian import hessian_bytes, input_hessians
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.chunks import chunks_within
 from ldmq_kernels.conversion.convert import quantize_layer
-from ldmq_kernels.conversion.moments import BYTES_AT_ONCE
+from ldmq_kernels.conversion.hessian import BYTES_AT_ONCE
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.nn.timestep_groups import following
 from ldmq_kernels.numerics.formats import FLOAT
@@ -25,20 +25,20 @@ from ldmq_kernels.sensitivity.similarity import Decoder, float_pictures, middle_
 Key = tuple[str, str]  # layer and scheme
 
 
-class Trials:
-    """Measures choices of schemes; the quantized layers of the last one are kept for the next.
+class PlanEvaluator:
+    """Measures plans, given as a scheme for each layer; quantized layers of the last plan are kept for the next.
 
     Layers are those that `ldmq.quantize` makes of the plan. Where GPTQ rounds, that takes the inputs of the whole
     calibration, of which the analysis saw only a part.
 
     Args:
         model: the float model; it stays as it is.
-        analysis: whose candidates are tried.
+        analysis: the analysis whose candidates the layers are quantized as.
     """
 
     def __init__(self, model: nn.Module, analysis: Analysis) -> None:
         self._model, self._analysis = model, analysis
-        self._copies: dict[tuple[str, str], nn.Module] = {}
+        self._quantized_layers: dict[Key, QuantizedLayer] = {}
 
     @torch.no_grad()
     def cross_validated(self, schemes: Mapping[str, str]) -> StepNoise:
@@ -76,29 +76,30 @@ class Trials:
     def _quantized(self, schemes: Mapping[str, str]) -> Iterator[None]:
         """The model with every layer in the scheme that it is given, inside this block."""
         quantized = {key: plan for key in schemes.items() if (plan := self._layer_plan(*key)) is not None}
-        self._copies = {key: copy for key, copy in self._copies.items() if key in quantized}
-        self._copies |= self._made({key: plan for key, plan in quantized.items() if key not in self._copies})
+        self._quantized_layers = {key: layer for key, layer in self._quantized_layers.items() if key in quantized}
+        new = {key: plan for key, plan in quantized.items() if key not in self._quantized_layers}
+        self._quantized_layers |= self._quantize(new)
         with (
-            swapped(self._model, {name: copy for (name, _), copy in self._copies.items()}),
+            swapped(self._model, {name: layer for (name, _), layer in self._quantized_layers.items()}),
             following(self._model, self._analysis.calibration.timestep_groups),
         ):
             yield
 
     def _layer_plan(self, name: str, scheme: str) -> LayerPlan | None:
         candidate = None if scheme == str(FLOAT) else self._analysis.candidate(name, scheme)
-        return None if candidate is None else candidate.layer_plan()
+        return None if candidate is None else candidate.layer_plan
 
-    def _made(self, plans: Mapping[Key, LayerPlan]) -> dict[Key, QuantizedLayer]:
-        """The quantized layers of new choices, those that GPTQ rounds in groups whose moments fit into memory."""
+    def _quantize(self, plans: Mapping[Key, LayerPlan]) -> dict[Key, QuantizedLayer]:
+        """Quantize layers, those that GPTQ rounds in chunks whose Hessians fit into memory."""
         layers = quantizable_layers(self._model)
         sizes = {key: hessian_bytes(layers[key[0]]) for key, plan in plans.items() if plan.rounding == "gptq"}
         quantized: dict[Key, QuantizedLayer] = {
             key: quantize_layer(key[0], layers[key[0]], plan) for key, plan in plans.items() if key not in sizes
         }
         for chunk in chunks_within(sizes, sizes, BYTES_AT_ONCE):
-            moments = second_moments(self._model, self._analysis.calibration.trajectory, [name for name, _ in chunk])
+            hessians = input_hessians(self._model, self._analysis.calibration.trajectory, [name for name, _ in chunk])
             for key in chunk:
-                quantized[key] = quantize_layer(key[0], layers[key[0]], plans[key], moments.pop(key[0]))
+                quantized[key] = quantize_layer(key[0], layers[key[0]], plans[key], hessians.pop(key[0]))
         return quantized
 
 
@@ -107,25 +108,24 @@ def measure_plan(
     model: nn.Module,
     plan: Plan,
     trajectory: Trajectory,
-    moments_of: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None,
+    hessians: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None,
 ) -> StepNoise:
     """Noise at the output of the whole quantized model along a float trajectory; the model stays float.
 
     Args:
-        moments_of: second moments of the inputs of the layers that the plan rounds by GPTQ, as `convert` takes
-            them.
+        hessians: the Hessians of the layers that the plan rounds by GPTQ, as `convert` takes them.
 
     Raises:
         PlanError: the plan does not fit the model.
-        ConversionError: a layer cannot be quantized, or lacks the second moments that it needs.
+        ConversionError: a layer cannot be quantized, or lacks the Hessian that it needs.
         ValueError: the output is not finite.
     """
     layers = quantizable_layers(model)
-    moments = moments_of.get if isinstance(moments_of, Mapping) else moments_of
-    copies: dict[str, nn.Module] = {}
-    for name, choice in plan.layers(model).items():
-        if choice.scheme.quantizes:
-            hessian = moments(name) if moments is not None and choice.rounding == "gptq" else None
-            copies[name] = quantize_layer(name, layers[name], choice, hessian)
-    with swapped(model, copies), following(model, plan.timestep_groups):
+    hessian_of = hessians.get if isinstance(hessians, Mapping) else hessians
+    quantized: dict[str, nn.Module] = {}
+    for name, layer_plan in plan.layers(model).items():
+        if layer_plan.scheme.quantizes:
+            hessian = hessian_of(name) if hessian_of is not None and layer_plan.rounding == "gptq" else None
+            quantized[name] = quantize_layer(name, layers[name], layer_plan, hessian)
+    with swapped(model, quantized), following(model, plan.timestep_groups):
         return output_noise(model, trajectory)
