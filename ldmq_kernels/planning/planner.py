@@ -50,7 +50,6 @@ def analyzed(pipe: Any, request: PlanRequest) -> tuple[Analysis, Trajectory, str
         pipe,
         calibration,
         parse_schemes(request.schemes),
-        analysed_steps=request.analysed_steps,
         signals=request.signals,
         work_dir=request.work_dir,
         show=request.show,

@@ -11,7 +11,6 @@ from ldmq_kernels.calibration.trajectory import SamplingSettings
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.target import Target
-from ldmq_kernels.sensitivity.analysis import ANALYSED_STEPS
 from ldmq_kernels.sensitivity.similarity import SSIM
 
 DEFAULT_FORMATS = ("w8a8", "w8a16", "fp16")
@@ -42,7 +41,6 @@ class PlanRequest:
         calibration_mode: the sampling steps that static ranges start from: "first-step", "sampled-steps" or
             "all-steps".
         settings: how pictures are drawn, in calibration as later by the user.
-        analysed_steps: how many sampling steps, spread over the trajectory, each layer's noise is measured at.
         signals: what the plan keeps: "sqnr", and "ssim" for the structure of pictures too.
         hybrid: the share of the noise, 0 to 1, whose blocks start with higher precision; 0 for none.
         time_layers: whether the layers are timed on the pipeline's device, so that those that would get slower stay
@@ -60,7 +58,6 @@ class PlanRequest:
     formats: Sequence[str] = DEFAULT_FORMATS
     calibration_mode: str = FIRST_STEP
     settings: SamplingSettings = field(default_factory=SamplingSettings)
-    analysed_steps: int = ANALYSED_STEPS
     signals: Sequence[str] = (SQNR,)
     hybrid: float = 0.0
     time_layers: bool = False
@@ -83,8 +80,6 @@ class PlanRequest:
             raise ValueError(f"the signals are {','.join(self.signals) or 'none'}: give {SQNR}, or {SQNR},{SSIM}")
         if not 0 <= self.hybrid <= 1:
             raise ValueError(f"hybrid is {self.hybrid}: it is a share of the noise, from 0 to 1")
-        if self.analysed_steps < 1:
-            raise ValueError(f"{self.analysed_steps} analysed steps measure nothing: analyse at least one")
 
     @property
     def schemes(self) -> list[str]:

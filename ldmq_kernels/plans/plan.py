@@ -15,6 +15,8 @@
 
 The last rule whose pattern (fnmatch) fits a layer's name holds for it; an exception beats all rules. `timestep_groups`
 are timesteps, descending: a call belongs to the group of as many boundaries as are above its timestep.
+
+A checkpoint has the plan's vectors among its tensors: the plan in its config.json has "" in their place.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import base64
 import itertools
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -76,18 +78,23 @@ class LayerPlan:
 
 @dataclass
 class Plan:
-    """A precision for each layer, where it came from and what was measured. See the module's text."""
+    """A precision for each layer, where it came from and what was measured. See the module's text.
+
+    Attributes:
+        smoothing: layer -> (C,) float32, or None in the plan of a checkpoint, which has the vector among its tensors.
+        bias_correction: layer -> (out,) float32, or None alike.
+    """
 
     model: dict[str, Any]
     rules: list[dict[str, str]]
     exceptions: dict[str, dict[str, str]] = field(default_factory=dict)
     input_scales: dict[str, float | list[float]] = field(default_factory=dict)
-    smoothing: dict[str, Tensor] = field(default_factory=dict)
+    smoothing: dict[str, Tensor | None] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     timestep_groups: list[float] = field(default_factory=list)
-    bias_correction: dict[str, Tensor] = field(default_factory=dict)
+    bias_correction: dict[str, Tensor | None] = field(default_factory=dict)
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     # -- what it says --------------------------------------------------------------------------------
@@ -138,13 +145,36 @@ class Plan:
         gptq = [name for name, details in self.details.items() if details.get("rounding") == "gptq"]
         return any(self.layer(name).scheme.quantizes for name in gptq)
 
-    def layers(self, model: nn.Module) -> dict[str, LayerPlan]:
+    @property
+    def has_vectors(self) -> bool:
+        """Whether all vectors are here; those of a checkpoint's plan are among the checkpoint's tensors."""
+        vectors = (*self.smoothing.values(), *self.bias_correction.values())
+        return all(vector is not None for vector in vectors)
+
+    def without_vectors(self) -> Plan:
+        """The plan as a checkpoint has it: only the names of the layers with vectors, and no calibration texts."""
+        return replace(
+            self,
+            smoothing=dict.fromkeys(self.smoothing),
+            bias_correction=dict.fromkeys(self.bias_correction),
+            calibration={key: value for key, value in self.calibration.items() if key != "texts"},
+        )
+
+    def layers(self, model: nn.Module, *, vectors_elsewhere: bool = False) -> dict[str, LayerPlan]:
         """What each quantizable layer of the model becomes, after checking that the plan fits it.
+
+        Args:
+            vectors_elsewhere: whether the caller has the vectors of a checkpoint's plan from the checkpoint.
 
         Raises:
             PlanError: the plan was made for another model, names layers that are not there, or gives a layer
                 what it cannot have: a scheme, scales, vectors or details of another kind or size.
         """
+        if not (self.has_vectors or vectors_elsewhere):
+            raise PlanError(
+                "this is the plan of a checkpoint, which has the plan's vectors among its tensors: load the "
+                "checkpoint, or take the plan file that it was made by"
+            )
         found = quantizable_layers(model)
         if self.model["fingerprint"] != fingerprint(model):
             raise PlanError(
@@ -167,27 +197,20 @@ class Plan:
 
     # -- file ----------------------------------------------------------------------------------------
 
-    def to_dict(self, *, with_vectors: bool = True) -> dict[str, Any]:
-        """The JSON object; `with_vectors=False` leaves out what a checkpoint holds, or needs no more."""
-
-        def encoded(vectors: dict[str, Tensor]) -> dict[str, str]:
-            return {name: _encode(vector) if with_vectors else "" for name, vector in vectors.items()}
-
-        calibration = self.calibration
-        if not with_vectors:
-            calibration = {key: value for key, value in calibration.items() if key != "texts"}
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as a JSON object."""
         return {
             "ldmq_plan": VERSION,
             "model": self.model,
-            "calibration": calibration,
+            "calibration": self.calibration,
             "target": self.target,
             "measured": self.measured,
             "rules": self.rules,
             "exceptions": self.exceptions,
             "timestep_groups": self.timestep_groups,
             "input_scales": self.input_scales,
-            "smoothing": encoded(self.smoothing),
-            "bias_correction": encoded(self.bias_correction),
+            "smoothing": {name: _encode(vector) for name, vector in self.smoothing.items()},
+            "bias_correction": {name: _encode(vector) for name, vector in self.bias_correction.items()},
             "details": self.details,
         }
 
@@ -218,12 +241,12 @@ class Plan:
                 if not (math.isfinite(value) and value > 0):
                     raise PlanError(f"{source}: the input scale of {name} is {value}, it must be positive and finite")
         _check_timestep_groups(data.get("timestep_groups", []), source)
-        vectors: dict[str, dict[str, Tensor]] = {"smoothing": {}, "bias_correction": {}}
+        vectors: dict[str, dict[str, Tensor | None]] = {"smoothing": {}, "bias_correction": {}}
         for key, decoded in vectors.items():
             for name, text in data.get(key, {}).items():
                 decoded[name] = _decode(text, f"{source}: the {key.replace('_', ' ')} of {name}")
         for name, vector in vectors["smoothing"].items():
-            if not bool((vector > 0).all()):
+            if vector is not None and not bool((vector > 0).all()):
                 raise PlanError(f"{source}: the smoothing of {name} holds values that are not positive")
         return cls(**{key: value for key, value in data.items() if key != "ldmq_plan"} | vectors)
 
@@ -290,11 +313,15 @@ def _without_ranks(data: dict[str, Any], source: str) -> dict[str, Any]:
     return {**data, "details": kept}
 
 
-def _encode(vector: Tensor) -> str:
+def _encode(vector: Tensor | None) -> str:
+    if vector is None:
+        return ""
     return base64.b64encode(vector.cpu().numpy().astype("<f4").tobytes()).decode()
 
 
-def _decode(text: str, what: str) -> Tensor:
+def _decode(text: str, what: str) -> Tensor | None:
+    if not text:
+        return None
     try:
         values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
     except ValueError as error:

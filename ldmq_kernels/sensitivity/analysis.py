@@ -105,7 +105,7 @@ def cross_validated_noise(
 class _TrialModel:
     """The float model, the analysed part of its trajectory, and runs along it with some layers quantized."""
 
-    def __init__(self, pipe: Any, calibration: Calibration, steps: list[int], prompts: int | None) -> None:
+    def __init__(self, pipe: Any, calibration: Calibration, steps: list[int], prompts: int) -> None:
         self.pipe, self.model, self.calibration = pipe, denoiser(pipe), calibration
         self.modules = quantizable_layers(self.model)
         self.trajectory = analysed_part(calibration.trajectory, steps, prompts)
@@ -122,11 +122,9 @@ class _TrialModel:
         return cross_validated_noise(self.model, chosen, self.folds, self.calibration)
 
 
-def analysed_part(trajectory: Trajectory, steps: Sequence[int], prompts: int | None) -> Trajectory:
-    """The calls of some steps, each with `prompts` of its prompts: others at each step, in turn; None takes all."""
+def analysed_part(trajectory: Trajectory, steps: Sequence[int], prompts: int) -> Trajectory:
+    """The calls of some steps, each with `prompts` of its prompts: others at each step, in turn."""
     part = trajectory.at_steps(steps)
-    if prompts is None:
-        return part
     drawn = sorted({prompt for call in part.calls for prompt in call.prompts})
     calls = []
     for place, step in enumerate(sorted({call.step for call in part.calls})):
@@ -210,7 +208,6 @@ def analyze(
     schemes: Sequence[Scheme],
     *,
     analysed_steps: int = ANALYSED_STEPS,
-    analysed_prompts: int | str | None = AUTO,
     exact: str | int = AUTO,
     signals: Sequence[str] = ("sqnr",),
     method: Method | None = None,
@@ -223,8 +220,6 @@ def analyze(
         pipe: the pipeline that was calibrated, still in full precision.
         schemes: what to try; the float scheme needs no trial.
         analysed_steps: how many sampling steps, spread over the trajectory, each trial is run on.
-        analysed_prompts: how many prompts at each of them, others in turn; None takes all, "auto" two of a small
-            model and one of a large one.
         exact: "all" runs the UNet for every candidate of every layer, a number for so many that the backward
             probes estimate to be the noisiest, "auto" for all of a small model and 24 of a large one.
         signals: "sqnr", and "ssim" for the structural similarity of pictures.
@@ -245,10 +240,7 @@ def analyze(
         exact = ALL if small else EXACT_RUNS
     if exact != ALL and not isinstance(exact, int):
         raise ValueError(f"exact is {exact!r}: choose 'all', 'auto' or a number of runs")
-    if analysed_prompts == AUTO:
-        analysed_prompts = 2 if small else 1
-    if isinstance(analysed_prompts, str):
-        raise ValueError(f"analysed_prompts is {analysed_prompts!r}: choose 'auto', a number, or None for all")
+    analysed_prompts = 2 if small else 1
     trial = _TrialModel(pipe, calibration, steps, analysed_prompts)
     settings = _settings(
         calibration,

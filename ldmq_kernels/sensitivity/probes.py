@@ -146,13 +146,9 @@ def record(
 
 
 def chunks_of_layers(
-    model: nn.Module, trajectory: Trajectory, layers: Sequence[str], probes: int = PROBES, memory: int = MEMORY
+    model: nn.Module, trajectory: Trajectory, layers: Sequence[str], probes: int = PROBES
 ) -> Iterator[list[str]]:
-    """Cut the layers into runs whose records fit the memory; a layer that alone is larger gets its own.
-
-    Args:
-        memory: bytes.
-    """
+    """Cut the layers into runs whose records fit the memory; a layer that alone is larger gets its own."""
     first = Trajectory(trajectory.calls[:1], trajectory.latents, trajectory.steps)
     sizes: dict[str, int] = {}
     modules = quantizable_layers(model)
@@ -172,4 +168,4 @@ def chunks_of_layers(
         for handle in handles:
             handle.remove()
     calls = len(trajectory.calls)
-    return chunks_within(layers, {name: size * calls for name, size in sizes.items()}, memory)
+    return chunks_within(layers, {name: size * calls for name, size in sizes.items()}, MEMORY)

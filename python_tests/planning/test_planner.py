@@ -34,7 +34,7 @@ Found = tuple[Analysis, Trajectory]
 
 @pytest.fixture(scope="module")
 def found(shallow_pipe: StableDiffusionPipeline) -> Found:
-    request = PlanRequest([*PROMPTS, "a dog", "a green ring"], None, FORMATS, settings=SETTINGS, analysed_steps=2)
+    request = PlanRequest([*PROMPTS, "a dog", "a green ring"], None, FORMATS, settings=SETTINGS)
     analysis, held_out, words = analyzed(shallow_pipe, request)
     assert words == "held-out prompts"
     return analysis, held_out
@@ -142,9 +142,7 @@ def test_runs_of_one_session_are_not_repeated(shallow_pipe: StableDiffusionPipel
 
 
 def test_the_whole_method_writes_a_plan_that_loads(shallow_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    result = make_plan(
-        shallow_pipe, PlanRequest([*PROMPTS, "a dog"], Target(sqnr_db=30.0), settings=SETTINGS, analysed_steps=1)
-    )
+    result = make_plan(shallow_pipe, PlanRequest([*PROMPTS, "a dog"], Target(sqnr_db=30.0), settings=SETTINGS))
     result.plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     assert {n: str(c.scheme) for n, c in loaded.layers(shallow_pipe.unet).items()} == {
@@ -158,7 +156,7 @@ def test_the_whole_method_writes_a_plan_that_loads(shallow_pipe: StableDiffusion
 def test_one_prompt_is_enough_and_the_plan_says_what_it_was_verified_on(
     shallow_pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
-    request = PlanRequest(["a dog"], Target(sqnr_db=25.0), ["w8a16"], settings=SETTINGS, analysed_steps=1)
+    request = PlanRequest(["a dog"], Target(sqnr_db=25.0), ["w8a16"], settings=SETTINGS)
     with caplog.at_level(logging.WARNING):
         result = make_plan(shallow_pipe, request)
     assert result.held_out.mean_db >= 25.0

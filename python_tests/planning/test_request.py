@@ -37,7 +37,6 @@ def test_the_last_quarter_of_the_prompts_is_held_out() -> None:
         ({"signals": []}, "the signals are none"),
         ({"hybrid": 1.5}, "hybrid is 1.5"),
         ({"hybrid": float("nan")}, "hybrid is nan"),
-        ({"analysed_steps": 0}, "analyse at least one"),
     ],
     ids=str,
 )

@@ -195,10 +195,23 @@ def test_gptq_of_a_layer_that_stays_float_needs_no_inputs(unet):
 
 
 def test_a_config_leaves_out_vectors_and_texts_but_names_who_has_them(unet):
-    plan = rich_plan(unet).to_dict(with_vectors=False)
+    plan = rich_plan(unet).without_vectors().to_dict()
     assert plan["smoothing"] == plan["bias_correction"] == {LINEAR: ""}
     assert plan["calibration"] == {"prompts": 1}
     assert plan["details"] == {LINEAR: {"first_token": True, "rounding": "gptq"}}
+
+
+def test_the_plan_of_a_checkpoint_knows_that_its_vectors_are_elsewhere(unet):
+    plan = rich_plan(unet)
+    assert plan.has_vectors
+    read = Plan.from_dict(plan.without_vectors().to_dict())
+    assert not read.has_vectors
+    assert (read.smoothing, read.bias_correction) == ({LINEAR: None}, {LINEAR: None})
+    with pytest.raises(PlanError, match="the plan of a checkpoint.*load the checkpoint"):
+        read.layers(unet)
+    layer_plan = read.layers(unet, vectors_elsewhere=True)[LINEAR]
+    assert layer_plan == replace(plan.layer(LINEAR), smoothing=None, bias_correction=None)
+    assert plan.has_vectors
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class LdmqConfig(QuantizationConfigMixin):
         method = self.quant_method.value
         if self.plan is None:
             return {"quant_method": method, "scheme": self.scheme}
-        return {"quant_method": method, "plan": self.plan.to_dict(with_vectors=False)}
+        return {"quant_method": method, "plan": self.plan.without_vectors().to_dict()}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: there are no defaults to leave out."""

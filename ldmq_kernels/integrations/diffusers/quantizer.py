@@ -74,8 +74,6 @@ class LdmqQuantizer(DiffusersQuantizer):
                 )
             self._awaited = {name: choice for name, choice in plan.layers(model).items() if choice.scheme.quantizes}
             return
-        # config.json names the layers that have vectors; the vectors come with the tensors
-        named = dataclasses.replace(plan, smoothing={}, bias_correction={})
         replacements: dict[nn.Module, nn.Module] = {
             layers[name]: quantized_class(layers[name]).empty(
                 layers[name],
@@ -85,7 +83,7 @@ class LdmqQuantizer(DiffusersQuantizer):
                 first_token=choice.first_token,
                 corrected=name in plan.bias_correction,
             )
-            for name, choice in named.layers(model).items()
+            for name, choice in plan.layers(model, vectors_elsewhere=True).items()
             if choice.scheme.quantizes
         }
         replace_modules(model, replacements)
