@@ -168,11 +168,11 @@ def test_moved_weights_are_refused(captured: Denoiser) -> None:
         call(captured)
 
 
-@pytest.mark.parametrize("twin", [copy.deepcopy, pickle.dumps])
-def test_a_captured_module_is_not_copied(captured: Denoiser, twin: Callable[[Any], Any]) -> None:
+@pytest.mark.parametrize("clone", [copy.deepcopy, pickle.dumps])
+def test_a_captured_module_is_not_copied(captured: Denoiser, clone: Callable[[Any], Any]) -> None:
     with pytest.raises(graphs.CaptureError, match="release it first"):
-        twin(captured)
-    twin(ldmq.release(captured))
+        clone(captured)
+    clone(ldmq.release(captured))
 
 
 def test_what_cannot_be_captured_says_why(captured: Denoiser) -> None:

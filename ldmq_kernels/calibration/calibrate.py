@@ -47,7 +47,7 @@ class Calibration:
         """The calibration by half of the prompts alone; by all of them where there is one prompt."""
         if not self.absmax_by_fold:
             return self
-        return replace(self, absmax={name: found[fold] for name, found in self.absmax_by_fold.items()})
+        return replace(self, absmax={name: absmax[fold] for name, absmax in self.absmax_by_fold.items()})
 
     @property
     def text_layers(self) -> frozenset[str]:
@@ -120,7 +120,7 @@ def calibrate(
         settings,
         tuple(prompts),
         trajectory,
-        {name: found.amax(0) for name, found in by_fold.items()},
+        {name: absmax.amax(0) for name, absmax in by_fold.items()},
         observer.operations,
         observer.first_tokens(),
         concatenated_inputs(model, first.args, first.kwargs),

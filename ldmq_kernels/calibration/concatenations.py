@@ -47,7 +47,7 @@ def concatenated_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     """
     layers = {n: m for n, m in quantizable_layers(model).items() if isinstance(m, nn.Conv2d)}
     mode = _Concatenations()
-    found: dict[str, int] = {}
+    first_parts: dict[str, int] = {}
 
     def look(name: str) -> Any:
         def before(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -57,7 +57,7 @@ def concatenated_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
                 return
             channels = next(v.shape[1] for v in tensors if id(v) in mode.parts)
             inside = [n for n in layers if n == name or n.startswith(f"{name}.")]
-            found.update({n: first for n in inside if layer_shape(layers[n])[1] == channels})
+            first_parts.update({n: first for n in inside if layer_shape(layers[n])[1] == channels})
 
         return before
 
@@ -68,4 +68,4 @@ def concatenated_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return first_parts

@@ -76,9 +76,9 @@ class RangeObserver:
         rows = torch.tensor(folds_of_rows(x.shape[0], self.prompts), device=x.device)
         if not rows.numel():
             return channel_absmax(layer, x).expand(2, -1).clone()
-        found = {fold: channel_absmax(layer, x[rows == fold]) for fold in rows.unique().tolist()}
-        nothing = torch.zeros_like(next(iter(found.values())))
-        return torch.stack([found.get(fold, nothing) for fold in (0, 1)])
+        absmax_of = {fold: channel_absmax(layer, x[rows == fold]) for fold in rows.unique().tolist()}
+        nothing = torch.zeros_like(next(iter(absmax_of.values())))
+        return torch.stack([absmax_of.get(fold, nothing) for fold in (0, 1)])
 
     def at_call(self, step: int, prompts: tuple[int, ...]) -> None:
         """Say which sampling step comes next, and for which prompts."""

@@ -57,24 +57,24 @@ class UNetCall:
         value = self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
         return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
 
-    def of_prompts(self, wanted: Sequence[int]) -> UNetCall:
+    def of_prompts(self, prompts: Sequence[int]) -> UNetCall:
         """The same call for some of its prompts only, both halves of each.
 
         Raises:
             ValueError: the call draws none of them.
         """
-        kept = [place for place, prompt in enumerate(self.prompts) if prompt in set(wanted)]
-        if not kept:
-            raise ValueError(f"a call of prompts {self.prompts} draws none of {tuple(wanted)}")
+        places = [place for place, prompt in enumerate(self.prompts) if prompt in set(prompts)]
+        if not places:
+            raise ValueError(f"a call of prompts {self.prompts} draws none of {tuple(prompts)}")
         rows, count = self.output.shape[0], len(self.prompts)
-        index = torch.tensor([place + half for half in range(0, rows, count) for place in kept])
+        index = torch.tensor([place + half for half in range(0, rows, count) for place in places])
 
         def cut(value: Any) -> Any:
             batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
             return value[index.to(value.device)] if batched else value
 
         args, kwargs = pytree.tree_map(cut, (self.args, self.kwargs))
-        return UNetCall(self.step, args, kwargs, cut(self.output), tuple(self.prompts[place] for place in kept))
+        return UNetCall(self.step, args, kwargs, cut(self.output), tuple(self.prompts[place] for place in places))
 
 
 def folds_of_rows(rows: int, prompts: Sequence[int]) -> tuple[int, ...]:
@@ -101,8 +101,8 @@ class Trajectory:
 
     def at_steps(self, steps: Sequence[int]) -> Trajectory:
         """Only the calls of some steps."""
-        wanted = set(steps)
-        return Trajectory([call for call in self.calls if call.step in wanted], self.latents, self.steps)
+        taken = set(steps)
+        return Trajectory([call for call in self.calls if call.step in taken], self.latents, self.steps)
 
     @property
     def prompts(self) -> list[int]:

@@ -59,10 +59,10 @@ def time_layer(
         return lambda: module(given)
 
     for dtype in _float_dtypes(device):
-        twin = make().to(device, dtype)
+        clone = make().to(device, dtype)
         if x.dim() == 4:
-            twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        works[str(dtype).removeprefix("torch.")] = work(twin, as_image(x.to(dtype)))
+            clone = clone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        works[str(dtype).removeprefix("torch.")] = work(clone, as_image(x.to(dtype)))
     scale = static_scale(channel_absmax(layer, x), None)
     for name in TESTED:
         scheme = SCHEMES[name]

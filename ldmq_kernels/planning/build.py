@@ -67,7 +67,7 @@ def _alone(analysis: Analysis, name: str, scheme: str) -> float:
 def _reason(name: str, scheme: str, analysis: Analysis, sensitive: str | None, times: LayerTimes | None) -> str:
     if name not in analysis.candidates:
         return "never ran in calibration"
-    found = analysis.candidates[name]
+    candidates = analysis.candidates[name]
     if sensitive is not None and is_precise(SCHEMES[scheme]):
         first = f"sensitive block {sensitive}"
         return (
@@ -75,17 +75,17 @@ def _reason(name: str, scheme: str, analysis: Analysis, sensitive: str | None, t
         )
     if scheme != str(FLOAT):
         words = [f"alone {_alone(analysis, name, scheme):.1f} dB at the output"]
-        static = next((c for c in found if c.scheme.activations == "static"), None)
+        static = next((c for c in candidates if c.scheme.activations == "static"), None)
         if static is not None and str(static.scheme) != scheme:
             noise = _alone(analysis, name, str(static.scheme))
             words.append(f"{static.scheme} {noise:.1f} dB, input grows {analysis.drift()[name]:.2f}x over the steps")
         return "; ".join(words)
-    if not found:
+    if not candidates:
         return "none of the formats fits this layer"
     if times is not None:
         unchanged = times.layers[name, scheme]
-        fastest = min(times.layers[name, str(c.scheme)] for c in found)
+        fastest = min(times.layers[name, str(c.scheme)] for c in candidates)
         if fastest > unchanged:
             return f"slower when quantized: {fastest:.3f} ms in place of {unchanged:.3f} ms"
-    best = max(found, key=lambda c: _alone(analysis, name, str(c.scheme)))
+    best = max(candidates, key=lambda c: _alone(analysis, name, str(c.scheme)))
     return f"even {best.scheme} alone leaves {_alone(analysis, name, str(best.scheme)):.1f} dB at the output"

@@ -115,10 +115,10 @@ class Table:
         return picked
 
     def _solve(self, goal: Column, limits: Sequence[Limit]) -> NDArray[np.intp]:
-        found = self._milp(goal, limits)
-        passed = [float(row[found].sum()) > bound for row, bound in limits]
+        picked = self._milp(goal, limits)
+        passed = [float(row[picked].sum()) > bound for row, bound in limits]
         if not any(passed):
-            return found
+            return picked
         tighter = [(row, bound * (1 - TOLERANCE * over)) for (row, bound), over in zip(limits, passed, strict=True)]
         return self._milp(goal, tighter)
 

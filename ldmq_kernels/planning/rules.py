@@ -37,9 +37,9 @@ def patterns_of(name: str) -> set[str]:
     ends |= {".".join([*parts[-length:-1], end]) for length in (1, 2) for end in _loose(parts[-1]) if len(parts) > 2}
     ends |= {f"{part}.*" for part in parts[1:-1] if not part.isdigit()}
     starts = {".".join(parts[:length]) for length in range(1, len(parts))}
-    found = {f"*.{end}" for end in ends} | {f"{start}.*" for start in starts}
-    found |= {f"{start}.*.{end}" for start in starts for end in ends}
-    return {pattern for pattern in found if fnmatchcase(name, pattern)}
+    patterns = {f"*.{end}" for end in ends} | {f"{start}.*" for start in starts}
+    patterns |= {f"{start}.*.{end}" for start in starts for end in ends}
+    return {pattern for pattern in patterns if fnmatchcase(name, pattern)}
 
 
 def _fits(pattern: str, names: tuple[str, ...]) -> Mask:

@@ -34,8 +34,8 @@ def _stage(layer: str) -> str:
 
 def _range(values: np.ndarray) -> Normalize:
     """From the noisiest to where it no longer matters; the cleanest few must not stretch the scale."""
-    found = values[np.isfinite(values)]
-    return Normalize(float(found.min()), float(max(np.quantile(found, 0.95), found.min() + 1)))
+    finite = values[np.isfinite(values)]
+    return Normalize(float(finite.min()), float(max(np.quantile(finite, 0.95), finite.min() + 1)))
 
 
 def layer_heatmap(rows: Sequence[LayerRow], schemes: Sequence[str]) -> str:
@@ -141,9 +141,9 @@ def step_lines(analysis: Analysis, schemes: Sequence[str], held_out: StepNoise |
             axes.plot(x, y, "o--", color=SCHEME_COLOURS[scheme], linewidth=1.2, markersize=4, markeredgewidth=0)
             labels.append((y[-1], f"{scheme} everywhere, predicted", SCHEME_COLOURS[scheme]))
         if held_out is not None and held_out.mean_power > 0:
-            found = held_out.db_by_step
-            axes.plot([step + 1 for step in found], list(found.values()), color=INK, linewidth=2.2)
-            labels.append((list(found.values())[-1], "the plan, held-out prompts", INK))
+            by_step = held_out.db_by_step
+            axes.plot([step + 1 for step in by_step], list(by_step.values()), color=INK, linewidth=2.2)
+            labels.append((list(by_step.values())[-1], "the plan, held-out prompts", INK))
         if target_db is not None:
             axes.axhline(target_db, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
             labels.append((target_db, f"target, mean over steps: {target_db:g} dB", MUTED))

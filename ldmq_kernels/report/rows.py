@@ -22,7 +22,7 @@ class LayerRow:
 
     Attributes:
         sqnr_db: scheme -> SQNR at the UNet's output with this layer alone quantized so.
-        found: scheme -> the parts that the search of the layer chose, such as "alpha 0.5, bias".
+        search: scheme -> the parts that the search of the layer chose, such as "alpha 0.5, bias".
         drift: how many times larger its input gets than at the first step.
         scheme: the scheme in the plan; None without a plan.
         bytes_after: bytes of the weight, its scales and its corrections, as the plan counts them; None without a plan.
@@ -34,7 +34,7 @@ class LayerRow:
     shape: tuple[int, ...]
     operations: int
     sqnr_db: dict[str, float]
-    found: dict[str, str]
+    search: dict[str, str]
     drift: float
     bytes_before: int
     scheme: str | None
@@ -57,7 +57,7 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
         layer = layers[name]
         measured = {str(c.scheme): analysis.output[name, str(c.scheme)].mean_power for c in analysis.candidates[name]}
         sqnr = {scheme: finite_db(power) for scheme, power in measured.items()}
-        found = {str(c.scheme): c.label for c in analysis.candidates[name]}
+        search = {str(c.scheme): c.label for c in analysis.candidates[name]}
         layer_plan = None if plan is None else plan.layer(name)
         scheme = None if layer_plan is None else str(layer_plan.scheme)
         rows.append(
@@ -68,7 +68,7 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
                 shape=layer_shape(layer),
                 operations=analysis.calibration.operations[name],
                 sqnr_db=sqnr,
-                found=found,
+                search=search,
                 drift=drift[name],
                 bytes_before=weight_bytes(layer, FLOAT),
                 scheme=scheme,
@@ -90,15 +90,15 @@ def _reason(plan: Plan, name: str, sqnr: dict[str, float]) -> str:
 
 
 def to_csv(rows: list[LayerRow], schemes: list[str]) -> bytes:
-    """The rows as CSV in UTF-8, with a column of SQNR and one of what the search kept for each scheme."""
+    """The rows as CSV in UTF-8, with a column of SQNR and one of what the search chose for each scheme."""
     fixed = ["layer", "block", "kind", "shape", "multiply_accumulates", "range_drift", "bytes_fp16"]
-    measured = [f"{what} {scheme}" for scheme in schemes for what in ("output_sqnr_db", "found")]
+    measured = [f"{what} {scheme}" for scheme in schemes for what in ("output_sqnr_db", "search")]
     lines = []
     for row in rows:
         numbers: list[object] = []
         for scheme in schemes:
             value = row.sqnr_db.get(scheme)
-            numbers += ["" if value is None else f"{value:.3f}", row.found.get(scheme, "")]
+            numbers += ["" if value is None else f"{value:.3f}", row.search.get(scheme, "")]
         shape = "x".join(map(str, row.shape))
         start = [row.name, row.block, row.kind, shape, row.operations, f"{row.drift:.4f}", row.bytes_before]
         end = [row.scheme or "", "" if row.bytes_after is None else row.bytes_after, row.reason]

@@ -191,7 +191,7 @@ def _layer(row: LayerRow, schemes: Sequence[str]) -> str:
     )
     name = escape(row.name).replace(".", ".<wbr>")
     scheme = "" if row.scheme is None else f"<td>{chip(row.scheme)}</td>"
-    searched = "" if row.scheme is None else f"<td>{escape(row.found.get(row.scheme, ''))}</td>"
+    searched = "" if row.scheme is None else f"<td>{escape(row.search.get(row.scheme, ''))}</td>"
     after = (
         "" if row.bytes_after is None else f'<td class=n data-v="{row.bytes_after}">{row.bytes_after / 1e3:.1f}</td>'
     )
@@ -208,7 +208,7 @@ def layers(rows: Sequence[LayerRow], schemes: Sequence[str]) -> str:
     heads = ["<th>layer", "<th>weight"]
     heads += ["<th>chosen"] if planned else []
     heads += [f"<th class=n>{scheme}" for scheme in schemes] + ["<th class=n>drift"]
-    heads += ["<th>found", "<th class=n>kB", "<th>why"] if planned else []
+    heads += ["<th>search", "<th class=n>kB", "<th>why"] if planned else []
     body = "".join(_layer(row, schemes) for row in rows)
     return section(
         "Every layer",

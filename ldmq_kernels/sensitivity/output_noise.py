@@ -107,11 +107,11 @@ def output_noise(model: nn.Module, trajectory: Trajectory, *, guidance_scale: fl
     noise: dict[int, float] = {}
     for call, output in replay(model, trajectory):
         exact = call.output.double()
-        found = float((output.double() - exact).square().sum())
-        if not math.isfinite(found):
+        power = float((output.double() - exact).square().sum())
+        if not math.isfinite(power):
             raise ValueError(f"the quantized model's output is not finite at sampling step {call.step}")
         signal[call.step] = signal.get(call.step, 0.0) + float(exact.square().sum())
-        noise[call.step] = noise.get(call.step, 0.0) + found
+        noise[call.step] = noise.get(call.step, 0.0) + power
         if guidance_scale is not None:
             samples += _sample_noise(call, output, guidance_scale)
     return StepNoise({step: noise[step] / signal[step] for step in sorted(signal)}, tuple(samples))

@@ -88,8 +88,8 @@ def structural_noise(model: nn.Module, trajectory: Trajectory, decoder: Decoder,
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    found = [
+    similarities = [
         structural_similarity_index_measure(decoder(call, output), picture, data_range=1.0, reduction="none")
         for (call, output), picture in zip(replay(model, trajectory), exact, strict=True)
     ]
-    return 1.0 - float(torch.cat([torch.as_tensor(value).reshape(-1) for value in found]).mean())
+    return 1.0 - float(torch.cat([torch.as_tensor(value).reshape(-1) for value in similarities]).mean())

@@ -60,8 +60,8 @@ def rows_of_noise(
 def rows_of_analysis(analysis: Analysis) -> Iterator[Row]:
     """Every layer's own noise, and every layer's and block's at the UNet's output."""
     timesteps = analysis.calibration.trajectory.timesteps()
-    for name, found in analysis.candidates.items():
-        for c in found:
+    for name, candidates in analysis.candidates.items():
+        for c in candidates:
             yield Row("layer", name, str(c.scheme), None, None, None, POOLED, c.noise, finite_db(c.noise))
     for key, noise in analysis.output.items():
         yield from rows_of_noise("unet", *key, noise, timesteps, estimated=key not in analysis.exact)

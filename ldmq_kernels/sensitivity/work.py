@@ -97,14 +97,6 @@ class Work:
             torch.save(result, buffer)
             write_whole(path, buffer.getvalue())
 
-    def once(self, stage: str, item: str, compute: Callable[[], Result]) -> Result:
-        """One result, from the folder if it is there."""
-        found = self._load(stage, item)
-        if found is None:
-            found = compute()
-            self._save(stage, item, found)
-        return found
-
     def run(
         self,
         stage: str,
@@ -120,7 +112,7 @@ class Work:
         """
         rank, world = processes()
         mine = list(items)[rank::world]
-        results = {item: found for item in mine if (found := self._load(stage, item)) is not None}
+        results = {item: result for item in mine if (result := self._load(stage, item)) is not None}
         missing = [item for item in mine if item not in results]
         for item, result in track(compute(missing), stage, len(missing), show=show and rank == 0):
             self._save(stage, item, result)

@@ -186,9 +186,9 @@ def test_blocks_keep_their_names_and_survive_copies() -> None:
     wanted = run_unet(unet)
     assert {type(m).__name__ for m in unet.modules()} >= {"ResnetBlock2D", "BasicTransformerBlock"}
     assert all(isinstance(m, PLAIN[type(m)]) for m in unet.modules() if type(m) in PLAIN)
-    for twin in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
-        assert torch.equal(run_unet(twin), wanted)
-        assert {type(m) for m in twin.modules()} >= set(PLAIN)
+    for clone in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert torch.equal(run_unet(clone), wanted)
+        assert {type(m) for m in clone.modules()} >= set(PLAIN)
 
 
 def test_fusing_twice_is_fusing_once() -> None:
@@ -229,8 +229,8 @@ def test_projections_of_different_scales_are_quantized_apart() -> None:
     unet = quantized_unet()
     block = next(m for m in unet.modules() if isinstance(m, FusedBasicTransformerBlock))
     smoothing = torch.exp2(torch.randint(-1, 2, (block.attn1.to_k.in_features,)).float())
-    twin = nn.Linear(block.attn1.to_k.in_features, block.attn1.to_k.out_features, bias=False)
-    block.attn1.to_k = QuantLinear.from_float(twin, block.attn1.to_k.scheme, smoothing=smoothing)
+    clone = nn.Linear(block.attn1.to_k.in_features, block.attn1.to_k.out_features, bias=False)
+    block.attn1.to_k = QuantLinear.from_float(clone, block.attn1.to_k.scheme, smoothing=smoothing)
     fuse(unet)
     assert float(sqnr_db(unfused_output(unet), run_unet(unet))) > NEAR
 

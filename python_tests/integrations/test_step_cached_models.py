@@ -98,15 +98,15 @@ def test_a_move_takes_the_table_along(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {tensor.device.type for tensor in unet.time_proj.buffers()} == {"meta"}
 
 
-@pytest.mark.parametrize("twin", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
 @pytest.mark.parametrize("scheme", ["float", "w8a8-dynamic"])
 def test_a_copy_has_a_table_of_its_own(
-    twin: Callable[[Any], Any], scheme: str, monkeypatch: pytest.MonkeyPatch
+    clone: Callable[[Any], Any], scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unet = made(scheme)
     wanted = run(unet)
     cache_time_embeddings(unet, STEPS)
-    other = twin(unet)
+    other = clone(unet)
     assert layer_calls(other, lambda: run(other), monkeypatch) == 0
     assert torch.equal(run(other), wanted)
     other.get_submodule(RESNET).register_forward_hook(lambda *_: None)

@@ -196,8 +196,8 @@ def test_a_split_convolution_is_as_exact_as_its_weight(case):
     layer, x = convolution(case)
     x = 0.4 * x  # within the calibrated range
     quantized = made(layer, "w8a8x2")
-    twin = copy.deepcopy(layer)
+    clone = copy.deepcopy(layer)
     weight = quantized.real_weight().permute(0, 3, 1, 2)
     with torch.no_grad():
-        twin.weight.copy_(weight)
-        assert sqnr_db(twin(x), quantized(x)) > 75
+        clone.weight.copy_(weight)
+        assert sqnr_db(clone(x), quantized(x)) > 75

@@ -207,7 +207,7 @@ def test_the_plan_of_a_checkpoint_knows_that_its_vectors_are_elsewhere(unet):
     read = Plan.from_dict(plan.without_vectors().to_dict())
     assert not read.has_vectors
     assert (read.smoothing, read.bias_correction) == ({LINEAR: None}, {LINEAR: None})
-    with pytest.raises(PlanError, match="the plan of a checkpoint.*load the checkpoint"):
+    with pytest.raises(PlanError, match=r"the plan of a checkpoint.*load the checkpoint"):
         read.layers(unet)
     layer_plan = read.layers(unet, vectors_elsewhere=True)[LINEAR]
     assert layer_plan == replace(plan.layer(LINEAR), smoothing=None, bias_correction=None)

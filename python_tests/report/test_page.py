@@ -212,5 +212,5 @@ def test_the_table_of_numbers_holds_what_was_measured(unet: nn.Module) -> None:
     power = analysis.output[rows[5]["layer"], "w8a8-static"].mean_power
     assert 10 ** (-float(rows[5]["output_sqnr_db w8a8-static"]) / 10) == pytest.approx(power, rel=1e-3)
     assert rows[0]["output_sqnr_db w8a16"] == "200.000"
-    assert (rows[4]["found w8a16"], rows[5]["found w8a16"]) == ("alpha 0.5", "plain")
+    assert (rows[4]["search w8a16"], rows[5]["search w8a16"]) == ("alpha 0.5", "plain")
     assert rows[0]["chosen"] == ""
