@@ -3,7 +3,7 @@
     import ldmq_kernels as ldmq
 
     plan = ldmq.plan(pipe, prompts, target_sqnr_db=38)
-    ldmq.quantize(pipe, plan)
+    ldmq.quantize(pipe, plan)  # or in one scheme for all layers: ldmq.quantize(pipe, scheme="w8a8-dynamic")
     pipe.save_pretrained("quantized")
 
 Importing the package registers its quantizer with diffusers whenever diffusers is imported, so

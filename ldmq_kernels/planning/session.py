@@ -95,7 +95,7 @@ class Session:
         options = restricted(model, make_options(model, analysis, formats, signals, times), self.sensitive)
         weights = step_weights(analysis.steps, analysis.calibration.trajectory.steps)
         self.chooser = Chooser(options, weights, signals, rest_milliseconds=None if times is None else times.rest)
-        self._trials = PlanEvaluator(model, analysis)
+        self._evaluator = PlanEvaluator(model, analysis)
         self._known: dict[tuple[tuple[str, str], ...], Verified] = {}
         self.interaction_db: float | None = None  # by which the layers together are noisier than their sum
 
@@ -112,7 +112,7 @@ class Session:
         if any(self._is_rounded_for_calibration(*key) for key in assignment.schemes.items()):
             return assignment.sum_db
         if self.interaction_db is None:
-            together = mean_db(self._trials.cross_validated(assignment.schemes))
+            together = mean_db(self._evaluator.cross_validated(assignment.schemes))
             self.interaction_db = 0.0 if together >= MOST_DB else assignment.sum_db - together
         return min(MOST_DB, assignment.sum_db - self.interaction_db)
 
@@ -125,9 +125,10 @@ class Session:
         key = tuple(assignment.schemes.items())
         if key not in self._known:
             predicted = self.predicted_db(assignment)
-            noise, losses = self._trials.noise(assignment.schemes, self.held_out), {}
+            noise, losses = self._evaluator.noise(assignment.schemes, self.held_out), {}
             if SSIM in self.signals and self.analysis.decoder is not None:
-                losses[SSIM] = self._trials.structural_noise(assignment.schemes, self.held_out, self.analysis.decoder)
+                decoder = self.analysis.decoder
+                losses[SSIM] = self._evaluator.structural_noise(assignment.schemes, self.held_out, decoder)
             self._known[key] = Verified(assignment, predicted, noise, losses)
         return self._known[key]
 
