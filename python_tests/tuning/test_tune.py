@@ -142,6 +142,23 @@ def test_a_tile_that_kills_the_device_is_not_tried_again(tmp_path: Path, monkeyp
     assert len(found["tiles"]) == 2
 
 
+def test_a_file_in_the_words_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
+    path, untried = tmp_path / "tiles.json", {"rows": 64, "columns": 16, "depth": 64, "warps": 4, "stages": 4}
+    earlier = {"rows": 16, "columns": 64, "depth": 64, "warps": 4, "stages": 4, "share": 0.1, "splits": 1}
+    key = "conv2d_w8a8 pointers 36x20x288"
+    refused = {"conv2d_w8a8 pointers 25x8x36": [[untried | {"share": 0.12, "splittable": True}, "too large"]]}
+    content = {"gpu": "no GPU", "tiles": {key: earlier}, "milliseconds": {key: [1.0, 2.0]}, "refused": refused}
+    path.write_text(json.dumps(content))
+    tune(CPU, path, timer=lambda *_: 1.0, names=("conv2d_w8a8",), show=False)
+    found = json.loads(path.read_text())
+    tile = found["tiles"]["conv2d_w8a8 gather 36x20x288"]
+    assert (tile["m"], tile["n"], tile["k"], tile["efficiency"], tile["split_k"]) == (16, 64, 64, 0.1, 1)
+    assert found["milliseconds"]["conv2d_w8a8 gather 36x20x288"] == [1.0, 2.0]
+    ((known, why),) = found["refused"]["conv2d_w8a8 gather 25x8x36"]
+    assert (known["m"], known["n"], why) == (64, 16, "too large")
+    assert "pointers" not in json.dumps(found)
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"gpu": "no GPU", "tiles": {"a": 1}}'])
 def test_a_damaged_file_is_not_overwritten(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tiles.json"

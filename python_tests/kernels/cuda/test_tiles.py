@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ldmq_kernels.kernels.cuda import extension, tiles
+from python_tests.kernels import chosen_tiles
 
 
 def test_a_cluster_of_an_int4_product_stands_side_by_side(device: torch.device) -> None:
@@ -53,3 +54,7 @@ def test_the_least_estimate_fills_the_gpu(device: torch.device) -> None:
     assert small.m * small.n < 128 * 160
     assert large.m * large.n >= 128 * 160
     assert large.cluster == 2
+
+
+def test_the_models_take_the_tiles_that_they_took_before(device: torch.device) -> None:
+    assert chosen_tiles.differences(chosen_tiles.by_cuda(), "cuda") == []

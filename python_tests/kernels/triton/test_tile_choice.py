@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ldmq_kernels.kernels.gpu import Gpu, file_name
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_choice import Problem
 from ldmq_kernels.kernels.triton.tile_tables import FAMILIES, TILES, Tile, family
+from python_tests.kernels import chosen_tiles
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 HOPPER = Gpu("NVIDIA H200", 90, 132)
@@ -64,6 +66,21 @@ def test_persistence_is_chosen_by_measurement_only(own_cache: Path) -> None:
     measurements.forget()
     assert chosen("linear_w8a8", *problem[:3]) == persistent
     assert chosen("linear_w8a8", 8192, 5120, 1280) != persistent
+
+
+def test_a_file_in_the_words_of_an_earlier_version_is_read(own_cache: Path) -> None:
+    sizes = {"rows": 64, "columns": 128, "depth": 32, "warps": 4, "stages": 3, "share": 0.7, "splits": 2}
+    fields = sizes | {"splittable": True, "persistent": False, "transposed": False}
+    tiles = {"linear_w8a8 8192x5120x640": fields, "conv2d_w8a8 pointers 25x8x36": fields}
+    (own_cache / file_name(HOPPER)).write_text(json.dumps({"gpu": HOPPER.name, "tiles": tiles}))
+    measurements.forget()
+    tile = Tile(64, 128, 32, 4, 3, efficiency=0.7, split_k=2, splittable=True)
+    assert chosen("linear_w8a8", 8192, 5120, 640) == tile
+    assert chosen("conv2d_w8a8 gather", 25, 8, 36) == tile
+
+
+def test_the_models_take_the_tiles_that_they_took_before() -> None:
+    assert chosen_tiles.differences(chosen_tiles.by_triton(), "triton") == []
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"tiles": {"a": {"rows": 1}}}', '{"tiles": [1]}'])
