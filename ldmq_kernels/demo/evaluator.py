@@ -77,12 +77,12 @@ def targets(drawn: Sequence[scenes.Scene]) -> dict[str, Tensor]:
     }
 
 
-def attribute_loss(logits: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
+def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
     """Mean over attributes of the cross entropy, absent ones left out."""
     losses = [
-        nn.functional.cross_entropy(logits[name].float(), wanted[name], ignore_index=ABSENT)
+        nn.functional.cross_entropy(logits[name].float(), labels[name], ignore_index=ABSENT)
         for name in CLASSES
-        if bool((wanted[name] != ABSENT).any())
+        if bool((labels[name] != ABSENT).any())
     ]
     return torch.stack(losses).mean()
 

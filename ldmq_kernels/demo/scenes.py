@@ -74,10 +74,10 @@ class Scene:
 
     def attributes(self) -> dict[str, str]:
         """The attributes that a picture of this scene must show, 5 or 8 of them."""
-        found = {"layout": self.layout, "background": self.background}
+        attributes = {"layout": self.layout, "background": self.background}
         for index, thing in enumerate(self.things):
-            found |= {f"shape{index}": thing.shape, f"colour{index}": thing.colour, f"size{index}": thing.size}
-        return found
+            attributes |= {f"shape{index}": thing.shape, f"colour{index}": thing.colour, f"size{index}": thing.size}
+        return attributes
 
 
 def _choice(options: tuple[str, ...], generator: torch.Generator) -> str:

@@ -123,8 +123,8 @@ def evaluator(work: Work, steps: int = 2500) -> None:
         mix = torch.rand(len(drawn), 1, 1, 1, generator=random)
         noise = torch.randn(pictures.shape, generator=random) * 0.1 * torch.rand(mix.shape, generator=random)
         pictures = torch.lerp(pictures, blurred, mix) + noise
-        wanted = {name: index.to(_device()) for name, index in targets(drawn).items()}
-        return attribute_loss(model(pictures.to(_device())), wanted)
+        labels = {name: index.to(_device()) for name, index in targets(drawn).items()}
+        return attribute_loss(model(pictures.to(_device())), labels)
 
     fit("evaluator", model, loss_of, steps=steps, learning_rate=2e-3, work=work)
     pairs = [pair for objects in (1, 2) for pair in scenes.captions(1000, objects, held_out=True, seed=1)]
@@ -154,8 +154,8 @@ def text(work: Work, steps: int = 2500) -> None:
 
     def loss_of(step: int) -> Tensor:
         texts, drawn = _batch(128, step)
-        wanted = {name: index.to(_device()) for name, index in targets(drawn).items()}
-        return attribute_loss(model["heads"](encoder(_tokens(tokenizer, texts)).pooler_output), wanted)
+        labels = {name: index.to(_device()) for name, index in targets(drawn).items()}
+        return attribute_loss(model["heads"](encoder(_tokens(tokenizer, texts)).pooler_output), labels)
 
     fit("text", model, loss_of, steps=steps, learning_rate=1e-3, work=work)
     pairs = [pair for objects in (1, 2) for pair in scenes.captions(1000, objects, held_out=True, seed=1)]

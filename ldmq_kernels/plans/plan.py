@@ -37,7 +37,8 @@ from torch import Tensor, nn
 
 from ldmq_kernels.extras import explained
 from ldmq_kernels.files import write_whole
-from ldmq_kernels.numerics.formats import FLOAT, FORMER_NAMES, SCHEMES, Scheme
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
+from ldmq_kernels.plans.former import in_current_words
 from ldmq_kernels.plans.layers import fingerprint, kind_of, layer_shape, quantizable_layers
 
 VERSION = 3  # 1 and 2 are read too: 1 had no timestep groups, bias corrections and details; both had other words
@@ -231,7 +232,7 @@ class Plan:
         with explained("reading a plan"):
             import jsonschema  # plans that are made in memory do without
 
-        data = _without_ranks(_in_current_words(data), source)
+        data = _without_ranks(in_current_words(data), source)
         schema = json.loads(resources.files("ldmq_kernels.plans").joinpath("plan.schema.json").read_text())
         errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(data), key=lambda e: e.json_path)
         if errors:
@@ -269,24 +270,6 @@ class Plan:
         except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
             raise PlanError(f"{path} is not a JSON file: {error}") from None
         return cls.from_dict(data, str(path))
-
-
-def _in_current_words(data: dict[str, Any]) -> dict[str, Any]:
-    """A plan of version 1 or 2 with the key and the scheme names of version 3; what is no plan stays as it is."""
-    if data["ldmq_plan"] not in (1, 2):
-        return data
-    data = {"timestep_groups" if key == "step_groups" else key: value for key, value in data.items()}
-
-    def renamed(entry: Any) -> Any:
-        if not isinstance(entry, dict) or not isinstance(entry.get("scheme"), str):
-            return entry
-        return {**entry, "scheme": FORMER_NAMES.get(entry["scheme"], entry["scheme"])}
-
-    if isinstance(data.get("rules"), list):
-        data["rules"] = [renamed(rule) for rule in data["rules"]]
-    if isinstance(data.get("exceptions"), dict):
-        data["exceptions"] = {name: renamed(entry) for name, entry in data["exceptions"].items()}
-    return data
 
 
 def _without_ranks(data: dict[str, Any], source: str) -> dict[str, Any]:

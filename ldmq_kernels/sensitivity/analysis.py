@@ -128,11 +128,11 @@ def analysed_part(trajectory: Trajectory, steps: Sequence[int], prompts: int) ->
     drawn = sorted({prompt for call in part.calls for prompt in call.prompts})
     calls = []
     for place, step in enumerate(sorted({call.step for call in part.calls})):
-        wanted = {drawn[(place * prompts + i) % len(drawn)] for i in range(min(prompts, len(drawn)))}
+        taken = {drawn[(place * prompts + i) % len(drawn)] for i in range(min(prompts, len(drawn)))}
         calls += [
-            call.of_prompts(sorted(wanted & set(call.prompts)))
+            call.of_prompts(sorted(taken & set(call.prompts)))
             for call in part.calls
-            if call.step == step and wanted & set(call.prompts)
+            if call.step == step and taken & set(call.prompts)
         ]
     return replace(part, calls=calls)
 

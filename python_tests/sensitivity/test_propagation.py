@@ -1,4 +1,4 @@
-"""Where noise is born and amplified, block by block."""
+"""Each block's own noise, and what it makes of its input's."""
 
 import pytest
 import torch
