@@ -5,7 +5,7 @@ op runs, by `ldmq_kernels.kernels.dispatch`, among the backends' functions of th
 
 Shapes: `x_q` of a linear is (..., K) and of a convolution (N, C, H, W), channels_last in memory.
 Weights are (N, K) and (K, R, S, C / groups); int4 ones hold two values to a byte along the last
-axis (`numerics.packing`). A weight may also be a backend's packed tensor; that is why
+axis (`numerics.formats.int4`). A weight may also be a backend's packed tensor; that is why
 convolutions are told their `kernel_size`; their `padding` is (top, bottom, left, right), and `upsample`
 enlarges the input first, by nearest neighbours. Scales are float32. `x_scale` has one element (static)
 or one for each token, (...), or sample, (N,). `weight_scale` is (out,). `multiplier` (uint8) and

@@ -133,7 +133,7 @@ def mixed_plan(model: nn.Module) -> Plan:
         if scheme.is_static:
             scale = 0.02 + 0.001 * (index % 10)
             plan.input_scales[name] = [1.2 * scale, scale, 0.7 * scale] if scheme.has_timestep_scales else scale
-        if scheme.format.activation_bits == 8 and index % 3 == 0:
+        if scheme.quantizes_activations and index % 3 == 0:
             exponents = torch.randint(-1, 2, (layer_shape(layer)[1],), generator=generator)
             plan.smoothing[name] = torch.exp2(exponents.float())
     return plan

@@ -10,8 +10,8 @@ from benchmarks.harness import operands, shapes
 from benchmarks.harness.cases import Case
 from benchmarks.harness.timing import Variants
 from ldmq_kernels import ops
-from ldmq_kernels.numerics.affine import fold_multiplier, quantize_weight_w4a8
-from ldmq_kernels.numerics.packing import pack_int4
+from ldmq_kernels.numerics.formats.int4 import pack_int4
+from ldmq_kernels.numerics.formats.int4_two_level import fold_multiplier, quantize_weight_w4a8
 
 SHAPE = shapes.CONV2D
 

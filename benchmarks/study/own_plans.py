@@ -124,7 +124,7 @@ class OwnPlans:
         for name in self._fitting(made):
             smoothing = None if alpha is None else self._smoothing(name, calibration, alpha)
             groups = calibration.grouped_absmax(name) if made.has_timestep_scales else [calibration.input_absmax(name)]
-            scales = [static_scale(absmax, smoothing) for absmax in groups]
+            scales = [static_scale(absmax, smoothing, made) for absmax in groups]
             known = [scale for scale in scales if scale is not None]
             if made.is_static and not known:
                 choices[name] = UNCHANGED

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import folds_of_rows
-from ldmq_kernels.numerics.affine import INT8_MAX
+from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.layers import quantizable_layers
 
 FIRST_STEP = "first-step"
@@ -143,11 +143,11 @@ def grouped_absmax(by_step: Tensor, timesteps: Sequence[float], boundaries: Sequ
     return torch.stack([by_step[groups == group].amax(0) for group in range(len(boundaries) + 1)])
 
 
-def static_scale(absmax: Tensor, smoothing: Tensor | None) -> float | None:
-    """The static input scale for channels up to `absmax`; None where all of them are zero."""
+def static_scale(absmax: Tensor, smoothing: Tensor | None, scheme: Scheme) -> float | None:
+    """The static input scale of a scheme for channels up to `absmax`; None where all of them are zero."""
     smoothed = absmax if smoothing is None else absmax * smoothing
     largest = float(smoothed.amax())
-    return largest / INT8_MAX if largest > 0 else None
+    return largest / scheme.activations.largest if largest > 0 else None
 
 
 def range_drift(by_step: Tensor) -> float:

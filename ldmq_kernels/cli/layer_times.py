@@ -63,10 +63,10 @@ def time_layer(
         if x.dim() == 4:
             clone = clone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         works[str(dtype).removeprefix("torch.")] = work(clone, as_image(x.to(dtype)))
-    scale = static_scale(channel_absmax(layer, x), None)
+    absmax = channel_absmax(layer, x)
     for name in TESTED:
         scheme = SCHEMES[name]
-        choice = LayerPlan(scheme, "", scale if scheme.is_static else None)
+        choice = LayerPlan(scheme, "", static_scale(absmax, None, scheme) if scheme.is_static else None)
         works[name] = work(quantize_layer(name, layer.to(narrow), choice), as_image(x.to(narrow)))
     samples = interleaved(works, device, rounds=ROUNDS, warm_up=2, clock=wall_ms)
     return {name: taken.median / 1e3 for name, taken in samples.items()}

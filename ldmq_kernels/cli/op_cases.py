@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmq_kernels.numerics import affine
-from ldmq_kernels.numerics.packing import pack_int4
+from ldmq_kernels.numerics.formats.int4 import pack_int4
+from ldmq_kernels.numerics.formats.int4_grouped import quantize_weight_w4a16
+from ldmq_kernels.numerics.formats.int4_two_level import quantize_weight_w4a8
+from ldmq_kernels.numerics.formats.int8 import quantize_weight_int8
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,11 @@ class Cases:
         return values.to(self.device).contiguous(memory_format=torch.channels_last)
 
     def _int8_weight(self, *shape: int) -> tuple[Tensor, Tensor]:
-        weight, scale = affine.quantize_weight_int8(self._normal(*shape))
+        weight, scale = quantize_weight_int8(self._normal(*shape))
         return weight.to(self.device), scale.to(self.device)
 
     def _grouped_weight(self, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
-        grouped = affine.quantize_weight_w4a8(self._normal(*shape))
+        grouped = quantize_weight_w4a8(self._normal(*shape))
         found = (pack_int4(grouped.integers), grouped.multiplier, grouped.scale)
         return tuple(tensor.to(self.device) for tensor in found)  # type: ignore[return-value]
 
@@ -191,7 +193,7 @@ class Cases:
 
     def linear_w4a16(self) -> tuple[Any, ...]:
         """A last group that is short, or the only one."""
-        integers, scale = affine.quantize_weight_w4a16(self._normal(*self._linear_shape()))
+        integers, scale = quantize_weight_w4a16(self._normal(*self._linear_shape()))
         return self._tokens(), pack_int4(integers).to(self.device), scale.to(self.device), self._bias()
 
     def conv2d_w8a8(self) -> tuple[Any, ...]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ldmq_kernels.nn import QuantizedLayer
-from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
-from ldmq_kernels.plans.cost import FLOAT_BYTES, choice_bytes, weight_bytes
+from ldmq_kernels.numerics.formats import FLOAT, FLOAT_BYTES, SCHEMES, Scheme
+from ldmq_kernels.plans.cost import choice_bytes, weight_bytes
 from ldmq_kernels.plans.layers import kind_of, quantizable_layers
 from ldmq_kernels.plans.plan import Plan
 

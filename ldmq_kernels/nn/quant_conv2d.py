@@ -7,10 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
-from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear, unpack_conv2d, unpack_linear
 from ldmq_kernels.nn.quantized import QuantizedLayer
-from ldmq_kernels.numerics.affine import divide_multiplier, fold_multiplier
-from ldmq_kernels.numerics.packing import pack_int4, unpack_int4
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -59,19 +56,8 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     @property
     def weight_channels(self) -> int:
-        """Of one group."""
+        """Input channels of one group."""
         return self.in_channels // self.groups
-
-    def _pack(self, weight: Tensor) -> Tensor:
-        if self.multiplier is not None:
-            weight = fold_multiplier(unpack_int4(weight, self.weight_channels), self.multiplier)
-        if self.is_pointwise:
-            return pack_linear(weight.flatten(1))
-        return pack_conv2d(weight)
-
-    def _unpack(self, packed: Tensor) -> Tensor:
-        weight = unpack_linear(packed)[:, None, None, :] if self.is_pointwise else unpack_conv2d(packed)
-        return weight if self.multiplier is None else pack_int4(divide_multiplier(weight, self.multiplier))
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input as the scheme says, convolve in integers, scale back."""
@@ -81,19 +67,21 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        if self.scheme.format.activation_bits == 16:
-            return ops.conv2d_w8a16(x, self.weight, self.weight_scale, self.bias, *self.geometry())
+        if not self.scheme.quantizes_activations:
+            product = getattr(ops, self.scheme.format.products["conv2d"])
+            return product(x, self.weight, *self.operands(), self.bias, *self.geometry())
         x_q, x_scale = self.quantize(x)
         low = self.convolve(self.low_part(x, x_q, 1), None, x.dtype, second=True) if self.scheme.is_split else None
         return self.convolve(x_q, x_scale, x.dtype, residual=low)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (N, C, H, W) as the scheme says: int8, and the scales of a dynamic one, (N, H, W) where pointwise."""
-        if self.scheme.is_static:
-            return ops.quantize_static(x, self.input_inv_scale, 1), None
+        activations = self.scheme.activations
+        if activations.is_calibrated:
+            return getattr(ops, activations.quantize_static)(x, self.input_inv_scale, 1), None
         if not self.is_pointwise:
-            return ops.quantize_per_sample(x, self.smoothing)
-        x_q, x_scale = ops.quantize_per_token(x.permute(0, 2, 3, 1), self.smoothing)
+            return getattr(ops, activations.quantize_per_sample)(x, self.smoothing)
+        x_q, x_scale = getattr(ops, activations.quantize_per_token)(x.permute(0, 2, 3, 1), self.smoothing)
         return x_q.permute(0, 3, 1, 2), x_scale
 
     def geometry(self, padding: tuple[int, int, int, int] | None = None, upsample: int = 1) -> tuple[Any, ...]:
@@ -128,11 +116,9 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             pixels = None if residual is None else residual.permute(0, 2, 3, 1)
             return self.linear(x_q.permute(0, 2, 3, 1), x_scale, out_dtype, pixels, second=second).permute(0, 3, 1, 2)
         scale, bias = self.scale_and_bias(x_scale, second)
-        terms = (self.weight_scale, bias, sample_bias, residual)
-        rest = (*terms, *self.geometry(padding, upsample), out_dtype)
-        if self.multiplier is None:
-            return ops.conv2d_w8a8(x_q, scale, self.kernel_weight, *rest)
-        return ops.conv2d_w4a8(x_q, scale, self.kernel_weight, self.multiplier, *rest)
+        product = getattr(ops, self.scheme.format.products["conv2d"])
+        operands = (self.kernel_weight, *self.operands(), bias, sample_bias, residual)
+        return product(x_q, scale, *operands, *self.geometry(padding, upsample), out_dtype)
 
     def linear(
         self,
@@ -146,7 +132,6 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         """A pointwise layer's product over (..., C) int8, as QuantLinear.linear."""
         scale, bias = self.scale_and_bias(x_scale, second)
         weight = self.kernel_weight if self.packed_weight is not None else self.kernel_weight.flatten(1)
-        rest = (self.weight_scale, bias, residual, out_dtype)
-        if self.multiplier is None:
-            return ops.linear_w8a8(x_q, scale, weight, *rest)
-        return ops.linear_w4a8(x_q, scale, weight, self.multiplier.flatten(1), *rest)
+        operands = [operand.flatten(1) if operand.dim() > 1 else operand for operand in self.operands()]
+        product = getattr(ops, self.scheme.format.products["linear"])
+        return product(x_q, scale, weight, *operands, bias, residual, out_dtype)

@@ -7,10 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
-from ldmq_kernels.kernels.cpu.packing import pack_linear, unpack_linear
 from ldmq_kernels.nn.quantized import QuantizedLayer
-from ldmq_kernels.numerics.affine import divide_multiplier, fold_multiplier
-from ldmq_kernels.numerics.packing import pack_int4, unpack_int4
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -42,14 +39,10 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         """in_features."""
         return self.in_features
 
-    def _pack(self, weight: Tensor) -> Tensor:
-        if self.multiplier is not None:
-            weight = fold_multiplier(unpack_int4(weight, self.in_features), self.multiplier)
-        return pack_linear(weight)
-
-    def _unpack(self, packed: Tensor) -> Tensor:
-        weight = unpack_linear(packed)
-        return weight if self.multiplier is None else pack_int4(divide_multiplier(weight, self.multiplier))
+    @property
+    def is_pointwise(self) -> bool:
+        """True."""
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input as the scheme says, multiply in integers, scale back."""
@@ -57,28 +50,34 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def project(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same, and a residual (..., out_features) added: in the epilogue where activations are quantized."""
-        if self.scheme.format.activation_bits == 16:
+        if not self.scheme.quantizes_activations:
             out = self._project_float(x)
             return out if residual is None else out + residual
-        out = self._project_int8(x, residual)
+        out = self._project_quantized(x, residual)
         if self.first_token:
             first = self._project_first_token(x)
             out[:, :1] = first if residual is None else first + residual[:, :1]
         return out
 
-    def _project_int8(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if not self.scheme.is_static:
-            x_q, x_scale = ops.quantize_per_token(x, self.smoothing)
-            return self.linear(x_q, x_scale, x.dtype, residual)
-        if self.scheme.is_split:
-            x_q = ops.quantize_static(x, self.input_inv_scale, -1)
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (..., in_features) as the scheme says: its quantized values, and the scales (...) of a dynamic one."""
+        activations = self.scheme.activations
+        if activations.is_calibrated:
+            return getattr(ops, activations.quantize_static)(x, self.input_inv_scale, -1), None
+        return getattr(ops, activations.quantize_per_token)(x, self.smoothing)
+
+    def _project_quantized(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        scheme = self.scheme
+        if scheme.is_split:
+            x_q, _ = self.quantize(x)
             residual = self.linear(self.low_part(x, x_q, -1), None, x.dtype, residual, second=True)
             return self.linear(x_q, None, x.dtype, residual)
-        if self.multiplier is not None:
-            return self.linear(ops.quantize_static(x, self.input_inv_scale, -1), None, x.dtype, residual)
-        return ops.linear_static_w8a8(
-            x, self.input_inv_scale, self.call_scale, self.kernel_weight, self.weight_scale, self.bias, residual
-        )
+        if scheme.is_static and scheme.format.fused_linear is not None:
+            product = getattr(ops, scheme.format.fused_linear)
+            weight, operands = self.kernel_weight, self.operands()
+            return product(x, self.input_inv_scale, self.call_scale, weight, *operands, self.bias, residual)
+        x_q, x_scale = self.quantize(x)
+        return self.linear(x_q, x_scale, x.dtype, residual)
 
     def _project_first_token(self, x: Tensor) -> Tensor:
         """(B, 1, out_features) from the first token's 16-bit values and the same weight."""
@@ -86,16 +85,14 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             raise ValueError(f"a layer with first_token takes an input (B, T, C), this one has shape {tuple(x.shape)}")
         first = x[:, :1] if self.smoothing is None else (x[:, :1] * self.smoothing).to(x.dtype)
         weight = self.weight if self.first_token_weight is None else self.first_token_weight
-        if self.multiplier is None:
-            return ops.linear_w8a16(first, weight, self.weight_scale, self.bias)
-        return ops.linear_w4a16(first, weight, self.first_token_scale, self.bias)
+        product = getattr(ops, str(self.scheme.format.first_token_op))
+        return product(first, weight, self.first_token_scale, self.bias)
 
     def _project_float(self, x: Tensor) -> Tensor:
         if not self.scheme.quantizes:
             return nn.Linear.forward(self, x)
-        if self.scheme.format.weight_bits == 8:
-            return ops.linear_w8a16(x, self.weight, self.weight_scale, self.bias)
-        return ops.linear_w4a16(x, self.weight, self.group_scale, self.bias)
+        product = getattr(ops, self.scheme.format.products["linear"])
+        return product(x, self.weight, *self.operands(), self.bias)
 
     def linear(
         self,
@@ -116,7 +113,5 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             second: these are the second values of pairs: scaled down, and without the bias.
         """
         scale, bias = self.scale_and_bias(x_scale, second)
-        rest = (self.weight_scale, bias, residual, out_dtype)
-        if self.multiplier is None:
-            return ops.linear_w8a8(x_q, scale, self.kernel_weight, *rest)
-        return ops.linear_w4a8(x_q, scale, self.kernel_weight, self.multiplier, *rest)
+        product = getattr(ops, self.scheme.format.products["linear"])
+        return product(x_q, scale, self.kernel_weight, *self.operands(), bias, residual, out_dtype)

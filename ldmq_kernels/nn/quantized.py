@@ -1,8 +1,4 @@
-"""What QuantLinear and QuantConv2d share: quantized buffers, and their packed form on a CPU.
-
-A checkpoint holds plain tensors. Where the CPU backend serves the layer, the weight is held in that backend's packed
-form alone; anything that reads the layer (state_dict, deepcopy, pickle, `.weight`, a move) gets the plain one, exactly.
-"""
+"""What QuantLinear and QuantConv2d share: making them of a float layer, their stored tensors, and loading those."""
 
 from __future__ import annotations
 
@@ -12,34 +8,28 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.kernels import cpu
+from ldmq_kernels import ops
 from ldmq_kernels.nn.input_scale import InputScale
-from ldmq_kernels.nn.stored import BUFFERS, FLOAT32_BUFFERS, check_stored
-from ldmq_kernels.numerics import affine
-from ldmq_kernels.numerics.formats import FLOAT, Scheme, schemes_of
-from ldmq_kernels.numerics.packing import pack_int4, unpack_int4
+from ldmq_kernels.nn.packed import PackedWeight
+from ldmq_kernels.numerics.formats import Scheme, schemes_of
 from ldmq_kernels.numerics.smoothing import smoothed_hessian
 from ldmq_kernels.numerics.split import FINER, quantize_low_part
 
 
-class QuantizedLayer(InputScale):
+class QuantizedLayer(PackedWeight, InputScale):
     """Mixin over nn.Linear or nn.Conv2d; `kind` is "linear" or "conv2d".
 
     Attributes:
         scheme: what the layer computes in; the float scheme until `from_float` or the loader says more.
-        weight: int8 (N, K) or (K, R, S, C), or uint8 with two int4 to a byte of the last axis.
-        weight_scale: (out,) float32; with w4a8 beside `multiplier` (uint8).
-        group_scale: (out, groups) float32, w4a16 only.
+        weight: as the scheme's format stores it, input channels last; its other tensors are buffers beside it.
         first_token: whether the row of the first token is computed from its 16-bit input.
         adds_bias: whether the float layer had no bias, and a correction gave this one its own.
     """
 
     kind: str
     bias: Any
-    scheme: Scheme = FLOAT
     first_token: bool = False
     adds_bias: bool = False
-    packed_weight: Tensor | None = None
     revision: int = 0  # of the buffers: grows whenever they are filled, loaded or moved
 
     # -- to be given by the layer ------------------------------------------------------------------
@@ -48,17 +38,6 @@ class QuantizedLayer(InputScale):
     def to_channels_last(weight: Tensor) -> Tensor:
         """The float layer's weight with input channels as the last axis, contiguous."""
         raise TypeError("a quantized layer says where its input channels are")
-
-    def _pack(self, weight: Tensor) -> Tensor:
-        raise TypeError("a quantized layer knows its packed form")
-
-    def _unpack(self, packed: Tensor) -> Tensor:
-        raise TypeError("a quantized layer knows its packed form")
-
-    @property
-    def weight_channels(self) -> int:
-        """Input channels of one output's weight."""
-        raise TypeError("a quantized layer knows its channels")
 
     @classmethod
     def structure_of(cls, module: Any) -> Self:
@@ -98,7 +77,7 @@ class QuantizedLayer(InputScale):
         """
         if not scheme.quantizes:
             layer = cls.empty(module, scheme)
-            layer.weight, layer.bias = module.weight, module.bias  # type: ignore[assignment]
+            layer.weight, layer.bias = module.weight, module.bias
             return layer.train(module.training)
         scales = 1 if input_scale is None else input_scale.numel()
         if scheme.is_static and (input_scale is None or (scales != 1 and not scheme.has_timestep_scales)):
@@ -126,11 +105,13 @@ class QuantizedLayer(InputScale):
             layer.smoothing = smoothing.detach().float().to(device)
             weight = original.float() / layer.smoothing
             weighted = None if hessian is None else smoothed_hessian(hessian, layer.smoothing)
-        layer._fill(weight, weighted)
+        for name, tensor in scheme.format.weight.quantize(weight, weighted).items():
+            setattr(layer, name, tensor)
         if scheme.is_static and input_scale is not None:
             layer.input_scale = input_scale.detach().float().reshape(-1).to(device)
-        for name in FLOAT32_BUFFERS:
-            check_stored(scheme, name, getattr(layer, name))
+        for name, dtype in scheme.dtypes.items():
+            if dtype == torch.float32:
+                scheme.check(name, layer._buffers[name])
         layer.finish()
         return layer
 
@@ -151,48 +132,38 @@ class QuantizedLayer(InputScale):
             raise ValueError(f"there is no {scheme} for a {layer.kind}: choose {', '.join(schemes_of(layer.kind))}")
         if not scheme.quantizes:
             return layer
-        eight_bit_input = scheme.format.activation_bits == 8
-        smoothed = smoothed and eight_bit_input
+        for op in layer._ops_of(scheme):
+            if not hasattr(ops, op):
+                raise ValueError(f"{scheme} is computed by the op {op}, which ldmq_kernels.ops does not have")
+        smoothed = smoothed and scheme.quantizes_activations
         if smoothed and getattr(layer, "groups", 1) != 1:
             raise ValueError("a grouped convolution cannot be smoothed: its channels are not those of its weight")
         if first_token and layer.kind != "linear":
             raise ValueError(f"first_token is for linears, this is a {layer.kind}: leave it out")
-        layer.scheme, layer.first_token = scheme, first_token and eight_bit_input
+        first_token = first_token and scheme.quantizes_activations
+        if first_token and scheme.format.first_token_op is None:
+            raise ValueError(f"{scheme} has no product for a first token in 16 bit: leave first_token out")
+        layer.scheme, layer.first_token = scheme, first_token
         float_dtype = layer.weight.dtype
         shape = cls.to_channels_last(layer.weight).shape
-        out_channels, channels = shape[0], shape[-1]
-        groups = (*shape[:-1], affine.group_count(channels))
-        four_bit = scheme.format.weight_bits == 4
-        two_level = four_bit and scheme.format.activation_bits == 8
         del layer.weight
-        meta = torch.device("meta")
-
-        def buffer(name: str, size: tuple[int, ...], dtype: torch.dtype, exists: bool = True) -> None:
-            layer.register_buffer(name, torch.empty(size, dtype=dtype, device=meta) if exists else None)
-
-        stored = (*shape[:-1], -(-channels // 2)) if four_bit else tuple(shape)
-        buffer("weight", stored, torch.uint8 if four_bit else torch.int8)
-        buffer("multiplier", groups, torch.uint8, two_level)
-        buffer("weight_scale", (out_channels,), torch.float32, not four_bit or two_level)
-        buffer("group_scale", groups, torch.float32, four_bit and not two_level)
-        buffer("input_scale", (timestep_groups if scheme.has_timestep_scales else 1,), torch.float32, scheme.is_static)
-        buffer("smoothing", (channels,), torch.float32, smoothed)
+        buffers = scheme.buffers(shape, smoothed=smoothed, timestep_groups=timestep_groups)
+        for name in (*buffers, *(absent for absent in ("input_scale", "smoothing") if absent not in buffers)):
+            buffer = buffers.get(name)
+            empty = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
+            layer.register_buffer(name, empty)
         if corrected and layer.bias is None:
-            layer.bias = nn.Parameter(torch.empty(out_channels, dtype=float_dtype, device=meta), requires_grad=False)
+            layer.bias = nn.Parameter(torch.empty(shape[0], dtype=float_dtype, device="meta"), requires_grad=False)
             layer.adds_bias = True
         layer._derive_for_call()
         return layer
 
-    def _fill(self, weight: Tensor, hessian: Tensor | None) -> None:
-        if self.scheme.format.weight_bits == 8:
-            self.weight, self.weight_scale = affine.quantize_weight_int8(weight, hessian)
-        elif self.scheme.format.activation_bits == 8:
-            grouped = affine.quantize_weight_w4a8(weight, hessian)
-            self.weight, self.multiplier = pack_int4(grouped.integers), grouped.multiplier
-            self.weight_scale = grouped.scale
-        else:
-            integers, self.group_scale = affine.quantize_weight_w4a16(weight, hessian)
-            self.weight = pack_int4(integers)
+    def _ops_of(self, scheme: Scheme) -> list[str]:
+        """The ops that compute this kind of layer in a scheme."""
+        products, activations = scheme.format.products, scheme.activations
+        quantizers = activations.quantize_static, activations.quantize_per_token, activations.quantize_per_sample
+        named = products[self.kind], *quantizers, scheme.format.first_token_op, scheme.format.fused_linear
+        return [op for op in named if op]
 
     def with_activations(self, scheme: Scheme, *, input_scale: Tensor | None = None, first_token: bool = False) -> Self:
         """The same layer with its activations scaled in another way; both hold one weight, which is not rounded again.
@@ -204,15 +175,15 @@ class QuantizedLayer(InputScale):
         Raises:
             ValueError: this is not dynamic or computes its first token apart, or the scheme is of another format.
         """
-        if self.scheme.activations != "dynamic" or self.first_token:
+        if self.scheme.activations.name != "dynamic" or self.first_token:
             raise ValueError(f"a plain dynamic layer can be given other activations, this is {self.scheme}")
-        if scheme.format != self.scheme.format:
+        if scheme.format is not self.scheme.format:
             raise ValueError(f"{scheme} has another weight than {self.scheme}: quantize the float layer")
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._buffers, twin._parameters = dict(self._buffers), dict(self._parameters)
         twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
-        twin.scheme, twin.first_token = scheme, first_token
+        twin.scheme, twin.first_token, twin._view = scheme, first_token, None
         twin._buffers["input_scale"] = None if input_scale is None else input_scale.detach().float().reshape(-1)
         twin._derive_for_call()
         if first_token and twin.packed_weight is not None:
@@ -235,15 +206,8 @@ class QuantizedLayer(InputScale):
 
     def real_weight(self) -> Tensor:
         """(out, ..., C) float32: what the stored integers and scales stand for, for an input without smoothing."""
-        weight = self.weight
-        if self.scheme.format.weight_bits == 4:
-            weight = unpack_int4(weight, self.weight_channels)
-        if self.scheme.format.weight_bits == 4 and self.scheme.format.activation_bits == 16:
-            real = weight * affine.expand_groups(self.group_scale, self.weight_channels)
-        else:
-            if self.multiplier is not None:
-                weight = affine.fold_multiplier(weight, self.multiplier)
-            real = weight * self.weight_scale.view(-1, *[1] * (weight.dim() - 1))
+        stored = {**self.stored_tensors(), "weight": self.weight}
+        real = self.scheme.format.weight.dequantize(stored, self.weight_channels)
         return real if self.smoothing is None else real * self.smoothing
 
     def finish(self) -> None:
@@ -252,65 +216,50 @@ class QuantizedLayer(InputScale):
         if not self.scheme.quantizes or self._buffers["weight"] is None:
             return
         self._derive_for_call()
-        if self.scheme.format.activation_bits == 8 and cpu.serves(self.weight.device):
-            packed = self._pack(self.weight)
-            if self.first_token:
-                self.first_token_weight = self._buffers["weight"]
-            self.packed_weight = packed
-            self._buffers["weight"] = None
+        plain = self._buffers["weight"]
+        self.pack()
+        if self.first_token and self.packed_weight is not None:
+            self.first_token_weight = plain
 
     def _derive_for_call(self) -> None:
         self.use_timestep_group(0)
         if self.first_token:
-            scale = self.weight_scale[:, None] * self.multiplier if self.multiplier is not None else None
+            scale = self.scheme.format.weight.group_scale(self.stored_tensors())
             self.register_buffer("first_token_scale", scale, persistent=False)
             self.register_buffer("first_token_weight", None, persistent=False)
 
     # -- of a call -----------------------------------------------------------------------------------
 
     def low_part(self, x: Tensor, x_q: Tensor, axis: int) -> Tensor:
-        """Of a split scheme: the second int8 value of each activation."""
+        """The second int8 value of each activation of a split scheme."""
         inv_scale: Any = self.input_inv_scale
         return quantize_low_part(x, x_q, inv_scale, axis)
 
     def scale_and_bias(self, x_scale: Tensor | None, second: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Of a product: the input's scale, and the bias, which the product of a pair's second values leaves out."""
+        """A product's input scale, and its bias, which the product of a pair's second values leaves out."""
         scale: Any = self.call_scale if self.scheme.is_static else x_scale
         return (scale / FINER, None) if second else (scale, self.bias)
 
     @property
     def takes_int8(self) -> bool:
         """Whether an input that is quantized already is all that the layer needs."""
-        return self.scheme.format.activation_bits == 8 and not (self.first_token or self.scheme.is_split)
+        return self.scheme.takes_int8 and not self.first_token
 
-    # -- the packed weight stays out of sight --------------------------------------------------------
+    def operands(self) -> list[Tensor]:
+        """The stored tensors that the product takes beside the weight, in its order."""
+        return [getattr(self, name) for name in self.scheme.format.operands]
 
-    def unpack(self) -> None:
-        """Hold the plain weight again."""
-        if self.packed_weight is not None:
-            self._buffers["weight"] = self._unpack(self.packed_weight)
-            self.packed_weight = None
-
-    @property
-    def kernel_weight(self) -> Tensor:
-        """The weight as the ops take it: packed, or plain."""
-        packed = self.packed_weight
-        return self.weight if packed is None else packed
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.__dict__.get("packed_weight") is not None:
-            return self._unpack(self.__dict__["packed_weight"])
-        return super().__getattr__(name)
+    # -- moving, loading and copying -----------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if not self.scheme.quantizes:
             return super()._apply(fn, recurse)
         self.unpack()
-        kept = {name: self._buffers[name] for name in FLOAT32_BUFFERS}
+        kept = {name: self._buffers.get(name) for name in self.scheme.dtypes}
         scale, inv_scale = self._call_scale, self._call_inv_scale
         super()._apply(fn, recurse)
         for name, original in kept.items():
-            moved = self._buffers[name]
+            moved = self._buffers.get(name)
             if original is not None and moved is not None and moved.dtype != original.dtype:
                 self._buffers[name] = original.to(moved.device)
         self.finish()
@@ -318,31 +267,20 @@ class QuantizedLayer(InputScale):
             self._keep_call_scale(scale, inv_scale)
         return self
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed_weight is not None:
-            destination[prefix + "weight"] = self._unpack(self.packed_weight)
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        if self.scheme.quantizes:
-            for name in BUFFERS:
-                try:
-                    check_stored(self.scheme, name, state_dict.get(prefix + name))
-                except ValueError as error:
-                    raise ValueError(f"{prefix}{error}") from None
+        for name in self.scheme.dtypes:
+            try:
+                self.scheme.check(name, state_dict.get(prefix + name))
+            except ValueError as error:
+                raise ValueError(f"{prefix}{error}") from None
         self.unpack()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.finish()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self.packed_weight is not None:
-            state["_buffers"] = {
-                **self._buffers,
-                "weight": self._unpack(self.packed_weight),
-                "first_token_weight": None,
-            }
-            state["packed_weight"] = None
+        state = super().__getstate__()
+        if "first_token_weight" in state["_buffers"]:
+            state["_buffers"] = {**state["_buffers"], "first_token_weight": None}
         state["_view"] = state["_call_scale"] = state["_call_inv_scale"] = None
         return state
 

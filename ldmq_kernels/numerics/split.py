@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldmq_kernels.numerics.affine import INT8_MAX
+from ldmq_kernels.numerics.formats.int8 import INT8_MAX
 
 FINER = 2 * INT8_MAX  # steps of the second value in one of the first: a remainder is half a step at most
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from torch import nn
 
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
-from ldmq_kernels.planning.options import is_precise
 from ldmq_kernels.planning.rules import compress
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes
@@ -68,14 +67,14 @@ def _reason(name: str, scheme: str, analysis: Analysis, sensitive: str | None, t
     if name not in analysis.candidates:
         return "never ran in calibration"
     candidates = analysis.candidates[name]
-    if sensitive is not None and is_precise(SCHEMES[scheme]):
+    if sensitive is not None and SCHEMES[scheme].is_precise:
         first = f"sensitive block {sensitive}"
         return (
             first if scheme == str(FLOAT) else f"{first}; alone {_alone(analysis, name, scheme):.1f} dB at the output"
         )
     if scheme != str(FLOAT):
         words = [f"alone {_alone(analysis, name, scheme):.1f} dB at the output"]
-        static = next((c for c in candidates if c.scheme.activations == "static"), None)
+        static = next((c for c in candidates if c.scheme.activations.name == "static"), None)
         if static is not None and str(static.scheme) != scheme:
             noise = _alone(analysis, name, str(static.scheme))
             words.append(f"{static.scheme} {noise:.1f} dB, input grows {analysis.drift()[name]:.2f}x over the steps")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.knapsack import Option
 from ldmq_kernels.planning.times import LayerTimes
@@ -107,13 +107,6 @@ def sensitive_blocks(model: nn.Module, analysis: Analysis, share: float) -> list
     return taken
 
 
-def is_precise(scheme: Scheme) -> bool:
-    """Whether a scheme is of those that sensitive blocks start with: w8a16, fp16, and w8a8 dynamic or split."""
-    if scheme.format.weight_bits < 8:
-        return False
-    return scheme.format.activation_bits == 16 or scheme.activations in ("dynamic", "split")
-
-
 def restricted(model: nn.Module, options: Sequence[Option], blocks: Collection[str]) -> list[Option]:
     """The options without the less precise ones in these blocks; a layer without precise ones keeps its least noisy."""
     kept: list[Option] = []
@@ -124,6 +117,6 @@ def restricted(model: nn.Module, options: Sequence[Option], blocks: Collection[s
         if block_of(model, layer) not in blocks:
             kept += of_layer
             continue
-        precise = [option for option in of_layer if is_precise(SCHEMES[option.scheme])]
+        precise = [option for option in of_layer if SCHEMES[option.scheme].is_precise]
         kept += precise or [min(of_layer, key=lambda option: sum(option.noise))]
     return kept

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
 from ldmq_kernels.nn import QuantizedLayer
-from ldmq_kernels.numerics.affine import group_count
-from ldmq_kernels.numerics.formats import Scheme
+from ldmq_kernels.numerics.formats import FLOAT_BYTES, Scheme
 from ldmq_kernels.plans.layers import layer_shape
 from ldmq_kernels.plans.plan import LayerPlan
-
-FLOAT_BYTES = 2
-# Cost of a multiply-accumulate relative to int8 with a static scale. 16-bit ones run at half the rate
-# of int8 on tensor cores and on AMX; a dynamic scale adds a pass over the activations.
-OPERATION_COST = {
-    "static": 1.0,
-    "timestep": 1.0,
-    "dynamic": 1.1,
-    "split": 2.2,
-}  # by where the activation scale comes from
-FLOAT_OPERATION_COST = 2.0
-WEIGHT_ONLY_OPERATION_COST = 2.1
 
 
 def choice_bytes(layer: nn.Linear | nn.Conv2d, choice: LayerPlan) -> int:
@@ -53,27 +38,11 @@ def weight_bytes(
 
     A bias that the float layer has is the same in all schemes, and not counted.
     """
-    shape = layer_shape(layer)
-    rows, channels = shape[0], shape[1]
-    positions = math.prod(shape[2:])
-    if not scheme.quantizes:
-        return FLOAT_BYTES * rows * channels * positions
-    groups = rows * positions * group_count(channels)
-    if scheme.format.weight_bits == 8:
-        total = rows * channels * positions + 4 * rows
-    elif scheme.format.activation_bits == 8:
-        total = rows * positions * -(-channels // 2) + groups + 4 * rows
-    else:
-        total = rows * positions * -(-channels // 2) + 4 * groups
-    if scheme.is_static:
-        total += 4 * (timestep_groups if scheme.has_timestep_scales else 1)
-    if smoothed and scheme.format.activation_bits == 8:
-        total += 4 * channels
-    return total + (FLOAT_BYTES * rows if adds_bias else 0)
+    out, channels, *kernel = layer_shape(layer)
+    size = scheme.bytes((out, *kernel, channels), smoothed=smoothed, timestep_groups=timestep_groups)
+    return size + (FLOAT_BYTES * out if adds_bias and scheme.quantizes else 0)
 
 
 def operation_cost(operations: int, scheme: Scheme) -> float:
     """Multiply-accumulates of a layer, weighted by how dear the scheme makes them."""
-    if not scheme.quantizes:
-        return operations * FLOAT_OPERATION_COST
-    return operations * OPERATION_COST.get(scheme.activations or "", WEIGHT_ONLY_OPERATION_COST)
+    return operations * scheme.operation_cost

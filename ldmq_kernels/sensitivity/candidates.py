@@ -163,13 +163,13 @@ class LayerSearch:
         if not scheme.is_static:
             return None
         if scheme.is_split:  # so fine that the range of all steps can be covered, with room
-            scale = static_scale(calibration.absmax[self.name].amax(0), smoothing)
+            scale = static_scale(calibration.absmax[self.name].amax(0), smoothing, scheme)
             return None if scale is None else scale * SPLIT_ROOM
         if not scheme.has_timestep_scales:
             by_step = calibration.absmax[self.name].amax(0) if recipe.widened else calibration.input_absmax(self.name)
-            scale = static_scale(by_step, smoothing)
+            scale = static_scale(by_step, smoothing, scheme)
             return None if scale is None else scale * recipe.share
-        groups = [static_scale(absmax, smoothing) for absmax in calibration.grouped_absmax(self.name)]
+        groups = [static_scale(absmax, smoothing, scheme) for absmax in calibration.grouped_absmax(self.name)]
         largest = max((scale for scale in groups if scale is not None), default=None)
         if largest is None:
             return None
@@ -220,10 +220,11 @@ class LayerSearch:
             every = list(self._hessians.values())
             hessian = torch.stack(every).sum(0) if fold is None else self._hessians.get(1 - fold, every[0])
         scheme = layer_plan.scheme
-        if scheme.activations is None:
+        dynamic = scheme.with_activations("dynamic")
+        if dynamic is None:
             return quantize_layer(self.name, self.layer, layer_plan, hessian)
         takes_inputs = recipe.smoothing is not None or recipe.rounding == "gptq"
-        weight = replace(recipe, scheme=SCHEMES[f"{scheme.format.name}-dynamic"], widened=False, share=1.0)
+        weight = replace(recipe, scheme=dynamic, widened=False, share=1.0)
         key = (weight, fold if takes_inputs else None)
         if key not in self._weights:
             plain = replace(layer_plan, scheme=weight.scheme, input_scale=None, first_token=False, bias_correction=None)
@@ -251,11 +252,12 @@ class LayerSearch:
 
     def _plain(self, scheme: Scheme, sibling: _Recipe | None) -> _Trial | None:
         """Nothing but the calibrated range, without the first token of a text where that pays."""
-        plain = _Recipe(scheme, widened=self.method.ranges and scheme.activations == "static")
+        plain = _Recipe(scheme, widened=self.method.ranges and scheme.activations.name == "static")
         if self._layer_plan(plain) is None:
             return None
         trial = self._try(plain)
-        asked = scheme.format.activation_bits == 8 and not scheme.is_split and self.method.first_token
+        possible = scheme.quantizes_activations and scheme.format.first_token_op is not None and not scheme.is_split
+        asked = possible and self.method.first_token
         if not asked or self.name not in self.calibration.text_layers or not isinstance(self.layer, nn.Linear):
             return trial
         apart = replace(plain, first_token=True)
@@ -266,7 +268,7 @@ class LayerSearch:
 
     def _smoothings(self, scheme: Scheme, sibling: _Recipe | None) -> Iterator[float | str]:
         """Smoothings worth a trial: all of them, or the one that the same activations chose already."""
-        searched = scheme.format.activation_bits == 8 and not scheme.is_split
+        searched = scheme.quantizes_activations and not scheme.is_split
         if not (self.method.smoothing and self.smoothable and searched):
             return
         if sibling is not None:
@@ -309,7 +311,7 @@ class LayerSearch:
         return recipe.share
 
     def _rounded(self, start: _Trial) -> _Trial:
-        if start.recipe.scheme.format.weight_bits != 4:
+        if not start.recipe.scheme.format.weight.is_coarse:
             return start
         if not self.method.gptq or getattr(self.layer, "groups", 1) != 1:
             return start
@@ -323,20 +325,20 @@ class LayerSearch:
         """The least noisy candidate of each scheme that the layer can have.
 
         Args:
-            schemes: those of 8-bit weights are searched first: what they find of the activations serves the
-                4-bit ones too.
+            schemes: those that others are like are searched first: what they find of the activations serves the
+                others too.
         """
         order = sorted(
             (s for s in schemes if s.quantizes and kind_of(self.layer) in s.format.layers),
-            key=lambda s: (-s.format.weight_bits, list(SCHEMES).index(str(s))),
+            key=lambda s: (s.finer is not None, list(SCHEMES).index(str(s))),
         )
         tried: dict[str, _Recipe] = {}
         best: dict[str, LayerCandidate] = {}
         for scheme in order:
-            sibling = tried.get(f"w8a8-{scheme.activations}") if scheme.format.weight_bits == 4 else None
+            sibling = tried.get(str(scheme.finer))
             smoothed_alike = sibling
             if smoothed_alike is None and scheme.has_timestep_scales:
-                smoothed_alike = tried.get(f"{scheme.format.name}-static")
+                smoothed_alike = tried.get(str(scheme.with_activations("static")))
             smoothed = self._smoothed(scheme, smoothed_alike)
             if smoothed is None:
                 continue

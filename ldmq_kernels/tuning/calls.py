@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmq_kernels.numerics.affine import group_count
+from ldmq_kernels.numerics.formats.int4 import group_count
 from ldmq_kernels.tuning.shapes import Conv2d, Input, Linear, merged_of, of_models
 
 OPS = (

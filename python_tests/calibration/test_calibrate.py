@@ -15,6 +15,7 @@ from ldmq_kernels.calibration.ranges import (
 )
 from ldmq_kernels.calibration.trajectory import replay
 from ldmq_kernels.conversion import convert
+from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import uniform_plan
 from python_tests.tiny import PROMPTS
@@ -121,9 +122,10 @@ def test_channels_are_found_in_linears_and_convolutions():
 def test_scale_and_drift_are_ratios_of_largest_values():
     by_step = torch.tensor([[1.0, 2.0], [3.0, 1.0]])
     assert range_drift(by_step) == pytest.approx(1.5)
-    assert static_scale(torch.tensor([1.0, 254.0]), None) == pytest.approx(2.0)
-    assert static_scale(torch.tensor([1.0, 254.0]), torch.tensor([1.0, 0.5])) == pytest.approx(1.0)
-    assert static_scale(torch.zeros(2), None) is None
+    absmax, scheme = torch.tensor([1.0, 254.0]), SCHEMES["w8a8-static"]
+    assert static_scale(absmax, None, scheme) == pytest.approx(2.0)
+    assert static_scale(absmax, torch.tensor([1.0, 0.5]), scheme) == pytest.approx(1.0)
+    assert static_scale(torch.zeros(2), None, scheme) is None
 
 
 def test_a_first_step_calibration_can_stop_there(shared_pipe, calibration):

@@ -15,8 +15,7 @@ from ldmq_kernels import ops
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_tables import Tile
-from ldmq_kernels.numerics.affine import group_count
-from ldmq_kernels.numerics.packing import pack_int4
+from ldmq_kernels.numerics.formats.int4 import group_count, pack_int4
 
 HALF = torch.float16
 

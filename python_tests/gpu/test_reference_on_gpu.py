@@ -11,8 +11,7 @@ from torch import Tensor
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.gpu import gpu_of
 from ldmq_kernels.kernels.triton.tile_tables import TILES, family
-from ldmq_kernels.numerics.affine import expand_groups
-from ldmq_kernels.numerics.packing import unpack_int4
+from ldmq_kernels.numerics.formats.int4 import expand_groups, unpack_int4
 from python_tests.gpu.calls import CALLS, EXACT, SAME, Call, conv2d, linear, norm, producer, product
 from python_tests.kernels.operands import DTYPES, assert_rounded_once
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import ldmq_kernels as ldmq
 from ldmq_kernels.nn import QuantizedLayer
-from ldmq_kernels.nn.quantized import BUFFERS, FLOAT32_BUFFERS
 from ldmq_kernels.plans.plan import VERSION
 from python_tests.tiny import draw, mixed_plan, run_unet, tiny_pipeline, tiny_unet
 
@@ -38,7 +37,7 @@ def quantized_tensors(model):
         for layer_name, layer in model.named_modules()
         if isinstance(layer, QuantizedLayer)
         for name, tensor in layer.state_dict(prefix=f"{layer_name}.").items()
-        if name.rpartition(".")[2] in BUFFERS
+        if name.rpartition(".")[2] in layer.scheme.dtypes
     }
 
 
@@ -65,13 +64,12 @@ def test_the_file_holds_int4_packed_and_int8_weights_and_float32_scales(pipe, sa
     stored = load_file(saved / "unet" / "diffusion_pytorch_model.safetensors")
     for name, layer in pipe.unet.named_modules():
         if isinstance(layer, QuantizedLayer):
-            four_bit = layer.scheme.format.weight_bits == 4
+            four_bit = str(layer.scheme).startswith("w4")
             assert stored[f"{name}.weight"].dtype == (torch.uint8 if four_bit else torch.int8)
-            assert all(
-                stored[f"{name}.{leaf}"].dtype == torch.float32
-                for leaf in FLOAT32_BUFFERS
-                if f"{name}.{leaf}" in stored
-            )
+            scales = ("weight_scale", "group_scale", "input_scale", "smoothing")
+            present = [f"{name}.{leaf}" for leaf in scales if f"{name}.{leaf}" in stored]
+            assert present
+            assert all(stored[leaf].dtype == torch.float32 for leaf in present)
 
 
 SCRIPT = """

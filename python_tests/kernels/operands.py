@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from ldmq_kernels import ops  # noqa: F401  (defines torch.ops.ldmq)
 from ldmq_kernels.kernels import dispatch
-from ldmq_kernels.numerics.formats import GROUP_SIZE
+from ldmq_kernels.numerics.formats.int4 import GROUP_SIZE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FEW_EXAMPLES = settings(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from ldmq_kernels.numerics.packing import pack_int4
+from ldmq_kernels.numerics.formats.int4 import pack_int4
 from python_tests.kernels.convolutions import ANY, CASES, sizes, weight_shape
 from python_tests.kernels.operands import (
     DTYPES,

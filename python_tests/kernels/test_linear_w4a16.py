@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldmq_kernels.numerics.packing import pack_int4
+from ldmq_kernels.numerics.formats.int4 import pack_int4
 from python_tests.kernels.operands import (
     DTYPES,
     FEW_EXAMPLES,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldmq_kernels.numerics.packing import pack_int4
+from ldmq_kernels.numerics.formats.int4 import pack_int4
 from python_tests.kernels.operands import (
     DTYPES,
     FEW_EXAMPLES,

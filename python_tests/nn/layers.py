@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
-from ldmq_kernels.numerics.affine import expand_groups, fold_multiplier
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.numerics.packing import unpack_int4
+from ldmq_kernels.numerics.formats.int4 import expand_groups, unpack_int4
+from ldmq_kernels.numerics.formats.int4_two_level import fold_multiplier
 
 LINEAR_SCHEMES = [name for name, s in SCHEMES.items() if s.quantizes and not s.is_split]
-INT8_SCHEMES = [name for name in LINEAR_SCHEMES if SCHEMES[name].format.activation_bits == 8]
+INT8_SCHEMES = [name for name in LINEAR_SCHEMES if SCHEMES[name].quantizes_activations]
 SMOOTHED_OR_NOT = [
     (name, smooth) for name in LINEAR_SCHEMES for smooth in (False, True) if name in INT8_SCHEMES or not smooth
 ]
@@ -33,7 +33,7 @@ def quantized(
 def dequantized_weight(layer: QuantLinear | QuantConv2d) -> Tensor:
     """The float64 weight, channels last, that the stored integers and scales stand for, smoothing still in it."""
     stored = layer.state_dict()
-    weight, four_bit = stored["weight"], layer.scheme.format.weight_bits == 4
+    weight, four_bit = stored["weight"], stored["weight"].dtype == torch.uint8
     channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels // layer.groups
     if four_bit:
         weight = unpack_int4(weight, channels)
@@ -48,7 +48,7 @@ def dequantized_input(
     layer: QuantLinear | QuantConv2d, x: Tensor, channel_dim: int, amax_dims: tuple[int, ...]
 ) -> Tensor:
     """The float64 input that the layer computes with: rounded to its grid, or as it is for 16-bit activations."""
-    if layer.scheme.format.activation_bits == 16:
+    if not layer.scheme.quantizes_activations:
         return x.double()
     shape = [1] * x.dim()
     shape[channel_dim] = -1

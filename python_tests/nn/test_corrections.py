@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ldmq_kernels import ops
 from ldmq_kernels.kernels.dispatch import use_backend
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
-from ldmq_kernels.numerics.affine import quantize_weight_int8
 from ldmq_kernels.numerics.formats import SCHEMES
+from ldmq_kernels.numerics.formats.int8 import quantize_weight_int8
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from python_tests.nn.layers import INT8_SCHEMES, LINEAR_SCHEMES
 

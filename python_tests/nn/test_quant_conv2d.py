@@ -11,7 +11,6 @@ from torch import nn
 
 from ldmq_kernels.kernels.dispatch import use_backend
 from ldmq_kernels.nn import QuantConv2d
-from ldmq_kernels.nn.quantized import BUFFERS
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from python_tests.nn.layers import (
@@ -176,7 +175,7 @@ def test_copies_and_state_are_exact_before_and_after_the_first_call(scheme, case
         loaded.load_state_dict(layer.state_dict())
         for other in (layer, loaded, *copies):
             state = other.state_dict()
-            assert set(state) - {"bias"} <= set(BUFFERS)
+            assert set(state) - {"bias"} <= set(layer.scheme.dtypes)
             for name, tensor in stored.items():
                 assert torch.equal(state[name], tensor), name
                 assert state[name].is_contiguous()

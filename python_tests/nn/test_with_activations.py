@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
-from ldmq_kernels.numerics.formats import FORMATS, SCHEMES, Scheme
+from ldmq_kernels.numerics.formats import SCHEMES
 
 SCALES = {"static": [0.03], "timestep": [0.04, 0.02], "split": [0.03]}
 
@@ -37,8 +37,8 @@ def test_the_same_weight_computes_what_a_layer_of_its_own_does(
     smoothing = torch.exp2(torch.arange(channels) % 3 - 1.0) if smooth else None
     scale = torch.tensor(SCALES[activations]) if activations in SCALES else None
     first_token = kind == "linear" and activations != "split"
-    scheme = str(Scheme(FORMATS[form], activations))
-    own = quantized(layer, scheme, input_scale=scale, smoothing=smoothing, first_token=first_token)
+    scheme = SCHEMES[f"{form}-dynamic"].with_activations(activations)
+    own = quantized(layer, str(scheme), input_scale=scale, smoothing=smoothing, first_token=first_token)
     base = quantized(layer, f"{form}-dynamic", smoothing=smoothing)
     before = base(x)
     shared = base.with_activations(own.scheme, input_scale=scale, first_token=first_token)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ldmq_kernels.numerics.affine import quantize_weight_int8
+from ldmq_kernels.numerics.formats.int8 import quantize_weight_int8
 from ldmq_kernels.numerics.smoothing import smoothing_vector
 from ldmq_kernels.numerics.sqnr import sqnr_db
 

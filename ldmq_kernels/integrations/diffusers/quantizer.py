@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ldmq_kernels.conversion.convert import ConversionError, quantize_layer, quantized_class, replace_modules
 from ldmq_kernels.integrations.diffusers.config import LdmqConfig
 from ldmq_kernels.nn import QuantizedLayer, timestep_groups
-from ldmq_kernels.nn.stored import BUFFERS, check_stored
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan
 
@@ -113,7 +112,7 @@ class LdmqQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             return name in self._awaited and leaf == "weight"
         layer = model.get_submodule(name)
-        return isinstance(layer, QuantizedLayer) and layer.scheme.quantizes and leaf in BUFFERS
+        return isinstance(layer, QuantizedLayer) and leaf in layer.scheme.dtypes
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Refuse a tensor of another shape.
@@ -156,7 +155,7 @@ class LdmqQuantizer(DiffusersQuantizer):
         assert isinstance(layer, QuantizedLayer)
         stored: Tensor = state_dict[param_name]  # param_value is rounded to the model's dtype
         try:
-            check_stored(layer.scheme, leaf, stored)
+            layer.scheme.check(leaf, stored)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
         layer.register_buffer(leaf, stored.to(target_device))

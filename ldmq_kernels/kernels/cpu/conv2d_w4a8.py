@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.conv2d_w8a8 import conv2d_w8a8
-from ldmq_kernels.numerics.affine import fold_multiplier
-from ldmq_kernels.numerics.packing import unpack_int4
+from ldmq_kernels.numerics.formats.int4 import unpack_int4
+from ldmq_kernels.numerics.formats.int4_two_level import fold_multiplier
 
 
 def conv2d_w4a8(

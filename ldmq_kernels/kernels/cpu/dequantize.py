@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.blocks import row_blocks
-from ldmq_kernels.numerics.affine import expand_groups
-from ldmq_kernels.numerics.packing import unpack_int4
+from ldmq_kernels.numerics.formats.int4 import expand_groups, unpack_int4
 
 
 def dequantize_int8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

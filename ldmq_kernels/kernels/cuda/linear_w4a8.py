@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import product
-from ldmq_kernels.numerics.affine import group_count
+from ldmq_kernels.numerics.formats.int4 import group_count
 
 
 def linear_w4a8(

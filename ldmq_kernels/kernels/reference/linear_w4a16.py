@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldmq_kernels.numerics.affine import expand_groups
-from ldmq_kernels.numerics.packing import unpack_int4
+from ldmq_kernels.numerics.formats.int4 import expand_groups, unpack_int4
 
 
 def linear_w4a16(x: Tensor, weight: Tensor, group_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from ldmq_kernels.kernels.triton.convolution import ConvShape, image_tile_start,
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import Conv2dLaunch, conv2d
 from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program, unpack_int4
-from ldmq_kernels.numerics.affine import group_count
+from ldmq_kernels.numerics.formats.int4 import group_count
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from ldmq_kernels.kernels.operands import int8, plain
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import LinearLaunch, linear
 from ldmq_kernels.kernels.triton.matrix import load_block, store_tile, tile_of_program, unpack_int4
-from ldmq_kernels.numerics.affine import group_count
+from ldmq_kernels.numerics.formats.int4 import group_count
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldmq_kernels.kernels import cuda
 from ldmq_kernels.kernels.cuda import extension, tiles
 from ldmq_kernels.kernels.dispatch import Unsupported
-from ldmq_kernels.numerics.packing import pack_int4
+from ldmq_kernels.numerics.formats.int4 import pack_int4
 from python_tests.kernels.operands import (
     DTYPES,
     assert_rounded_once,

@@ -14,7 +14,7 @@ import torch
 from ldmq_kernels.kernels import triton as triton_backend
 from ldmq_kernels.kernels.gpu import Gpu
 from ldmq_kernels.kernels.triton.tile_tables import FAMILIES, TILES, Tile, family
-from ldmq_kernels.numerics.packing import pack_int4
+from ldmq_kernels.numerics.formats.int4 import pack_int4
 from ldmq_kernels.ops import SCHEMAS
 from python_tests.kernels.operands import (
     Backend,

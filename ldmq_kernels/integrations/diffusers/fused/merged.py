@@ -23,9 +23,7 @@ class MergedLinears:
     def __init__(self, layers: Sequence[QuantLinear]) -> None:
         self.layers = tuple(layers)
         whole = torch.cat([layer.weight for layer in layers])
-        multipliers = [layer.multiplier for layer in layers if layer.multiplier is not None]
-        self.multiplier = torch.cat(multipliers) if multipliers else None
-        self.weight_scale = torch.cat([layer.weight_scale for layer in layers])
+        self.operands = [torch.cat(parts) for parts in zip(*(layer.operands() for layer in layers), strict=True)]
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
         self.widths = [layer.out_features for layer in layers]
@@ -44,11 +42,8 @@ class MergedLinears:
         """The layers' outputs for a quantized input, views of one tensor."""
         first = self.layers[0]
         scale = first.call_scale if first.scheme.is_static else x_scale
-        rest = (self.weight_scale, self.bias, None, out_dtype)
-        if self.multiplier is None:
-            out = ops.linear_w8a8(x_q, scale, self.weight, *rest)
-        else:
-            out = ops.linear_w4a8(x_q, scale, self.weight, self.multiplier, *rest)
+        product = getattr(ops, first.scheme.format.products["linear"])
+        out = product(x_q, scale, self.weight, *self.operands, self.bias, None, out_dtype)
         return out.split(self.widths, dim=-1)
 
 
@@ -58,7 +53,7 @@ def share_quantization(layers: Sequence[Any]) -> bool:
         return False
     first = layers[0]
     return all(
-        layer.scheme.activations == first.scheme.activations
+        layer.scheme.activations is first.scheme.activations
         and _equal(layer.input_scale, first.input_scale)
         and _equal(layer.smoothing, first.smoothing)
         for layer in layers[1:]
@@ -81,4 +76,4 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _is_empty(layer: QuantLinear) -> bool:
-    return layer.weight_scale.is_meta
+    return any(tensor.is_meta for tensor in layer.operands())

@@ -20,7 +20,6 @@ from ldmq_kernels.integrations.diffusers.fused.bare import (
     takes_int8,
 )
 from ldmq_kernels.integrations.diffusers.fused.merged import MergedLinears, can_merge, share_quantization
-from ldmq_kernels.nn import QuantLinear
 
 FOUND = ("_shared", "_looked_at")  # what a block has looked up, and looks up again in a copy
 
@@ -144,7 +143,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             (attention.to_q,), x.dtype, lambda layer: quantized_layer_norm(norm, x, layer), lambda: norm(x)
         )
         key, value = self._shared["attn2.kv"](
-            (attention.to_k, attention.to_v), context.dtype, lambda layer: _quantized(layer, context), lambda: context
+            (attention.to_k, attention.to_v), context.dtype, lambda layer: layer.quantize(context), lambda: context
         )
         return _attend(attention, query, key, value, mask, x)
 
@@ -165,13 +164,6 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 def _is_traced(x: Tensor) -> bool:
     """Whether a compiler or a CUDA graph records this call."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _quantized(layer: QuantLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """An input that has no producer, as a layer wants it."""
-    if layer.scheme.is_static:
-        return ops.quantize_static(x, layer.input_inv_scale, -1), None
-    return ops.quantize_per_token(x, layer.smoothing)
 
 
 def _is_plain(attention: Any) -> bool:

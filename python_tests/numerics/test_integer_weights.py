@@ -5,16 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldmq_kernels.numerics.affine import (
+from ldmq_kernels.numerics.formats.int4 import GROUP_SIZE, expand_groups
+from ldmq_kernels.numerics.formats.int4_grouped import quantize_weight_w4a16
+from ldmq_kernels.numerics.formats.int4_two_level import (
     CHANNEL_SHRINKS,
     divide_multiplier,
-    expand_groups,
     fold_multiplier,
-    quantize_weight_int8,
     quantize_weight_w4a8,
-    quantize_weight_w4a16,
 )
-from ldmq_kernels.numerics.formats import GROUP_SIZE
+from ldmq_kernels.numerics.formats.int8 import quantize_weight_int8
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from python_tests.numerics.test_gptq import correlated, output_error
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldmq_kernels.numerics.packing import pack_int4, unpack_int4
+from ldmq_kernels.numerics.formats.int4 import pack_int4, unpack_int4
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,0 +1,39 @@
+"""Rounding a weight to a symmetric integer grid: to nearest or, where the layer's inputs are known, as GPTQ does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.numerics.gptq import RoundingOrder, gptq_round, rounding_order
+
+SMALLEST_SCALE = 1e-30  # of an all-zero channel, whose integers are all zero
+
+
+def check_finite(weight: Tensor) -> None:
+    """Refuse a weight that holds NaN or infinite values, by a ValueError."""
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight holds NaN or infinite values, which cannot be quantized")
+
+
+def per_channel(scale: Tensor, weight: Tensor) -> Tensor:
+    """(out,) as (out, 1, ..., 1), to be broadcast over a weight (out, ..., C)."""
+    return scale.view(-1, *[1] * (weight.dim() - 1))
+
+
+def order_of(weight: Tensor, hessian: Tensor | None) -> RoundingOrder | None:
+    """In what order GPTQ rounds the inputs of a weight (out, ..., C); None without a hessian."""
+    return None if hessian is None else rounding_order(hessian, weight[0].numel())
+
+
+def rounded(weight: Tensor, steps: Tensor, largest: int, inputs: RoundingOrder | None) -> Tensor:
+    """The int8 integers of a weight on the grid of steps: to nearest or, where the inputs are known, as GPTQ does."""
+    if inputs is None:
+        return torch.round(weight / steps).clamp_(-largest, largest).to(torch.int8)
+    flat_steps = steps.expand_as(weight).flatten(1)
+    return gptq_round(weight.flatten(1), flat_steps, largest, inputs).view_as(weight)
+
+
+def not_positive(scale: Tensor) -> tuple[Tensor, str]:
+    """Where a scale is not finite and positive, and that this is what is accepted."""
+    return ~(torch.isfinite(scale) & (scale > 0)), "finite and positive"
