@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.harness.baselines import BASELINES
 from benchmarks.harness.machine import device, gpu_state, int8_peak, synchronize
-from benchmarks.harness.timing import Variants, interleaved
+from benchmarks.harness.timing import Call, Variants, interleaved
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.timing import ROUNDS, Samples
 
@@ -50,17 +50,22 @@ class Case:
         return " ".join(f"{key}{value}" for key, value in self.shape.items())
 
 
-def serving_backend(op: str) -> str:
-    """The backend that serves an op on this device before the others."""
-    return own_backends(op)[0]
+def served_by(op: str, call: Call) -> str:
+    """The backend that serves an op in a call: the first may refuse the shape, and another may be measured faster."""
+    dispatch.reset_dispatch_report()
+    call()
+    lines = (line.split() for line in dispatch.dispatch_report().splitlines())
+    return next(backend for name, backend, what, *_ in lines if name == op and what != "refused")
 
 
 def own_backends(op: str) -> tuple[str, ...]:
-    """Our backends that have an op on this device, the one that serves first in front."""
-    visible = dispatch.visible_backends()
-    names = [name for name in dispatch.PREFERENCE[device().type] if visible[name]]
-    have = [name for name in names if hasattr(importlib.import_module(f"ldmq_kernels.kernels.{name}"), op)]
-    return tuple(have)
+    """Our backends that have an op on this device, the one that usually serves in front."""
+    found = []
+    for name in dispatch.PREFERENCE[device().type]:
+        backend = importlib.import_module(f"ldmq_kernels.kernels.{name}")
+        if backend.serves(device()) and hasattr(backend, op):
+            found.append(name)
+    return tuple(found)
 
 
 def accepted(case: Case) -> tuple[str, ...]:
@@ -126,11 +131,17 @@ def measure(
             variants, missing = variants_of(case, usual(case) if against is None else against)
             kept, failed = working(variants)
             times = interleaved(kept, rounds)
-        yield row(case, times, missing | failed) | gpu_state()
+            backend = served_by(case.op, kept[OURS])
+        yield row(case, backend, times, missing | failed) | gpu_state()
 
 
-def row(case: Case, times: dict[str, Samples], notes: dict[str, str]) -> dict[str, Any]:
-    """One row of a results file; a ratio above 1 means that ours is faster. `notes` say why a baseline is missing."""
+def row(case: Case, backend: str, times: dict[str, Samples], notes: dict[str, str]) -> dict[str, Any]:
+    """One row of a results file; a ratio above 1 means that ours is faster.
+
+    Args:
+        backend: of ours, the one that served.
+        notes: why a baseline is missing.
+    """
     ours = times[OURS]
     rivals = {  # the field's name in results files
         name: {"ms": each.median, "p20": each.p20, "p80": each.p80, "ratio": each.median / ours.median}
@@ -146,7 +157,7 @@ def row(case: Case, times: dict[str, Samples], notes: dict[str, str]) -> dict[st
     if case.input_bytes and "copy" in times:
         copied = 2 * case.input_bytes  # a copy reads and writes its input
         speed["share_of_copy_bandwidth"] = (case.moved / ours.median) / (copied / times["copy"].median)
-    found = {"op": case.op, "shape": case.shape, "count": case.count, "backend": serving_backend(case.op)}
+    found = {"op": case.op, "shape": case.shape, "count": case.count, "backend": backend}
     found |= {"ms": ours.median, "p20": ours.p20, "p80": ours.p80, **speed}
     return found | {"rivals": rivals} | ({"notes": notes} if notes else {})
 

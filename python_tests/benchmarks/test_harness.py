@@ -27,11 +27,11 @@ def test_a_baseline_that_fails_is_noted_and_ours_has_to_run() -> None:
 
 def test_a_share_of_bandwidth_counts_every_byte_that_has_to_move() -> None:
     case = cases.Case("silu_quantize", {}, 1, ("copy",), dict, moved=3000, input_bytes=2000)
-    row = cases.row(case, {"ldmq": Samples((0.5, 1.0, 1.5)), "copy": Samples((2.0,))}, {})
+    row = cases.row(case, "reference", {"ldmq": Samples((0.5, 1.0, 1.5)), "copy": Samples((2.0,))}, {})
     assert row["share_of_copy_bandwidth"] == pytest.approx((3000 / 1.0) / (4000 / 2.0))
     assert (row["p20"], row["p80"]) == pytest.approx((0.7, 1.3))
     case = replace(case, work=5.0, input_bytes=0, op="linear_w8a8")
-    row = cases.row(case, {"ldmq": Samples((2.0,)), "other": Samples((3.0,))}, {})
+    row = cases.row(case, "reference", {"ldmq": Samples((2.0,)), "other": Samples((3.0,))}, {})
     assert row["tops"] == 2.5
     assert row["gbps"] == pytest.approx(3000 / 2e-3 / 1e9)
     assert row["rivals"]["other"]["ratio"] == 1.5

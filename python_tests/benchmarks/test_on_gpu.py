@@ -39,7 +39,7 @@ def test_a_stage_over_its_limit_is_cut_short_with_its_children_and_none_starts_w
     sleep = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}, sys.argv[1]])"
     stages = (Stage("slow", ("-c", parent, "{rows}"), 3.0), Stage("next", ("-c", "import time; time.sleep(600)"), 600))
-    assert run((*stages, Stage("last", ("-c", ""), 60)), 8, tmp_path) == {"slow": "cut short", "next": "cut short"}
+    assert run((*stages, Stage("last", ("-c", ""), 60)), 6, tmp_path) == {"slow": "cut short", "next": "cut short"}
     process = Path("/proc", (tmp_path / "rows.jsonl").read_text(), "stat")
     assert not process.exists() or process.read_text().rpartition(")")[2].split()[0] == "Z"
 

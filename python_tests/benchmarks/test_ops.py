@@ -28,6 +28,7 @@ def test_an_op_is_measured_beside_its_baselines(op: str) -> None:
     assert set(row["rivals"]) | set(row.get("notes", {})) == set(cases.usual(case))
     assert set(row["rivals"]) >= {"bf16"} or set(row["rivals"]) >= {"eager", "copy"}
     assert row["op"] == op
+    assert row["backend"] == cases.own_backends(op)[0]
     assert row["ms"] > 0
     assert row["gbps"] > 0
     assert ("tops" in row) == bool(case.work)
@@ -57,7 +58,8 @@ def test_the_command_prints_what_was_asked_for_and_keeps_it(tmp_path: Path, caps
     assert set(row["rivals"]) == {"bf16", "reference"}
     assert "needs a GPU" in row["notes"]["fp8"]
     printed = capsys.readouterr().out
-    assert f"{row['ms']:.4f}" in printed
+    assert command.text(row, work=2e-9 * 32 * 16 * 64) in printed
+    assert f"{row['p20']:.2f}" in printed
     assert f"{row['rivals']['bf16']['ratio']:.2f}x as fast" in printed
     assert "fp8 is left out" in printed
     assert data["device"] in printed
