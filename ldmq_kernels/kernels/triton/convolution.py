@@ -12,6 +12,7 @@ The output is a matrix of m = N * P * Q pixels by K channels, which is NHWC memo
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -105,20 +106,17 @@ class ConvShape:
 
     def image_tile(self, pixels: int) -> tuple[int, int, int]:
         """Samples, rows and columns of an image tile of so many pixels, with the least waste at the output's edges."""
-        shapes = [
-            (pixels // (h * w), h, w) for h in (1, 2, 4, 8, 16, 32) for w in (4, 8, 16, 32, 64) if pixels % (h * w) == 0
-        ]
-
-        def waste(shape: tuple[int, int, int]) -> tuple[int, int]:
-            return self.image_tiles(shape), shape[1] + shape[2]  # neighbours read the same edges: squares share most
-
-        return min(shapes, key=waste)
+        return _image_tile(pixels, self._covered)
 
     def image_tiles(self, image_tile: tuple[int, int, int]) -> int:
         """How many image tiles cover the output."""
-        height, width = (-(-length // self.upsample) for length in self.out_size)
-        tiles = -(-self.samples // image_tile[0]) * -(-height // image_tile[1]) * -(-width // image_tile[2])
-        return tiles * self.upsample**2
+        return _tiles(self._covered, image_tile) * self.upsample**2
+
+    @property
+    def _covered(self) -> tuple[int, int, int]:
+        """Samples, rows and columns that image tiles cover: the output's pixels of one parity."""
+        height, width = self.out_size
+        return self.samples, -(-height // self.upsample), -(-width // self.upsample)
 
     def tile_options(self, image_tile: tuple[int, int, int]) -> dict[str, int]:
         """The compile-time arguments of the tma_tiled kernels."""
@@ -190,6 +188,22 @@ class ConvShape:
             self.padding[2],
             *self.dilation,
         )
+
+
+def _tiles(covered: tuple[int, int, int], image_tile: tuple[int, int, int]) -> int:
+    return -(-covered[0] // image_tile[0]) * -(-covered[1] // image_tile[1]) * -(-covered[2] // image_tile[2])
+
+
+@functools.lru_cache(maxsize=4096)
+def _image_tile(pixels: int, covered: tuple[int, int, int]) -> tuple[int, int, int]:
+    shapes = [
+        (pixels // (h * w), h, w) for h in (1, 2, 4, 8, 16, 32) for w in (4, 8, 16, 32, 64) if pixels % (h * w) == 0
+    ]
+
+    def waste(shape: tuple[int, int, int]) -> tuple[int, int]:
+        return _tiles(covered, shape), shape[1] + shape[2]  # neighbours read the same edges: squares share most
+
+    return min(shapes, key=waste)
 
 
 @triton.jit
