@@ -37,7 +37,7 @@ def partial_statistics(
     channels: tl.tensor,
     parts: tl.tensor,
     part_pixels: tl.tensor,
-    EXTREMES: tl.constexpr,  # whether the last two are wanted
+    EXTREMES: tl.constexpr,  # whether the last two are computed
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:

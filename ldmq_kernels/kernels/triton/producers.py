@@ -51,7 +51,7 @@ def _options(block_m: int, block_c: int, warps: int) -> dict[str, Any]:
 
 
 def programs(rows: int, channels: int, tile: dict[str, Any]) -> int:
-    """Tiles that cover rows x channels."""
+    """How many tiles cover rows x channels."""
     return triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(channels, tile["BLOCK_C"])
 
 
@@ -69,7 +69,7 @@ def channel_vector(vector: Tensor | None, channels: int) -> Tensor | None:
 
 
 def factors(inv_scale: Tensor | None, inv_smooth: Tensor | None, channels: int) -> dict[str, Any]:
-    """Keyword arguments of `store_quantized`: the factor is a calibrated reciprocal, or a smoothing vector or None.
+    """Keyword arguments of `store_quantized`: the factor is inv_scale where there is one, else inv_smooth or None.
 
     Raises:
         Unsupported: there are neither one nor `channels` of them.
@@ -77,7 +77,7 @@ def factors(inv_scale: Tensor | None, inv_smooth: Tensor | None, channels: int) 
     if inv_scale is None:
         return {"factor_ptr": channel_vector(inv_smooth, channels), "ONE_FACTOR": False}
     if inv_scale.numel() not in (1, channels):
-        raise Unsupported(f"{inv_scale.numel()} reciprocals for {channels} channels")
+        raise Unsupported(f"{inv_scale.numel()} inverse scales for {channels} channels")
     return {"factor_ptr": inv_scale.contiguous(), "ONE_FACTOR": inv_scale.numel() == 1}
 
 
@@ -112,7 +112,7 @@ def scaled(
     channel_mask: tl.tensor,
     ONE_FACTOR: tl.constexpr,
 ) -> tl.tensor:
-    """y times the calibrated reciprocal or the smoothing vector."""
+    """y times inv_scale, or inv_smooth."""
     if factor_ptr is not None:
         if ONE_FACTOR:
             y = y * tl.load(factor_ptr)

@@ -58,10 +58,10 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
 ]
 
 
-def of_tile(table: str, columns: int, has_tma: bool) -> tuple:
+def of_tile(table: str, n: int, has_tma: bool) -> tuple:
     """A call of a table's op at least as large as a tile, with everything that its epilogue can have."""
     op, *kind = table.split()
     channels = 324 if kind and has_tma else 320
     if op == "conv2d_w8a16":
-        return conv2d_w8a16(channels, 32, 4 * columns, F32 if "float32" in kind else F16)
-    return {"conv2d_w8a8": conv2d_w8a8, "conv2d_w4a8": conv2d_w4a8}[op](channels, 32, 4 * columns)
+        return conv2d_w8a16(channels, 32, 4 * n, F32 if "float32" in kind else F16)
+    return {"conv2d_w8a8": conv2d_w8a8, "conv2d_w4a8": conv2d_w4a8}[op](channels, 32, 4 * n)

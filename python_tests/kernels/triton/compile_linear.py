@@ -15,34 +15,34 @@ def empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def linear_w8a8(rows: int, depth: int, columns: int) -> tuple:
+def linear_w8a8(m: int, k: int, n: int) -> tuple:
     """Per-token scales, bias and residual."""
-    floats = empty(F16, columns), empty(F16, rows, columns)
-    return empty(I8, rows, depth), empty(F32, rows), empty(I8, columns, depth), empty(F32, columns), *floats, F16
+    floats = empty(F16, n), empty(F16, m, n)
+    return empty(I8, m, k), empty(F32, m), empty(I8, n, k), empty(F32, n), *floats, F16
 
 
-def linear_static_w8a8(rows: int, depth: int, columns: int, smoothed: bool) -> tuple:
+def linear_static_w8a8(m: int, k: int, n: int, smoothed: bool) -> tuple:
     """Bias and residual."""
-    floats = empty(F16, columns), empty(F16, rows, columns)
-    quantization = empty(F32, depth if smoothed else 1), empty(F32, 1)
-    return empty(F16, rows, depth), *quantization, empty(I8, columns, depth), empty(F32, columns), *floats
+    floats = empty(F16, n), empty(F16, m, n)
+    quantization = empty(F32, k if smoothed else 1), empty(F32, 1)
+    return empty(F16, m, k), *quantization, empty(I8, n, k), empty(F32, n), *floats
 
 
-def linear_w4a8(rows: int, depth: int, columns: int) -> tuple:
+def linear_w4a8(m: int, k: int, n: int) -> tuple:
     """Per-token scales, bias and residual."""
-    weight = empty(U8, columns, depth // 2), empty(U8, columns, -(-depth // 64)), empty(F32, columns)
-    return empty(I8, rows, depth), empty(F32, rows), *weight, empty(F16, columns), empty(F16, rows, columns), F16
+    weight = empty(U8, n, k // 2), empty(U8, n, -(-k // 64)), empty(F32, n)
+    return empty(I8, m, k), empty(F32, m), *weight, empty(F16, n), empty(F16, m, n), F16
 
 
-def linear_w8a16(rows: int, depth: int, columns: int, dtype: torch.dtype = F16) -> tuple:
+def linear_w8a16(m: int, k: int, n: int, dtype: torch.dtype = F16) -> tuple:
     """With bias."""
-    return empty(dtype, rows, depth), empty(I8, columns, depth), empty(F32, columns), empty(dtype, columns)
+    return empty(dtype, m, k), empty(I8, n, k), empty(F32, n), empty(dtype, n)
 
 
-def linear_w4a16(rows: int, depth: int, columns: int, dtype: torch.dtype = F16) -> tuple:
+def linear_w4a16(m: int, k: int, n: int, dtype: torch.dtype = F16) -> tuple:
     """With bias."""
-    weight = empty(U8, columns, depth // 2), empty(F32, columns, -(-depth // 64))
-    return empty(dtype, rows, depth), *weight, empty(dtype, columns)
+    weight = empty(U8, n, k // 2), empty(F32, n, -(-k // 64))
+    return empty(dtype, m, k), *weight, empty(dtype, n)
 
 
 # op, case, arguments, and a tile where it is not the one that the op would choose
@@ -65,13 +65,13 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
 ]
 
 
-def of_tile(table: str, rows: int, columns: int) -> tuple:
+def of_tile(table: str, m: int, n: int) -> tuple:
     """A call of a table's op at least as large as a tile, with everything that its epilogue can have."""
     op, *kind = table.split()
-    depth = 1284 if "unaligned" in kind else 1280
+    k = 1284 if "unaligned" in kind else 1280
     dtype = F32 if "float32" in kind else F16
     if op == "linear_static_w8a8":
-        return linear_static_w8a8(4 * rows, depth, 4 * columns, smoothed=True)
+        return linear_static_w8a8(4 * m, k, 4 * n, smoothed=True)
     if op.endswith("a16"):
-        return {"linear_w8a16": linear_w8a16, "linear_w4a16": linear_w4a16}[op](4 * rows, depth, 4 * columns, dtype)
-    return {"linear_w8a8": linear_w8a8, "linear_w4a8": linear_w4a8}[op](4 * rows, depth, 4 * columns)
+        return {"linear_w8a16": linear_w8a16, "linear_w4a16": linear_w4a16}[op](4 * m, k, 4 * n, dtype)
+    return {"linear_w8a8": linear_w8a8, "linear_w4a8": linear_w4a8}[op](4 * m, k, 4 * n)

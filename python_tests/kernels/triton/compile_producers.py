@@ -16,7 +16,7 @@ def empty(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def factors(mode: str, channels: int) -> tuple[Tensor | None, Tensor | None]:
-    """The reciprocal of a static quantization, by channel, or the smoothing vector of a measured scale."""
+    """The inv_scale of a static quantization, by channel, or the inv_smooth of a measured scale."""
     factor = empty(F32, channels)
     return (factor, None) if mode == "static" else (None, factor)
 
