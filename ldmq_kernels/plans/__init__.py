@@ -1,1 +1,1 @@
-"""The plan file, the layers and blocks of a model that it speaks of, and what each choice costs."""
+"""The plan file, the layers and blocks of a model that it names, and the costs of each layer plan."""

@@ -122,21 +122,21 @@ class Plan:
                 scheme, reason = rule["scheme"], f"rule {rule['pattern']}"
         return scheme, reason
 
-    def set(self, name: str, choice: LayerPlan) -> None:
+    def set(self, name: str, layer_plan: LayerPlan) -> None:
         """Write what one layer becomes in place of what was said of it: an exception only where no rule says it."""
         for entries in (self.exceptions, self.input_scales, self.smoothing, self.bias_correction, self.details):
             entries.pop(name, None)
-        if self._by_rule(name)[0] != str(choice.scheme):
-            self.exceptions[name] = {"scheme": str(choice.scheme), "reason": choice.reason}
-        scale = choice.input_scale
+        if self._by_rule(name)[0] != str(layer_plan.scheme):
+            self.exceptions[name] = {"scheme": str(layer_plan.scheme), "reason": layer_plan.reason}
+        scale = layer_plan.input_scale
         if scale is not None:
             self.input_scales[name] = list(scale) if isinstance(scale, tuple) else scale
-        if choice.smoothing is not None:
-            self.smoothing[name] = choice.smoothing.detach().cpu()
-        if choice.bias_correction is not None:
-            self.bias_correction[name] = choice.bias_correction.detach().cpu()
-        plain = LayerPlan(choice.scheme)
-        details = {key: getattr(choice, key) for key in DETAILS if getattr(choice, key) != getattr(plain, key)}
+        if layer_plan.smoothing is not None:
+            self.smoothing[name] = layer_plan.smoothing.detach().cpu()
+        if layer_plan.bias_correction is not None:
+            self.bias_correction[name] = layer_plan.bias_correction.detach().cpu()
+        plain = LayerPlan(layer_plan.scheme)
+        details = {key: getattr(layer_plan, key) for key in DETAILS if getattr(layer_plan, key) != getattr(plain, key)}
         if details:
             self.details[name] = details
 
@@ -176,25 +176,25 @@ class Plan:
                 "this is the plan of a checkpoint, which has the plan's vectors among its tensors: load the "
                 "checkpoint, or take the plan file that it was made by"
             )
-        found = quantizable_layers(model)
+        layers = quantizable_layers(model)
         if self.model["fingerprint"] != fingerprint(model):
             raise PlanError(
                 f"this plan is for a {self.model['class']} with {self.model['layers']} layers (fingerprint "
-                f"{self.model['fingerprint']}), the model is a {type(model).__name__} with {len(found)} "
+                f"{self.model['fingerprint']}), the model is a {type(model).__name__} with {len(layers)} "
                 f"({fingerprint(model)}): make a plan for this model with `ldmq plan`"
             )
         for group in (self.exceptions, self.input_scales, self.smoothing, self.bias_correction, self.details):
             for name in group:
-                if name not in found:
+                if name not in layers:
                     raise PlanError(f"the plan names a layer {name!r} that the model does not have: remove it")
         _check_timestep_groups(self.timestep_groups, "the plan")
-        chosen = {name: self.layer(name) for name in found}
-        for name, choice in chosen.items():
+        layer_plans = {name: self.layer(name) for name in layers}
+        for name, layer_plan in layer_plans.items():
             try:
-                _check_choice(found[name], choice, len(self.timestep_groups) + 1)
+                _check_layer_plan(layers[name], layer_plan, len(self.timestep_groups) + 1)
             except PlanError as error:
                 raise PlanError(f"{name}: {error}") from None
-        return chosen
+        return layer_plans
 
     # -- file ----------------------------------------------------------------------------------------
 
@@ -321,36 +321,36 @@ def _check_timestep_groups(boundaries: list[float], source: str) -> None:
         raise PlanError(f"{source} has the timestep groups {boundaries}: timesteps must be finite and descending")
 
 
-def _check_choice(layer: nn.Linear | nn.Conv2d, choice: LayerPlan, groups: int) -> None:
+def _check_layer_plan(layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan, groups: int) -> None:
     """Refuse what a layer cannot become; `groups` is the number of timestep groups."""
-    scheme, kind, (out, channels) = choice.scheme, kind_of(layer), layer_shape(layer)[:2]
+    scheme, kind, (out, channels) = layer_plan.scheme, kind_of(layer), layer_shape(layer)[:2]
     if kind not in scheme.format.layers:
         accepted = ", ".join(n for n, s in SCHEMES.items() if kind in s.format.layers)
         raise PlanError(f"there is no {scheme} for a {kind}: choose one of {accepted}")
-    scale = choice.input_scale
+    scale = layer_plan.input_scale
     if scheme.is_static and scale is None:
         raise PlanError(
             f"{scheme} needs an entry in input_scales, which only a calibration gives: "
             "plan again, or choose the dynamic scheme"
         )
-    if scheme.has_timestep_scales and len(choice.scales) != groups:
+    if scheme.has_timestep_scales and len(layer_plan.scales) != groups:
         raise PlanError(
-            f"input_scales has {len(choice.scales)} values, {scheme} takes one for each of the {groups} timestep "
+            f"input_scales has {len(layer_plan.scales)} values, {scheme} takes one for each of the {groups} timestep "
             "groups: plan again, or choose the static or dynamic scheme"
         )
     if scheme.is_static and not scheme.has_timestep_scales and isinstance(scale, tuple):
         raise PlanError(f"input_scales has a list of {len(scale)} values, {scheme} takes one number: give its largest")
     for what, vector, size in (
-        ("smoothing", choice.smoothing, channels),
-        ("bias_correction", choice.bias_correction, out),
+        ("smoothing", layer_plan.smoothing, channels),
+        ("bias_correction", layer_plan.bias_correction, out),
     ):
         if vector is not None and vector.shape != (size,):
             raise PlanError(f"{what} has {vector.numel()} values, the layer takes {size}: plan again, or remove it")
-    if choice.first_token and kind != "linear":
+    if layer_plan.first_token and kind != "linear":
         raise PlanError(f"details has first_token, which only a linear has, this is a {kind}: remove it")
-    if choice.rounding not in ROUNDINGS:
-        raise PlanError(f"details has rounding {choice.rounding!r}: choose one of {', '.join(ROUNDINGS)}")
-    if not scheme.quantizes and choice.rounding != "nearest":
+    if layer_plan.rounding not in ROUNDINGS:
+        raise PlanError(f"details has rounding {layer_plan.rounding!r}: choose one of {', '.join(ROUNDINGS)}")
+    if not scheme.quantizes and layer_plan.rounding != "nearest":
         raise PlanError(f"details has a rounding, but {scheme} has no quantized weight: remove the entry")
 
 
