@@ -75,7 +75,7 @@ STAGES = (
     Stage("packages", ("-m", "benchmarks", "gpu", "--install"), 60),
     Stage("CUDA kernels", ("setup.py", "-q", "build_ext", "--inplace"), 200),
     Stage("every tile", (*PYTEST, "python_tests/kernels/triton/test_backend.py", "-k", "tile or split"), 120),
-    Stage("every CUDA tile", (*PYTEST, "python_tests/kernels/cuda/test_products.py", "-k", "gpu"), 60),
+    Stage("every CUDA tile", (*PYTEST, "python_tests/kernels/cuda/test_gemm.py", "-k", "gpu"), 60),
     Stage("ceilings", ("-m", "benchmarks", "machine", "ceilings", "--rows", "{rows}"), 60),
     _op("linear_w8a8", 120),
     _op("conv2d_w8a8", 120),

@@ -18,6 +18,6 @@ PYBIND11_MODULE(_binding, module) {
   module.def("versions", &versions, "CUDA of the driver, 0 without one, and of this build, such as 13000.");
   py::register_local_exception<Refusal>(module, "Refusal");  // another copy of this module has a class of its own
   define_quantize(module);
-  define_products(module);
+  define_gemm(module);
   define_producers(module);
 }

@@ -111,7 +111,7 @@ class Call {
 };
 
 void define_quantize(py::module_& module);
-void define_products(py::module_& module);
+void define_gemm(py::module_& module);
 void define_producers(py::module_& module);
 
 }  // namespace ldmq::binding

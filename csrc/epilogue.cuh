@@ -12,7 +12,7 @@ namespace ldmq {
 
 constexpr int kRun = 8;  // neighbouring columns that a lane reads and writes at once
 
-// The part of ldmq_product that the epilogue reads, in the kernel's own parameters.
+// The part of ldmq_gemm that the epilogue reads, in the kernel's own parameters.
 struct Epilogue {
   const float* x_scale;
   const float* weight_scale;
@@ -21,7 +21,7 @@ struct Epilogue {
   const void* residual;
   const float* out_inv_scale;
   void* out;
-  int rows, columns, scale_rows, sample_rows, out_inv_scale_step;
+  int m, n, scale_rows, sample_rows, out_inv_scale_step;
 };
 
 // The terms of eight columns that all rows share.
@@ -31,7 +31,7 @@ struct ColumnTerms {
   float scale[kRun], bias[kRun], inv_scale[kInt8 ? kRun : 1];
 
   __device__ __forceinline__ ColumnTerms(const Epilogue& epilogue, int first) {
-    if (first >= epilogue.columns) return;
+    if (first >= epilogue.n) return;
     load_run(scale, epilogue.weight_scale + first);
     if (!epilogue.bias.data) {
 #pragma unroll
@@ -62,9 +62,9 @@ struct RowTerms {
   bool valid;
 
   __device__ __forceinline__ RowTerms(const Epilogue& epilogue, int row)
-      : sample(0), at(0), valid(row < epilogue.rows) {
+      : sample(0), at(0), valid(row < epilogue.m) {
     if (!valid) return;
-    at = static_cast<int64_t>(row) * epilogue.columns;
+    at = static_cast<int64_t>(row) * epilogue.n;
     scale = epilogue.x_scale[epilogue.scale_rows == 0 ? 0 : epilogue.scale_rows == 1 ? row : row / epilogue.scale_rows];
     if (epilogue.sample_bias) sample = row / epilogue.sample_rows;
   }
@@ -79,7 +79,7 @@ struct Residual {
 
   __device__ __forceinline__ Residual(const Epilogue& epilogue, const RowTerms& row, int first) {
     if (!kAhead || !epilogue.residual) return;
-    const int column = min(first, epilogue.columns - kRun);
+    const int column = min(first, epilogue.n - kRun);
     words = *reinterpret_cast<const uint4*>(static_cast<const T*>(epilogue.residual) + row.at + column);
   }
 
@@ -102,7 +102,7 @@ struct Residual {
 template <typename T>
 __device__ __forceinline__ void finish_run(const Epilogue& epilogue, const ColumnTerms<T>& column, const RowTerms& row,
                                            int first, Residual<T>& residual, const int (&accumulator)[kRun]) {
-  if (!row.valid || first >= epilogue.columns) return;
+  if (!row.valid || first >= epilogue.n) return;
   float value[kRun];
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
@@ -115,7 +115,7 @@ __device__ __forceinline__ void finish_run(const Epilogue& epilogue, const Colum
     if (epilogue.sample_bias) {
       float added[kRun];
       load_run(added, static_cast<const T*>(epilogue.sample_bias) +
-                          static_cast<int64_t>(row.sample) * epilogue.columns + first);
+                          static_cast<int64_t>(row.sample) * epilogue.n + first);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) value[i] += added[i];
     }
@@ -158,7 +158,7 @@ __device__ __forceinline__ void gather_rows(int (&run)[kRun]) {
   }
 }
 
-// The accumulators of 16 rows x BLOCKS * 8 columns of a warp, as multiply_m16n8k32 leaves them: four of a block.
+// The accumulators of 16 rows x BLOCKS * 8 columns of a warp, as mma_m16n8k32 leaves them: four of a block.
 template <typename T, int BLOCKS, typename Accumulator>
 __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_row, int first_column,
                                             const Accumulator& accumulator) {
@@ -181,7 +181,7 @@ __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_
   }
 }
 
-// The same for a transposed product: the accumulators' 16 rows are columns of the output, and their columns its rows.
+// The same for a transposed GEMM: the accumulators' 16 rows are columns of the output, and their columns its rows.
 // Two neighbouring lanes have the 16 columns of the same two rows, so that they write whole sectors.
 template <typename T, int BLOCKS, typename Accumulator>
 __device__ __forceinline__ void finish_transposed(const Epilogue& epilogue, int first_row, int first_column,

@@ -1,4 +1,4 @@
-// The statistics of a group normalization of NHWC pictures, for a grid whose blocks all run at once.
+// The statistics of a group normalization of NHWC images, for a grid whose blocks all run at once.
 //
 // The work is cut into units: a part of the pixels, of a chunk of the channels, of a sample. A block finds mean and M2
 // (the sum of squared distances from the mean) of every group in its units, value by value as by Welford, merged as by

@@ -1,4 +1,4 @@
-// GroupNorm, SiLU and quantization of NHWC pictures, in one launch of which all blocks run at once.
+// GroupNorm, SiLU and quantization of NHWC images, in one launch of which all blocks run at once.
 //
 //   1. Statistics of groups, in units of parts of the pixels.
 //   2. For a measured scale of a sample: a bound of every channel from its least and largest value.

@@ -19,38 +19,38 @@ typedef struct {
   ldmq_dtype dtype;
 } ldmq_added;
 
-// An int8 product (rows, columns) = x (rows, taps * depth) * weight (columns, taps * depth)^T in int32, and
-//   out = product * x_scale * weight_scale + bias + sample_bias[sample] + residual
+// An int8 GEMM: accumulator (m, n) = x (m, k) * weight (n, k)^T in int32, k = taps * channels, and
+//   out = accumulator * x_scale * weight_scale + bias + sample_bias[sample] + residual
 // in float32, rounded once; an int8 out is out * out_inv_scale, rounded and clamped to [-127, 127].
-// A linear has one tap, and a row for each token; a convolution has rows for the pixels of its output, and
-// kernel_height * kernel_width taps on NHWC pictures.
+// A linear has one tap, and m tokens; a convolution is an implicit GEMM with m pixels of its output, and
+// kernel_height * kernel_width taps on NHWC images.
 typedef struct {
-  const int8_t* x;            // (rows, depth), or (samples, height, width, depth)
-  const void* weight;         // (columns, taps, depth) int8; or (columns, depth / 2), int4 in -7..7, even index low
-  const uint8_t* multiplier;  // (columns, ceil(depth / 64)) of an int4 weight: int4 * multiplier is the int8 weight
+  const int8_t* x;            // (m, channels), or (samples, height, width, channels)
+  const void* weight;         // (n, taps, channels) int8; or (n, channels / 2), int4 in -7..7, even index low
+  const uint8_t* multiplier;  // (n, ceil(channels / 64)) of an int4 weight: int4 * multiplier is the int8 weight
   const float* x_scale;       // one, or one for each `scale_rows` rows
   int64_t scale_rows;         // 0: one scale for all
-  const float* weight_scale;  // (columns)
-  ldmq_added bias;              // (columns), of any floating dtype
-  const void* sample_bias;    // (samples, columns) of out's dtype, or null
-  const void* residual;         // (rows, columns) of out's dtype, or null
-  const float* out_inv_scale;  // (1) or (columns) of an int8 out, else null
+  const float* weight_scale;  // (n)
+  ldmq_added bias;              // (n), of any floating dtype
+  const void* sample_bias;    // (samples, n) of out's dtype, or null
+  const void* residual;         // (m, n) of out's dtype, or null
+  const float* out_inv_scale;  // (1) or (n) of an int8 out, else null
   int64_t out_inv_scale_count;
-  void* out;  // (rows, columns)
+  void* out;  // (m, n)
   ldmq_dtype out_dtype;
-  int64_t rows, columns, depth;
+  int64_t m, n, channels;  // channels: input channels
   // of a convolution; a linear leaves them zero
   int64_t samples, height, width, out_height, out_width;
   int kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width;
   int pad_top, pad_left, upsample;
-} ldmq_product;
+} ldmq_gemm;
 
 // A compiled tile: `op` takes it by its place in ldmq_tiles().
 typedef struct {
   const char* op;       // "linear_w8a8", "linear_w4a8" or "conv2d_w8a8"
   int family;           // 80: mma.sync, on every GPU; 90: wgmma and TMA, on compute capability 9.0 alone
-  int rows, columns;    // of the output
-  int depth;            // input channels of a step
+  int m, n;             // of the output
+  int k;                // of a step: input channels of one tap
   int stages;           // of shared memory
   int cluster;          // blocks that share what they load
   int cooperative;      // on sm90: two warpgroups share a tile, else each has its own
@@ -59,11 +59,11 @@ typedef struct {
 // All compiled tiles, and how many.
 const ldmq_tile* ldmq_tiles(int* count);
 
-// Why the tile at this place of ldmq_tiles() cannot take a product, or null where it can.
-const char* ldmq_refusal(const ldmq_product* product, int tile);
+// Why the tile at this place of ldmq_tiles() cannot take a GEMM, or null where it can.
+const char* ldmq_refusal(const ldmq_gemm* gemm, int tile);
 
-// Runs a product that its tile does not refuse.
-int ldmq_run_product(const ldmq_product* product, int tile, int device, void* stream);
+// Runs a GEMM that its tile does not refuse.
+int ldmq_run_gemm(const ldmq_gemm* gemm, int tile, int device, void* stream);
 
 // x: (rows, channels), inv_scale: (1) or (channels) float32 -> q: (rows, channels) int8.
 int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* inv_scale, int64_t inv_scale_count,

@@ -3,7 +3,7 @@
 //   static:  q = clamp(rint(fp32(x) * r[c]), -127, 127)
 //   dynamic: y = fp32(x) * m[c];  scale = max(absmax(y), floor) / 127;  q = clamp(rint(y * (1 / scale)), -127, 127)
 //
-// x and q are rows of channels, contiguous: tokens, or the pixels of NHWC pictures. A thread keeps a
+// x and q are rows of channels, contiguous: tokens, or the pixels of NHWC images. A thread keeps a
 // fixed run of V channels and walks down the rows, so the per-channel factors stay in registers.
 #include <algorithm>
 
@@ -124,10 +124,10 @@ __global__ void __launch_bounds__(kThreads)
   float factor[V];
   if (walk.active) load_factors(factor, inv_smooth, walk.column, 1);
   for (int64_t sample = blockIdx.z; sample < samples; sample += gridDim.z) {
-    const T* picture = x + sample * pixels * channels + walk.column;
+    const T* image = x + sample * pixels * channels + walk.column;
     uint32_t largest = 0;
     for (int64_t row = walk.active ? walk.row : pixels; row < pixels; row += walk.row_step) {
-      largest = max(largest, pack_magnitude<T, V>(picture + row * channels, factor));
+      largest = max(largest, pack_magnitude<T, V>(image + row * channels, factor));
     }
     largest = __reduce_max_sync(0xffffffffu, largest);
     if (threadIdx.x % kWarp == 0) warp_largest[threadIdx.x / kWarp] = largest;

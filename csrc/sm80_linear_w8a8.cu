@@ -1,5 +1,5 @@
-// The int8 linear on mma.sync: rows, columns, rows and columns of a warp, stages.
-#include "sm80_product.cuh"
+// The int8 linear on mma.sync: m, n, m and n of a warp, stages.
+#include "sm80_gemm.cuh"
 
 namespace ldmq {
 

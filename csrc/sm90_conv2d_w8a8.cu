@@ -1,6 +1,6 @@
-// The int8 convolution on wgmma, an implicit GEMM: rows of operand a, rows of operand b, input channels, stages,
+// The int8 convolution on wgmma, an implicit GEMM: rows of operand a, rows of operand b, k, stages,
 // cooperative, cluster.
-#include "sm90_product.cuh"
+#include "sm90_gemm.cuh"
 
 namespace ldmq {
 

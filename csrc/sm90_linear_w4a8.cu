@@ -1,6 +1,6 @@
-// The int8 linear with an int4 weight, operand a, on wgmma: rows of operand a, rows of operand b, input channels,
+// The int8 linear with an int4 weight, operand a, on wgmma: rows of operand a, rows of operand b, k,
 // stages, cooperative, cluster.
-#include "sm90_product.cuh"
+#include "sm90_gemm.cuh"
 
 namespace ldmq {
 

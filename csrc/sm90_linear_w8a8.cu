@@ -1,5 +1,5 @@
-// The int8 linear on wgmma: rows of operand a, rows of operand b, input channels, stages, cooperative, cluster.
-#include "sm90_product.cuh"
+// The int8 linear on wgmma: rows of operand a, rows of operand b, k, stages, cooperative, cluster.
+#include "sm90_gemm.cuh"
 
 namespace ldmq {
 

@@ -9,7 +9,7 @@ namespace ldmq {
 
 struct CompiledTile {
   ldmq_tile tile;
-  int (*run)(const ldmq_product& product, void* stream);
+  int (*run)(const ldmq_gemm& gemm, void* stream);
 };
 using TileList = std::vector<CompiledTile>;
 

@@ -1,4 +1,4 @@
-// Instructions of sm_90a: barriers in shared memory, the tensor memory accelerator (TMA), warpgroups.
+// Intrinsics of sm_90a: mbarriers, the tensor memory accelerator (TMA), warpgroups.
 // python_tests/kernels/cuda/emulator has the same functions for a CPU.
 #pragma once
 
@@ -12,7 +12,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// All threads of all blocks of the cluster, once their barriers are initialized and fenced: it orders nothing else.
+// All threads of all blocks of the cluster, once their mbarriers are initialized and fenced: it orders nothing else.
 __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -21,21 +21,21 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// A barrier's phase ends when `count` arrivals and all expected bytes have come.
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
+// An mbarrier's phase ends when `count` arrivals and all expected bytes have come.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
-__device__ __forceinline__ void barrier_init_fence() {
+__device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 // One arrival, and bytes to wait for.
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// One arrival at the barrier of the same place in a block of the cluster. It orders what was read before it, not what
+// One arrival at the mbarrier of the same place in a block of the cluster. It orders what was read before it, not what
 // was written: a release at the scope of a cluster would cost a fence of the whole GPU in the main loop.
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t rank) {
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -43,8 +43,8 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t rank)
       "r"(rank)
       : "memory");
 }
-// Returns once the phase of this parity has ended; a new barrier is in phase 0.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+// Returns once the phase of this parity has ended; a new mbarrier is in phase 0.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "again:\n"
@@ -57,13 +57,13 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 }
 
 // A box of a matrix, from column x and row y on, into shared memory.
-__device__ __forceinline__ void load_tile(void* target, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
+__device__ __forceinline__ void tma_load_2d(void* target, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                ::"r"(shared_address(target)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
                : "memory");
 }
-// The same into the same place of every block of `mask`; each one's own barrier counts the bytes.
-__device__ __forceinline__ void load_tile_multicast(void* target, const CUtensorMap* map, uint64_t* barrier, int x,
+// The same into the same place of every block of `mask`; each one's own mbarrier counts the bytes.
+__device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtensorMap* map, uint64_t* barrier, int x,
                                                     int y, uint16_t mask) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -71,8 +71,8 @@ __device__ __forceinline__ void load_tile_multicast(void* target, const CUtensor
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(mask)
       : "memory");
 }
-// Pixels of NHWC pictures in im2col mode: from the base pixel (w, h, n) on, each moved by the tap's offset.
-__device__ __forceinline__ void load_pixels(void* target, const CUtensorMap* map, uint64_t* barrier, int c, int w,
+// Pixels of NHWC images in im2col mode: from the base pixel (w, h, n) on, each moved by the tap's offset.
+__device__ __forceinline__ void tma_load_im2col(void* target, const CUtensorMap* map, uint64_t* barrier, int c, int w,
                                             int h, int n, uint16_t tap_w, uint16_t tap_h) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
@@ -80,29 +80,29 @@ __device__ __forceinline__ void load_pixels(void* target, const CUtensorMap* map
       "l"(map), "r"(shared_address(barrier)), "r"(c), "r"(w), "r"(h), "r"(n), "h"(tap_w), "h"(tap_h)
       : "memory");
 }
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+__device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Moves registers from the warpgroup that loads to those that multiply.
 template <int Count>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
 }
 template <int Count>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
 }
 
-// Before the first product on registers that were written otherwise.
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Before the first wgmma on registers that were written otherwise.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int Left>  // the newest groups that may still be under way
-__device__ __forceinline__ void wait_products() {
+__device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
 }
 
-// Products under way may read or write these registers up to here: nothing else takes their place before, and what
+// wgmmas in flight may read or write these registers up to here: nothing else takes their place before, and what
 // stands after this is not moved before it.
 template <typename T, int N>
 __device__ __forceinline__ void keep_registers(T (&value)[N]) {
@@ -110,13 +110,13 @@ __device__ __forceinline__ void keep_registers(T (&value)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(value[i])::"memory");
 }
 
-// multiply_m64k32<N>(d, a, b, accumulate): d (64, N) int32 = a (64, 32) * b (N, 32)^T, plus d where it accumulates.
-// a and b are descriptors of shared memory, or a is four registers as of multiply_m16n8k32; warp w of the
-// warpgroup has rows 16 w to 16 w + 15, and a lane holds of every 8 columns what it holds of multiply_m16n8k32's d.
+// wgmma_m64k32<N>(d, a, b, accumulate): d (64, N) int32 = a (64, 32) * b (N, 32)^T, plus d where it accumulates.
+// a and b are descriptors of shared memory, or a is four registers as of mma_m16n8k32; warp w of the
+// warpgroup has rows 16 w to 16 w + 15, and a lane holds of every 8 columns what it holds of mma_m16n8k32's d.
 template <int N>
-__device__ __forceinline__ void multiply_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
+__device__ __forceinline__ void wgmma_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
 template <int N>
-__device__ __forceinline__ void multiply_m64k32(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
+__device__ __forceinline__ void wgmma_m64k32(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
 // Ten registers in the text of the instruction, and as its operands.
 #define LDMQ_FIVE(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, "
@@ -139,9 +139,9 @@ __device__ __forceinline__ void multiply_m64k32(int (&d)[N / 2], const uint32_t 
 #define LDMQ_LIST_256 LDMQ_32(0), LDMQ_32(32), LDMQ_32(64), LDMQ_32(96)
 
 // r0 to r5 are the numbers of the operands after the N / 2 registers of d.
-#define LDMQ_PRODUCT(N, r0, r1, r2, r3, r4, r5)                                                                    \
+#define LDMQ_WGMMA(N, r0, r1, r2, r3, r4, r5)                                                                    \
   template <>                                                                                                      \
-  __device__ __forceinline__ void multiply_m64k32<N>(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {   \
+  __device__ __forceinline__ void wgmma_m64k32<N>(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {   \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #r2 ", 0;\n"                                             \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" LDMQ_TEXT_##N "}, %" #r0 ", %" #r1       \
                  ", add;\n}"                                                                                       \
@@ -149,7 +149,7 @@ __device__ __forceinline__ void multiply_m64k32(int (&d)[N / 2], const uint32_t 
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                             \
   }                                                                                                                \
   template <>                                                                                                      \
-  __device__ __forceinline__ void multiply_m64k32<N>(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,          \
+  __device__ __forceinline__ void wgmma_m64k32<N>(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,          \
                                                      bool accumulate) {                                            \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #r5 ", 0;\n"                                             \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" LDMQ_TEXT_##N "}, {%" #r0 ", %" #r1      \
@@ -158,7 +158,7 @@ __device__ __forceinline__ void multiply_m64k32(int (&d)[N / 2], const uint32_t 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));         \
   }
 
-LDMQ_PRODUCT(64, 32, 33, 34, 35, 36, 37)
-LDMQ_PRODUCT(128, 64, 65, 66, 67, 68, 69)
-LDMQ_PRODUCT(160, 80, 81, 82, 83, 84, 85)
-LDMQ_PRODUCT(256, 128, 129, 130, 131, 132, 133)
+LDMQ_WGMMA(64, 32, 33, 34, 35, 36, 37)
+LDMQ_WGMMA(128, 64, 65, 66, 67, 68, 69)
+LDMQ_WGMMA(160, 80, 81, 82, 83, 84, 85)
+LDMQ_WGMMA(256, 128, 129, 130, 131, 132, 133)

@@ -1,11 +1,11 @@
-"""NHWC convolution as an implicit int8 product, zero padding; csrc/products.cu."""
+"""NHWC convolution as an implicit int8 GEMM, zero padding; csrc/gemm.cu."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.cuda import product
+from ldmq_kernels.kernels.cuda import gemm
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.geometry import conv2d_output_size
 
@@ -53,12 +53,14 @@ def conv2d_w8a8(
     if groups != 1:
         raise Unsupported(f"groups is {groups}, must be 1")
     samples, channels, height, width = x_q.shape
-    columns = weight_scale.shape[0]
+    out_channels = weight_scale.shape[0]
     size = conv2d_output_size((height, width), kernel_size, stride, padding, dilation, upsample)
-    weight = product.plain(weight, torch.int8, (columns, *kernel_size, channels))
-    x = product.int8(x_q).contiguous(memory_format=torch.channels_last)
-    out = torch.empty((samples, columns, *size), dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
+    weight = gemm.plain(weight, torch.int8, (out_channels, *kernel_size, channels))
+    x = gemm.int8(x_q).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(
+        (samples, out_channels, *size), dtype=out_dtype, device=x.device, memory_format=torch.channels_last
+    )
     top, _, left, _ = padding
-    pictures = product.Pictures(samples, height, width, *size, *kernel_size, *stride, *dilation, top, left, upsample)
-    terms = product.Terms(x_scale, weight_scale, bias, residual, sample_bias, out_inv_scale)
-    return product.run("conv2d_w8a8", x, weight, None, terms, out, depth=channels, pictures=pictures)
+    conv = gemm.ConvShape(samples, height, width, *size, *kernel_size, *stride, *dilation, top, left, upsample)
+    epilogue = gemm.Epilogue(x_scale, weight_scale, bias, residual, sample_bias, out_inv_scale)
+    return gemm.run("conv2d_w8a8", x, weight, None, epilogue, out, channels=channels, conv=conv)

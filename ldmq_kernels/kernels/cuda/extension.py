@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
 
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def load() -> ModuleType | None:
 
 
 def binding() -> ModuleType:
-    """The extension.
+    """The loaded extension.
 
     Raises:
         Unsupported: the package was built without it.
@@ -84,15 +84,15 @@ def source(x: Tensor, memory_format: torch.memory_format) -> dict[str, Any]:
     Raises:
         Unsupported: the dtype or the memory format is not one that the kernels read.
     """
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise Unsupported(f"x is {x.dtype}, must be float32, float16 or bfloat16")
     if not x.is_contiguous(memory_format=memory_format):
         raise Unsupported(f"x has strides {x.stride()}, must be {str(memory_format).removeprefix('torch.')}")
-    return {"x": x.data_ptr(), "dtype": _DTYPES[x.dtype]}
+    return {"x": x.data_ptr(), "dtype": DTYPES[x.dtype]}
 
 
 def check_factors(factors: Tensor, name: str, x: Tensor, channels: int) -> None:
-    """Accept one float32 factor for each channel, or one for all where it is a reciprocal.
+    """Accept one float32 factor for each channel, or one for all where it is an inverse scale.
 
     Raises:
         Unsupported: another dtype, device, layout or count.

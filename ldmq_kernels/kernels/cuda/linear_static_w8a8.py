@@ -1,4 +1,4 @@
-"""linear_w8a8 of quantize_static, in two launches; csrc/quantize.cu and csrc/products.cu."""
+"""linear_w8a8 of quantize_static, in two launches; csrc/quantize.cu and csrc/gemm.cu."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The int8 linear over int4 weights times their group multipliers, unpacked in registers; csrc/products.cu."""
+"""The int8 linear over int4 weights times their group multipliers, unpacked in registers; csrc/gemm.cu."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.cuda import product
+from ldmq_kernels.kernels.cuda import gemm
 from ldmq_kernels.numerics.formats.int4 import group_count
 
 
@@ -37,10 +37,10 @@ def linear_w4a8(
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
-    depth, columns = x_q.shape[-1], weight_scale.shape[0]
-    weight = product.plain(weight, torch.uint8, (columns, -(-depth // 2)))
-    multiplier = product.plain(multiplier, torch.uint8, (columns, group_count(depth)))
-    x = product.int8(x_q).reshape(-1, depth).contiguous()
-    out = torch.empty((*x_q.shape[:-1], columns), dtype=out_dtype, device=x.device)
-    terms = product.Terms(x_scale, weight_scale, bias, residual)
-    return product.run("linear_w4a8", x, weight, multiplier, terms, out, depth=depth)
+    k, n = x_q.shape[-1], weight_scale.shape[0]
+    weight = gemm.plain(weight, torch.uint8, (n, -(-k // 2)))
+    multiplier = gemm.plain(multiplier, torch.uint8, (n, group_count(k)))
+    x = gemm.int8(x_q).reshape(-1, k).contiguous()
+    out = torch.empty((*x_q.shape[:-1], n), dtype=out_dtype, device=x.device)
+    epilogue = gemm.Epilogue(x_scale, weight_scale, bias, residual)
+    return gemm.run("linear_w4a8", x, weight, multiplier, epilogue, out, channels=k)

@@ -1,11 +1,11 @@
-"""out = (x_q @ weight^T) * x_scale * weight_scale + bias + residual, the product in exact int32; csrc/products.cu."""
+"""out = (x_q @ weight^T) * x_scale * weight_scale + bias + residual, the GEMM in exact int32; csrc/gemm.cu."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.cuda import product
+from ldmq_kernels.kernels.cuda import gemm
 
 
 def linear_w8a8(
@@ -36,9 +36,9 @@ def linear_w8a8(
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
-    depth, columns = x_q.shape[-1], weight_scale.shape[0]
-    weight = product.plain(weight, torch.int8, (columns, depth))
-    x = product.int8(x_q).reshape(-1, depth).contiguous()
-    out = torch.empty((*x_q.shape[:-1], columns), dtype=out_dtype, device=x.device)
-    terms = product.Terms(x_scale, weight_scale, bias, residual, out_inv_scale=out_inv_scale)
-    return product.run("linear_w8a8", x, weight, None, terms, out, depth=depth)
+    k, n = x_q.shape[-1], weight_scale.shape[0]
+    weight = gemm.plain(weight, torch.int8, (n, k))
+    x = gemm.int8(x_q).reshape(-1, k).contiguous()
+    out = torch.empty((*x_q.shape[:-1], n), dtype=out_dtype, device=x.device)
+    epilogue = gemm.Epilogue(x_scale, weight_scale, bias, residual, out_inv_scale=out_inv_scale)
+    return gemm.run("linear_w8a8", x, weight, None, epilogue, out, channels=k)

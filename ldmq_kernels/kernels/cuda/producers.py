@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.dispatch import Unsupported
 
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
 
 def factors(inv_scale: Tensor | None, inv_smooth: Tensor | None, x: Tensor, channels: int) -> dict[str, Any]:
-    """The arguments of a calibrated reciprocal, or of a smoothing vector for a measured scale.
+    """The binding's keyword arguments for a calibrated inverse scale, or for a smoothing vector where it is measured.
 
     Raises:
         Unsupported: another dtype, device, layout or count.
@@ -30,14 +27,14 @@ def factors(inv_scale: Tensor | None, inv_smooth: Tensor | None, x: Tensor, chan
 
 
 def vector(name: str, operand: Tensor | None, x: Tensor, channels: int) -> dict[str, Any]:
-    """The arguments of a floating vector over the channels, which may be missing.
+    """The binding's keyword arguments for a floating vector over the channels, which may be None.
 
     Raises:
         Unsupported: another dtype, device, layout or shape.
     """
     if operand is None:
         return {name: 0, f"{name}_dtype": "float32"}
-    dtype = _DTYPES.get(operand.dtype)
+    dtype = extension.DTYPES.get(operand.dtype)
     if dtype is None or operand.device != x.device or not operand.is_contiguous():
         raise Unsupported(
             f"the {name} is {operand.dtype} on {operand.device}, must be contiguous floating on {x.device}"

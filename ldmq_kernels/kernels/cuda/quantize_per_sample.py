@@ -10,7 +10,7 @@ from ldmq_kernels.kernels.dispatch import Unsupported
 
 
 def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Quantize each picture of a batch with the scale of its own largest value.
+    """Quantize each image of a batch with the scale of its own largest value.
 
     Args:
         x: (N, C, H, W) channels_last, float32, float16 or bfloat16.

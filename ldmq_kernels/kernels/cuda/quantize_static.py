@@ -23,10 +23,10 @@ def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     Raises:
         Unsupported: another dtype, layout or device.
     """
-    pictures = x.dim() == 4 and channel_dim == 1
-    if x.dim() == 0 or not (pictures or channel_dim % x.dim() == x.dim() - 1):
+    is_image = x.dim() == 4 and channel_dim == 1
+    if x.dim() == 0 or not (is_image or channel_dim % x.dim() == x.dim() - 1):
         raise Unsupported(f"channel_dim is {channel_dim} of {x.dim()} axes, must be the last, or 1 of (N, C, H, W)")
-    memory_format = torch.channels_last if pictures else torch.contiguous_format
+    memory_format = torch.channels_last if is_image else torch.contiguous_format
     arguments = extension.source(x, memory_format) | extension.target(x)
     channels = x.shape[channel_dim]
     extension.check_factors(inv_scale, "inv_scale", x, channels)

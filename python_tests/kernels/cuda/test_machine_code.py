@@ -1,4 +1,4 @@
-"""The machine code of the products: the tensor cores' instructions, fed by the copies that each family has."""
+"""The machine code of the GEMMs: the tensor cores' instructions, fed by the copies that each family has."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from python_tests.kernels.cuda.products_under_way import overwritten_operands
+from python_tests.kernels.cuda.wgmma_in_flight import overwritten_operands
 
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-DESIGNED = re.compile(r"sm(80|90)14product_kernelINS0_4TileILNS_4KindE([012])E")
+DESIGNED = re.compile(r"sm(80|90)11gemm_kernelINS0_4TileILNS_4KindE([012])E")
 KINDS = {"0": "linear_w8a8", "1": "conv2d_w8a8", "2": "linear_w4a8"}
 
 
@@ -27,7 +27,7 @@ def _cuobjdump() -> str | None:
 
 @pytest.fixture(scope="session")
 def kernels(build_folder: Path) -> dict[tuple[str, str, str], str]:
-    """Text of each product kernel by architecture, mangled name and op."""
+    """Text of each GEMM kernel by architecture, mangled name and op."""
     tool = _cuobjdump()
     if tool is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
@@ -53,7 +53,7 @@ def starting(counts: Counter[str], prefix: str) -> int:
 
 
 def main_loop(text: str) -> str:
-    """From the first product of the tensor cores to the last."""
+    """From the first MMA of the tensor cores to the last."""
     lines = text.splitlines()
     at = [index for index, line in enumerate(lines) if re.search(r"\bI[G]?MMA\.", line)]
     return "\n".join(lines[at[0] : at[-1] + 1])
@@ -79,7 +79,7 @@ def test_hopper_multiplies_by_warpgroups_what_tma_loads(kernels: dict) -> None:
 
 
 def test_the_main_loop_on_hopper_waits_for_no_fence(kernels: dict) -> None:
-    """A release at cluster scope would put a fence of the whole GPU between the products."""
+    """A release at cluster scope would put a fence of the whole GPU between the wgmmas."""
     for (_, name, op), text in kernels.items():
         if "4sm90" in name:
             counts = opcodes(main_loop(text))
@@ -94,7 +94,7 @@ def test_the_int4_weight_reaches_the_tensor_cores_from_registers(kernels: dict) 
             assert bool(from_registers) == (op == "linear_w4a8"), name
 
 
-def test_no_product_reads_registers_that_are_written_anew(kernels: dict) -> None:
+def test_no_wgmma_reads_registers_that_are_written_anew(kernels: dict) -> None:
     """An int4 step is unpacked into other registers than those that the step before still reads."""
     found = {name: overwritten_operands(text) for (_, name, op), text in kernels.items() if op == "linear_w4a8"}
     assert not {name: instructions for name, instructions in found.items() if instructions}

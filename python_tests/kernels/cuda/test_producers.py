@@ -32,7 +32,7 @@ NORMS = [  # with their groups
 
 
 def factors(mode: str, channels: int) -> tuple[Tensor | None, Tensor | None]:
-    """A reciprocal by which a few values are clamped, or a smoothing vector, or neither."""
+    """An inverse scale by which a few values are clamped, or a smoothing vector, or neither."""
     return {
         "one inv_scale": (torch.tensor([45.0]), None),
         "inv_scales": (torch.rand(channels) * 40 + 20, None),
@@ -60,7 +60,7 @@ def assert_near(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None
     assert int((steps > 0).sum()) <= max(1, q.numel() // 1000)
 
 
-def picture(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def image(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Channels of different sizes about different means, channels_last."""
     x = torch.randn(shape) * (torch.rand(shape[1], 1, 1) * 3 + 0.1) + torch.randn(shape[1], 1, 1)
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -79,7 +79,7 @@ def check_norm(device: torch.device, x: Tensor, *arguments: Any) -> None:
 def test_group_norms_are_near_the_reference(
     device: torch.device, shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype, mode: str
 ) -> None:
-    x, (inv_scale, inv_smooth) = picture(shape, dtype), factors(mode, shape[1])
+    x, (inv_scale, inv_smooth) = image(shape, dtype), factors(mode, shape[1])
     weight, bias = torch.randn(shape[1]).to(dtype), torch.randn(shape[1])
     check_norm(device, x, weight, bias, groups, EPS, True, inv_scale, inv_smooth, False)
     if inv_scale is None:
@@ -89,19 +89,19 @@ def test_group_norms_are_near_the_reference(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_batches_of_more_chunks_than_blocks(device: torch.device, mode: str, per_token: bool) -> None:
-    x = picture((9, 128, 3, 3), torch.float16)
+    x = image((9, 128, 3, 3), torch.float16)
     check_norm(device, x, None, torch.randn(128), 32, EPS, True, *factors(mode, 128), per_token)
 
 
 @pytest.mark.parametrize("channels", [1288, 2560, 4096])
 def test_pixels_that_several_warps_share(device: torch.device, channels: int) -> None:
-    x = picture((2, channels, 3, 1), torch.float16)
+    x = image((2, channels, 3, 1), torch.float16)
     check_norm(device, x, torch.randn(channels).half(), None, 8, EPS, True, None, None, True)
 
 
 @pytest.mark.parametrize("mode", ["one inv_scale", "smoothed"])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_pictures_that_are_not_aligned_to_a_vector(device: torch.device, mode: str, per_token: bool) -> None:
+def test_images_that_are_not_aligned_to_a_vector(device: torch.device, mode: str, per_token: bool) -> None:
     storage = torch.randn(2 * 5 * 3 * 64 + 1).half()
     x, on_device = (memory[1:].view(2, 5, 3, 64).permute(0, 3, 1, 2) for memory in (storage, storage.to(device)))
     arguments = None, None, 4, EPS, True, *factors(mode, 64), per_token
@@ -124,7 +124,7 @@ def test_a_small_variance_about_a_large_mean_is_found(device: torch.device, size
 
 
 def test_every_run_gives_the_same(device: torch.device) -> None:
-    x = picture((1, 320, 16, 9), torch.float16).to(device)
+    x = image((1, 320, 16, 9), torch.float16).to(device)
     first, *others = (cuda.group_norm_silu_quantize(x, None, None, 32, EPS, True, None, None, False) for _ in range(3))
     assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
 
@@ -143,7 +143,7 @@ def test_scratch_is_as_large_as_the_binding_says(
         return made[-1][: size[0]]
 
     monkeypatch.setattr(torch, "empty", guarded)
-    x = picture((2, 320, 9, 13), torch.float32)
+    x = image((2, 320, 9, 13), torch.float32)
     cuda.group_norm_silu_quantize(*moved(device, x, None, None, 32, EPS, True, *factors(mode, 320), per_token))
     (scratch,) = made
     assert (scratch[-256:] == 0x77).all()
@@ -173,7 +173,7 @@ def test_factors_that_are_not_aligned_to_a_vector(device: torch.device) -> None:
     x, factor = torch.randn(7, 128).half(), torch.rand(65)
     got = cuda.geglu_quantize(x.to(device), None, factor.to(device)[1:])
     assert_near(got, reference.geglu_quantize(x, None, factor[1:]))
-    x = picture((2, 64, 3, 5), torch.float32)
+    x = image((2, 64, 3, 5), torch.float32)
     got = cuda.group_norm_silu_quantize(x.to(device), None, None, 4, EPS, True, factor.to(device)[1:], None, False)
     want = reference.group_norm_silu_quantize(x.contiguous(), None, None, 4, EPS, True, factor[1:], None, False)
     assert_near(got, want)
@@ -190,7 +190,7 @@ def test_a_calibrated_scale_takes_rows_of_any_length(device: torch.device) -> No
     x, inv_scale = torch.randn(1, 2 * 16392).half(), torch.tensor([20.0])
     got = cuda.geglu_quantize(*moved(device, x, inv_scale, None))
     assert_near(got, reference.geglu_quantize(x, inv_scale, None))
-    x = picture((1, 4104, 1, 1), torch.float16)
+    x = image((1, 4104, 1, 1), torch.float16)
     check_norm(device, x, None, None, 8, EPS, True, inv_scale, None, True)
 
 
@@ -221,8 +221,8 @@ def norm(x: Tensor, weight: Tensor | None = None, groups: int = 4, **changes: An
         (lambda x: norm(x, torch.ones(16, device=x.device).double()), "weight is torch.float64"),
         (lambda x: norm(x, torch.ones(32, device=x.device)[::2]), "must be contiguous"),
         (lambda x: norm(x, inv_scale=torch.ones(7, device=x.device)), "inv_scale has 7 elements, must have 1 or 16"),
-        (lambda x: norm(x, inv_smooth=torch.ones(1, device=x.device)), "smoothing has 1 elements, must have 16"),
-        (lambda x: norm(x, inv_smooth=torch.ones(16, device=x.device).half()), "smoothing is torch.float16"),
+        (lambda x: norm(x, inv_smooth=torch.ones(1, device=x.device)), "inv_smooth has 1 elements, must have 16"),
+        (lambda x: norm(x, inv_smooth=torch.ones(16, device=x.device).half()), "inv_smooth is torch.float16"),
         (lambda x: norm(torch.ones(1, 4104, 1, 1, device=x.device), per_token=True), "channels must be at most 4096"),
         (lambda x: cuda.geglu_quantize(x.double(), None, None), "float64"),
         (lambda x: cuda.geglu_quantize(x[..., :3], None, None), "as many gates"),

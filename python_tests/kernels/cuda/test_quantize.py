@@ -14,7 +14,7 @@ from ldmq_kernels.kernels.dispatch import Unsupported
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [(17, 320), (3, 5, 20), (63, 1), (2, 2560), (1, 10240), (9, 963), (4, 4)]
-PICTURES = [(2, 320, 5, 3), (3, 4, 8, 8), (1, 20, 1, 1), (2, 963, 2, 3), (1, 2560, 1, 2), (5, 1, 7, 1)]
+IMAGES = [(2, 320, 5, 3), (3, 4, 8, 8), (1, 20, 1, 1), (2, 963, 2, 3), (1, 2560, 1, 2), (5, 1, 7, 1)]
 
 
 def hard_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -48,8 +48,8 @@ def test_static_rows_equal_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", PICTURES)
-def test_static_pictures_equal_the_reference(
+@pytest.mark.parametrize("shape", IMAGES)
+def test_static_images_equal_the_reference(
     device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     x = hard_values(shape, dtype).contiguous(memory_format=torch.channels_last)
@@ -71,7 +71,7 @@ def test_tokens_equal_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", PICTURES)
+@pytest.mark.parametrize("shape", IMAGES)
 @pytest.mark.parametrize("smooth", [False, True])
 def test_samples_equal_the_reference(
     device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype, smooth: bool
@@ -98,8 +98,8 @@ def test_more_rows_than_one_grid_covers_are_all_quantized(device: torch.device) 
     assert_same((got,), (reference.quantize_static(x, torch.ones(1), 1),))
 
 
-@pytest.mark.parametrize("pictures", [False, True])
-def test_smoothing_and_scale_are_two_products_in_that_order(device: torch.device, pictures: bool) -> None:
+@pytest.mark.parametrize("images", [False, True])
+def test_smoothing_and_scale_are_two_products_in_that_order(device: torch.device, images: bool) -> None:
     factor, largest = torch.tensor(0.3), torch.tensor(2.9)
     inverse = 1 / ((largest * factor) / 127)
     ties = (torch.arange(-126, 126).repeat_interleave(41) + 0.5) / (inverse * factor)
@@ -108,7 +108,7 @@ def test_smoothing_and_scale_are_two_products_in_that_order(device: torch.device
     assert int(telling.sum()) > 8, "no value tells the two orders apart"
     row = torch.cat([x[telling], largest[None]])
     inv_smooth = factor.expand(row.numel()).contiguous()
-    if pictures:
+    if images:
         row = row.view(1, -1, 1, 1)
         got = cuda.quantize_per_sample(row.to(device), inv_smooth.to(device))
         assert_same(got, reference.quantize_per_sample(row, inv_smooth))
@@ -129,10 +129,10 @@ def test_a_nan_reaches_the_scale_of_its_own_row_alone(device: torch.device) -> N
 def test_empty_batches_launch_nothing(device: torch.device) -> None:
     tokens, scales = cuda.quantize_per_token(torch.empty(0, 320, device=device), None)
     none = torch.empty(0, 320, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
-    pictures, sample_scales = cuda.quantize_per_sample(none, None)
+    images, sample_scales = cuda.quantize_per_sample(none, None)
     static = cuda.quantize_static(torch.empty(0, 320, device=device), torch.ones(1, device=device), -1)
     assert (tokens.shape, scales.shape, static.shape) == ((0, 320), (0,), (0, 320))
-    assert (pictures.shape, sample_scales.shape) == ((0, 320, 8, 8), (0,))
+    assert (images.shape, sample_scales.shape) == ((0, 320, 8, 8), (0,))
 
 
 @pytest.mark.parametrize(

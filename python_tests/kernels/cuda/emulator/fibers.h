@@ -21,7 +21,7 @@ namespace emulator {
 constexpr unsigned kWarp = 32, kWarpgroup = 128, kLaneWords = 6, kIdleRounds = 64;
 constexpr size_t kStackBytes = 64 << 10, kSharedBytes = 256 << 10;
 
-inline bool eager = false;  // asynchronous copies and products happen when issued; else when waited for
+inline bool eager = false;  // asynchronous copies and wgmmas happen when issued; else when waited for
 inline int slow_warp = -1;  // of every warpgroup: runs only when nothing else moves
 inline ucontext_t scheduler;
 inline bool moved;  // something happened in this round
@@ -52,7 +52,7 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(kStackBytes);
   unsigned thread, rank;
   bool done;
-  Groups copies, products;
+  Groups copies, wgmmas;
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
@@ -108,7 +108,7 @@ inline bool run(const std::vector<dim3>& indices, unsigned threads) {
     fiber.rank = i / threads;
     fiber.done = false;
     fiber.copies.assign(1, {});
-    fiber.products.assign(1, {});
+    fiber.wgmmas.assign(1, {});
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();

@@ -12,7 +12,7 @@ inline void grid_sync() {
   emulator::wait(emulator::together, blockDim.x * static_cast<unsigned>(emulator::blocks.size()));
 }
 
-inline void copy_async_16(void* target, const void* source, bool valid) {
+inline void cp_async_16(void* target, const void* source, bool valid) {
   auto work = [=] {
     if (valid) {
       std::memcpy(target, source, 16);
@@ -23,13 +23,13 @@ inline void copy_async_16(void* target, const void* source, bool valid) {
   if (emulator::eager) return work();
   emulator::current->copies.back().push_back(work);
 }
-inline void commit_copies() { emulator::current->copies.emplace_back(); }
+inline void cp_async_commit() { emulator::current->copies.emplace_back(); }
 template <int Left>
-void wait_copies() {
+void cp_async_wait() {
   emulator::finish_groups(emulator::current->copies, Left);
 }
 
-inline void load_matrices(uint32_t (&value)[4], const void* row) {
+inline void ldmatrix_x4(uint32_t (&value)[4], const void* row) {
   const auto address = reinterpret_cast<uintptr_t>(row);
   const auto rows = of_warp<uint32_t, 2>({static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32)});
   for (int matrix = 0; matrix < 4; ++matrix) {
@@ -41,7 +41,7 @@ inline void load_matrices(uint32_t (&value)[4], const void* row) {
 }
 
 // D (16, 8) += A (16, 32) * B (8, 32)^T; of A, a lane holds rows lane / 4 and 8 more, bytes 4 (lane % 4) and 16 more.
-inline void multiply_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const auto lanes = of_warp<uint32_t, 6>({a[0], a[1], a[2], a[3], b0, b1});
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int i = 0; i < 4; ++i) {

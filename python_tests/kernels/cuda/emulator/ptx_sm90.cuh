@@ -1,5 +1,5 @@
-// csrc/ptx/ptx_sm90.cuh on a CPU: barriers in shared memory, the tensor memory accelerator and the products of a
-// warpgroup. Swizzles are those of the hardware, on addresses: what is written one way must be read the same way.
+// csrc/ptx/ptx_sm90.cuh on a CPU: mbarriers, the tensor memory accelerator and wgmma. Swizzles are those of the
+// hardware, on addresses: what is written one way must be read the same way.
 #pragma once
 
 #include <cuda.h>
@@ -8,7 +8,7 @@
 
 namespace emulator {
 
-struct BarrierWord {  // the 8 bytes of an mbarrier
+struct Mbarrier {  // the 8 bytes of an mbarrier
   uint16_t phase, count, pending, unused;
 };
 struct Copy {
@@ -19,10 +19,10 @@ inline std::vector<Copy> in_flight;
 inline int32_t outstanding[16 * kSharedBytes / 8];  // bytes that a barrier still waits for
 
 inline char* at(uint32_t address) { return shared_base() + address; }
-inline BarrierWord& word(uint32_t barrier) { return *reinterpret_cast<BarrierWord*>(at(barrier)); }
+inline Mbarrier& word(uint32_t barrier) { return *reinterpret_cast<Mbarrier*>(at(barrier)); }
 
 inline void settle(uint32_t barrier) {
-  BarrierWord& state = word(barrier);
+  Mbarrier& state = word(barrier);
   if (state.pending != 0 || outstanding[barrier / 8] != 0) return;
   ++state.phase;
   state.pending = state.count;
@@ -68,7 +68,7 @@ inline void start_copy(uint32_t barrier, uint32_t bytes, uint16_t mask, std::fun
 }
 inline uint16_t mine() { return static_cast<uint16_t>(1u << current->rank); }
 
-inline void copy_tile(const CUtensorMap& map, uint32_t target, uint32_t barrier, int x, int y, uint16_t mask) {
+inline void copy_tiled(const CUtensorMap& map, uint32_t target, uint32_t barrier, int x, int y, uint16_t mask) {
   if (map.im2col || map.rank != 2 || target % 128 != 0) __builtin_trap();
   start_copy(barrier, map.box[0] * map.box[1], mask, [=] {
     for (uint32_t row = 0; row < map.box[1]; ++row) {
@@ -83,8 +83,8 @@ inline void copy_tile(const CUtensorMap& map, uint32_t target, uint32_t barrier,
 }
 
 // Pixels in the order of the output, from a base pixel on: each step goes along the bounding box, row after row,
-// picture after picture; the offsets of the tap are added last, and what lies outside of the tensor is zero.
-inline void copy_pixels(const CUtensorMap& map, uint32_t target, uint32_t barrier, int c, int w, int h, int n,
+// image after image; the offsets of the tap are added last, and what lies outside of the tensor is zero.
+inline void copy_im2col(const CUtensorMap& map, uint32_t target, uint32_t barrier, int c, int w, int h, int n,
                         uint16_t tap_w, uint16_t tap_h) {
   if (!map.im2col || target % 128 != 0) __builtin_trap();
   start_copy(barrier, map.channels * map.pixels, mine(), [=] {
@@ -147,22 +147,22 @@ inline void cluster_sync() {
 }
 inline void cluster_meet() { cluster_sync(); }
 
-inline void barrier_init(uint64_t* barrier, uint32_t count) {
+inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
   const uint32_t address = shared_address(barrier);
   emulator::word(address) = {0, static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0};
   emulator::outstanding[address / 8] = 0;
 }
-inline void barrier_init_fence() {}
-inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   const uint32_t address = shared_address(barrier);
   emulator::outstanding[address / 8] += static_cast<int32_t>(bytes);
   emulator::arrive(address);
 }
-inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
+inline void mbarrier_arrive(uint64_t* barrier, uint32_t rank) {
   emulator::arrive(shared_address(barrier) % emulator::kSharedBytes +
                    rank * static_cast<uint32_t>(emulator::kSharedBytes));
 }
-inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   const uint32_t address = shared_address(barrier);
   for (;;) {
     auto& flying = emulator::in_flight;
@@ -180,36 +180,37 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   }
 }
 
-inline void load_tile(void* target, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
-  emulator::copy_tile(*map, shared_address(target), shared_address(barrier), x, y, emulator::mine());
+inline void tma_load_2d(void* target, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
+  emulator::copy_tiled(*map, shared_address(target), shared_address(barrier), x, y, emulator::mine());
 }
-inline void load_tile_multicast(void* target, const CUtensorMap* map, uint64_t* barrier, int x, int y, uint16_t mask) {
-  emulator::copy_tile(*map, shared_address(target), shared_address(barrier), x, y, mask);
+inline void tma_load_2d_multicast(void* target, const CUtensorMap* map, uint64_t* barrier, int x, int y,
+                                  uint16_t mask) {
+  emulator::copy_tiled(*map, shared_address(target), shared_address(barrier), x, y, mask);
 }
-inline void load_pixels(void* target, const CUtensorMap* map, uint64_t* barrier, int c, int w, int h, int n,
-                        uint16_t tap_w, uint16_t tap_h) {
-  emulator::copy_pixels(*map, shared_address(target), shared_address(barrier), c, w, h, n, tap_w, tap_h);
+inline void tma_load_im2col(void* target, const CUtensorMap* map, uint64_t* barrier, int c, int w, int h, int n,
+                            uint16_t tap_w, uint16_t tap_h) {
+  emulator::copy_im2col(*map, shared_address(target), shared_address(barrier), c, w, h, n, tap_w, tap_h);
 }
-inline void prefetch_map(const CUtensorMap*) {}
+inline void prefetch_tensormap(const CUtensorMap*) {}
 
 template <int>
-void give_registers() {}
+void setmaxnreg_dec() {}
 template <int>
-void take_registers() {}
+void setmaxnreg_inc() {}
 
-inline void products_begin() { emulator::sync_warp(); }
-inline void commit_products() { emulator::current->products.emplace_back(); }
-// The products of a warpgroup's four warps are one instruction, which is done for all of them at once.
+inline void wgmma_fence() { emulator::sync_warp(); }
+inline void wgmma_commit() { emulator::current->wgmmas.emplace_back(); }
+// The wgmma of a warpgroup's four warps is one instruction, which is done for all of them at once.
 template <int Left>
-void wait_products() {
-  emulator::finish_groups(emulator::current->products, Left);
+void wgmma_wait() {
+  emulator::finish_groups(emulator::current->wgmmas, Left);
   emulator::sync_warpgroup();
 }
 template <typename T, size_t N>
 void keep_registers(T (&)[N]) {}
 
 template <int N>
-void multiply_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+void wgmma_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   auto work = [=, &d] {
     const auto row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     emulator::multiply<N>(d, b, accumulate, [&](int half, int k) {
@@ -217,16 +218,16 @@ void multiply_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     });
   };
   if (emulator::eager) return work();
-  emulator::current->products.back().push_back(work);
+  emulator::current->wgmmas.back().push_back(work);
 }
 template <int N>
-void multiply_m64k32(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+void wgmma_m64k32(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   auto work = [=, &d, &a] {
-    const auto lanes = of_warp(a);  // what the registers hold when the product happens
+    const auto lanes = of_warp(a);  // what the registers hold when the wgmma happens
     emulator::multiply<N>(d, b, accumulate, [&](int half, int k) {
       return static_cast<int8_t>(lanes[threadIdx.x % 32 / 4 * 4 + k % 16 / 4][half + 2 * (k / 16)] >> 8 * (k % 4));
     });
   };
   if (emulator::eager) return work();
-  emulator::current->products.back().push_back(work);
+  emulator::current->wgmmas.back().push_back(work);
 }

@@ -1,4 +1,4 @@
-"""The launch of an int8 product: operands checked and contiguous, a tile chosen; csrc/products.cu."""
+"""The launch of an int8 GEMM: operands checked and contiguous, a tile chosen; csrc/gemm.cu."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch import Tensor
 from ldmq_kernels.kernels.cuda import extension, tiles
 from ldmq_kernels.kernels.dispatch import Unsupported
 
-_BIAS_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_OUT_DTYPES = {**_BIAS_DTYPES, torch.int8: "int8"}
+_OUT_DTYPES = {**extension.DTYPES, torch.int8: "int8"}
 
 
-class Pictures(NamedTuple):
-    """Where the pixels of a convolution are; padding is at the top and on the left, the output's size says the rest."""
+class ConvShape(NamedTuple):
+    """The shape of a convolution; padding is at the top and on the left, the output's size says the rest."""
 
     samples: int
     height: int
@@ -35,13 +34,13 @@ class Pictures(NamedTuple):
     upsample: int
 
     @property
-    def rows(self) -> int:
-        """Pixels of the output."""
+    def m(self) -> int:
+        """The rows of the implicit GEMM: pixels of the output, of all samples."""
         return self.samples * self.out_height * self.out_width
 
 
-class Terms(NamedTuple):
-    """What becomes of the sums, as the op was given it.
+class Epilogue(NamedTuple):
+    """What becomes of the accumulators, as the op was given it.
 
     Attributes:
         x_scale: float32: one, or one for each row or sample.
@@ -49,7 +48,7 @@ class Terms(NamedTuple):
         bias: (N,) floating.
         residual: the output's shape and dtype.
         sample_bias: (samples, N) of the output's dtype.
-        out_inv_scale: (1,) or (N,) float32, the reciprocal of an int8 output's scale.
+        out_inv_scale: (1,) or (N,) float32, the inverse scale of an int8 output.
     """
 
     x_scale: Tensor
@@ -59,8 +58,8 @@ class Terms(NamedTuple):
     sample_bias: Tensor | None = None
     out_inv_scale: Tensor | None = None
 
-    def checked(self, op: str, x: Tensor, out: Tensor, units: int) -> Terms:
-        """The same beside x, of the dtypes that the kernels take, contiguous in the output's order.
+    def checked(self, op: str, x: Tensor, out: Tensor, units: int) -> Epilogue:
+        """The same operands beside x, of the dtypes that the kernels take, contiguous in the output's order.
 
         Args:
             op: named in the refusals.
@@ -71,29 +70,29 @@ class Terms(NamedTuple):
         Raises:
             Unsupported: another dtype, device or count; the text names op and operand.
         """
-        columns = self.weight_scale.numel()
+        n = self.weight_scale.numel()
         inv_scale, bias = self.out_inv_scale, self.bias
         if bias is not None:
-            bias = _check(op, "bias", bias, x, tuple(_BIAS_DTYPES)).expand(columns).contiguous()
-        return Terms(
+            bias = _check(op, "bias", bias, x, tuple(extension.DTYPES)).expand(n).contiguous()
+        return Epilogue(
             _factors(op, "x_scale", self.x_scale, x, (1, units)),
-            _factors(op, "weight_scale", self.weight_scale, x, (columns, columns)),
+            _factors(op, "weight_scale", self.weight_scale, x, (n, n)),
             bias,
             _added(op, "residual", self.residual, x, out.shape, out.dtype),
-            _added(op, "sample_bias", self.sample_bias, x, (units, columns), out.dtype),
-            None if inv_scale is None else _factors(op, "out_inv_scale", inv_scale, x, (1, columns)),
+            _added(op, "sample_bias", self.sample_bias, x, (units, n), out.dtype),
+            None if inv_scale is None else _factors(op, "out_inv_scale", inv_scale, x, (1, n)),
         )
 
-    def arguments(self, rows_of_unit: int) -> dict[str, Any]:
-        """Of the binding, for terms that are checked."""
+    def arguments(self, unit_rows: int) -> dict[str, Any]:
+        """The binding's keyword arguments for an epilogue that is checked."""
         inv_scale = self.out_inv_scale
         return {
             "x_scale": self.x_scale.data_ptr(),
             "scale_count": self.x_scale.numel(),
-            "scale_rows": 0 if self.x_scale.numel() == 1 else rows_of_unit,
+            "scale_rows": 0 if self.x_scale.numel() == 1 else unit_rows,
             "weight_scale": self.weight_scale.data_ptr(),
             "bias": _address(self.bias),
-            "bias_dtype": "float32" if self.bias is None else _BIAS_DTYPES[self.bias.dtype],
+            "bias_dtype": "float32" if self.bias is None else extension.DTYPES[self.bias.dtype],
             "sample_bias": _address(self.sample_bias),
             "residual": _address(self.residual),
             "out_inv_scale": _address(inv_scale),
@@ -102,7 +101,7 @@ class Terms(NamedTuple):
 
 
 def int8(x_q: Tensor) -> Tensor:
-    """x_q itself.
+    """The activations as they are, once their dtype is known to be int8.
 
     Raises:
         Unsupported: its dtype is not int8.
@@ -113,7 +112,7 @@ def int8(x_q: Tensor) -> Tensor:
 
 
 def plain(weight: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """A contiguous weight of this dtype and shape.
+    """The weight, contiguous, once its dtype and shape are checked.
 
     Raises:
         Unsupported: it is packed for another backend, or its dtype or shape is another.
@@ -138,7 +137,7 @@ def _check(op: str, name: str, operand: Tensor, x: Tensor, dtypes: Sequence[torc
 
 
 def _factors(op: str, name: str, operand: Tensor, x: Tensor, counts: tuple[int, int]) -> Tensor:
-    """Scales, or reciprocals of scales: float32, contiguous, one or as many as `counts` says."""
+    """Scales, or inverse scales: float32, contiguous, one or as many as `counts` says."""
     if operand.numel() not in counts:
         raise Unsupported(f"{op}: the {name} has {operand.numel()} elements, must have {counts[0]} or {counts[1]}")
     return _check(op, name, operand, x, (torch.float32,)).reshape(-1).contiguous()
@@ -147,7 +146,7 @@ def _factors(op: str, name: str, operand: Tensor, x: Tensor, counts: tuple[int, 
 def _added(
     op: str, name: str, operand: Tensor | None, x: Tensor, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor | None:
-    """What the epilogue adds, contiguous in this shape; of a picture, NHWC."""
+    """What the epilogue adds, contiguous in this shape; images are NHWC."""
     if operand is None:
         return None
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
@@ -158,20 +157,18 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _launch(
-    op: str, rows: int, columns: int, depth: int, taps: int, device: torch.device, call: dict[str, Any]
-) -> None:
+def _launch(op: str, m: int, n: int, k: int, taps: int, device: torch.device, call: dict[str, Any]) -> None:
     """Run a call on the tile that is chosen for it, or on one for every GPU where that one refuses it."""
     binding = extension.binding()
-    choose = functools.partial(tiles.choose, op, rows, columns, taps * depth, device, taps=taps)
+    choose = functools.partial(tiles.choose, op, m, n, k, device, taps=taps)
     tile = choose()
     try:
-        binding.run_product(tile=tile.place, **call)
+        binding.run_gemm(tile=tile.place, **call)
     except binding.Refusal as refusal:
         if tile.family < tiles.HOPPER or tiles.is_forced():
             raise Unsupported(str(refusal)) from None
         try:  # Hopper's tiles refuse a few convolutions that those for every GPU take
-            binding.run_product(tile=choose(for_all=True).place, **call)
+            binding.run_gemm(tile=choose(for_all=True).place, **call)
         except binding.Refusal as final:
             raise Unsupported(str(final)) from None
 
@@ -181,23 +178,23 @@ def run(
     x: Tensor,
     weight: Tensor,
     multiplier: Tensor | None,
-    terms: Terms,
+    epilogue: Epilogue,
     out: Tensor,
     *,
-    depth: int,
-    pictures: Pictures | None = None,
+    channels: int,
+    conv: ConvShape | None = None,
 ) -> Tensor:
     """Compute `out` of operands whose shapes are checked.
 
     Args:
         op: "linear_w8a8", "linear_w4a8" or "conv2d_w8a8".
-        x: (rows, depth) int8 contiguous, or (N, C, H, W) int8 channels_last.
-        weight: (N, depth) or (K, R, S, C) int8, or (N, depth / 2) uint8 holding int4; contiguous.
+        x: (M, channels) int8 contiguous, or (N, C, H, W) int8 channels_last.
+        weight: (N, channels) or (K, R, S, C) int8, or (N, channels / 2) uint8 holding int4; contiguous.
         multiplier: (N, groups) uint8 contiguous, of an int4 weight.
-        terms: scales, and what is added.
+        epilogue: scales, and what is added.
         out: (..., N) contiguous or (samples, N, P, Q) channels_last; floating, or int8 with an `out_inv_scale`.
-        depth: input channels.
-        pictures: of a convolution.
+        channels: input channels.
+        conv: the shape, where the op is a convolution.
 
     Returns:
         out.
@@ -210,22 +207,22 @@ def run(
     for name, operand in (("weight", weight), ("multiplier", multiplier)):
         if operand is not None:
             _check(op, name, operand, x, (operand.dtype,))
-    columns = terms.weight_scale.shape[0]
-    rows, units = (pictures.rows, pictures.samples) if pictures else (x.shape[0], x.shape[0])
-    terms = terms.checked(op, x, out, units)
+    n = epilogue.weight_scale.shape[0]
+    m, units = (conv.m, conv.samples) if conv else (x.shape[0], x.shape[0])
+    epilogue = epilogue.checked(op, x, out, units)
     call: dict[str, Any] = {
         "x": x.data_ptr(),
         "weight": weight.data_ptr(),
         "multiplier": _address(multiplier),
         "out": out.data_ptr(),
         "out_dtype": _OUT_DTYPES[out.dtype],
-        "rows": rows,
-        "columns": columns,
-        "depth": depth,
-        "pictures": pictures or (),
-        **terms.arguments(rows // max(units, 1)),
+        "m": m,
+        "n": n,
+        "channels": channels,
+        "conv": conv or (),
+        **epilogue.arguments(m // max(units, 1)),
         **extension.target(x),
     }
-    taps = pictures.kernel_height * pictures.kernel_width if pictures else 1
-    _launch(op, rows, columns, depth, taps, x.device, call)
+    taps = conv.kernel_height * conv.kernel_width if conv else 1
+    _launch(op, m, n, taps * channels, taps, x.device, call)
     return out

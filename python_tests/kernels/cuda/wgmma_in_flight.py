@@ -1,4 +1,4 @@
-"""What machine code does to the registers that products of a warpgroup still read."""
+"""What machine code does to the registers that wgmmas in flight still read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _after(opcode: str, operands: str, state: State) -> State:
 
 
 def overwritten_operands(text: str) -> set[str]:
-    """The instructions of a kernel that, on some way through it, write what a product under way reads."""
+    """The instructions of a kernel that, on some way through it, write what a wgmma in flight reads."""
     code = [(int(at, 16), predicate, opcode, rest) for at, predicate, opcode, rest in INSTRUCTION.findall(text)]
     place = {at: index for index, (at, *_) in enumerate(code)}
     found: set[str] = set()
@@ -49,8 +49,8 @@ def overwritten_operands(text: str) -> set[str]:
     while ways:
         index, state = ways.pop()
         at, predicate, opcode, operands = code[index]
-        under_way = state[1].union(*state[0])
-        if not opcode.startswith("IGMMA") and under_way.intersection(written(opcode, operands)):
+        in_flight = state[1].union(*state[0])
+        if not opcode.startswith("IGMMA") and in_flight.intersection(written(opcode, operands)):
             found.add(f"{at:04x} {opcode} {operands}")
         state = _after(opcode, operands, state)
         followers = []

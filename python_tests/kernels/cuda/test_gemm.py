@@ -1,4 +1,4 @@
-"""Every tile of the int8 products: exact integers, one rounding."""
+"""Every tile of the int8 GEMMs: exact integers, one rounding."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def tiles_of(op: str, kind: str = "") -> pytest.MarkDecorator:
 
 @pytest.fixture
 def tile(request: pytest.FixtureRequest, device: torch.device) -> Iterator[tiles.Tile]:
-    """A tile that every product of the test takes."""
+    """A tile that every GEMM of the test takes."""
     op, name = request.param
     found = [tile for tile in tiles.candidates(op, 64, 64, 64, device) if tile.name == name]
     if not found:
@@ -132,23 +132,19 @@ def enumerated(fields: list[tuple]) -> list[tuple]:
 
 
 @tiles_of("linear_w8a8")
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(17, 320, 168), (545, 144, 328), (1, 16, 8)])
-def test_linear_sums_are_exact(
-    device: torch.device, timing: None, tile: tiles.Tile, rows: int, depth: int, columns: int
-) -> None:
-    x, weight = random_int8(rows, depth), random_int8(columns, depth)
-    operands = on(device, x, ONE, weight, torch.ones(columns))
+@pytest.mark.parametrize(("m", "k", "n"), [(17, 320, 168), (545, 144, 328), (1, 16, 8)])
+def test_linear_sums_are_exact(device: torch.device, timing: None, tile: tiles.Tile, m: int, k: int, n: int) -> None:
+    x, weight = random_int8(m, k), random_int8(n, k)
+    operands = on(device, x, ONE, weight, torch.ones(n))
     out = cuda.linear_w8a8(*operands, None, None, torch.float32)
     assert torch.equal(out.cpu().long(), exact_linear(x, weight))
 
 
 @tiles_of("linear_w4a8")
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(17, 320, 168), (545, 160, 296), (1, 32, 8)])
-def test_int4_sums_are_exact(
-    device: torch.device, timing: None, tile: tiles.Tile, rows: int, depth: int, columns: int
-) -> None:
-    x, weight, multiplier = random_int8(rows, depth), random_int4(columns, depth), random_multiplier(columns, depth)
-    operands = on(device, x, ONE, pack_int4(weight), multiplier, torch.ones(columns))
+@pytest.mark.parametrize(("m", "k", "n"), [(17, 320, 168), (545, 160, 296), (1, 32, 8)])
+def test_int4_sums_are_exact(device: torch.device, timing: None, tile: tiles.Tile, m: int, k: int, n: int) -> None:
+    x, weight, multiplier = random_int8(m, k), random_int4(n, k), random_multiplier(n, k)
+    operands = on(device, x, ONE, pack_int4(weight), multiplier, torch.ones(n))
     out = cuda.linear_w4a8(*operands, None, None, torch.float32)
     assert torch.equal(out.cpu().long(), exact_linear(x, folded(weight, multiplier)))
 
@@ -181,9 +177,9 @@ def test_unit_vectors_read_every_int4_with_every_multiplier(device: torch.device
 @tiles_of("conv2d_w8a8")
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolution_sums_are_exact(device: torch.device, timing: None, tile: tiles.Tile, case: str) -> None:
-    shape, columns, geometry = CONVOLUTIONS[case]
-    x, weight = image(random_int8(*shape)), random_int8(columns, *geometry[0], shape[1])
-    operands = on(device, x, ONE, weight, torch.ones(columns))
+    shape, n, geometry = CONVOLUTIONS[case]
+    x, weight = image(random_int8(*shape)), random_int8(n, *geometry[0], shape[1])
+    operands = on(device, x, ONE, weight, torch.ones(n))
     out = cuda.conv2d_w8a8(*operands, None, None, None, *geometry, torch.float32)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(out.cpu().long(), exact_conv2d(x, weight, geometry))
@@ -191,9 +187,9 @@ def test_convolution_sums_are_exact(device: torch.device, timing: None, tile: ti
 
 @tiles_of("conv2d_w8a8")
 def test_convolution_of_an_enlarged_input(device: torch.device, tile: tiles.Tile) -> None:
-    shape, columns, geometry = UPSAMPLED
-    x, weight = image(random_int8(*shape)), random_int8(columns, *geometry[0], shape[1])
-    operands = on(device, x, ONE, weight, torch.ones(columns))
+    shape, n, geometry = UPSAMPLED
+    x, weight = image(random_int8(*shape)), random_int8(n, *geometry[0], shape[1])
+    operands = on(device, x, ONE, weight, torch.ones(n))
     call = lambda: cuda.conv2d_w8a8(*operands, None, None, None, *geometry, torch.float32)  # noqa: E731
     if tile.family == tiles.HOPPER:
         with pytest.raises(Unsupported, match="TMA does not enlarge its input"):
@@ -203,9 +199,9 @@ def test_convolution_of_an_enlarged_input(device: torch.device, tile: tiles.Tile
 
 
 def test_what_hopper_refuses_goes_to_a_tile_for_every_gpu(device: torch.device) -> None:
-    shape, columns, geometry = UPSAMPLED
-    x, weight = image(random_int8(*shape)), random_int8(columns, *geometry[0], shape[1])
-    operands = on(device, x, ONE, weight, torch.ones(columns))
+    shape, n, geometry = UPSAMPLED
+    x, weight = image(random_int8(*shape)), random_int8(n, *geometry[0], shape[1])
+    operands = on(device, x, ONE, weight, torch.ones(n))
     out = cuda.conv2d_w8a8(*operands, None, None, None, *geometry, torch.float32)
     assert torch.equal(out.cpu().long(), exact_conv2d(x, weight, geometry))
 
@@ -284,9 +280,9 @@ def test_nothing_is_launched_for_nothing(device: torch.device) -> None:
     weight, scale = random_int8(8, 32).to(device), torch.ones(8, device=device)
     none = torch.empty(0, 32, dtype=torch.int8, device=device)
     assert cuda.linear_w8a8(none, ONE.to(device), weight, scale, None, None, torch.float16).shape == (0, 8)
-    pictures = image(torch.empty(0, 32, 4, 4, dtype=torch.int8, device=device))
+    no_images = image(torch.empty(0, 32, 4, 4, dtype=torch.int8, device=device))
     geometry = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, 1)
     out = cuda.conv2d_w8a8(
-        pictures, ONE.to(device), weight.view(8, 1, 1, 32), scale, None, None, None, *geometry, torch.float16
+        no_images, ONE.to(device), weight.view(8, 1, 1, 32), scale, None, None, None, *geometry, torch.float16
     )
     assert out.shape == (0, 8, 4, 4)

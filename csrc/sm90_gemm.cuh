@@ -1,4 +1,4 @@
-// int8 products on wgmma for sm_90a: persistent blocks whose warpgroups have one task each.
+// int8 GEMMs on wgmma for sm_90a: persistent blocks whose warpgroups have one task each.
 //
 // One warp loads: the tensor memory accelerator brings the steps of one tile after the other into a ring in shared
 // memory. Two warpgroups multiply straight from there. Either each has tiles of its own, and one multiplies while the
@@ -11,7 +11,7 @@
 
 #include <ptx_sm90.cuh>
 
-#include "product.cuh"
+#include "gemm.cuh"
 #include "tensor_map.h"
 #include "tiles.h"
 
@@ -20,15 +20,15 @@ namespace ldmq::sm90 {
 constexpr int kWarpgroup = 128, kThreads = 3 * kWarpgroup, kAlignment = 1024;
 constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;  // of a thread: 504 for three, of 512
 
-template <Kind KIND, int A_ROWS, int B_ROWS, int DEPTH, int STAGES, bool COOPERATIVE, int CLUSTER>
+template <Kind KIND, int A_ROWS, int B_ROWS, int K, int STAGES, bool COOPERATIVE, int CLUSTER>
 struct Tile {
   static constexpr Kind kKind = KIND;
   static constexpr bool kInt4 = KIND == Kind::kLinearInt4, kCooperative = COOPERATIVE;
-  static constexpr int kARows = A_ROWS, kBRows = B_ROWS, kDepth = DEPTH, kStages = STAGES, kCluster = CLUSTER;
-  static constexpr int kRows = kInt4 ? B_ROWS : A_ROWS, kColumns = kInt4 ? A_ROWS : B_ROWS;  // of the output
+  static constexpr int kARows = A_ROWS, kBRows = B_ROWS, kK = K, kStages = STAGES, kCluster = CLUSTER;
+  static constexpr int kM = kInt4 ? B_ROWS : A_ROWS, kN = kInt4 ? A_ROWS : B_ROWS;  // of the output
   static constexpr int kGroupRows = COOPERATIVE ? A_ROWS / 2 : A_ROWS;                       // of a warpgroup
-  static constexpr int kARowBytes = kInt4 ? DEPTH / 2 : DEPTH;
-  static constexpr int kABytes = A_ROWS * kARowBytes, kBBytes = B_ROWS * DEPTH, kStageBytes = kABytes + kBBytes;
+  static constexpr int kARowBytes = kInt4 ? K / 2 : K;
+  static constexpr int kABytes = A_ROWS * kARowBytes, kBBytes = B_ROWS * K, kStageBytes = kABytes + kBBytes;
   static constexpr int kSharedBytes = STAGES * kStageBytes + (2 * STAGES + 2) * 8;
   static_assert(kGroupRows % 64 == 0 && B_ROWS % 32 == 0 && kABytes % kAlignment == 0);
   static_assert(kBBytes / CLUSTER % kAlignment == 0, "each part of operand b begins where a swizzle does");
@@ -38,9 +38,9 @@ struct Tile {
 struct Parameters {
   CUtensorMap a, b;
   const uint8_t* multiplier;
-  int depth, taps, groups, a_rows;
-  Order order;  // rows of tiles are those of a cluster
-  Pictures pictures;
+  int channels, taps, groups, a_rows;
+  TileScheduler scheduler;  // rows of tiles are those of a cluster
+  ConvShape conv;
   Epilogue epilogue;
 };
 
@@ -79,17 +79,17 @@ template <typename Tile>
 __device__ __forceinline__ void load_tiles(const Parameters& parameters, const Shared<Tile>& shared, int rank) {
   constexpr int kPart = Tile::kBRows / Tile::kCluster;  // of operand b, loaded by this block for all of its cluster
   const int cluster = static_cast<int>(blockIdx.x) / Tile::kCluster;
-  const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.order.count();
-  prefetch_map(&parameters.a);
-  prefetch_map(&parameters.b);
+  const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.scheduler.count();
+  prefetch_tensormap(&parameters.a);
+  prefetch_tensormap(&parameters.b);
   Ring<Tile::kStages> ring;
   for (int tile = cluster; tile < tiles; tile += clusters) {
     int a_tile, b_tile;
-    parameters.order.place(tile, a_tile, b_tile);
+    parameters.scheduler.coordinates(tile, a_tile, b_tile);
     const int a_row = (a_tile * Tile::kCluster + rank) * Tile::kARows, b_row = b_tile * Tile::kBRows + rank * kPart;
     int base_w = 0, base_h = 0, sample = 0;
     if constexpr (Tile::kKind == Kind::kConv2d) {
-      const Pictures& p = parameters.pictures;
+      const ConvShape& p = parameters.conv;
       const int row = a_row / p.out_width;
       sample = row / p.out_height;
       base_w = (a_row - row * p.out_width) * p.stride_width - p.pad_left;
@@ -98,26 +98,26 @@ __device__ __forceinline__ void load_tiles(const Parameters& parameters, const S
     for (int tap = 0; tap < parameters.taps; ++tap) {
       uint16_t tap_w = 0, tap_h = 0;
       if constexpr (Tile::kKind == Kind::kConv2d) {
-        const Pictures& p = parameters.pictures;
+        const ConvShape& p = parameters.conv;
         const int tap_y = tap / p.kernel_width, tap_x = tap - tap_y * p.kernel_width;
         tap_w = static_cast<uint16_t>(tap_x * p.dilation_width);
         tap_h = static_cast<uint16_t>(tap_y * p.dilation_height);
       }
-      for (int channel = 0; channel < parameters.depth; channel += Tile::kDepth) {
+      for (int channel = 0; channel < parameters.channels; channel += Tile::kK) {
         uint64_t* full = shared.full + ring.stage;
-        barrier_wait(shared.empty + ring.stage, ring.parity ^ 1u);
-        barrier_expect(full, Tile::kStageBytes);
+        mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1u);
+        mbarrier_arrive_expect_tx(full, Tile::kStageBytes);
         if constexpr (Tile::kKind == Kind::kConv2d) {
-          load_pixels(shared.a(ring.stage), &parameters.a, full, channel, base_w, base_h, sample, tap_w, tap_h);
+          tma_load_im2col(shared.a(ring.stage), &parameters.a, full, channel, base_w, base_h, sample, tap_w, tap_h);
         } else {
-          load_tile(shared.a(ring.stage), &parameters.a, full, Tile::kInt4 ? channel / 2 : channel, a_row);
+          tma_load_2d(shared.a(ring.stage), &parameters.a, full, Tile::kInt4 ? channel / 2 : channel, a_row);
         }
-        char* target = shared.b(ring.stage) + rank * kPart * Tile::kDepth;
-        const int b_column = tap * parameters.depth + channel;
+        char* target = shared.b(ring.stage) + rank * kPart * Tile::kK;
+        const int b_column = tap * parameters.channels + channel;
         if constexpr (Tile::kCluster > 1) {
-          load_tile_multicast(target, &parameters.b, full, b_column, b_row, (1 << Tile::kCluster) - 1);
+          tma_load_2d_multicast(target, &parameters.b, full, b_column, b_row, (1 << Tile::kCluster) - 1);
         } else {
-          load_tile(target, &parameters.b, full, b_column, b_row);
+          tma_load_2d(target, &parameters.b, full, b_column, b_row);
         }
         ring.advance(1);
       }
@@ -140,29 +140,29 @@ __device__ __forceinline__ void unpack_rows(uint32_t (&a)[4], const char* rows, 
   }
 }
 
-// The products of one step with an int8 operand a, issued and committed. `first_row` is of the warpgroup in the tile.
+// The wgmmas of one step with an int8 operand a, issued and committed. `first_row` is of the warpgroup in the tile.
 template <typename Tile, int BANDS>
 __device__ __forceinline__ void multiply_step(const Shared<Tile>& shared, int stage, int first_row, bool accumulate,
                                               int (&sum)[BANDS][Tile::kBRows / 2]) {
-  const uint64_t a = describe(shared.a(stage) + first_row * Tile::kDepth, Tile::kDepth);
-  const uint64_t b = describe(shared.b(stage), Tile::kDepth);
-  products_begin();
+  const uint64_t a = describe(shared.a(stage) + first_row * Tile::kK, Tile::kK);
+  const uint64_t b = describe(shared.b(stage), Tile::kK);
+  wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < Tile::kDepth / 32; ++k) {
+  for (int k = 0; k < Tile::kK / 32; ++k) {
 #pragma unroll
     for (int band = 0; band < BANDS; ++band) {
-      const auto row = static_cast<uint64_t>(band * 64 * Tile::kDepth >> 4), column = static_cast<uint64_t>(k * 2);
-      multiply_m64k32<Tile::kBRows>(sum[band], a + row + column, b + column, accumulate || k > 0);
+      const auto row = static_cast<uint64_t>(band * 64 * Tile::kK >> 4), column = static_cast<uint64_t>(k * 2);
+      wgmma_m64k32<Tile::kBRows>(sum[band], a + row + column, b + column, accumulate || k > 0);
     }
   }
-  commit_products();
+  wgmma_commit();
 }
 
 // The multipliers of one step that a lane needs: of its two rows of each band, and of each group of input channels.
-// What lies outside gets those of the last row and group: the products there are with zeros, or are not stored.
+// What lies outside gets those of the last row and group: they are multiplied by zeros, or are not stored.
 template <typename Tile, int BANDS>
 class Multipliers {
-  static constexpr int kGroups = Tile::kDepth / kGroup;
+  static constexpr int kGroups = Tile::kK / kGroup;
 
  public:
   uint32_t value[BANDS][kGroups][2];
@@ -192,18 +192,18 @@ class Multipliers {
 // The registers of operand a for one step.
 template <typename Tile, int BANDS>
 struct Unpacked {
-  uint32_t value[BANDS][Tile::kDepth / 32][4];
+  uint32_t value[BANDS][Tile::kK / 32][4];
 
   __device__ __forceinline__ void keep() {
 #pragma unroll
-    for (int i = 0; i < BANDS * (Tile::kDepth / 32); ++i) keep_registers(value[i % BANDS][i / BANDS]);
+    for (int i = 0; i < BANDS * (Tile::kK / 32); ++i) keep_registers(value[i % BANDS][i / BANDS]);
   }
 };
 
 template <typename Tile, int BANDS>
 __device__ __forceinline__ void unpack_step(const Shared<Tile>& shared, int stage, int first_row,
                                             const Multipliers<Tile, BANDS>& multipliers, Unpacked<Tile, BANDS>& a) {
-  constexpr int kSteps = Tile::kDepth / 32;
+  constexpr int kSteps = Tile::kK / 32;
   const int warp_row = first_row + static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16;
 #pragma unroll
   for (int band = 0; band < BANDS; ++band) {
@@ -215,22 +215,22 @@ __device__ __forceinline__ void unpack_step(const Shared<Tile>& shared, int stag
   }
 }
 
-// The same products as multiply_step, with an operand a in registers, which must stay as they are until it is done.
+// The same wgmmas as in multiply_step, with an operand a in registers, which must stay as they are until it is done.
 template <typename Tile, int BANDS>
 __device__ __forceinline__ void multiply_unpacked_step(const Shared<Tile>& shared, int stage, bool accumulate,
                                                        const Unpacked<Tile, BANDS>& a,
                                                        int (&sum)[BANDS][Tile::kBRows / 2]) {
-  constexpr int kSteps = Tile::kDepth / 32;
-  const uint64_t b = describe(shared.b(stage), Tile::kDepth);
-  products_begin();
+  constexpr int kSteps = Tile::kK / 32;
+  const uint64_t b = describe(shared.b(stage), Tile::kK);
+  wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
     for (int band = 0; band < BANDS; ++band) {
-      multiply_m64k32<Tile::kBRows>(sum[band], a.value[band][k], b + static_cast<uint64_t>(k * 2), accumulate || k > 0);
+      wgmma_m64k32<Tile::kBRows>(sum[band], a.value[band][k], b + static_cast<uint64_t>(k * 2), accumulate || k > 0);
     }
   }
-  commit_products();
+  wgmma_commit();
 }
 
 // One warpgroup: multiplies and stores the tiles, or the rows of tiles, that are its own.
@@ -239,12 +239,12 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
                                                int group) {
   constexpr int kBands = Tile::kGroupRows / 64;
   const int cluster = static_cast<int>(blockIdx.x) / Tile::kCluster;
-  const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.order.count();
-  const int steps_of_tap = (parameters.depth + Tile::kDepth - 1) / Tile::kDepth, steps = steps_of_tap * parameters.taps;
+  const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.scheduler.count();
+  const int steps_of_tap = (parameters.channels + Tile::kK - 1) / Tile::kK, steps = steps_of_tap * parameters.taps;
   const int warp_row = static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16;
   const int group_row = Tile::kCooperative ? group * Tile::kGroupRows : 0;
   const auto release = [&](int stage) {  // to all blocks that load into it
-    if (threadIdx.x % kWarpgroup < Tile::kCluster) barrier_arrive(shared.empty + stage, threadIdx.x % kWarpgroup);
+    if (threadIdx.x % kWarpgroup < Tile::kCluster) mbarrier_arrive(shared.empty + stage, threadIdx.x % kWarpgroup);
   };
   Ring<Tile::kStages> ring;
   int round = 0;
@@ -254,15 +254,15 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
       continue;
     }
     int a_tile, b_tile;
-    parameters.order.place(tile, a_tile, b_tile);
+    parameters.scheduler.coordinates(tile, a_tile, b_tile);
     const int a_row = (a_tile * Tile::kCluster + rank) * Tile::kARows;
-    // A barrier tells one phase from the next alone: whose turn it is not yet would take an old phase for its own.
-    if (!Tile::kCooperative) barrier_wait(shared.turn + group, static_cast<uint32_t>(round / 2 + group + 1) & 1u);
+    // An mbarrier tells one phase from the next alone: whose turn it is not yet would take an old phase for its own.
+    if (!Tile::kCooperative) mbarrier_wait(shared.turn + group, static_cast<uint32_t>(round / 2 + group + 1) & 1u);
     int sum[kBands][Tile::kBRows / 2];
-    [[maybe_unused]] Unpacked<Tile, kBands> even, odd;  // products read one of them while the other is written
+    [[maybe_unused]] Unpacked<Tile, kBands> even, odd;  // wgmmas read one of them while the other is written
     int before = 0;
-    const auto end_step = [&](int step) {  // while its products are under way, those of the step before are done
-      wait_products<1>();
+    const auto end_step = [&](int step) {  // while its wgmmas are in flight, those of the step before are done
+      wgmma_wait<1>();
       if (step > 0) release(before);
       before = ring.stage;
       ring.advance(1);
@@ -271,7 +271,7 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
       const int lane_row = a_row + group_row + warp_row + static_cast<int>(threadIdx.x) % 32 / 4;
       Multipliers<Tile, kBands> multipliers(parameters, lane_row);
       const auto make_step = [&](int step, Unpacked<Tile, kBands>& a, Unpacked<Tile, kBands>& a_before) {
-        barrier_wait(shared.full + ring.stage, ring.parity);
+        mbarrier_wait(shared.full + ring.stage, ring.parity);
         unpack_step(shared, ring.stage, group_row, multipliers, a);
         multipliers.load(step + 1);
         multiply_unpacked_step(shared, ring.stage, step > 0, a, sum);
@@ -287,14 +287,14 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
       }
     } else {
       for (int step = 0; step < steps; ++step) {
-        barrier_wait(shared.full + ring.stage, ring.parity);
+        mbarrier_wait(shared.full + ring.stage, ring.parity);
         multiply_step<Tile, kBands>(shared, ring.stage, group_row, step > 0, sum);
         end_step(step);
       }
     }
     // Of every warp, so that none is still before its turn when the next one begins.
-    if (!Tile::kCooperative && threadIdx.x % 32 == 0) barrier_arrive(shared.turn + 1 - group, rank);
-    wait_products<0>();
+    if (!Tile::kCooperative && threadIdx.x % 32 == 0) mbarrier_arrive(shared.turn + 1 - group, rank);
+    wgmma_wait<0>();
     if constexpr (Tile::kInt4) {
       even.keep();
       odd.keep();
@@ -315,17 +315,17 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
 }
 
 template <typename Tile, typename Out>
-__global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_constant__ Parameters parameters) {
+__global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ Parameters parameters) {
   const Shared<Tile> shared;
   const int rank = Tile::kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
-      barrier_init(shared.full + stage, 1);
-      barrier_init(shared.empty + stage, (Tile::kCooperative ? 2 : 1) * Tile::kCluster);
+      mbarrier_init(shared.full + stage, 1);
+      mbarrier_init(shared.empty + stage, (Tile::kCooperative ? 2 : 1) * Tile::kCluster);
     }
-    barrier_init(shared.turn, kWarpgroup / 32);
-    barrier_init(shared.turn + 1, kWarpgroup / 32);
-    barrier_init_fence();
+    mbarrier_init(shared.turn, kWarpgroup / 32);
+    mbarrier_init(shared.turn + 1, kWarpgroup / 32);
+    fence_mbarrier_init();
   }
   if constexpr (Tile::kCluster > 1) {
     cluster_meet();
@@ -334,13 +334,13 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_const
   }
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup == 0) {
-    give_registers<kLoadRegisters>();
+    setmaxnreg_dec<kLoadRegisters>();
     if (threadIdx.x == 0) load_tiles(parameters, shared, rank);
   } else {
-    take_registers<kMultiplyRegisters>();
+    setmaxnreg_inc<kMultiplyRegisters>();
     multiply_tiles<Tile, Out>(parameters, shared, rank, warpgroup - 1);
   }
-  // a block stays until nobody loads into it or arrives at its barriers any more
+  // a block stays until nobody loads into it or arrives at its mbarriers any more
   if constexpr (Tile::kCluster > 1) {
     __syncwarp();
     cluster_sync();
@@ -348,50 +348,50 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_const
 }
 
 template <typename Tile>
-int run(const ldmq_product& product, void* stream) {
+int run(const ldmq_gemm& gemm, void* stream) {
   Parameters parameters = {};
-  const int taps = taps_of(product);
+  const int taps = taps_of(gemm);
   cudaError_t error;
   if constexpr (Tile::kInt4) {
-    error = encode_matrix(&parameters.a, product.weight, product.columns, product.depth / 2, Tile::kARows,
+    error = encode_tiled(&parameters.a, gemm.weight, gemm.n, gemm.channels / 2, Tile::kARows,
                           Tile::kARowBytes);
   } else if constexpr (Tile::kKind == Kind::kConv2d) {
-    error = encode_pictures(&parameters.a, product, Tile::kARows, Tile::kDepth);
+    error = encode_im2col(&parameters.a, gemm, Tile::kARows, Tile::kK);
   } else {
-    error = encode_matrix(&parameters.a, product.x, product.rows, product.depth, Tile::kARows, Tile::kDepth);
+    error = encode_tiled(&parameters.a, gemm.x, gemm.m, gemm.channels, Tile::kARows, Tile::kK);
   }
   if (error != cudaSuccess) return error;
-  const void* b = Tile::kInt4 ? static_cast<const void*>(product.x) : product.weight;
-  const int64_t a_rows = Tile::kInt4 ? product.columns : product.rows;
-  const int64_t b_rows = Tile::kInt4 ? product.rows : product.columns;
-  error = encode_matrix(&parameters.b, b, b_rows, taps * product.depth, Tile::kBRows / Tile::kCluster, Tile::kDepth);
+  const void* b = Tile::kInt4 ? static_cast<const void*>(gemm.x) : gemm.weight;
+  const int64_t a_rows = Tile::kInt4 ? gemm.n : gemm.m;
+  const int64_t b_rows = Tile::kInt4 ? gemm.m : gemm.n;
+  error = encode_tiled(&parameters.b, b, b_rows, taps * gemm.channels, Tile::kBRows / Tile::kCluster, Tile::kK);
   if (error != cudaSuccess) return error;
-  parameters.multiplier = product.multiplier;
-  parameters.depth = static_cast<int>(product.depth);
+  parameters.multiplier = gemm.multiplier;
+  parameters.channels = static_cast<int>(gemm.channels);
   parameters.taps = taps;
-  parameters.groups = static_cast<int>(ceil_div(product.depth, kGroup));
+  parameters.groups = static_cast<int>(ceil_div(gemm.channels, kGroup));
   parameters.a_rows = static_cast<int>(a_rows);
-  parameters.order = {static_cast<int>(ceil_div(a_rows, Tile::kARows * Tile::kCluster)),
-                      static_cast<int>(ceil_div(b_rows, Tile::kBRows))};
-  parameters.pictures = pictures_of(product);
-  parameters.epilogue = epilogue_of(product);
+  parameters.scheduler = {static_cast<int>(ceil_div(a_rows, Tile::kARows * Tile::kCluster)),
+                          static_cast<int>(ceil_div(b_rows, Tile::kBRows))};
+  parameters.conv = conv_shape_of(gemm);
+  parameters.epilogue = epilogue_of(gemm);
   int device = 0, multiprocessors = 0;
   error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return error;
-  const int clusters = std::max(1, std::min(parameters.order.count(), multiprocessors / Tile::kCluster));
+  const int clusters = std::max(1, std::min(parameters.scheduler.count(), multiprocessors / Tile::kCluster));
   const Shape shape = {dim3(static_cast<unsigned>(clusters * Tile::kCluster)), kThreads, Tile::kSharedBytes,
                        Tile::kCluster};
-  return with_out_type(product.out_dtype, [&](auto out) {
-    return launch(product_kernel<Tile, decltype(out)>, shape, stream, parameters);
+  return with_out_type(gemm.out_dtype, [&](auto out) {
+    return launch(gemm_kernel<Tile, decltype(out)>, shape, stream, parameters);
   });
 }
 
 template <typename Tile>
 CompiledTile compiled(const char* op) {
-  return {{op, 90, Tile::kRows, Tile::kColumns, Tile::kDepth, Tile::kStages, Tile::kCluster, Tile::kCooperative},
+  return {{op, 90, Tile::kM, Tile::kN, Tile::kK, Tile::kStages, Tile::kCluster, Tile::kCooperative},
           run<Tile>};
 }
 

@@ -1,4 +1,4 @@
-// A product as the kernels see it: what the host prepares once for every tile.
+// A GEMM as the kernels see it: what the host prepares once for every tile.
 #pragma once
 
 #include "epilogue.cuh"
@@ -10,33 +10,33 @@ constexpr int kGroup = 64;  // input channels that share a multiplier of an int4
 
 enum class Kind { kLinear, kConv2d, kLinearInt4 };
 
-// Where the pixels of a convolution are.
-struct Pictures {
+// The shape of a convolution: of its images, kernel and output.
+struct ConvShape {
   int height, width, out_height, out_width;
   int kernel_width, stride_height, stride_width, dilation_height, dilation_width, pad_top, pad_left, upsample;
 };
 
-inline Epilogue epilogue_of(const ldmq_product& product) {
+inline Epilogue epilogue_of(const ldmq_gemm& gemm) {
   Epilogue epilogue = {};
-  epilogue.x_scale = product.x_scale;
-  epilogue.weight_scale = product.weight_scale;
-  epilogue.bias = product.bias;
-  epilogue.sample_bias = product.sample_bias;
-  epilogue.residual = product.residual;
-  epilogue.out_inv_scale = product.out_inv_scale;
-  epilogue.out_inv_scale_step = product.out_inv_scale_count == 1 ? 0 : 1;
-  epilogue.out = product.out;
-  epilogue.rows = static_cast<int>(product.rows);
-  epilogue.columns = static_cast<int>(product.columns);
-  epilogue.scale_rows = static_cast<int>(product.scale_rows);
-  epilogue.sample_rows = static_cast<int>(product.samples > 0 ? product.rows / product.samples : product.rows);
+  epilogue.x_scale = gemm.x_scale;
+  epilogue.weight_scale = gemm.weight_scale;
+  epilogue.bias = gemm.bias;
+  epilogue.sample_bias = gemm.sample_bias;
+  epilogue.residual = gemm.residual;
+  epilogue.out_inv_scale = gemm.out_inv_scale;
+  epilogue.out_inv_scale_step = gemm.out_inv_scale_count == 1 ? 0 : 1;
+  epilogue.out = gemm.out;
+  epilogue.m = static_cast<int>(gemm.m);
+  epilogue.n = static_cast<int>(gemm.n);
+  epilogue.scale_rows = static_cast<int>(gemm.scale_rows);
+  epilogue.sample_rows = static_cast<int>(gemm.samples > 0 ? gemm.m / gemm.samples : gemm.m);
   return epilogue;
 }
 
-inline Pictures pictures_of(const ldmq_product& product) {
-  return {static_cast<int>(product.height), static_cast<int>(product.width), static_cast<int>(product.out_height),
-          static_cast<int>(product.out_width), product.kernel_width, product.stride_height, product.stride_width,
-          product.dilation_height, product.dilation_width, product.pad_top, product.pad_left, product.upsample};
+inline ConvShape conv_shape_of(const ldmq_gemm& gemm) {
+  return {static_cast<int>(gemm.height), static_cast<int>(gemm.width), static_cast<int>(gemm.out_height),
+          static_cast<int>(gemm.out_width), gemm.kernel_width, gemm.stride_height, gemm.stride_width,
+          gemm.dilation_height, gemm.dilation_width, gemm.pad_top, gemm.pad_left, gemm.upsample};
 }
 
 // Calls `body` with a value of the type that is stored.
@@ -55,23 +55,23 @@ int with_out_type(ldmq_dtype dtype, Body body) {
   return cudaErrorInvalidValue;
 }
 
-inline int taps_of(const ldmq_product& product) {
-  return product.kernel_height > 0 ? product.kernel_height * product.kernel_width : 1;
+inline int taps_of(const ldmq_gemm& gemm) {
+  return gemm.kernel_height > 0 ? gemm.kernel_height * gemm.kernel_width : 1;
 }
 
 // Tiles in the order that keeps what neighbours share in the second-level cache: bands of a few rows of tiles, and
 // within a band column after column.
-struct Order {
-  int tile_rows, tile_columns;
+struct TileScheduler {
+  int tiles_m, tiles_n;
 
-  __device__ __forceinline__ void place(int tile, int& tile_row, int& tile_column) const {
+  __device__ __forceinline__ void coordinates(int tile, int& tile_m, int& tile_n) const {
     constexpr int kBand = 8;
-    const int band = tile / (kBand * tile_columns), in_band = tile - band * kBand * tile_columns;
-    const int height = min(kBand, tile_rows - band * kBand);
-    tile_row = band * kBand + in_band % height;
-    tile_column = in_band / height;
+    const int band = tile / (kBand * tiles_n), in_band = tile - band * kBand * tiles_n;
+    const int height = min(kBand, tiles_m - band * kBand);
+    tile_m = band * kBand + in_band % height;
+    tile_n = in_band / height;
   }
-  __host__ __device__ int count() const { return tile_rows * tile_columns; }
+  __host__ __device__ int count() const { return tiles_m * tiles_n; }
 };
 
 // Four int4 in -7..7, with 7 added to each, in four bytes, times a multiplier of 1 to 18: four int8.

@@ -1,4 +1,4 @@
-"""Calls of the int8 products: refusals that say why, errors in the driver's words, and what a launch needs."""
+"""Calls of the int8 GEMMs: refusals that say why, errors in the driver's words, and what a launch needs."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def hopper(device: torch.device) -> Iterator[None]:
 
 
 def linear(x: Tensor, weight: Tensor, **changes: object) -> object:
-    columns = weight.shape[0]
+    n = weight.shape[0]
     arguments = {
         "x_scale": torch.ones(1),
-        "weight_scale": torch.ones(columns),
+        "weight_scale": torch.ones(n),
         "bias": None,
         "residual": None,
         "out_dtype": torch.float16,
@@ -55,8 +55,8 @@ def linear(x: Tensor, weight: Tensor, **changes: object) -> object:
 @pytest.mark.parametrize(
     ("call", "why"),
     [
-        (lambda i: linear(i(4, 20), i(8, 20)), "depth=20.: input channels must be a multiple of 16"),
-        (lambda i: linear(i(4, 32), i(12, 32)), "columns=12.*output channels must be a multiple of 8"),
+        (lambda i: linear(i(4, 20), i(8, 20)), "channels=20.: input channels must be a multiple of 16"),
+        (lambda i: linear(i(4, 32), i(12, 32)), "n=12.*output channels must be a multiple of 8"),
         (lambda i: linear(i(4, 32)[:, 1:], i(8, 31)), "input channels"),
         (lambda i: linear(i(65)[1:].view(2, 32), i(8, 32)), "must begin at a multiple of 16 bytes"),
         (
@@ -126,13 +126,13 @@ def test_a_thread_without_a_context_gets_one(device: torch.device, hopper: None)
     x, weight = random_int8(4, 32), random_int8(8, 32)
     operands = [operand.to(device) for operand in (x, ONE, weight, torch.ones(8))]
 
-    def product() -> Tensor:
+    def gemm() -> Tensor:
         if device.type == "cpu":
             extension.binding().set_device(1)
         return cuda.linear_w8a8(*operands, None, None, torch.float32)
 
     with ThreadPoolExecutor(1) as pool:
-        out = pool.submit(copy_context().run, product).result()  # with the tile that is forced
+        out = pool.submit(copy_context().run, gemm).result()  # with the tile that is forced
     assert torch.equal(out.cpu().long(), exact_linear(x, weight))
 
 

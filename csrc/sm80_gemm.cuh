@@ -1,39 +1,39 @@
-// int8 products on mma.sync, for every GPU from sm_80 on.
+// int8 GEMMs on mma.sync, for every GPU from sm_80 on.
 //
 // A block makes one tile of the output. cp.async brings its operands into a ring of STAGES steps of 64 input channels,
-// with zeros for what lies outside: the padding of a convolution, and rows, columns and channels beyond the end. Each
-// warp reads its rows of x and its columns of the weight by ldmatrix, and multiplies. An int4 weight stays packed in
-// shared memory, and becomes int8 in registers.
+// with zeros for what lies outside: the padding of a convolution, and what is beyond m, n and k. Each warp
+// reads its rows of x and of the weight by ldmatrix, and multiplies. An int4 weight stays packed in shared memory, and
+// becomes int8 in registers.
 #pragma once
 
 #include <ptx_sm80.cuh>
 
-#include "product.cuh"
+#include "gemm.cuh"
 #include "tiles.h"
 
 namespace ldmq::sm80 {
 
-constexpr int kDepth = 64, kChunk = 16;  // bytes of a step, and of a copy
+constexpr int kK = 64, kChunk = 16;  // bytes of a step, and of a copy
 
-template <Kind KIND, int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS, int STAGES>
+template <Kind KIND, int M, int N, int WARP_M, int WARP_N, int STAGES>
 struct Tile {
   static constexpr Kind kKind = KIND;
-  static constexpr int kRows = ROWS, kColumns = COLUMNS, kStages = STAGES;
-  static constexpr int kWarpRows = WARP_ROWS, kWarpColumns = WARP_COLUMNS;
-  static constexpr int kWarpsAlong = ROWS / WARP_ROWS, kThreads = 32 * kWarpsAlong * (COLUMNS / WARP_COLUMNS);
-  static constexpr int kWeightBytes = KIND == Kind::kLinearInt4 ? kDepth / 2 : kDepth;  // of a column and step
-  static constexpr int kStageBytes = ROWS * kDepth + COLUMNS * kWeightBytes;
+  static constexpr int kM = M, kN = N, kStages = STAGES;
+  static constexpr int kWarpM = WARP_M, kWarpN = WARP_N;
+  static constexpr int kWarpsM = M / WARP_M, kThreads = 32 * kWarpsM * (N / WARP_N);
+  static constexpr int kWeightBytes = KIND == Kind::kLinearInt4 ? kK / 2 : kK;  // of a column and step
+  static constexpr int kStageBytes = M * kK + N * kWeightBytes;
   static constexpr int kSharedBytes = STAGES * kStageBytes;
-  static_assert(WARP_ROWS % 16 == 0 && WARP_COLUMNS % 32 == 0, "a warp has whole runs of the epilogue");
+  static_assert(WARP_M % 16 == 0 && WARP_N % 32 == 0, "a warp has whole runs of the epilogue");
 };
 
 struct Parameters {
   const int8_t* x;
   const uint8_t* weight;
   const uint8_t* multiplier;
-  int depth, taps, groups;
-  Order order;
-  Pictures pictures;
+  int channels, taps, groups;
+  TileScheduler scheduler;
+  ConvShape conv;
   Epilogue epilogue;
 };
 
@@ -43,16 +43,16 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) {
   return ROW_BYTES == 64 ? row * 64 + (chunk ^ (row >> 1 & 3)) * kChunk : row * 32 + (chunk ^ (row >> 2 & 1)) * kChunk;
 }
 
-// A step of the product: a tap, and some of its input channels.
+// A step of the main loop: a tap, and some of its input channels.
 struct Step {
   int tap = 0, tap_y = 0, tap_x = 0, channel = 0;
 
   __device__ __forceinline__ void advance(const Parameters& parameters) {
-    channel += kDepth;
-    if (channel < parameters.depth) return;
+    channel += kK;
+    if (channel < parameters.channels) return;
     channel = 0;
     ++tap;
-    if (++tap_x < parameters.pictures.kernel_width) return;
+    if (++tap_x < parameters.conv.kernel_width) return;
     tap_x = 0;
     ++tap_y;
   }
@@ -60,27 +60,27 @@ struct Step {
 
 // What a thread copies of x in every step: a chunk of each of a few rows.
 template <typename Tile>
-class RowCopies {
-  static constexpr int kChunks = kDepth / kChunk;
-  static constexpr int kCount = (Tile::kRows * kChunks + Tile::kThreads - 1) / Tile::kThreads;
+class ActivationCopies {
+  static constexpr int kChunks = kK / kChunk;
+  static constexpr int kCount = (Tile::kM * kChunks + Tile::kThreads - 1) / Tile::kThreads;
 
  public:
-  __device__ __forceinline__ RowCopies(const Parameters& parameters, int first_row) {
+  __device__ __forceinline__ ActivationCopies(const Parameters& parameters, int first_row) {
     const int thread = static_cast<int>(threadIdx.x);
     chunk_ = thread % kChunks;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int row = (thread + i * Tile::kThreads) / kChunks, at = first_row + row;
-      valid_[i] = row < Tile::kRows && at < parameters.epilogue.rows;
+      valid_[i] = row < Tile::kM && at < parameters.epilogue.m;
       if constexpr (Tile::kKind == Kind::kConv2d) {
-        const Pictures& p = parameters.pictures;
+        const ConvShape& p = parameters.conv;
         const int sample = at / (p.out_height * p.out_width), pixel = at - sample * (p.out_height * p.out_width);
         const int out_y = pixel / p.out_width;
         y_[i] = out_y * p.stride_height - p.pad_top;
         x_[i] = (pixel - out_y * p.out_width) * p.stride_width - p.pad_left;
-        base_[i] = static_cast<int64_t>(sample) * p.height * p.width * parameters.depth;
+        base_[i] = static_cast<int64_t>(sample) * p.height * p.width * parameters.channels;
       } else {
-        base_[i] = static_cast<int64_t>(at) * parameters.depth;
+        base_[i] = static_cast<int64_t>(at) * parameters.channels;
       }
     }
   }
@@ -90,17 +90,17 @@ class RowCopies {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int row = (static_cast<int>(threadIdx.x) + i * Tile::kThreads) / kChunks;
-      if (row >= Tile::kRows) continue;
-      bool valid = valid_[i] && offset < parameters.depth;
+      if (row >= Tile::kM) continue;
+      bool valid = valid_[i] && offset < parameters.channels;
       int64_t at = base_[i] + offset;
       if constexpr (Tile::kKind == Kind::kConv2d) {
-        const Pictures& p = parameters.pictures;
+        const ConvShape& p = parameters.conv;
         const int y = y_[i] + step.tap_y * p.dilation_height, x = x_[i] + step.tap_x * p.dilation_width;
         valid = valid && y >= 0 && x >= 0 && y < p.height * p.upsample && x < p.width * p.upsample;
         const int source_y = p.upsample == 2 ? y >> 1 : y, source_x = p.upsample == 2 ? x >> 1 : x;
-        at += (static_cast<int64_t>(source_y) * p.width + source_x) * parameters.depth;
+        at += (static_cast<int64_t>(source_y) * p.width + source_x) * parameters.channels;
       }
-      copy_async_16(target + chunk_at<kDepth>(row, chunk_), parameters.x + (valid ? at : 0), valid);
+      cp_async_16(target + chunk_at<kK>(row, chunk_), parameters.x + (valid ? at : 0), valid);
     }
   }
 
@@ -111,21 +111,21 @@ class RowCopies {
   int y_[kCount], x_[kCount];
 };
 
-// The same of the weight, whose rows are columns of the output.
+// The same of the weight, whose rows are the output's columns.
 template <typename Tile>
-class ColumnCopies {
+class WeightCopies {
   static constexpr int kChunks = Tile::kWeightBytes / kChunk, kPacked = Tile::kKind == Kind::kLinearInt4 ? 2 : 1;
   static constexpr int kColumnStep = Tile::kThreads / kChunks;
-  static constexpr int kCount = (Tile::kColumns + kColumnStep - 1) / kColumnStep;
+  static constexpr int kCount = (Tile::kN + kColumnStep - 1) / kColumnStep;
   static_assert(Tile::kThreads % kChunks == 0, "a thread has the same chunk of all its columns");
 
  public:
-  __device__ __forceinline__ ColumnCopies(const Parameters& parameters, int first_column) {
+  __device__ __forceinline__ WeightCopies(const Parameters& parameters, int first_column) {
     const int thread = static_cast<int>(threadIdx.x);
     column_ = thread / kChunks;
     chunk_ = thread % kChunks;
-    row_bytes_ = parameters.depth / kPacked;
-    left_ = parameters.epilogue.columns - first_column;
+    row_bytes_ = parameters.channels / kPacked;
+    left_ = parameters.epilogue.n - first_column;
     const int64_t column_bytes = static_cast<int64_t>(parameters.taps) * row_bytes_;
     from_ = parameters.weight + (first_column + column_) * column_bytes + chunk_ * kChunk;
     step_bytes_ = kColumnStep * column_bytes;
@@ -138,10 +138,10 @@ class ColumnCopies {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int column = column_ + i * kColumnStep;
-      if (Tile::kColumns % kColumnStep != 0 && column >= Tile::kColumns) continue;
+      if (Tile::kN % kColumnStep != 0 && column >= Tile::kN) continue;
       const bool valid = inside && column < left_;
-      copy_async_16(target + chunk_at<Tile::kWeightBytes>(column, chunk_),
-                    valid ? from + i * step_bytes_ : parameters.weight, valid);
+      cp_async_16(target + chunk_at<Tile::kWeightBytes>(column, chunk_),
+                  valid ? from + i * step_bytes_ : parameters.weight, valid);
     }
   }
 
@@ -153,7 +153,7 @@ class ColumnCopies {
 
 // The registers of 32 columns of the weight for one half of a step, as operand b: two of every eight columns.
 template <typename Tile>
-__device__ __forceinline__ void load_columns(uint32_t (&b)[4][2], const char* columns, int first, int half,
+__device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], const char* columns, int first, int half,
                                              const uint32_t (&multiplier)[4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
@@ -165,54 +165,54 @@ __device__ __forceinline__ void load_columns(uint32_t (&b)[4][2], const char* co
     } else if (block % 2 == 0) {
       uint32_t value[4];
       const int column = first + block * 8 + lane / 16 * 8 + lane % 8;
-      load_matrices(value, columns + chunk_at<64>(column, half * 2 + lane / 8 % 2));
+      ldmatrix_x4(value, columns + chunk_at<64>(column, half * 2 + lane / 8 % 2));
       b[block][0] = value[0], b[block][1] = value[1], b[block + 1][0] = value[2], b[block + 1][1] = value[3];
     }
   }
 }
 
 template <typename Tile, typename Out>
-__global__ void __launch_bounds__(Tile::kThreads) product_kernel(const __grid_constant__ Parameters parameters) {
-  constexpr int kBands = Tile::kWarpRows / 16, kRuns = Tile::kWarpColumns / 32;
+__global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_constant__ Parameters parameters) {
+  constexpr int kBands = Tile::kWarpM / 16, kRuns = Tile::kWarpN / 32;
   char* shared = shared_memory();
-  int tile_row, tile_column;
-  parameters.order.place(static_cast<int>(blockIdx.x), tile_row, tile_column);
+  int tile_m, tile_n;
+  parameters.scheduler.coordinates(static_cast<int>(blockIdx.x), tile_m, tile_n);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int row_in_tile = warp % Tile::kWarpsAlong * Tile::kWarpRows;
-  const int column_in_tile = warp / Tile::kWarpsAlong * Tile::kWarpColumns;
-  const int first_row = tile_row * Tile::kRows, first_column = tile_column * Tile::kColumns;
+  const int warp_m = warp % Tile::kWarpsM * Tile::kWarpM;
+  const int warp_n = warp / Tile::kWarpsM * Tile::kWarpN;
+  const int first_row = tile_m * Tile::kM, first_column = tile_n * Tile::kN;
 
-  const RowCopies<Tile> rows(parameters, first_row);
-  const ColumnCopies<Tile> weights(parameters, first_column);
-  const int steps_of_tap = (parameters.depth + kDepth - 1) / kDepth, steps = steps_of_tap * parameters.taps;
+  const ActivationCopies<Tile> rows(parameters, first_row);
+  const WeightCopies<Tile> weights(parameters, first_column);
+  const int steps_of_tap = (parameters.channels + kK - 1) / kK, steps = steps_of_tap * parameters.taps;
   int next = 0;
   Step next_step;
   const auto start_next = [&] {
     if (next < steps) {
       char* stage = shared + next % Tile::kStages * Tile::kStageBytes;
       rows.start(parameters, stage, next_step);
-      weights.start(parameters, stage + Tile::kRows * kDepth, next_step);
+      weights.start(parameters, stage + Tile::kM * kK, next_step);
       next_step.advance(parameters);
     }
     ++next;
-    commit_copies();
+    cp_async_commit();
   };
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) start_next();
 
   int sum[kBands][kRuns * 4][4] = {};
   for (int step = 0; step < steps; ++step) {
-    wait_copies<Tile::kStages - 2>();
+    cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // this step is there for all, and all are done with the one before, which is now filled anew
     start_next();
     const char* x = shared + step % Tile::kStages * Tile::kStageBytes;
-    const char* columns = x + Tile::kRows * kDepth;
+    const char* columns = x + Tile::kM * kK;
     uint32_t multiplier[kRuns][4] = {};
     if constexpr (Tile::kKind == Kind::kLinearInt4) {  // a step is one group
 #pragma unroll
       for (int block = 0; block < kRuns * 4; ++block) {
-        const int column = first_column + column_in_tile + block * 8 + lane / 4;
-        if (column < parameters.epilogue.columns) {
+        const int column = first_column + warp_n + block * 8 + lane / 4;
+        if (column < parameters.epilogue.n) {
           multiplier[block / 4][block % 4] =
               __ldg(parameters.multiplier + static_cast<int64_t>(column) * parameters.groups + step);
         }
@@ -223,52 +223,52 @@ __global__ void __launch_bounds__(Tile::kThreads) product_kernel(const __grid_co
       uint32_t a[kBands][4];
 #pragma unroll
       for (int band = 0; band < kBands; ++band) {
-        load_matrices(a[band], x + chunk_at<64>(row_in_tile + band * 16 + lane % 16, half * 2 + lane / 16));
+        ldmatrix_x4(a[band], x + chunk_at<64>(warp_m + band * 16 + lane % 16, half * 2 + lane / 16));
       }
 #pragma unroll
       for (int run = 0; run < kRuns; ++run) {
         uint32_t b[4][2];
-        load_columns<Tile>(b, columns, column_in_tile + run * 32, half, multiplier[run]);
+        load_weights<Tile>(b, columns, warp_n + run * 32, half, multiplier[run]);
 #pragma unroll
         for (int band = 0; band < kBands; ++band) {
 #pragma unroll
           for (int block = 0; block < 4; ++block) {
-            multiply_m16n8k32(sum[band][run * 4 + block], a[band], b[block][0], b[block][1]);
+            mma_m16n8k32(sum[band][run * 4 + block], a[band], b[block][0], b[block][1]);
           }
         }
       }
     }
   }
-  wait_copies<0>();
+  cp_async_wait<0>();
 #pragma unroll
   for (int band = 0; band < kBands; ++band) {
-    finish_rows<Out, kRuns * 4>(parameters.epilogue, first_row + row_in_tile + band * 16, first_column + column_in_tile,
+    finish_rows<Out, kRuns * 4>(parameters.epilogue, first_row + warp_m + band * 16, first_column + warp_n,
                            [&](int i) { return sum[band][i / 4][i % 4]; });
   }
 }
 
 template <typename Tile>
-int run(const ldmq_product& product, void* stream) {
+int run(const ldmq_gemm& gemm, void* stream) {
   Parameters parameters = {};
-  parameters.x = product.x;
-  parameters.weight = static_cast<const uint8_t*>(product.weight);
-  parameters.multiplier = product.multiplier;
-  parameters.depth = static_cast<int>(product.depth);
-  parameters.taps = taps_of(product);
-  parameters.groups = static_cast<int>(ceil_div(product.depth, kGroup));
-  parameters.order = {static_cast<int>(ceil_div(product.rows, Tile::kRows)),
-                      static_cast<int>(ceil_div(product.columns, Tile::kColumns))};
-  parameters.pictures = pictures_of(product);
-  parameters.epilogue = epilogue_of(product);
-  const Shape shape = {dim3(static_cast<unsigned>(parameters.order.count())), Tile::kThreads, Tile::kSharedBytes};
-  return with_out_type(product.out_dtype, [&](auto out) {
-    return launch(product_kernel<Tile, decltype(out)>, shape, stream, parameters);
+  parameters.x = gemm.x;
+  parameters.weight = static_cast<const uint8_t*>(gemm.weight);
+  parameters.multiplier = gemm.multiplier;
+  parameters.channels = static_cast<int>(gemm.channels);
+  parameters.taps = taps_of(gemm);
+  parameters.groups = static_cast<int>(ceil_div(gemm.channels, kGroup));
+  parameters.scheduler = {static_cast<int>(ceil_div(gemm.m, Tile::kM)),
+                          static_cast<int>(ceil_div(gemm.n, Tile::kN))};
+  parameters.conv = conv_shape_of(gemm);
+  parameters.epilogue = epilogue_of(gemm);
+  const Shape shape = {dim3(static_cast<unsigned>(parameters.scheduler.count())), Tile::kThreads, Tile::kSharedBytes};
+  return with_out_type(gemm.out_dtype, [&](auto out) {
+    return launch(gemm_kernel<Tile, decltype(out)>, shape, stream, parameters);
   });
 }
 
 template <typename Tile>
 CompiledTile compiled(const char* op) {
-  return {{op, 80, Tile::kRows, Tile::kColumns, kDepth, Tile::kStages, 1, 0}, run<Tile>};
+  return {{op, 80, Tile::kM, Tile::kN, kK, Tile::kStages, 1, 0}, run<Tile>};
 }
 
 }  // namespace ldmq::sm80
