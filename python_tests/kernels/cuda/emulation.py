@@ -117,6 +117,8 @@ def _built() -> Iterator[Path]:
                     shutil.rmtree(other)
             unfinished = Path(tempfile.mkdtemp(dir=BUILDS))
             _build(unfinished)
+            if build_key() != folder.name:
+                raise RuntimeError("the CUDA sources changed while they were compiled for the emulator: run again")
             unfinished.rename(folder)
         yield folder
 

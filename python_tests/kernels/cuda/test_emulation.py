@@ -64,3 +64,12 @@ def test_a_build_that_fails_leaves_none_behind(
         with pytest.raises(AssertionError, match="compiled again"):
             emulation.emulated_binding.__wrapped__()
     assert not (tmp_path / emulation.build_key()).exists()
+
+
+def test_sources_that_change_while_they_are_compiled_are_an_error(
+    emulated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulation, "BUILDS", tmp_path)
+    monkeypatch.setattr(emulation, "_build", lambda _: _another_compiler(tmp_path, monkeypatch))
+    with pytest.raises(RuntimeError, match="changed while they were compiled"):
+        emulation.emulated_binding.__wrapped__()
