@@ -31,14 +31,14 @@ typedef struct {
   const float* x_scale;       // one, or one for each `scale_rows` rows
   int64_t scale_rows;         // 0: one scale for all
   const float* weight_scale;  // (n)
-  ldmq_added bias;              // (n), of any floating dtype
+  ldmq_added bias;            // (n), of any floating dtype
   const void* sample_bias;    // (samples, n) of out's dtype, or null
-  const void* residual;         // (m, n) of out's dtype, or null
-  const float* out_inv_scale;  // (1) or (n) of an int8 out, else null
+  const void* residual;       // (m, n) of out's dtype, or null
+  const float* out_inv_scale; // (1) or (n) of an int8 out, else null
   int64_t out_inv_scale_count;
-  void* out;  // (m, n)
+  void* out;                  // (m, n)
   ldmq_dtype out_dtype;
-  int64_t m, n, channels;  // channels: input channels
+  int64_t m, n, channels;     // channels: input channels
   // of a convolution; a linear leaves them zero
   int64_t samples, height, width, out_height, out_width;
   int kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width;

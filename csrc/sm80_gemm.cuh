@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_const
 #pragma unroll
   for (int band = 0; band < kBands; ++band) {
     finish_rows<Out, kRuns * 4>(parameters.epilogue, first_row + warp_m + band * 16, first_column + warp_n,
-                           [&](int i) { return sum[band][i / 4][i % 4]; });
+                                [&](int i) { return sum[band][i / 4][i % 4]; });
   }
 }
 

@@ -64,7 +64,7 @@ __device__ __forceinline__ void tma_load_2d(void* target, const CUtensorMap* map
 }
 // The same into the same place of every block of `mask`; each one's own mbarrier counts the bytes.
 __device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtensorMap* map, uint64_t* barrier, int x,
-                                                    int y, uint16_t mask) {
+                                                      int y, uint16_t mask) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(target)),
@@ -73,7 +73,7 @@ __device__ __forceinline__ void tma_load_2d_multicast(void* target, const CUtens
 }
 // Pixels of NHWC images in im2col mode: from the base pixel (w, h, n) on, each moved by the tap's offset.
 __device__ __forceinline__ void tma_load_im2col(void* target, const CUtensorMap* map, uint64_t* barrier, int c, int w,
-                                            int h, int n, uint16_t tap_w, uint16_t tap_h) {
+                                                int h, int n, uint16_t tap_w, uint16_t tap_h) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(shared_address(target)),
@@ -97,7 +97,7 @@ __device__ __forceinline__ void setmaxnreg_inc() {
 // Before the first wgmma on registers that were written otherwise.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int Left>  // the newest groups that may still be under way
+template <int Left>  // the newest groups that may still be in flight
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
 }
@@ -139,9 +139,9 @@ __device__ __forceinline__ void wgmma_m64k32(int (&d)[N / 2], const uint32_t (&a
 #define LDMQ_LIST_256 LDMQ_32(0), LDMQ_32(32), LDMQ_32(64), LDMQ_32(96)
 
 // r0 to r5 are the numbers of the operands after the N / 2 registers of d.
-#define LDMQ_WGMMA(N, r0, r1, r2, r3, r4, r5)                                                                    \
+#define LDMQ_WGMMA(N, r0, r1, r2, r3, r4, r5)                                                                      \
   template <>                                                                                                      \
-  __device__ __forceinline__ void wgmma_m64k32<N>(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {   \
+  __device__ __forceinline__ void wgmma_m64k32<N>(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {      \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #r2 ", 0;\n"                                             \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" LDMQ_TEXT_##N "}, %" #r0 ", %" #r1       \
                  ", add;\n}"                                                                                       \
@@ -149,8 +149,8 @@ __device__ __forceinline__ void wgmma_m64k32(int (&d)[N / 2], const uint32_t (&a
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                             \
   }                                                                                                                \
   template <>                                                                                                      \
-  __device__ __forceinline__ void wgmma_m64k32<N>(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,          \
-                                                     bool accumulate) {                                            \
+  __device__ __forceinline__ void wgmma_m64k32<N>(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,             \
+                                                  bool accumulate) {                                               \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #r5 ", 0;\n"                                             \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" LDMQ_TEXT_##N "}, {%" #r0 ", %" #r1      \
                  ", %" #r2 ", %" #r3 "}, %" #r4 ", add;\n}"                                                        \
