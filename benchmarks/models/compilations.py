@@ -26,7 +26,7 @@ from benchmarks.models.definitions import MODELS
 from ldmq_kernels import ops
 from ldmq_kernels.integrations.diffusers.fused import fuse, merged
 from ldmq_kernels.kernels import dispatch
-from ldmq_kernels.kernels import triton as triton_backend
+from ldmq_kernels.kernels.triton import backend as triton_backend
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES

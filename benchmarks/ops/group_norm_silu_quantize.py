@@ -11,7 +11,7 @@ from benchmarks.harness.baselines import compiled
 from benchmarks.harness.cases import Case, producer_summary
 from benchmarks.harness.timing import Variants
 from ldmq_kernels import ops
-from ldmq_kernels.kernels import reference
+from ldmq_kernels.kernels.reference import backend as reference
 
 SHAPE = shapes.IMAGE
 GROUPS, EPS = 32, 1e-5

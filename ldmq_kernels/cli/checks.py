@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import time
@@ -27,13 +26,10 @@ from ldmq_kernels import ops
 from ldmq_kernels.cli import op_speed
 from ldmq_kernels.cli.op_cases import SIZES, Cases
 from ldmq_kernels.kernels import agreement, dispatch, measurements
-from ldmq_kernels.kernels.cpu import onednn
-from ldmq_kernels.kernels.gpu import gpu_of
-from ldmq_kernels.kernels.triton import tile_choice
+from ldmq_kernels.kernels.backend import DEFINITION, backends
 from ldmq_kernels.progress import track
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "accelerate", "scipy")
-WITHOUT_CUDA = "needs an NVIDIA GPU and a torch build with CUDA"
 COLOURS = {"ok": "green", "refuses": "yellow", "not checked": "yellow"}
 
 console = Console()
@@ -61,7 +57,7 @@ class Finding:
     @property
     def is_the_kernels_fault(self) -> bool:
         """Whether the op is to be switched off."""
-        return self.verdict in ("wrong", "fails") and self.backend != "reference"
+        return self.verdict in ("wrong", "fails") and self.backend != DEFINITION
 
 
 def _finish(device: torch.device) -> None:
@@ -71,7 +67,7 @@ def _finish(device: torch.device) -> None:
 
 def _check_case(op: str, function: Callable[..., Any], device: torch.device, arguments: Any) -> tuple[str, float]:
     """What is wrong with two calls, or nothing, and the milliseconds of the second."""
-    expected = getattr(importlib.import_module("ldmq_kernels.kernels.reference"), op)(*arguments)
+    expected = getattr(backends()[DEFINITION], op)(*arguments)
     first = function(*arguments)
     _finish(device)
     start = time.perf_counter()
@@ -83,7 +79,7 @@ def _check_case(op: str, function: Callable[..., Any], device: torch.device, arg
 
 def check_op(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Finding:
     """Run one op on a backend at every size and compare it with the reference; on a GPU, time it as well."""
-    function = getattr(importlib.import_module(f"ldmq_kernels.kernels.{backend}"), op, None)
+    function = getattr(backends()[backend], op, None)
     if function is None:
         return Finding(op, backend, "refuses", "not written for this backend")
     times, refusals, where, speed = [], [], "", None
@@ -129,31 +125,13 @@ def _versions() -> Table:
     return table
 
 
-def missing_why(backend: str) -> str:
-    """Why a backend does not serve here, and how to get it."""
-    if backend == "cpu":
-        built = onednn.is_built_in()
-        if not built:
-            return "this torch lacks oneDNN's int8 ops: install an x86-64 build of torch 2.10 or newer"
-        return "oneDNN's int8 products are not exact on this processor: it needs AVX-512 VNNI, AVX-VNNI or AMX"
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return f"triton is not installed, it {WITHOUT_CUDA}: pip install triton"
-        if not torch.cuda.is_available():
-            return f"{WITHOUT_CUDA} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
-        return "needs compute capability 8.0 or newer"
-    if not torch.cuda.is_available():
-        return WITHOUT_CUDA
-    return "the package was built without it: install again with LDMQ_CUDA_ARCHS set"
-
-
 def _override_problem() -> str:
     """A backend that the environment asks for and that cannot serve, as a line; empty where all is well."""
     name = os.environ.get("LDMQ_BACKEND")
     if not name:
         return ""
-    if name not in dispatch.BACKENDS:
-        return f"LDMQ_BACKEND={name} is not a backend: choose one of {', '.join(dispatch.BACKENDS)}, or unset it"
+    if name not in backends():
+        return f"LDMQ_BACKEND={name} is not a backend: choose one of {', '.join(backends())}, or unset it"
     if served_device(name) is None:
         return f"LDMQ_BACKEND={name} asks for a backend that does not serve here: unset it"
     return ""
@@ -162,15 +140,16 @@ def _override_problem() -> str:
 def served_device(backend: str) -> torch.device | None:
     """The best device of this machine that a backend serves, if any."""
     devices = [torch.device("cuda")] if torch.cuda.is_available() else []
-    module = importlib.import_module(f"ldmq_kernels.kernels.{backend}")
-    return next((device for device in [*devices, torch.device("cpu")] if module.serves(device)), None)
+    return next((device for device in [*devices, torch.device("cpu")] if backends()[backend].serves(device)), None)
 
 
 def _file_problem(devices: set[torch.device]) -> str:
     """A file of measurements that is damaged, as a line; empty where all is well."""
     try:
         for device in devices:
-            tile_choice.measured(gpu_of(device))
+            for backend in backends().values():
+                if backend.tiles is not None:
+                    backend.tiles.check(device)
             measurements.read_file(measurements.user_file(device))
     except ValueError as error:
         return str(error)
@@ -235,7 +214,7 @@ def _table(findings: list[Finding], served: dict[str, torch.device]) -> Table:
 def run_doctor() -> bool:
     """Print what was found, and switch off what fails; whether everything that should work does."""
     console.print(_versions())
-    devices = {backend: served_device(backend) for backend in dispatch.BACKENDS}
+    devices = {backend: served_device(backend) for backend in backends()}
     served = {backend: device for backend, device in devices.items() if device is not None}
     problem = _file_problem(set(served.values()))
     if problem:
@@ -246,7 +225,8 @@ def run_doctor() -> bool:
     on_gpu = any(device.type == "cuda" for device in served.values())
     console.print(op_speed.LEGEND if on_gpu else "times are of a small call; gains over fp16 are measured on a GPU")
     for backend in (name for name in devices if name not in served):
-        console.print(f"{backend}: does not serve here; {missing_why(backend)}", markup=False)
+        device = torch.device(backends()[backend].device_type or "cpu")
+        console.print(f"{backend}: does not serve here; {backends()[backend].why_not(device)}", markup=False)
     for found in findings:
         line = _switch(found, served[found.backend])
         if line:

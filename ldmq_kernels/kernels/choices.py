@@ -1,23 +1,11 @@
-"""Which backend serves an op at a shape: the one that was measured to be the fastest there, or the usual one.
-
-A shape that is not in the file of measurements takes the usual order, however near a measured one is.
-"""
+"""What tells the shapes of an op's calls apart, and how the file of measurements writes them."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from ldmq_kernels.kernels import measurements
-
-PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
-MEASURABLE = ("triton", "cuda", "reference")  # what a line of "backends" may name
-MOST_SHAPES = 4096  # remembered for an op and device
 
 Arguments = tuple[Any, ...]
 _SCALE_AT = {  # the argument with an element, or a row, for each column of the output
@@ -34,7 +22,7 @@ _KERNEL_AT = {"conv2d_w8a8": 7, "conv2d_w4a8": 8, "conv2d_w8a16": 4}  # then str
 _INV_SCALE_AT = {"group_norm_silu_quantize": 6, "layer_norm_quantize": 4, "geglu_quantize": 1, "silu_quantize": 1}
 
 
-def _key_of(op: str) -> Callable[[Arguments], tuple[Any, ...]]:
+def key_of(op: str) -> Callable[[Arguments], tuple[Any, ...]]:
     """What tells the shapes of an op's calls apart: quick to make and to hash."""
     if op in _KERNEL_AT:
         scale, at = _SCALE_AT[op], _KERNEL_AT[op]
@@ -55,7 +43,7 @@ def _x(*sizes: int) -> str:
     return "x".join(map(str, sizes))
 
 
-def _text(op: str, key: tuple[Any, ...]) -> str:
+def text_of(op: str, key: tuple[Any, ...]) -> str:
     """A key as people read it, and as it stands in the file; the rows of a matrix are one number."""
     shape, *rest = key
     if op in _KERNEL_AT:
@@ -83,55 +71,4 @@ def shape_text(op: str, arguments: Arguments) -> str:
         op: its name.
         arguments: all that the op takes.
     """
-    return _text(op, _key_of(op)(arguments))
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What holds for one op on one device.
-
-    usual: the backends in the order without a measurement.
-    off: why a backend is switched off, by its name.
-    measured: the order by the text of a shape, where the best backend is another than the usual one.
-    """
-
-    op: str
-    usual: tuple[str, ...]
-    off: dict[str, str]
-    measured: dict[str, tuple[str, ...]]
-    key: Callable[[Arguments], tuple[Any, ...]]
-    known: dict[Hashable, tuple[str, ...]] = field(default_factory=dict)
-
-    def order(self, arguments: Arguments) -> tuple[str, ...]:
-        """The backends for a call, the best first."""
-        if not self.measured:
-            return self.usual
-        key = self.key(arguments)
-        found = self.known.get(key)
-        if found is None:
-            if len(self.known) >= MOST_SHAPES:
-                self.known.clear()
-            found = self.known[key] = self.measured.get(_text(self.op, key), self.usual)
-        return found
-
-
-@measurements.emptied_by_forget
-@functools.cache
-def choice(op: str, device: torch.device) -> Choice:
-    """What holds for an op on a device; the files are read once."""
-    usual = PREFERENCE.get(device.type, ("reference",))
-    best = measurements.fastest_backends(op, device, MEASURABLE) if device.type == "cuda" else {}
-    there = {name for name in set(best.values()) if _has(name, op, device)}
-    best = {text: name for text, name in best.items() if name in there and name != usual[0]}
-    measured = {text: tuple(dict.fromkeys((name, *usual))) for text, name in best.items()}
-    return Choice(op, usual, measurements.off(op, device), measured, _key_of(op))
-
-
-def _has(name: str, op: str, device: torch.device) -> bool:
-    backend = importlib.import_module(f"ldmq_kernels.kernels.{name}")
-    return bool(backend.serves(device)) and hasattr(backend, op)
-
-
-def backend_order(op: str, arguments: Arguments, device: torch.device) -> tuple[str, ...]:
-    """The backends that a call is offered to, one after the other; those switched off are among them."""
-    return choice(op, device).order(arguments)
+    return text_of(op, key_of(op)(arguments))

@@ -1,44 +1,40 @@
 """Which backend serves an op: chosen when the op runs, counted, and overridable.
 
-A backend is a package beside this file, with a function for each op that it can serve and
-`serves(device)`. A function that cannot take its arguments raises `Unsupported` with the reason;
-the next backend gets them, and `dispatch_report` tells. Their order is `choices`' business: by measurement on a
-GPU, where the shape was measured. A backend that `ldmq doctor` switched off is passed over in the same way, with
-a warning. With an override (`use_backend` or the environment variable LDMQ_BACKEND) there is no next one: the
-reason becomes an error.
+A call is offered to one backend after the other: to the one that was measured to be the fastest at its shape, where
+that was measured on this GPU, and to the others in the usual order. The refusal of each is counted, and
+`dispatch_report` tells. A backend that `ldmq doctor` switched off for an op is passed over in the same way, with a
+warning. With an override (`use_backend` or the environment variable LDMQ_BACKEND) there is no next one: the reason
+becomes an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
-from types import ModuleType
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ldmq_kernels.kernels import choices, measurements
-from ldmq_kernels.kernels.choices import PREFERENCE as PREFERENCE
+from ldmq_kernels.kernels.backend import DEFINITION, Packer, backends, usual_order
+from ldmq_kernels.kernels.backend import Unsupported as Unsupported
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+MOST_SHAPES = 4096  # remembered for an op and device
 
+Arguments = tuple[Any, ...]
 _override: ContextVar[str | None] = ContextVar("ldmq_backend", default=None)
 _calls: Counter[tuple[str, str, str]] = Counter()
 _refusals: Counter[tuple[str, str, str]] = Counter()
 
 
-class Unsupported(Exception):
-    """A backend cannot take these arguments; the text says why."""
-
-
 def _check(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    if name not in backends():
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(backends())}")
     return name
 
 
@@ -56,15 +52,99 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-@functools.cache
-def _backend(name: str) -> ModuleType:
-    return importlib.import_module(f"ldmq_kernels.kernels.{name}")
-
-
 def forced_backend() -> str | None:
     """The backend that `use_backend` or LDMQ_BACKEND asks for, if any."""
     name = _override.get() or os.environ.get("LDMQ_BACKEND") or None
     return _check(name) if name else None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What holds for one op on one device.
+
+    Attributes:
+        op: its name.
+        usual: the backends in the order without a measurement.
+        off: why a backend is switched off, by its name.
+        measured: the order by the text of a shape, where the best backend is another than the usual one.
+        packers: by backend, how it packs the op's weight on such a device.
+        key: what tells the shapes of the op's calls apart.
+        known: the order by that key, for the shapes that were met.
+    """
+
+    op: str
+    usual: tuple[str, ...]
+    off: Mapping[str, str]
+    measured: Mapping[str, tuple[str, ...]]
+    packers: Mapping[str, Packer]
+    key: Callable[[Arguments], tuple[Any, ...]]
+    known: dict[Hashable, tuple[str, ...]] = field(default_factory=dict)
+
+    def order(self, arguments: Arguments) -> tuple[str, ...]:
+        """The backends for a call, the best first."""
+        if not self.measured:
+            return self.usual
+        key = self.key(arguments)
+        found = self.known.get(key)
+        if found is None:
+            if len(self.known) >= MOST_SHAPES:
+                self.known.clear()
+            found = self.known[key] = self.measured.get(choices.text_of(self.op, key), self.usual)
+        return found
+
+    def plain(self, name: str, arguments: Arguments) -> Arguments:
+        """The arguments for a backend, with a weight that another one packed as it was before."""
+        names = _argument_names(self.op)
+        at = names.index("weight")
+        for owner, packer in self.packers.items():
+            if owner != name and packer.is_packed(arguments[at]):
+                multiplier = arguments[names.index("multiplier")] if "multiplier" in names else None
+                return (*arguments[:at], packer.unpack(arguments[at], multiplier), *arguments[at + 1 :])
+        return arguments
+
+
+@functools.cache
+def _argument_names(op: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.ldmq, op).default._schema.arguments]
+
+
+@measurements.emptied_by_forget
+@functools.cache
+def choice(op: str, device: torch.device) -> Choice:
+    """What holds for an op on a device; the files are read once."""
+    usual = usual_order(device)
+    best: dict[str, str] = {}
+    raced = [backend for backend in backends().values() if backend.is_raced]
+    if any(backend.device_type == device.type for backend in raced):
+        accepted = [*(backend.name for backend in raced), DEFINITION]
+        fastest = measurements.fastest_backends(op, device, accepted)
+        there = {name for name in set(fastest.values()) if backends()[name].serves(device) and backends()[name].has(op)}
+        best = {text: name for text, name in fastest.items() if name in there and name != usual[0]}
+    measured = {text: tuple(dict.fromkeys((name, *usual))) for text, name in best.items()}
+    packers = {
+        backend.name: packer
+        for backend in backends().values()
+        if backend.device_type in ("", device.type) and (packer := backend.packer(op)) is not None
+    }
+    return Choice(op, usual, measurements.off(op, device), measured, packers, choices.key_of(op))
+
+
+def backend_order(op: str, arguments: Arguments, device: torch.device) -> tuple[str, ...]:
+    """The backends that a call is offered to, one after the other; those switched off are among them."""
+    return choice(op, device).order(arguments)
+
+
+def packer(op: str, device: torch.device) -> Packer | None:
+    """How the weight of an op is held on a device: as the backend packs it that is offered the op first.
+
+    Returns:
+        None where that backend takes the weight as a checkpoint holds it.
+    """
+    for name in usual_order(device):
+        backend = backends()[name]
+        if backend.serves(device):
+            return backend.packer(op)
+    return None
 
 
 def _switched_off(op: str, name: str, reason: str) -> Unsupported:
@@ -76,24 +156,26 @@ def _switched_off(op: str, name: str, reason: str) -> Unsupported:
 
 def server(op: str) -> Callable[..., Any]:
     """The implementation of an op: hands the call to the first backend that takes it."""
+    table = backends()
 
     def serve(*arguments: Any) -> Any:
         device = arguments[0].device
         forced = forced_backend()
-        choice = choices.choice(op, device)
-        names = (forced,) if forced else choice.order(arguments)
+        chosen = choice(op, device)
+        names = (forced,) if forced else chosen.order(arguments)
         reasons = []
         for name in names:
-            backend = _backend(name)
+            backend = table[name]
             try:
-                if name in choice.off:
-                    raise _switched_off(op, name, choice.off[name])
+                if name in chosen.off:
+                    raise _switched_off(op, name, chosen.off[name])
                 if not backend.serves(device):
                     raise Unsupported(f"not available on {device}")
                 function = getattr(backend, op, None)
                 if function is None:
                     raise Unsupported("has no such op")
-                result = function(*arguments)
+                plain = arguments if name in chosen.packers or not chosen.packers else chosen.plain(name, arguments)
+                result = function(*plain)
             except Unsupported as refusal:
                 reasons.append(f"{name}: {refusal}")
                 _refusals[op, name, str(refusal)] += 1
@@ -122,4 +204,4 @@ def reset_dispatch_report() -> None:
 def visible_backends() -> dict[str, bool]:
     """Backend by name, and whether it serves the best device of this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {name: bool(_backend(name).serves(device)) for name in BACKENDS}
+    return {name: backend.serves(device) for name, backend in backends().items()}

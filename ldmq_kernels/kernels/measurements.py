@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Collection
@@ -23,9 +24,11 @@ from typing import Any, TypeVar
 import torch
 
 from ldmq_kernels.files import write_whole
+from ldmq_kernels.kernels.backend import DEFINITION
 from ldmq_kernels.kernels.gpu import cache_folder, file_name, gpu_of
 from ldmq_kernels.version import __version__
 
+_MEASURED = ("tiles", "cuda_tiles", "backends")
 SHIPPED = Path(__file__).parent / "tuned"
 
 Cache = TypeVar("Cache", bound=Callable[..., Any])
@@ -126,12 +129,19 @@ def fastest_backends(op: str, device: torch.device, accepted: Collection[str]) -
 
 @emptied_by_forget
 @functools.cache
-def cuda_tiles(device: torch.device) -> dict[str, str]:
-    """The fastest tile of the CUDA backend by "op rowsxcolumnsxdepth"; the user's file before the one that ships."""
-    found: dict[str, str] = {}
+def section(device: torch.device, name: str) -> dict[str, Any]:
+    """The lines of a part of the files, such as "cuda_tiles"; the user's before those that ship."""
+    lines: dict[str, Any] = {}
     for path, content in _contents(device):
-        found |= _section(path, content, "cuda_tiles")
-    return found
+        lines |= _section(path, content, name)
+    return lines
+
+
+def fingerprint(device: torch.device) -> str:
+    """A digest of what was measured on a device, which changes with it; empty where nothing was."""
+    measured = [content for _, content in _contents(device) if any(content.get(name) for name in _MEASURED)]
+    text = json.dumps([{name: content.get(name) for name in _MEASURED} for content in measured], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if measured else ""
 
 
 @emptied_by_forget
@@ -144,7 +154,7 @@ def off(op: str, device: torch.device) -> dict[str, str]:
         if not isinstance(line, dict) or not {"reason", "date", "version"} <= set(line):
             told = f"what switches {op} off on {name!r} is {line!r}, must have a reason, a date and a version"
             warn_once(_damaged(path, told))
-        elif line["version"] == __version__ and name != "reference":
+        elif line["version"] == __version__ and name != DEFINITION:
             reasons[name] = f"{line['reason']} ({line['date']}, ldmq_kernels {line['version']})"
     return reasons
 
@@ -167,7 +177,7 @@ def switch_off(op: str, backend: str, device: torch.device, reason: str) -> None
         ValueError: the backend is the reference, or the user's file is damaged.
         OSError: the file cannot be written.
     """
-    if backend == "reference":
+    if backend == DEFINITION:
         raise ValueError(f"{op} on the reference backend defines the op: it cannot be switched off")
     content = _for_change(device)
     line = {"reason": reason, "date": datetime.date.today().isoformat(), "version": __version__}

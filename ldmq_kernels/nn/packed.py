@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldmq_kernels.kernels import cpu
-from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear, unpack_conv2d, unpack_linear
+from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.kernels.backend import Packer
 from ldmq_kernels.numerics.formats import FLOAT, Scheme
 
 
@@ -19,12 +19,14 @@ class PackedWeight(nn.Module):
     """Mixin of a layer whose buffer "weight" may be held in packed form.
 
     Attributes:
-        scheme: what the layer computes in; its format says which int8 weight may be packed.
+        scheme: what the layer computes in; its format says which op takes the weight.
         packed_weight: the backend's own form; None where the weight is plain.
+        packer: how it was packed, and is unpacked.
     """
 
     scheme: Scheme = FLOAT
     packed_weight: Tensor | None = None
+    packer: Packer | None = None
 
     @property
     def weight_channels(self) -> int:
@@ -46,27 +48,33 @@ class PackedWeight(nn.Module):
         """The tensors that the layer holds, by name; without "weight" where that is packed."""
         return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
+    def _multiplier(self) -> Tensor | None:
+        """The multipliers as the op takes them, (N, groups) of a linear; None where the format has none."""
+        multiplier = self._buffers.get("multiplier")
+        return multiplier.flatten(1) if self.is_pointwise and multiplier is not None else multiplier
+
     def pack(self) -> None:
         """Hold the weight in the form of the backend that serves its device, where that packs this format's."""
-        stored = self.stored_tensors()
-        if not (self.scheme.quantizes_activations and cpu.serves(stored["weight"].device)):
+        if not self.scheme.quantizes_activations:
             return
-        weight = self.scheme.format.weight.kernel_weight(stored, self.weight_channels)
-        if weight is not None:
-            self.packed_weight = pack_linear(weight.flatten(1)) if self.is_pointwise else pack_conv2d(weight)
-            self._buffers["weight"] = None
+        weight: Any = self._buffers["weight"]
+        op = self.scheme.format.products["linear" if self.is_pointwise else "conv2d"]
+        packer = dispatch.packer(op, weight.device)
+        if packer is not None:
+            weight = weight.flatten(1) if self.is_pointwise else weight
+            self.packed_weight = packer.pack(weight, self._multiplier(), self.weight_channels)
+            self.packer, self._buffers["weight"] = packer, None
 
     def unpack(self) -> None:
         """Hold the plain weight again."""
         if self.packed_weight is not None:
             self._buffers["weight"] = self._unpacked(self.packed_weight)
-            self.packed_weight = None
+            self.packer = self.packed_weight = None
 
     def _unpacked(self, packed: Tensor) -> Tensor:
-        weight = unpack_linear(packed) if self.is_pointwise else unpack_conv2d(packed)
-        if self.is_pointwise and isinstance(self, nn.Conv2d):
-            weight = weight[:, None, None, :]
-        return self.scheme.format.weight.stored_weight(weight, self.stored_tensors())
+        assert self.packer is not None
+        weight = self.packer.unpack(packed, self._multiplier())
+        return weight[:, None, None, :] if self.is_pointwise and isinstance(self, nn.Conv2d) else weight
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.__dict__.get("packed_weight") is not None:
@@ -82,5 +90,5 @@ class PackedWeight(nn.Module):
         state = self.__dict__.copy()
         if self.packed_weight is not None:
             state["_buffers"] = {**self._buffers, "weight": self._unpacked(self.packed_weight)}
-            state["packed_weight"] = None
+            state["packer"] = state["packed_weight"] = None
         return state

@@ -300,6 +300,6 @@ class QuantizedLayer(PackedWeight, InputScale):
                 words.append("smoothed")
             if self.first_token:
                 words.append("first token in 16 bit")
-            if self.packed_weight is not None:
-                words.append("packed for oneDNN")
+            if self.packer is not None:
+                words.append(f"packed for {self.packer.layout}")
         return ", ".join(words)

@@ -6,7 +6,6 @@ one version of this package and of torch, and one number of threads; with other 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import re
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.files import write_whole
-from ldmq_kernels.kernels.gpu import cache_folder, gpu_of
-from ldmq_kernels.kernels.triton import tile_choice
+from ldmq_kernels.kernels import measurements
+from ldmq_kernels.kernels.gpu import cache_folder
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.knapsack import Option
 from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
@@ -130,14 +129,13 @@ def _head(device: torch.device) -> dict[str, Any]:
     head: dict[str, Any] = {"device": _device_name(device), "package": __version__, "torch": torch.__version__}
     if device.type != "cuda":
         return {**head, "threads": torch.get_num_threads()}
-    tiles = tile_choice.measured(gpu_of(device))
-    if not tiles:
+    measured = measurements.fingerprint(device)
+    if not measured:
         raise PlanError(
             f"no kernel was measured on this {_device_name(device)}, so times would be those of estimated tiles: run "
             "`ldmq bench --tune` once, then plan again"
         )
-    text = "".join(f"{key}{tile}" for key, tile in sorted(tiles.items()))
-    return {**head, "tiles": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    return {**head, "kernels": measured}
 
 
 def cache_file(device: torch.device) -> Path:

@@ -1,9 +1,8 @@
-"""The CUDA backend at a call: its own fastest tile, and whether that beats Triton's."""
+"""The backends at a call: the fastest tile of each that has a choice, and who is faster."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,58 +10,97 @@ from typing import Any
 import torch
 
 from ldmq_kernels.kernels import agreement, choices, dispatch, measurements
-from ldmq_kernels.kernels import cuda as cuda_backend
-from ldmq_kernels.timing import Clock, Context, interleaved
+from ldmq_kernels.kernels.backend import Backend, backends
+from ldmq_kernels.timing import Clock, interleaved
 from ldmq_kernels.tuning.calls import Call
-from ldmq_kernels.tuning.fastest import Run, Tiles, fastest
+from ldmq_kernels.tuning.fastest import Candidates, Run, fastest, launchable
 from ldmq_kernels.tuning.shapes import Input
 
-RIVAL = "cuda"
 _SHOWN_DIGITS = 4
 
 
-def rival_runs(op: str, device: torch.device) -> bool:
-    """Whether the CUDA backend serves the device, has the op, and is not switched off for it."""
-    has_it = cuda_backend.serves(device) and hasattr(cuda_backend, op)
-    return has_it and measurements.switched_off(op, RIVAL, device) is None
+def racers(op: str, device: torch.device) -> list[Backend]:
+    """The backends that are measured against each other for an op, the usual one first; none that is switched off."""
+    found = [
+        backend
+        for backend in backends().values()
+        if backend.is_raced
+        and backend.serves(device)
+        and backend.has(op)
+        and measurements.switched_off(op, backend.name, device) is None
+    ]
+    return sorted(found, key=lambda backend: (backend.rank is None, -(backend.rank or 0)))
+
+
+def mark(backend: Backend, text: str) -> str:
+    """How the file names a backend's share of something."""
+    return f"{backend.name} {text}" if backend.tiles is None else backend.tiles.mark(text)
+
+
+def measure_tiles(
+    call: Call, run: Run, backend: Backend, device: torch.device, timer: Clock, found: dict[str, Any], expected: Any
+) -> dict[str, Any] | None:
+    """Add the fastest tile of each product that a call makes on a backend to `found`.
+
+    Args:
+        call: what is measured.
+        run: the call with its operands.
+        backend: which.
+        device: where.
+        timer: milliseconds of a call on a device.
+        found: the content of the file of measurements.
+        expected: the right result, by which a tile that is wrong is refused; None where the backend's own holds.
+
+    Returns:
+        The fastest tile by product; None where no tile of a product launches and is right.
+
+    Raises:
+        TuningError: a tile left the device unusable.
+    """
+    tiles = backend.tiles
+    if tiles is None or not tiles.has(call.op) or isinstance(call.shape, Input):
+        return {}
+    lines, best = found.setdefault(tiles.section, {}), {}
+    with dispatch.use_backend(backend.name):
+        for key in tiles.asked_by(call.op, call.shape.product, run):
+            known = tiles.read(key, lines[key], device) if key in lines else None
+            if known is None:
+                candidates = Candidates(tiles.mark(key), tiles.candidates(key, device), tiles.forced, tiles.written)
+                check = _right if expected is None else partial(agreement.difference, call.op, expected=expected)
+                times = fastest(run, candidates, device, timer, found["refused"], check)
+                if not times:
+                    return None
+                known, first = min(times, key=lambda tile: times[tile]), next(iter(times))
+                lines[key] = tiles.written(known)
+                found["milliseconds"][tiles.mark(key)] = [times[known], times[first]]
+            best[key] = known
+    return best
+
+
+def _right(_result: Any) -> str:
+    return ""
 
 
 @contextlib.contextmanager
-def _served_by(backend: str, *contexts: Context) -> Iterator[None]:
+def _served_by(backend: Backend, best: dict[str, Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(dispatch.use_backend(backend))
-        for context in contexts:
-            stack.enter_context(context())
+        stack.enter_context(dispatch.use_backend(backend.name))
+        if backend.tiles is not None:
+            stack.enter_context(backend.tiles.taking(best))
         yield
 
 
-def _rival_tiles(call: Call, product: str, device: torch.device, found: dict[str, Any]) -> Tiles:
-    """What the CUDA backend may take for a call: the tile that is known already, if it is; None without tiles."""
-    key = f"{RIVAL} {call.op} {call.shape}"
-    if not isinstance(call.shape, Input):
-        tiles = importlib.import_module(f"{cuda_backend.__name__}.tiles")
-        candidates = tiles.candidates(call.op, *call.shape.product, device)
-        known = [tile for tile in candidates if tile.name == found["cuda_tiles"].get(product)]
-        if candidates:
-            return Tiles(key, known or candidates, tiles.forced, lambda tile: tile.name)
-    return Tiles(key, [None], contextlib.nullcontext, lambda _: None)
-
-
-def _product(call: Call) -> str:
-    """The key of a call's tile in "cuda_tiles": "op mxnxk"."""
-    return "" if isinstance(call.shape, Input) else f"{call.op} {'x'.join(map(str, call.shape.product))}"
-
-
 def compete(
-    call: Call, arguments: tuple[Any, ...], run: Run, usual: Context, device: torch.device, timer: Clock, found: Any
+    call: Call, arguments: tuple[Any, ...], run: Run, device: torch.device, timer: Clock, found: dict[str, Any]
 ) -> None:
-    """Add the CUDA backend's fastest tile, and who is faster, to `found`; nothing where it does not take the call.
+    """Add the fastest tiles of every backend, and which of them is faster, to `found`.
+
+    The usual backend's result is what the others must agree with; one that does not take the call is left out.
 
     Args:
         call: what is measured.
         arguments: its operands.
         run: the call with them.
-        usual: makes Triton take its fastest tiles inside a block.
         device: where.
         timer: milliseconds of a call on a device.
         found: the content of the file of measurements.
@@ -70,23 +108,26 @@ def compete(
     Raises:
         TuningError: a tile left the device unusable.
     """
-    product = _product(call)
-    tiles = _rival_tiles(call, product, device, found)
-    with _served_by("triton", usual):
-        expected = run()
-    with dispatch.use_backend(RIVAL):
-        check = partial(agreement.difference, call.op, expected=expected)
-        times = fastest(run, tiles, device, timer, found["refused"], check)
-    if not times:
+    entrants = racers(call.op, device)
+    served, expected = {}, None
+    for backend in entrants:
+        best = measure_tiles(call, run, backend, device, timer, found, expected)
+        if best is None and expected is not None:
+            continue
+        context = partial(_served_by, backend, best or {})
+        if expected is None:
+            if len(entrants) == 1:
+                return
+            with context():
+                expected = run()
+            served[backend.name] = context
+            continue
+        whole = Candidates(mark(backend, f"{call.op} {call.shape}"), [context], lambda own: own(), lambda _: None)
+        if launchable(run, whole, device, found["refused"], partial(agreement.difference, call.op, expected=expected)):
+            served[backend.name] = context
+    if len(served) < 2:
         return
-    best = min(times, key=lambda tile: times[tile])
-    if best is not None:
-        found["cuda_tiles"][product] = tiles.written(best)
-    rivals = {
-        "triton": partial(_served_by, "triton", usual),
-        RIVAL: partial(_served_by, RIVAL, partial(tiles.forced, best)),
-    }
-    samples = interleaved(dict.fromkeys(rivals, run), device, warm_up=0, clock=timer, contexts=rivals)
+    samples = interleaved(dict.fromkeys(served, run), device, warm_up=0, clock=timer, contexts=served)
     medians = {name: round(taken.median, _SHOWN_DIGITS) for name, taken in samples.items()}
     line = {"backend": min(samples, key=lambda name: samples[name].median), "milliseconds": medians}
     found["backends"].setdefault(call.op, {})[choices.shape_text(call.op, arguments)] = line

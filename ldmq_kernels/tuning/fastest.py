@@ -20,7 +20,7 @@ class TuningError(ValueError):
 
 
 @dataclass(frozen=True)
-class Tiles:
+class Candidates:
     """What a backend may take for a product.
 
     key: the product, in the file's "refused".
@@ -35,39 +35,34 @@ class Tiles:
     written: Callable[[Any], Any]
 
 
-def fastest(
+def launchable(
     run: Run,
-    tiles: Tiles,
+    candidates: Candidates,
     device: torch.device,
-    timer: Clock,
     refused: dict[str, list[list[Any]]],
-    check: Callable[[Any], str] = lambda _: "",
-) -> dict[Any, float]:
-    """Time a call with each tile that launches.
+    check: Callable[[Any], str],
+) -> list[Any]:
+    """The tiles that launch, and whose result is right.
 
     Args:
         run: the call.
-        tiles: to try.
+        candidates: to try.
         device: where.
-        timer: milliseconds of a call on a device.
         refused: by key, tiles that do not launch with the reason; they are added, and not tried again.
         check: what is wrong with the call's result, or nothing; a tile whose result is wrong is refused.
-
-    Returns:
-        Median milliseconds by tile, in the order of `tiles`.
 
     Raises:
         TuningError: a tile left the device unusable.
     """
-    earlier = refused.get(tiles.key, [])
-    launchable = []
-    for tile in tiles.choices:
-        written = tiles.written(tile)
+    earlier = refused.get(candidates.key, [])
+    found = []
+    for tile in candidates.choices:
+        written = candidates.written(tile)
         if any(known == written for known, _ in earlier):
             continue
         fatal = None
         try:
-            with tiles.forced(tile):
+            with candidates.forced(tile):
                 problem = check(run())
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -75,14 +70,37 @@ def fastest(
             problem = f"{type(error).__name__}: {error}"[:300]
             fatal = error if "CUDA error" in problem else None
         if not problem:
-            launchable.append(tile)
+            found.append(tile)
             continue
-        refused[tiles.key] = earlier = [*earlier, [written, problem]]
+        refused[candidates.key] = earlier = [*earlier, [written, problem]]
         if fatal is not None:
             raise TuningError(
-                f"{tiles.key} with {tile} ended in a {fatal}: nothing more can run in this process; the tile is noted, "
-                "run `ldmq bench --tune` again to go on without it"
+                f"{candidates.key} with {tile} ended in a {fatal}: nothing more can run in this process; the tile is "
+                "noted, run `ldmq bench --tune` again to go on without it"
             ) from fatal
-    contexts = {tile: partial(tiles.forced, tile) for tile in launchable}
-    samples = interleaved(dict.fromkeys(launchable, run), device, warm_up=0, clock=timer, contexts=contexts)
+    return found
+
+
+def fastest(
+    run: Run,
+    candidates: Candidates,
+    device: torch.device,
+    timer: Clock,
+    refused: dict[str, list[list[Any]]],
+    check: Callable[[Any], str],
+) -> dict[Any, float]:
+    """Time a call with each tile that launches; arguments as of `launchable`.
+
+    Args:
+        timer: milliseconds of a call on a device.
+
+    Returns:
+        Median milliseconds by tile, in the order of `candidates`.
+
+    Raises:
+        TuningError: a tile left the device unusable.
+    """
+    tiles = launchable(run, candidates, device, refused, check)
+    contexts = {tile: partial(candidates.forced, tile) for tile in tiles}
+    samples = interleaved(dict.fromkeys(tiles, run), device, warm_up=0, clock=timer, contexts=contexts)
     return {tile: taken.median for tile, taken in samples.items()}

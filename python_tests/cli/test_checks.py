@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,9 @@ import torch
 from ldmq_kernels import ops, timing
 from ldmq_kernels.cli import checks, layer_times, main, op_speed
 from ldmq_kernels.cli.op_cases import SIZES
-from ldmq_kernels.kernels import dispatch, measurements, reference
+from ldmq_kernels.kernels import dispatch, measurements
+from ldmq_kernels.kernels.backend import Backend, backends
+from ldmq_kernels.kernels.reference import backend as reference
 from ldmq_kernels.tuning.shapes import Conv2d, Linear
 
 CPU = torch.device("cpu")
@@ -41,10 +41,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts functions in as a backend named `trial`, the only one that doctor looks at."""
 
     def put(**functions: Callable[..., Any]) -> None:
-        backend = types.ModuleType("ldmq_kernels.kernels.trial")
-        vars(backend).update(functions, serves=lambda device: True)
-        monkeypatch.setitem(sys.modules, backend.__name__, backend)
-        monkeypatch.setattr(dispatch, "BACKENDS", ("trial",))
+        trial = Backend()
+        vars(trial).update(functions, name="trial", serves=lambda device: True, tiles=backends()["triton"].tiles)
+        both = {"trial": trial, "reference": reference}
+        monkeypatch.setattr(checks, "backends", lambda: both)
+        monkeypatch.setattr(checks, "served_device", lambda backend: CPU if backend == "trial" else None)
 
     return put
 
@@ -170,7 +171,7 @@ def test_a_full_memory_switches_nothing_off(install: Callable[..., None], own_ca
 
 
 def test_the_reference_is_never_switched_off(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
-    monkeypatch.setattr(dispatch, "BACKENDS", ("reference",))
+    monkeypatch.setattr(checks, "backends", lambda: {"reference": reference})
     monkeypatch.setattr(reference, "silu_quantize", lambda *_: torch.full((1,), torch.nan))
     assert not checks.run_doctor()
     assert not own_cache.exists()
@@ -245,15 +246,16 @@ def test_the_gain_is_over_torch_in_float16(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_backend_that_the_environment_misspells_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "BACKENDS", ("reference",))
+    monkeypatch.setattr(checks, "backends", lambda: {"reference": reference})
     assert checks.run_doctor()
     monkeypatch.setenv("LDMQ_BACKEND", "refrence")
     assert not checks.run_doctor()
 
 
 def test_what_is_missing_comes_with_a_way_to_get_it() -> None:
-    assert "GPU" in checks.missing_why("cuda") or "LDMQ_CUDA_ARCHS" in checks.missing_why("cuda")
-    assert "VNNI" in checks.missing_why("cpu") or "x86-64" in checks.missing_why("cpu")
+    on_gpu, on_cpu = backends()["cuda"].why_not(torch.device("cuda")), backends()["cpu"].why_not(CPU)
+    assert "GPU" in on_gpu or "LDMQ_CUDA_ARCHS" in on_gpu
+    assert "VNNI" in on_cpu or "x86-64" in on_cpu
 
 
 def test_bench_runs_quantized_kernels_beside_float_ones(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ldmq_kernels.kernels import triton as triton_backend
+from ldmq_kernels.kernels.triton import backend as triton_backend
 
 
 @pytest.fixture(autouse=True)

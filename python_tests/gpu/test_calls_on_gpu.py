@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels import cuda as cuda_backend
+from ldmq_kernels.kernels.cuda import backend as cuda_backend
 from ldmq_kernels.kernels.gpu import gpu_of
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.ops import SCHEMAS

@@ -202,7 +202,7 @@ def test_fusing_twice_is_fusing_once() -> None:
 def test_q_k_and_v_are_one_exact_product_without_a_second_copy(scheme: str) -> None:
     """On a backend that does not pack weights."""
     with dispatch.use_backend("reference"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldmq_kernels.kernels.cpu.serves", lambda _: False)
+        patch.setattr("ldmq_kernels.kernels.cpu.backend.serves", lambda _: False)
         unet = quantized_unet(scheme)
         block = next(m for m in unet.modules() if isinstance(m, FusedBasicTransformerBlock))
         q, k, v = block.attn1.to_q, block.attn1.to_k, block.attn1.to_v

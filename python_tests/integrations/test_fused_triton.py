@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldmq_kernels.conversion import convert
 from ldmq_kernels.integrations.diffusers.fused import PLAIN, fuse
 from ldmq_kernels.kernels import dispatch
-from ldmq_kernels.kernels import triton as triton_backend
+from ldmq_kernels.kernels.triton import backend as triton_backend
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, model_record
@@ -34,7 +34,7 @@ def plain_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Layers whose weights the CPU backend does not pack."""
     if not triton_backend.serves(DEVICE):
         pytest.skip(f"the Triton backend does not serve {DEVICE}")
-    monkeypatch.setattr("ldmq_kernels.kernels.cpu.serves", lambda _: False)
+    monkeypatch.setattr("ldmq_kernels.kernels.cpu.backend.serves", lambda _: False)
     torch.manual_seed(0)
     yield
     dispatch.reset_dispatch_report()

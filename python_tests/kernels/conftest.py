@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from ldmq_kernels.kernels.backend import backends
 from python_tests.kernels.cuda.emulation import emulate
 from python_tests.kernels.operands import Backend
 
@@ -17,11 +17,10 @@ HERE = Path(__file__).parent
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out ops that the CUDA backend does not have."""
-    from ldmq_kernels.kernels import cuda
 
     def is_missing(item: pytest.Item) -> bool:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        return parameters.get("backend") == "cuda" and not hasattr(cuda, item.path.stem.removeprefix("test_"))
+        return parameters.get("backend") == "cuda" and not backends()["cuda"].has(item.path.stem.removeprefix("test_"))
 
     missing = [item for item in items if item.path.parent == HERE and is_missing(item)]
     if missing:
@@ -45,7 +44,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     device = torch.device("cuda" if on_gpu else "cpu")
     if request.param == "cuda" and not on_gpu:
         emulate(monkeypatch)
-    if not importlib.import_module(f"ldmq_kernels.kernels.{request.param}").serves(device):
+    if not backends()[request.param].serves(device):
         pytest.skip(f"backend {request.param} does not serve {device} on this machine")
     if request.param == "triton" and not on_gpu:
         _check_interpreter()

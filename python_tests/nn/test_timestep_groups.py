@@ -101,7 +101,7 @@ def test_unfused_blocks_and_unpacked_weights_follow_the_time_step_too(scheme: st
     unet = timestep_unet(scheme)
     plan = timestep_plan(tiny_unet(), scheme)
     with use_backend("reference"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldmq_kernels.kernels.cpu.serves", lambda _: False)
+        patch.setattr("ldmq_kernels.kernels.cpu.backend.serves", lambda _: False)
         unet = copy.deepcopy(unet)  # q, k and v are merged now
         for timestep, group in TIMES.items():
             static = tiny_unet()

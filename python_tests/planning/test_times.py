@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ldmq_kernels.calibration.trajectory import UNetCall
-from ldmq_kernels.kernels.gpu import ABSENT
+from ldmq_kernels.kernels import measurements
 from ldmq_kernels.planning import times as layer_times
 from ldmq_kernels.planning.times import ROUNDS, WARM_UP, cache_file, measure_times
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -118,7 +118,6 @@ def test_the_users_own_file_is_named_after_the_device() -> None:
 
 def test_an_untuned_gpu_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Some GPU")
-    monkeypatch.setattr(layer_times, "gpu_of", lambda _device: ABSENT)
-    monkeypatch.setattr(layer_times.tile_choice, "measured", lambda _gpu: {})
+    monkeypatch.setattr(measurements, "fingerprint", lambda _device: "")
     with pytest.raises(PlanError, match=r"Some GPU.*run `ldmq bench --tune` once"):
         layer_times._head(torch.device("cuda"))

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from ldmq_kernels.kernels import choices, dispatch, gpu, measurements, reference
-from ldmq_kernels.kernels import cuda as cuda_backend
+from ldmq_kernels.kernels import dispatch, gpu, measurements
+from ldmq_kernels.kernels.cuda import backend as cuda_backend
+from ldmq_kernels.kernels.reference import backend as reference
 from ldmq_kernels.tuning import TuningError, tune
 from ldmq_kernels.tuning import calls as tuner_calls
 from ldmq_kernels.tuning.shapes import Linear
@@ -72,7 +73,7 @@ def rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rival]:
     tiles = types.ModuleType("ldmq_kernels.kernels.cuda.tiles")
     vars(tiles).update(candidates=found.candidates, forced=found.forced)
     monkeypatch.setitem(sys.modules, tiles.__name__, tiles)
-    monkeypatch.setattr(cuda_backend, "tiles", tiles, raising=False)
+    monkeypatch.setattr("ldmq_kernels.kernels.cuda.tiles", tiles, raising=False)
     monkeypatch.setattr(cuda_backend, "serves", lambda _: True)
     monkeypatch.setattr(cuda_backend, OP, found.linear_w8a8, raising=False)
     monkeypatch.setattr(tuner_calls, "of_models", lambda *_: (LINEARS, []))
@@ -124,8 +125,8 @@ def test_the_ops_read_what_the_tuner_wrote(rival: Rival, monkeypatch: pytest.Mon
     device = torch.device("cuda", 0)
     monkeypatch.setattr(measurements, "gpu_of", lambda _: gpu.ABSENT)
     for call in tuner_calls.calls((OP,), ("sd15",), CPU):
-        assert choices.backend_order(OP, call.make(), device)[0] == "cuda"
-        assert measurements.cuda_tiles(device)[f"{OP} {'x'.join(map(str, call.shape.product))}"] == "large"
+        assert dispatch.backend_order(OP, call.make(), device)[0] == "cuda"
+        assert measurements.section(device, "cuda_tiles")[f"{OP} {'x'.join(map(str, call.shape.product))}"] == "large"
 
 
 def test_a_tile_that_fails_or_is_wrong_is_noted_and_never_the_fastest(rival: Rival, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_tile_that_fails_or_is_wrong_is_noted_and_never_the_fastest(rival: Riv
     rival.behaviour = {"small": fail, "large": lambda *a: reference.linear_w8a8(*a) * 1.01}
     found, _ = measured(tmp_path / "t.json", rival.clock(0.5, small=0.1, large=0.1, wide=0.4))
     assert set(found["cuda_tiles"].values()) == {"wide"}
-    small, large = found["refused"][f"cuda {OP} {LINEARS[0]}"]
+    small, large = found["refused"][f"cuda {OP} {'x'.join(map(str, LINEARS[0].product))}"]
     assert small == ["small", "RuntimeError: too much shared memory"]
     assert large[0] == "large"
     assert "differs by" in large[1]
@@ -164,7 +165,7 @@ def test_a_file_without_backends_is_gone_on_with(rival: Rival, tmp_path: Path, m
     after, left = measured(path, rival.clock(0.7, small=0.4, large=0.3, wide=0.6))
     assert left == 0
     assert after["tiles"] == before["tiles"]
-    assert after["milliseconds"] == before["milliseconds"]
+    assert before["milliseconds"].items() <= after["milliseconds"].items()
     assert after["backends"][OP]["70x64 to 40"]["milliseconds"] == {"triton": 0.7, "cuda": 0.3}
     rival.calls.clear()
     measured(path, rival.clock(0.7))

@@ -192,7 +192,7 @@ def test_what_else_stands_in_the_file_stays(tmp_path: Path) -> None:
 
 def test_an_op_whose_triton_kernel_is_switched_off_is_left_out_and_told(tmp_path: Path) -> None:
     measurements.switch_off("linear_w8a8", "triton", CPU, "wrong: differs by 3")
-    with pytest.warns(UserWarning, match="linear_w8a8 is not tuned: .*differs by 3"):
+    with pytest.warns(UserWarning, match="linear_w8a8 is not tuned on triton: .*differs by 3"):
         path, left = tune(
             CPU, tmp_path / "t.json", timer=lambda *_: 1.0, names=("linear_w8a8", "linear_w8a16"), show=False
         )

@@ -8,43 +8,29 @@ from __future__ import annotations
 
 import torch
 
-from ldmq_kernels.kernels.cpu.conv2d_w4a8 import conv2d_w4a8
-from ldmq_kernels.kernels.cpu.conv2d_w8a8 import conv2d_w8a8
-from ldmq_kernels.kernels.cpu.conv2d_w8a16 import conv2d_w8a16
-from ldmq_kernels.kernels.cpu.geglu_quantize import geglu_quantize
-from ldmq_kernels.kernels.cpu.group_norm_silu_quantize import group_norm_silu_quantize
-from ldmq_kernels.kernels.cpu.layer_norm_quantize import layer_norm_quantize
-from ldmq_kernels.kernels.cpu.linear_static_w8a8 import linear_static_w8a8
-from ldmq_kernels.kernels.cpu.linear_w4a8 import linear_w4a8
-from ldmq_kernels.kernels.cpu.linear_w4a16 import linear_w4a16
-from ldmq_kernels.kernels.cpu.linear_w8a8 import linear_w8a8
-from ldmq_kernels.kernels.cpu.linear_w8a16 import linear_w8a16
-from ldmq_kernels.kernels.cpu.quantize_per_sample import quantize_per_sample
-from ldmq_kernels.kernels.cpu.quantize_per_token import quantize_per_token
-from ldmq_kernels.kernels.cpu.quantize_static import quantize_static
+from ldmq_kernels.kernels.backend import Backend, Packer, register
+from ldmq_kernels.kernels.cpu import onednn, packing
 from ldmq_kernels.kernels.cpu.self_check import is_exact
-from ldmq_kernels.kernels.cpu.silu_quantize import silu_quantize
-
-__all__ = [
-    "conv2d_w4a8",
-    "conv2d_w8a8",
-    "conv2d_w8a16",
-    "geglu_quantize",
-    "group_norm_silu_quantize",
-    "layer_norm_quantize",
-    "linear_static_w8a8",
-    "linear_w4a8",
-    "linear_w4a16",
-    "linear_w8a8",
-    "linear_w8a16",
-    "quantize_per_sample",
-    "quantize_per_token",
-    "quantize_static",
-    "serves",
-    "silu_quantize",
-]
 
 
-def serves(device: torch.device) -> bool:
-    """Whether `device` is a CPU whose oneDNN int8 products are exact."""
-    return device.type == "cpu" and is_exact()
+class _Cpu(Backend):
+    name = "cpu"
+    device_type = "cpu"
+    rank = 10
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether `device` is a CPU whose oneDNN int8 products are exact."""
+        return device.type == "cpu" and is_exact()
+
+    def why_not(self, device: torch.device) -> str:
+        """What this torch or this processor lacks."""
+        if not onednn.is_built_in():
+            return "this torch lacks oneDNN's int8 ops: install an x86-64 build of torch 2.10 or newer"
+        return "oneDNN's int8 products are not exact on this processor: it needs AVX-512 VNNI, AVX-VNNI or AMX"
+
+    def packer(self, op: str) -> Packer | None:
+        """oneDNN's blocked layouts of the int8 products' weights."""
+        return packing.PACKERS.get(op)
+
+
+backend = register(_Cpu())

@@ -15,7 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.backend import Packer
 from ldmq_kernels.kernels.cpu import onednn
+from ldmq_kernels.numerics.formats.int4 import pack_int4, unpack_int4
+from ldmq_kernels.numerics.formats.int4_two_level import divide_multiplier, fold_multiplier
 
 _LAYING_OUT = threading.Lock()
 
@@ -70,3 +73,26 @@ def lay_out_conv2d(
             packed.data = onednn.prepack_conv2d(packed.to_dense(), stride, padding, dilation, groups, input_shape)
         _trim()(0)
         packed._ldmq_is_laid_out = True  # type: ignore[attr-defined]
+
+
+def _packer(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], Tensor]) -> Packer:
+    """How the weight of a product is held; int4 ones are folded with their multipliers, which int8 holds exactly."""
+
+    def packed(weight: Tensor, multiplier: Tensor | None, channels: int) -> Tensor:
+        return pack(weight if multiplier is None else fold_multiplier(unpack_int4(weight, channels), multiplier))
+
+    def unpacked(tensor: Tensor, multiplier: Tensor | None) -> Tensor:
+        integers = unpack(tensor)
+        return integers if multiplier is None else pack_int4(divide_multiplier(integers, multiplier))
+
+    return Packer("oneDNN", lambda weight: weight.is_mkldnn, packed, unpacked)
+
+
+_LINEAR, _CONV2D = _packer(pack_linear, unpack_linear), _packer(pack_conv2d, unpack_conv2d)
+PACKERS = {
+    "linear_w8a8": _LINEAR,
+    "linear_static_w8a8": _LINEAR,
+    "linear_w4a8": _LINEAR,
+    "conv2d_w8a8": _CONV2D,
+    "conv2d_w4a8": _CONV2D,
+}

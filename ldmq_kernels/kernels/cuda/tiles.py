@@ -116,7 +116,7 @@ def choose(op: str, m: int, n: int, k: int, device: torch.device, taps: int = 1,
     """
     tile = _override.get()
     if tile is None:
-        measured = measurements.cuda_tiles(device).get(f"{op} {m}x{n}x{k}")
+        measured = measurements.section(device, "cuda_tiles").get(f"{op} {m}x{n}x{k}")
         tile = _chosen(op, m, n, k, device, taps, measured, for_all)
     if tile is None:
         raise Unsupported(f"the extension has no tile for {op} on {device}")

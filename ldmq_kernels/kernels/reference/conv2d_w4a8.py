@@ -30,12 +30,10 @@ def conv2d_w4a8(
     """Convolution on int8 activations and two-level int4 weights; arguments as conv2d_w8a8, but for
 
     Args:
-        weight: (K, R, S, ceil(C / groups / 2)) uint8 holding int4, or the CPU backend's packed form
-            of the folded weight.
+        weight: (K, R, S, ceil(C / groups / 2)) uint8 holding int4.
         multiplier: (K, R, S, weight groups) uint8 in 1..18.
     """
-    if not weight.is_mkldnn:
-        weight = fold_multiplier(unpack_int4(weight, x_q.shape[1] // groups), multiplier)
+    weight = fold_multiplier(unpack_int4(weight, x_q.shape[1] // groups), multiplier)
     return conv2d_w8a8(
         x_q,
         x_scale,

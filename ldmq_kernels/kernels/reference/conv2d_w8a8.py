@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.cpu.packing import unpack_conv2d
 from ldmq_kernels.kernels.geometry import enlarged_and_padded
 
 
@@ -30,12 +29,12 @@ def conv2d_w8a8(
     Args:
         x_q: (N, C, H, W) int8.
         x_scale: (1,) or (N,) float32.
-        weight: (K, R, S, C / groups) int8, or the CPU backend's packed form.
+        weight: (K, R, S, C / groups) int8.
         weight_scale: (K,) float32.
         bias: (K,) floating.
         sample_bias: (N, K) floating, added to every position (the time embedding).
         residual: (N, K, P, Q) floating, added last.
-        kernel_size: (R, S), which a packed weight no longer shows.
+        kernel_size: (R, S).
         padding: zeros at (top, bottom, left, right).
         upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
         out_dtype: float16, bfloat16 or float32.
@@ -43,10 +42,9 @@ def conv2d_w8a8(
     Returns:
         (N, K, P, Q) of `out_dtype`, channels_last.
     """
-    integers = unpack_conv2d(weight) if weight.is_mkldnn else weight
     x_q, pads = enlarged_and_padded(x_q, padding, upsample)
     accumulator = torch.nn.functional.conv2d(
-        x_q.double(), integers.permute(0, 3, 1, 2).double(), None, stride, pads, dilation, groups
+        x_q.double(), weight.permute(0, 3, 1, 2).double(), None, stride, pads, dilation, groups
     ).float()
     out = accumulator * x_scale.view(-1, 1, 1, 1) * weight_scale.view(1, -1, 1, 1)
     if bias is not None:

@@ -23,7 +23,7 @@ def linear_static_w8a8(
         x: (..., K) floating.
         inv_scale: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
         x_scale: (1,) float32, the scale.
-        weight: (N, K) int8, or the CPU backend's packed form.
+        weight: (N, K) int8.
         weight_scale: (N,) float32.
         bias: (N,) floating.
         residual: (..., N) floating, added last.

@@ -25,7 +25,7 @@ def linear_w4a8(
     Args:
         x_q: (..., K) int8.
         x_scale: (1,) or (...) float32.
-        weight: (N, ceil(K / 2)) uint8 holding int4, or the CPU backend's packed form of the folded weight.
+        weight: (N, ceil(K / 2)) uint8 holding int4.
         multiplier: (N, groups) uint8 in 1..18.
         weight_scale: (N,) float32.
         bias: (N,) floating.
@@ -35,6 +35,5 @@ def linear_w4a8(
     Returns:
         (..., N) of `out_dtype`.
     """
-    if not weight.is_mkldnn:
-        weight = fold_multiplier(unpack_int4(weight, x_q.shape[-1]), multiplier)
+    weight = fold_multiplier(unpack_int4(weight, x_q.shape[-1]), multiplier)
     return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, out_dtype)

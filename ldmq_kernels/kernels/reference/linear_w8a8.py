@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.cpu.packing import unpack_linear
-
 
 def linear_w8a8(
     x_q: Tensor,
@@ -22,7 +20,7 @@ def linear_w8a8(
     Args:
         x_q: (..., K) int8.
         x_scale: (1,) or (...) float32.
-        weight: (N, K) int8, or the CPU backend's packed form.
+        weight: (N, K) int8.
         weight_scale: (N,) float32.
         bias: (N,) floating.
         residual: (..., N) floating, added last.
@@ -31,9 +29,8 @@ def linear_w8a8(
     Returns:
         (..., N) of `out_dtype`.
     """
-    integers = unpack_linear(weight) if weight.is_mkldnn else weight
     # float64 holds sums of int8 products exactly, and every device multiplies it
-    accumulator = torch.nn.functional.linear(x_q.double(), integers.double()).float()
+    accumulator = torch.nn.functional.linear(x_q.double(), weight.double()).float()
     out = accumulator * (x_scale if x_scale.numel() == 1 else x_scale.unsqueeze(-1)) * weight_scale
     if bias is not None:
         out = out + bias.float()

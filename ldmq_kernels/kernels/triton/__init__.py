@@ -6,47 +6,15 @@ Neither this package nor `serves` imports triton: the ops do, when one is asked 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
-import sys
-from types import ModuleType
-from typing import Any
 
 import torch
 
-OPS = (
-    "conv2d_w4a8",
-    "conv2d_w8a8",
-    "conv2d_w8a16",
-    "geglu_quantize",
-    "group_norm_silu_quantize",
-    "layer_norm_quantize",
-    "linear_static_w8a8",
-    "linear_w4a8",
-    "linear_w4a16",
-    "linear_w8a8",
-    "linear_w8a16",
-    "quantize_per_sample",
-    "quantize_per_token",
-    "quantize_static",
-    "silu_quantize",
-)
+from ldmq_kernels.kernels.backend import Backend, register
+from ldmq_kernels.kernels.triton.tuning import TritonTiles
 
-
-class _Backend(ModuleType):
-    """This package: an op's name is its function, also once something has imported the op's module."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in OPS:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{__name__}.{name}"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, getattr(value, name) if name in OPS and isinstance(value, ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Backend
+WITHOUT_CUDA = "needs an NVIDIA GPU and a torch build with CUDA"
 
 
 @functools.cache
@@ -59,10 +27,28 @@ def _is_new_enough(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def serves(device: torch.device) -> bool:
-    """Whether these kernels run on `device`; on a CPU only where TRITON_INTERPRET=1 is set."""
-    if not _is_installed():
-        return False
-    if device.type == "cuda":
-        return _is_new_enough(device)
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+class _Triton(Backend):
+    name = "triton"
+    device_type = "cuda"
+    rank = 10
+    is_raced = True
+    tiles = TritonTiles()
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether these kernels run on `device`; on a CPU only where TRITON_INTERPRET=1 is set."""
+        if not _is_installed():
+            return False
+        if device.type == "cuda":
+            return _is_new_enough(device)
+        return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+    def why_not(self, device: torch.device) -> str:
+        """Whether triton, a GPU or a newer GPU is missing."""
+        if not _is_installed():
+            return f"triton is not installed, it {WITHOUT_CUDA}: pip install triton"
+        if not torch.cuda.is_available():
+            return f"{WITHOUT_CUDA} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
+        return "needs compute capability 8.0 or newer"
+
+
+backend = register(_Triton())

@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -101,11 +101,6 @@ def measured(gpu: Gpu) -> dict[str, Tile]:
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{path} is damaged ({error}): remove it, or run `ldmq bench --tune` again") from None
     return tiles
-
-
-def as_file(tiles: dict[str, Tile], head: dict[str, object]) -> bytes:
-    """What `measured` reads back: `head` says where, when and with what the tiles were measured."""
-    return (json.dumps({**head, "tiles": {key: asdict(tile) for key, tile in tiles.items()}}, indent=1) + "\n").encode()
 
 
 @measurements.emptied_by_forget

@@ -71,14 +71,6 @@ class WeightFormat(ABC):
         """Bytes of a weight of this shape in a checkpoint."""
         return sum(buffer.bytes for buffer in self.buffers(shape).values())
 
-    def kernel_weight(self, stored: Mapping[str, Tensor], channels: int) -> Tensor | None:
-        """The int8 weight (out, ..., channels) that a backend may hold in a layout of its own; None where none may."""
-        return None
-
-    def stored_weight(self, kernel_weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
-        """The stored tensor "weight" that `kernel_weight` was made of, exactly; the other tensors are as stored."""
-        raise TypeError(f"{type(self).__name__} has no kernel weight")
-
     def group_scale(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The scale that the weight-only op of `Format.first_token_op` takes beside the stored weight."""
         raise TypeError(f"{type(self).__name__} is in no weight-only product")

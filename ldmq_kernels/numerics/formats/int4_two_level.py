@@ -137,10 +137,6 @@ class TwoLevelInt4Weight(WeightFormat):
         """The int8 weight: integers times multipliers."""
         return fold_multiplier(unpack_int4(stored["weight"], channels), stored["multiplier"])
 
-    def stored_weight(self, kernel_weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
-        """The integers that the multipliers were multiplied into, two to a byte."""
-        return pack_int4(divide_multiplier(kernel_weight, stored["multiplier"]))
-
     def group_scale(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The scale of each group, (out, groups), of a linear."""
         return stored["weight_scale"][:, None] * stored["multiplier"]

@@ -87,14 +87,6 @@ class Int8Weight(WeightFormat):
             return stored == -128, "in [-127, 127]"
         return not_positive(stored)
 
-    def kernel_weight(self, stored: Mapping[str, Tensor], channels: int) -> Tensor | None:
-        """The integers themselves."""
-        return stored["weight"]
-
-    def stored_weight(self, kernel_weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
-        """The integers themselves."""
-        return kernel_weight
-
     def group_scale(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The scale of each output channel, (out,)."""
         return stored["weight_scale"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldmq_kernels.kernels import cpu
+from ldmq_kernels.kernels.cpu import backend as cpu
 from ldmq_kernels.kernels.cpu import onednn
 from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear, unpack_conv2d, unpack_linear
 from python_tests.kernels.convolutions import as_op

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels import cpu
+from ldmq_kernels.kernels.cpu import backend as cpu
 from ldmq_kernels.kernels.cpu import onednn, self_check
 
 
@@ -60,7 +60,7 @@ def test_a_processor_with_vnni_is_served():
 @pytest.mark.parametrize("instructions", ["AVX512_CORE", "AVX2"])
 def test_a_processor_without_vnni_is_refused_and_one_with_it_is_not(instructions):
     """oneDNN itself can be told to leave VNNI alone, and then really saturates."""
-    script = "import torch; from ldmq_kernels.kernels import cpu; print(cpu.serves(torch.device('cpu')))"
+    script = "import torch; from ldmq_kernels.kernels.cpu import backend as cpu; print(cpu.serves(torch.device('cpu')))"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"

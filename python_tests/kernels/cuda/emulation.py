@@ -145,6 +145,6 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     binding = emulated_binding()
     monkeypatch.setattr(extension, "binding", lambda: binding)
     monkeypatch.setattr(extension, "target", lambda _: {"device": 1, "stream": 0})
-    monkeypatch.setattr("ldmq_kernels.kernels.cuda.serves", lambda device: device == torch.device("cpu"))
+    monkeypatch.setattr("ldmq_kernels.kernels.cuda.backend.serves", lambda device: device == torch.device("cpu"))
     tiles.forget()
     return binding

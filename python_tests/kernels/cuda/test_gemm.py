@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels import cuda
+from ldmq_kernels.kernels.cuda import backend as cuda
 from ldmq_kernels.kernels.cuda import extension, tiles
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.numerics.formats.int4 import pack_int4

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels import cuda, reference
+from ldmq_kernels.kernels.cuda import backend as cuda
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.reference import backend as reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MODES = ["one inv_scale", "inv_scales", "measured", "smoothed"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels import cuda, reference
+from ldmq_kernels.kernels.cuda import backend as cuda
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.reference import backend as reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [(17, 320), (3, 5, 20), (63, 1), (2, 2560), (1, 10240), (9, 963), (4, 4)]

@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ldmq_kernels.kernels import triton as triton_backend
 from ldmq_kernels.kernels.gpu import Gpu
+from ldmq_kernels.kernels.triton import backend as triton_backend
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_tables import TILES, Tile, family
 from python_tests.kernels.triton import compile_conv2d, compile_linear, compile_producers

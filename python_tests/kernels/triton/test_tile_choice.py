@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,8 @@ def test_persistence_is_chosen_by_measurement_only(own_cache: Path) -> None:
     tiles = tile_choice.candidates("linear_w8a8", problem, HOPPER)
     persistent = next(tile for tile in tiles if tile.persistent)
     assert not chosen("linear_w8a8", *problem[:3]).persistent
-    file = tile_choice.as_file({f"linear_w8a8 {problem}": persistent}, {"gpu": HOPPER.name})
-    (own_cache / file_name(HOPPER)).write_bytes(file)
+    file = json.dumps({"gpu": HOPPER.name, "tiles": {f"linear_w8a8 {problem}": asdict(persistent)}})
+    (own_cache / file_name(HOPPER)).write_text(file)
     measurements.forget()
     assert chosen("linear_w8a8", *problem[:3]) == persistent
     assert chosen("linear_w8a8", 8192, 5120, 1280) != persistent
