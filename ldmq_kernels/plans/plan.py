@@ -233,8 +233,7 @@ class Plan:
             import jsonschema  # plans that are made in memory do without
 
         data = _without_ranks(in_current_words(data), source)
-        schema = json.loads(resources.files("ldmq_kernels.plans").joinpath("plan.schema.json").read_text())
-        errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(data), key=lambda e: e.json_path)
+        errors = sorted(jsonschema.Draft202012Validator(_schema()).iter_errors(data), key=lambda e: e.json_path)
         if errors:
             raise PlanError(f"{source}, at {errors[0].json_path}: {errors[0].message}")
         for name, scale in data["input_scales"].items():
@@ -294,6 +293,13 @@ def _without_ranks(data: dict[str, Any], source: str) -> dict[str, Any]:
         if entry != {}:
             kept[name] = entry
     return {**data, "details": kept}
+
+
+def _schema() -> dict[str, Any]:
+    """The schema of a plan file, with the schemes that are registered now."""
+    schema = json.loads(resources.files("ldmq_kernels.plans").joinpath("plan.schema.json").read_text())
+    schema["$defs"]["scheme"]["enum"] = list(SCHEMES)
+    return schema
 
 
 def _encode(vector: Tensor | None) -> str:

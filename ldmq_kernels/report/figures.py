@@ -10,9 +10,10 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.numerics.sqnr import to_db
 from ldmq_kernels.report.rows import LayerRow
-from ldmq_kernels.report.svg import INK, LINE, MUTED, PAPER, SCHEME_COLOURS, draw, plain_axes
+from ldmq_kernels.report.svg import INK, LINE, MUTED, PAPER, draw, plain_axes, scheme_colour
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import StepNoise, finite_db
 
@@ -99,7 +100,7 @@ def _block_dots(axes: Axes, analysis: Analysis, names: list[str], schemes: Seque
             if (name, scheme) in analysis.blocks
         ]
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, "o", color=SCHEME_COLOURS[scheme], markersize=6, markeredgewidth=0, label=scheme)
+        axes.plot(x, y, "o", color=scheme_colour(scheme), markersize=6, markeredgewidth=0, label=scheme)
     axes.set_yticks(range(len(names)), names, color=INK)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="both")
@@ -138,8 +139,8 @@ def step_lines(analysis: Analysis, schemes: Sequence[str], held_out: StepNoise |
             noises = [noise for (_, tried), noise in analysis.output.items() if tried == scheme]
             x = [step + 1 for step in analysis.steps]
             y = [to_db(sum(noise.by_step[step] for noise in noises)) for step in analysis.steps]
-            axes.plot(x, y, "o--", color=SCHEME_COLOURS[scheme], linewidth=1.2, markersize=4, markeredgewidth=0)
-            labels.append((y[-1], f"{scheme} everywhere, predicted", SCHEME_COLOURS[scheme]))
+            axes.plot(x, y, "o--", color=scheme_colour(scheme), linewidth=1.2, markersize=4, markeredgewidth=0)
+            labels.append((y[-1], f"{scheme} everywhere, predicted", scheme_colour(scheme)))
         if held_out is not None and held_out.mean_power > 0:
             by_step = held_out.db_by_step
             axes.plot([step + 1 for step in by_step], list(by_step.values()), color=INK, linewidth=2.2)
@@ -193,7 +194,7 @@ def drift_lines(analysis: Analysis) -> str:
             if name not in movers:
                 axes.plot(range(1, len(line) + 1), line, color=MUTED, linewidth=0.6, alpha=0.35)
         axes.axhline(1, color=INK, linewidth=0.8)
-        colours = [c for s, c in SCHEME_COLOURS.items() if s != "fp16"]
+        colours = [scheme_colour(name) for name in SCHEMES if name != str(FLOAT)]
         for name, colour in zip(movers, colours, strict=False):
             axes.plot(range(1, len(relative[name]) + 1), relative[name], color=colour, linewidth=1.8)
         _ratio_axis(axes, max((float(line.max()) for line in relative.values()), default=1.0))

@@ -21,6 +21,7 @@ from ldmq_kernels.planning.session import PlanResult
 from ldmq_kernels.report import figures, sections
 from ldmq_kernels.report.measure import PicturePairs, Timing
 from ldmq_kernels.report.rows import layer_rows, schemes_of
+from ldmq_kernels.report.svg import scheme_variables
 from ldmq_kernels.sensitivity.analysis import Analysis
 
 
@@ -76,6 +77,8 @@ def render(model: nn.Module, report: Report) -> str:
     page = Template(resources.files("ldmq_kernels.report").joinpath("page.html").read_text(encoding="utf-8"))
     return page.substitute(
         title=escape(report.title),
+        light_schemes=scheme_variables(dark=False),
+        dark_schemes=scheme_variables(dark=True),
         lead=escape(report.lead),
         facts="".join(
             f"<div class=fact><b>{escape(f.value)}</b><span>{escape(f.meaning)}</span></div>" for f in report.facts

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from ldmq_kernels.files import csv_bytes
 from ldmq_kernels.planning.assignment import MOST_DB
 from ldmq_kernels.planning.pareto import ParetoPoint
-from ldmq_kernels.report.svg import INK, MUTED, SCHEME_COLOURS, draw, plain_axes, standalone
+from ldmq_kernels.report.svg import INK, MUTED, draw, plain_axes, scheme_colour, standalone
 
 WIDTH, HEIGHT = 11.0, 4.2
-ACCENT = SCHEME_COLOURS["w8a8-dynamic"]
+ACCENT = scheme_colour("w8a8-dynamic")
 
 
 def _is_timed(points: Sequence[ParetoPoint]) -> bool:

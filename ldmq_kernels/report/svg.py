@@ -12,24 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from ldmq_kernels.numerics.formats import SCHEMES
+
 # Colours that stand for the page's CSS variables until the figure is written.
 INK, MUTED, LINE, PAPER = "#010101", "#010102", "#010103", "#010104"
-SCHEME_COLOURS = {
-    "w8a8-static": "#010211",
-    "w8a8-timestep": "#010218",
-    "w8a8x2": "#010220",
-    "w8a8-dynamic": "#010212",
-    "w8a16": "#010213",
-    "w4a8-static": "#010214",
-    "w4a8-timestep": "#010219",
-    "w4a8x2": "#010221",
-    "w4a8-dynamic": "#010215",
-    "w4a16": "#010216",
-    "fp16": "#010217",
-}
-_VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} | {
-    colour: f"--{scheme}" for scheme, colour in SCHEME_COLOURS.items()
-}
+_VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"}
 _SETTINGS = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -50,10 +37,20 @@ _SETTINGS = {
 }
 
 
+def scheme_colour(scheme: str) -> str:
+    """The colour that stands for a scheme's CSS variable until the figure is written."""
+    return f"#0102{list(SCHEMES).index(scheme):02x}"
+
+
+def scheme_variables(*, dark: bool) -> str:
+    """CSS that gives each scheme's variable its colour on light or on dark ground."""
+    return " ".join(f"--{name}: {scheme.colours[dark]};" for name, scheme in SCHEMES.items())
+
+
 def standalone(svg: str) -> str:
     """A figure as a file of its own: the page's colours for light ground in place of its variables."""
     page = resources.files("ldmq_kernels.report").joinpath("page.html").read_text(encoding="utf-8")
-    light = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]+)", page[: page.index("@media")]))
+    light = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]+)", page[: page.index("@media")] + scheme_variables(dark=False)))
     svg = re.sub(r"var\((--[\w-]+)\)", lambda found: light[found[1]], svg)
     ground = f'<rect width="100%" height="100%" fill="{light["--paper"]}"/>'
     return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + ground, svg, count=1)
@@ -76,7 +73,7 @@ def draw(name: str, width: float, height: float, paint: Callable[[Figure], None]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'^<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg)
     svg = re.sub(r'^<svg ([^>]*?)height="[^"]*"', r'<svg role="img" \1', svg)
-    for colour, variable in _VARIABLES.items():
+    for colour, variable in (_VARIABLES | {scheme_colour(name): f"--{name}" for name in SCHEMES}).items():
         svg = svg.replace(colour, f"var({variable})")
     return svg
 

@@ -150,8 +150,9 @@ class Format:
         missing = []
         if not isinstance(self.weight, WeightFormat):
             missing.append(f"weight must be a WeightFormat that stores and rounds weights, this is {self.weight!r}")
-        if not self.activations or not all(isinstance(a, ActivationFormat) for a in self.activations):
-            missing.append(f"activations must be ActivationFormats, these are {self.activations!r}")
+        activations = self.activations if isinstance(self.activations, tuple) else ()
+        if not activations or not all(isinstance(a, ActivationFormat) for a in activations):
+            missing.append(f"activations must be a tuple of ActivationFormats, this is {self.activations!r}")
         quantizes = isinstance(self.weight, WeightFormat) and self.weight.is_quantized
         if quantizes and not self.products:
             missing.append("products must name the op that multiplies a linear or a conv2d")
