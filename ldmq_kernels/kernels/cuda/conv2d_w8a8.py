@@ -8,6 +8,7 @@ from torch import Tensor
 from ldmq_kernels.kernels.cuda import gemm
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.geometry import conv2d_output_size
+from ldmq_kernels.kernels.operands import int8, plain
 
 
 def conv2d_w8a8(
@@ -55,8 +56,8 @@ def conv2d_w8a8(
     samples, channels, height, width = x_q.shape
     out_channels = weight_scale.shape[0]
     size = conv2d_output_size((height, width), kernel_size, stride, padding, dilation, upsample)
-    weight = gemm.plain(weight, torch.int8, (out_channels, *kernel_size, channels))
-    x = gemm.int8(x_q).contiguous(memory_format=torch.channels_last)
+    weight = plain(weight, torch.int8, (out_channels, *kernel_size, channels))
+    x = int8(x_q).contiguous(memory_format=torch.channels_last)
     out = torch.empty(
         (samples, out_channels, *size), dtype=out_dtype, device=x.device, memory_format=torch.channels_last
     )

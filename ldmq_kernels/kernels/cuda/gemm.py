@@ -100,32 +100,6 @@ class Epilogue(NamedTuple):
         }
 
 
-def int8(x_q: Tensor) -> Tensor:
-    """The activations as they are, once their dtype is known to be int8.
-
-    Raises:
-        Unsupported: its dtype is not int8.
-    """
-    if x_q.dtype != torch.int8:
-        raise Unsupported(f"quantized activations are {x_q.dtype}; the CUDA kernels take int8")
-    return x_q
-
-
-def plain(weight: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """The weight, contiguous, once its dtype and shape are checked.
-
-    Raises:
-        Unsupported: it is packed for another backend, or its dtype or shape is another.
-    """
-    if weight.layout != torch.strided:
-        raise Unsupported(f"the weight is packed ({weight.layout}); the CUDA kernels take plain {dtype}")
-    if weight.dtype != dtype or tuple(weight.shape) != tuple(shape):
-        raise Unsupported(
-            f"the weight is {weight.dtype} {tuple(weight.shape)}; this layer takes {dtype} {tuple(shape)}"
-        )
-    return weight.contiguous()
-
-
 def _check(op: str, name: str, operand: Tensor, x: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
     """The operand itself, of one of these dtypes and beside x."""
     if operand.dtype not in dtypes:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import gemm
+from ldmq_kernels.kernels.operands import int8, plain
 
 
 def linear_w8a8(
@@ -37,8 +38,8 @@ def linear_w8a8(
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
     k, n = x_q.shape[-1], weight_scale.shape[0]
-    weight = gemm.plain(weight, torch.int8, (n, k))
-    x = gemm.int8(x_q).reshape(-1, k).contiguous()
+    weight = plain(weight, torch.int8, (n, k))
+    x = int8(x_q).reshape(-1, k).contiguous()
     out = torch.empty((*x_q.shape[:-1], n), dtype=out_dtype, device=x.device)
     epilogue = gemm.Epilogue(x_scale, weight_scale, bias, residual, out_inv_scale=out_inv_scale)
     return gemm.run("linear_w8a8", x, weight, None, epilogue, out, channels=k)
