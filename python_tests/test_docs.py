@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ TEXTS = sorted(
 )
 NAMES = [str(path.relative_to(ROOT)) for path in TEXTS]
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
-CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+CODE = re.compile(r"^ *```python\n(.*?)```", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("text", NAMES)
@@ -29,7 +30,7 @@ def test_every_link_within_the_project_leads_to_a_file(text: str) -> None:
 @pytest.mark.parametrize("text", NAMES)
 def test_python_in_a_text_compiles(text: str) -> None:
     for code in CODE.findall((ROOT / text).read_text()):
-        ast.parse(code)
+        ast.parse(textwrap.dedent(code))
 
 
 def test_the_readme_fits_a_screen_or_two() -> None:
