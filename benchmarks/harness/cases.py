@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from benchmarks.harness.baselines import BASELINES
 from benchmarks.harness.machine import device, gpu_state, int8_peak, synchronize
 from benchmarks.harness.timing import Call, Variants, interleaved
 from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.kernels.backend import backends, usual_order
 from ldmq_kernels.timing import ROUNDS, Samples
 
 LARGE_BYTES = 32 * 2**20  # from here on a memory-bound op is measured by its share of a copy's bandwidth
@@ -60,12 +60,9 @@ def served_by(op: str, call: Call) -> str:
 
 def own_backends(op: str) -> tuple[str, ...]:
     """Our backends that have an op on this device, the one that usually serves in front."""
-    found = []
-    for name in dispatch.PREFERENCE[device().type]:
-        backend = importlib.import_module(f"ldmq_kernels.kernels.{name}")
-        if backend.serves(device()) and hasattr(backend, op):
-            found.append(name)
-    return tuple(found)
+    usual_first = dict.fromkeys((*usual_order(device()), *backends()))
+    served = [backends()[name] for name in usual_first]
+    return tuple(backend.name for backend in served if backend.serves(device()) and backend.has(op))
 
 
 def accepted(case: Case) -> tuple[str, ...]:
