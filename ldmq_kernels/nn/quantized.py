@@ -247,7 +247,10 @@ class QuantizedLayer(PackedWeight, InputScale):
 
     def operands(self) -> list[Tensor]:
         """The stored tensors that the product takes beside the weight, in its order."""
-        return [getattr(self, name) for name in self.scheme.format.operands]
+        names = self.scheme.format.operands
+        if len(names) == 1:  # a comprehension takes longer than the look-up
+            return [getattr(self, names[0])]
+        return [getattr(self, name) for name in names]
 
     # -- moving, loading and copying -----------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import ldmq_kernels as ldmq
 from ldmq_kernels.integrations.diffusers import CheckpointError
-from ldmq_kernels.plans.plan import PlanError
+from ldmq_kernels.plans.plan import VERSION, PlanError
 from python_tests.tiny import mixed_plan, tiny_unet
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -129,8 +129,8 @@ def test_a_truncated_file_is_named(folder, part):
 
 
 def test_a_plan_of_a_newer_version_is_refused(folder):
-    edit_plan(folder, lambda plan: plan.update(ldmq_plan=3))
-    with pytest.raises(PlanError, match=r"quantization_config has plan version 3, .*upgrade ldmq_kernels"):
+    edit_plan(folder, lambda plan: plan.update(ldmq_plan=VERSION + 1))
+    with pytest.raises(PlanError, match=rf"quantization_config has plan version {VERSION + 1}, .*upgrade ldmq_kernels"):
         load(folder)
 
 

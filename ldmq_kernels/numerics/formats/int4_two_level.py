@@ -122,7 +122,7 @@ class TwoLevelInt4Weight(WeightFormat):
 
     def dequantize(self, stored: Mapping[str, Tensor], channels: int) -> Tensor:
         """The int8 weight that multiplied integers are, times the channel's scale."""
-        weight = self.kernel_weight(stored, channels)
+        weight = fold_multiplier(unpack_int4(stored["weight"], channels), stored["multiplier"])
         return weight * per_channel(stored["weight_scale"], weight)
 
     def wrong_values(self, name: str, stored: Tensor) -> tuple[Tensor, str]:
@@ -132,10 +132,6 @@ class TwoLevelInt4Weight(WeightFormat):
         if name == "multiplier":
             return (stored < 1) | (stored > MULTIPLIER_MAX), f"in 1..{MULTIPLIER_MAX}"
         return not_positive(stored)
-
-    def kernel_weight(self, stored: Mapping[str, Tensor], channels: int) -> Tensor:
-        """The int8 weight: integers times multipliers."""
-        return fold_multiplier(unpack_int4(stored["weight"], channels), stored["multiplier"])
 
     def group_scale(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The scale of each group, (out, groups), of a linear."""
