@@ -149,13 +149,18 @@ def _search(trial: _TrialModel, schemes: list[Scheme], method: Method, probes: i
     return work.run("noise of each layer", names, search, show=show)
 
 
+def _by_key(candidates: dict[str, list[LayerCandidate]]) -> Iterator[tuple[Key, LayerCandidate]]:
+    """All candidates of all layers, each with its layer and scheme."""
+    for name, of_layer in candidates.items():
+        for candidate in of_layer:
+            yield (name, str(candidate.scheme)), candidate
+
+
 def _exact_keys(
     estimates: dict[Key, StepNoise], candidates: dict[str, list[LayerCandidate]], exact: str | int
 ) -> list[Key]:
     """The candidates to run alone; those of GPTQ make too little noise on the samples that it rounded for."""
-    everything = [
-        (name, str(c.scheme)) for name, of_layer in candidates.items() for c in of_layer if c.quantized_layer is None
-    ]
+    everything = [key for key, c in _by_key(candidates) if c.quantized_layer is None]
     if exact == ALL:
         return everything
     estimated = [key for key in everything if key in estimates]
@@ -191,13 +196,20 @@ def _similarity(
     return {(sets[item][0], str(sets[item][1].scheme)): value for item, value in losses.items()}
 
 
-def _settings(calibration: Calibration, model: nn.Module, **others: Any) -> dict[str, Any]:
+def _settings(
+    trial: _TrialModel, schemes: Sequence[Scheme], steps: list[int], prompts: int, method: Method
+) -> dict[str, Any]:
+    """All that the results of an analysis depend on, as JSON."""
+    calibration = trial.calibration
     return {
-        "model": fingerprint(model),
+        "model": fingerprint(trial.model),
         "mode": calibration.mode,
         "prompts": list(calibration.prompts),
         **asdict(calibration.settings),
-        **others,
+        "schemes": [str(scheme) for scheme in schemes],
+        "steps": steps,
+        "analysed_prompts": prompts,
+        "method": asdict(method),
     }
 
 
@@ -218,7 +230,7 @@ def analyze(
 
     Args:
         pipe: the pipeline that was calibrated, still in full precision.
-        schemes: what to try; the float scheme needs no trial.
+        schemes: the schemes to try; the float scheme needs no trial.
         analysed_steps: how many sampling steps, spread over the trajectory, each trial is run on.
         exact: "all" runs the UNet for every candidate of every layer, a number for so many that the backward
             probes estimate to be the noisiest, "auto" for all of a small model and 24 of a large one.
@@ -242,24 +254,11 @@ def analyze(
         raise ValueError(f"exact is {exact!r}: choose 'all', 'auto' or a number of runs")
     analysed_prompts = 2 if small else 1
     trial = _TrialModel(pipe, calibration, steps, analysed_prompts)
-    settings = _settings(
-        calibration,
-        trial.model,
-        schemes=[str(s) for s in tried],
-        steps=steps,
-        analysed_prompts=analysed_prompts,
-        method=asdict(method),
-    )
-    work = Work(work_dir, settings)
+    work = Work(work_dir, _settings(trial, tried, steps, analysed_prompts, method))
     candidates = _search(trial, tried, method, PROBES, work, show)
-    estimates = {
-        (name, str(c.scheme)): c.estimate
-        for name, of_layer in candidates.items()
-        for c in of_layer
-        if c.estimate is not None
-    }
+    estimates = {key: c.estimate for key, c in _by_key(candidates) if c.estimate is not None}
     keys = _exact_keys(estimates, candidates, exact)
-    chosen = {(name, str(c.scheme)): {name: c} for name, of_layer in candidates.items() for c in of_layer}
+    chosen = {key: {key[0]: c} for key, c in _by_key(candidates)}
     measured = _run_each(trial, "SQNR of each layer", {" ".join(key): chosen[key] for key in keys}, work, show)
     output = estimates | {key: measured[" ".join(key)] for key in keys}
     output = {key: output[key] for key in chosen}
