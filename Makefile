@@ -5,14 +5,20 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml setup.py constraints.txt constraints-triton.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-# The tests share the cores: a worker each, and one thread a worker, so that they do not fight over them.
+# The tests share the cores: a worker each, and one thread a worker, so that they do not fight over them. A file's
+# tests stay with one worker, since they share its analysis, its compiled kernels or its model; the order is kept, so
+# that the last files are small ones.
 WORKERS ?= logical
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) \
+	--dist loadfile --no-loadscope-reorder
+
+# What every op, layer, plan and number must hold to; no kernel for a GPU, no pipeline, no whole analysis.
+QUICK := calibration conversion kernels nn numerics plans planning report
 
 # The interpreter of the GPU machine that `python -m benchmarks gpu` is run on.
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo test lint wheels clean
+.PHONY: demo test quick lint wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready-demo
@@ -20,6 +26,9 @@ demo: $(VENV)/ready-demo
 
 test: $(VENV)/ready-test
 	$(PYTEST) python_tests
+
+quick: $(VENV)/ready-test
+	$(PYTEST) -m "not slow and not gpu_kernels" $(QUICK:%=python_tests/%) --ignore python_tests/planning/test_planner.py
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 import ldmq_kernels as ldmq
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.plans.plan import VERSION
+from python_tests.processes import run_each_anew
 from python_tests.tiny import draw, mixed_plan, run_unet, tiny_pipeline, tiny_unet
 
 
@@ -72,30 +70,23 @@ def test_the_file_holds_int4_packed_and_int8_weights_and_float32_scales(pipe, sa
             assert all(stored[leaf].dtype == torch.float32 for leaf in present)
 
 
-SCRIPT = """
-import sys
-import {first}
-import {second}
+DRAW = """
 import torch
 from diffusers import StableDiffusionPipeline
 from python_tests.tiny import draw
-pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipe = StableDiffusionPipeline.from_pretrained({saved!r})
 pipe.set_progress_bar_config(disable=True)
-torch.save(draw(pipe), sys.argv[2])
+torch.save(draw(pipe), {images!r})
 """
 
 
-@pytest.mark.parametrize(("first", "second"), [("ldmq_kernels", "diffusers"), ("diffusers.models", "ldmq_kernels")])
-def test_a_new_process_draws_the_same_pictures_whichever_is_imported_first(pipe, saved, tmp_path, first, second):
-    script = SCRIPT.format(first=first, second=second)
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", script, str(saved), str(tmp_path / "images.pt")], check=True, cwd=root)
-    assert torch.equal(torch.load(tmp_path / "images.pt"), draw(pipe))
-
-
-def test_importing_the_package_does_not_import_diffusers():
-    script = "import sys, ldmq_kernels; sys.exit('diffusers' in sys.modules or 'matplotlib' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+def test_a_new_process_draws_the_same_pictures_whichever_is_imported_first(pipe, saved, tmp_path):
+    images = [tmp_path / "ldmq.pt", tmp_path / "diffusers.pt"]
+    draw_to = [DRAW.format(saved=str(saved), images=str(file)) for file in images]
+    orders = ("import ldmq_kernels, diffusers", "import diffusers.models, ldmq_kernels")
+    run_each_anew([order + program for order, program in zip(orders, draw_to, strict=True)])
+    for file in images:
+        assert torch.equal(torch.load(file), draw(pipe)), file
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

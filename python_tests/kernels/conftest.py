@@ -13,10 +13,14 @@ from python_tests.kernels.cuda.emulation import emulate
 from python_tests.kernels.operands import Backend
 
 HERE = Path(__file__).parent
+ON_GPU = ("triton", "cuda")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out ops that the CUDA backend does not have."""
+    """Leave out ops that the CUDA backend does not have; mark the folders of what runs on a GPU."""
+    for item in items:
+        if item.path.parent in [HERE / backend for backend in ON_GPU]:
+            item.add_marker(pytest.mark.gpu_kernels)
 
     def is_missing(item: pytest.Item) -> bool:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
@@ -35,12 +39,12 @@ def _check_interpreter() -> None:
         pytest.fail("triton was imported before TRITON_INTERPRET was set: set TRITON_INTERPRET=1 in the environment")
 
 
-@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
+@pytest.fixture(params=["reference", "cpu", *(pytest.param(b, marks=pytest.mark.gpu_kernels) for b in ON_GPU)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """One backend and its device: Triton and CUDA take the GPU where there is one; elsewhere the interpreter and the
     emulator run them on the CPU.
     """
-    on_gpu = request.param in ("triton", "cuda") and torch.cuda.is_available()
+    on_gpu = request.param in ON_GPU and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     if request.param == "cuda" and not on_gpu:
         emulate(monkeypatch)

@@ -104,9 +104,15 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("shape", "groups"), [((2, 40, 17, 9), 4), ((1, 320, 5, 5), 32), ((2, 4, 13, 7), 2), ((2, 192, 1, 1), 2)]
+@pytest.mark.gpu_kernels
+@pytest.mark.parametrize(  # a dtype is only loaded: one a shape, and all on one
+    ("shape", "groups", "dtype"),
+    [
+        *(((2, 40, 17, 9), 4, dtype) for dtype in DTYPES),
+        ((1, 320, 5, 5), 32, torch.bfloat16),
+        ((2, 4, 13, 7), 2, torch.float16),
+        ((2, 192, 1, 1), 2, torch.float32),
+    ],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_parts_of_a_map_are_merged(
@@ -120,6 +126,7 @@ def test_parts_of_a_map_are_merged(
 
 
 @needs_triton
+@pytest.mark.gpu_kernels
 def test_parts_of_a_small_variance_about_a_large_mean(in_parts: Backend) -> None:
     check(in_parts, torch.randn(2, 40, 17, 9) + 512, 4, None, None, "measured", per_token=True, ties=0.2)
 
