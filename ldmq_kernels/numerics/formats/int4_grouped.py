@@ -80,10 +80,6 @@ class GroupedInt4Weight(WeightFormat):
         """Integers of a symmetric grid, finite and positive scales."""
         return wrong_nibbles(stored) if name == "weight" else not_positive(stored)
 
-    def group_scale(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """The scale of each group, (out, groups)."""
-        return stored["group_scale"]
-
 
 W4A16 = Format(
     "w4a16",
