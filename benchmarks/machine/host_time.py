@@ -15,7 +15,8 @@ import torch
 from benchmarks.harness.machine import device
 from benchmarks.harness.tables import markdown
 from ldmq_kernels import ops
-from ldmq_kernels.cli.op_cases import Cases
+from ldmq_kernels.cli.checks import SHAPES
+from ldmq_kernels.ops.operands import example
 
 CALLS = 100
 WAIT = 100_000_000  # clocks
@@ -24,7 +25,7 @@ WAIT = 100_000_000  # clocks
 def microseconds(op: str) -> float:
     """The host's time of one call on small operands."""
     on = device()
-    arguments = Cases(on, torch.float16 if on.type == "cuda" else torch.float32).of(op)
+    arguments = example(op, SHAPES[0], on, torch.float16 if on.type == "cuda" else torch.float32)
     function = getattr(ops, op)
     with torch.inference_mode():
         for _ in range(5):
@@ -43,7 +44,7 @@ def microseconds(op: str) -> float:
 
 def measure() -> Iterator[dict[str, Any]]:
     """One row: each op's microseconds."""
-    found = {op: microseconds(op) for op in ops.SCHEMAS}
+    found = {op: microseconds(op) for op in ops.specs()}
     yield {"name": "host time", "us": found, "summary": {"host/us_per_op": sum(found.values()) / len(found)}}
 
 

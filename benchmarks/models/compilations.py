@@ -59,7 +59,7 @@ def launches(name: str, scheme: str) -> list[tuple[Any, dict[str, Any]]]:
         found.append((source(kernel, values, keywords), options))
 
     # a call on the meta device would end in the ops' fake kernels
-    servers = {name: dispatch.server(name) for name in ops.SCHEMAS}
+    servers = {name: dispatch.server(name) for name in ops.specs()}
     with (
         torch.device("meta"),
         torch.no_grad(),

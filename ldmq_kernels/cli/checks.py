@@ -24,13 +24,23 @@ from rich.table import Table
 import ldmq_kernels
 from ldmq_kernels import ops
 from ldmq_kernels.cli import op_speed
-from ldmq_kernels.cli.op_cases import SIZES, Cases
-from ldmq_kernels.kernels import agreement, dispatch, measurements
+from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.backend import DEFINITION, backends
+from ldmq_kernels.ops.operands import EVERY_OPTION, Shape, example
 from ldmq_kernels.progress import track
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "accelerate", "scipy")
 COLOURS = {"ok": "green", "refuses": "yellow", "not checked": "yellow"}
+
+# odd in every size and in what they leave out
+SHAPES = (
+    Shape(17, 68, 37, (2, 9, 7), 3, options=EVERY_OPTION, scale_per_row=True),
+    Shape(63, 20, 4, (1, 5, 6), 3, upsample=2, prefers_picture=True),
+    Shape(1, 4, 320, (3, 7, 9), 3, stride=2, prefers_picture=True),
+    Shape(145, 352, 168, (2, 9, 7), 3, options=EVERY_OPTION, scale_per_row=True),
+    Shape(63, 96, 40, (1, 5, 6), 3, stride=2, prefers_picture=True),
+    Shape(63, 320, 68, (1, 6, 5), per_token=True, prefers_picture=True),
+)
 
 console = Console()
 
@@ -74,7 +84,8 @@ def _check_case(op: str, function: Callable[..., Any], device: torch.device, arg
     second = function(*arguments)
     _finish(device)
     taken = (time.perf_counter() - start) * 1e3
-    return agreement.difference(op, first, expected) or agreement.difference(op, second, expected), taken
+    agreement = ops.spec_of(op).agreement
+    return agreement.difference(first, expected) or agreement.difference(second, expected), taken
 
 
 def check_op(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Finding:
@@ -84,10 +95,12 @@ def check_op(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
         return Finding(op, backend, "refuses", "not written for this backend")
     times, refusals, where, speed = [], [], "", None
     try:
-        for sizes in SIZES:
-            where = f"at {sizes.as_picture if op.startswith('conv2d') else sizes}, {dtype}"
+        spec = ops.spec_of(op)
+        for shape in SHAPES:
+            arguments = example(op, shape, device, dtype)
+            where = f"at {spec.shape_text(arguments)}, {dtype}"
             try:
-                problem, taken = _check_case(op, function, device, Cases(device, dtype, sizes).of(op))
+                problem, taken = _check_case(op, function, device, arguments)
             except dispatch.Unsupported as refusal:
                 refusals.append(str(refusal))
                 continue
@@ -104,7 +117,7 @@ def check_op(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     except Exception as error:
         return Finding(op, backend, "fails", f"{type(error).__name__}: {error}, {where}")
     taken, speed_up = speed or (times[0], None)
-    partly = f"; refuses {len(refusals)} of {len(SIZES)} shapes: {refusals[0]}" if refusals else ""
+    partly = f"; refuses {len(refusals)} of {len(SHAPES)} shapes: {refusals[0]}" if refusals else ""
     return Finding(op, backend, "ok", f"{taken:.2f} ms{partly}", speed_up)
 
 
@@ -166,7 +179,7 @@ def _is_usable(device: torch.device) -> bool:
 
 def _findings(served: dict[str, torch.device]) -> list[Finding]:
     """Check every op; what is switched off comes last, since it may leave its device unusable."""
-    asked = [(op, backend) for backend in served for op in ops.SCHEMAS]
+    asked = [(op, backend) for backend in served for op in ops.specs()]
     ordered = sorted(asked, key=lambda pair: measurements.switched_off(pair[0], pair[1], served[pair[1]]) is not None)
     found, unusable = {}, ""
     for op, backend in track(ordered, "ops", len(ordered), show=True):

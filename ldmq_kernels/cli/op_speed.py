@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.ops import spec_of
 from ldmq_kernels.timing import interleaved
-from ldmq_kernels.tuning.calls import conv2d_arguments, linear_arguments
+from ldmq_kernels.tuning.calls import arguments
 from ldmq_kernels.tuning.shapes import Conv2d, Linear
 
 LINEAR = Linear(1, 4096, 1280, 1280)
@@ -25,9 +26,9 @@ LEGEND = (
 def _rivals(op: str, device: torch.device) -> tuple[tuple[Any, ...], Callable[[], Any]]:
     """An op's arguments, and the same layer in float16."""
     half: dict[str, Any] = {"dtype": torch.float16, "device": device}
-    if op.startswith("linear"):
+    if not spec_of(op).shape.takes_pictures:
         x, weight = torch.randn(LINEAR.m, LINEAR.k, **half), torch.randn(LINEAR.n, LINEAR.k, **half)
-        return linear_arguments(op, LINEAR, device), partial(
+        return arguments(spec_of(op), LINEAR, device), partial(
             torch.nn.functional.linear, x, weight, x.new_zeros(LINEAR.n)
         )
     s = CONVOLUTION
@@ -35,7 +36,7 @@ def _rivals(op: str, device: torch.device) -> tuple[tuple[Any, ...], Callable[[]
     picture, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (picture, weight))
     bias = picture.new_zeros(s.k)
     call = partial(torch.nn.functional.conv2d, picture, weight, bias, s.stride, s.kernel // 2)
-    return conv2d_arguments(op, s, device), call
+    return arguments(spec_of(op), s, device), call
 
 
 @torch.inference_mode()
@@ -51,10 +52,10 @@ def measure(op: str, function: Callable[..., Any], device: torch.device) -> tupl
         Median milliseconds, and how many times as fast as torch's in float16 that is; None for other ops, and where
         the backend refuses the size.
     """
-    if not op.startswith(("linear", "conv2d")):
+    if not spec_of(op).is_product:
         return None
-    arguments, rival = _rivals(op, device)
-    call = partial(function, *arguments)
+    operands, rival = _rivals(op, device)
+    call = partial(function, *operands)
     try:
         call()
     except Unsupported:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,43 +10,52 @@ from torch import Tensor
 
 # of the largest output: float16 and bfloat16 round once at the end, float32 in the order of its sums
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-PRODUCERS = ("group_norm_silu_quantize", "layer_norm_quantize", "geglu_quantize", "silu_quantize")
-MEASURED_SCALE = 1e-4  # of the largest: a norm's float32 sums, in another order, come before it
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near the results of two backends must come.
+
+    Attributes:
+        integer_steps: that quantized integers may be apart: 1 where a float sum, in another order, turns a tie over.
+        scale_tolerance: of a measured scale, as a share of the largest one.
+    """
+
+    integer_steps: int = 0
+    scale_tolerance: float = 0.0
+
+    def difference(self, result: Any, expected: Any) -> str:
+        """Compare what two backends give for a call; floating outputs must agree to the last rounding.
+
+        Args:
+            result: what is judged.
+            expected: what is right.
+
+        Returns:
+            What is wrong, or nothing.
+        """
+        results, wanteds = _as_tuple(result), _as_tuple(expected)
+        if len(results) != len(wanteds):
+            return f"{len(results)} results instead of {len(wanteds)}"
+        for got, wanted in zip(results, wanteds, strict=True):
+            if got.shape != wanted.shape or got.dtype != wanted.dtype:
+                return f"{got.dtype} {tuple(got.shape)} instead of {wanted.dtype} {tuple(wanted.shape)}"
+            error = float((got.float() - wanted.float()).abs().max()) if got.numel() else 0.0
+            allowed = self._allowed(wanted, is_alone=len(wanteds) == 1)
+            if not error <= allowed:
+                return f"differs by up to {error:.3g}, {allowed:.3g} is allowed"
+        return ""
+
+    def _allowed(self, wanted: Tensor, is_alone: bool) -> float:
+        if wanted.dtype == torch.int8:
+            return float(self.integer_steps)
+        share = TOLERANCE[wanted.dtype] if is_alone else self.scale_tolerance
+        return share * float(wanted.abs().max()) if wanted.numel() else 0.0
+
+
+EXACT = Agreement()
+AFTER_FLOAT_SUMS = Agreement(integer_steps=1, scale_tolerance=1e-4)  # a norm's float32 sums come before the rounding
 
 
 def _as_tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
-
-
-def _allowed(op: str, wanted: Tensor, alone: bool) -> float:
-    if wanted.dtype == torch.int8:
-        return 1.0 if op in PRODUCERS else 0.0
-    share = TOLERANCE[wanted.dtype] if alone else MEASURED_SCALE * (op in PRODUCERS)
-    return share * float(wanted.abs().max()) if wanted.numel() else 0.0
-
-
-def difference(op: str, result: Any, expected: Any) -> str:
-    """Compare what two backends give for a call.
-
-    Quantized integers and their scales must agree bit for bit. A producer's integers may be one step apart,
-    where a float sum turns a tie over. Other floats agree to the last rounding.
-
-    Args:
-        op: its name.
-        result: what is judged.
-        expected: what is right.
-
-    Returns:
-        What is wrong, or nothing.
-    """
-    results, wanteds = _as_tuple(result), _as_tuple(expected)
-    if len(results) != len(wanteds):
-        return f"{len(results)} results instead of {len(wanteds)}"
-    for got, wanted in zip(results, wanteds, strict=True):
-        if got.shape != wanted.shape or got.dtype != wanted.dtype:
-            return f"{got.dtype} {tuple(got.shape)} instead of {wanted.dtype} {tuple(wanted.shape)}"
-        error = float((got.float() - wanted.float()).abs().max()) if got.numel() else 0.0
-        allowed = _allowed(op, wanted, alone=len(wanteds) == 1)
-        if not error <= allowed:
-            return f"differs by up to {error:.3g}, {allowed:.3g} is allowed"
-    return ""

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from ldmq_kernels.kernels import choices, measurements
+from ldmq_kernels.kernels import measurements
 from ldmq_kernels.kernels.backend import DEFINITION, Packer, backends, usual_order
 from ldmq_kernels.kernels.backend import Unsupported as Unsupported
+from ldmq_kernels.kernels.op_spec import Arguments, Key, OpSpec, spec_of
 
 MOST_SHAPES = 4096  # remembered for an op and device
 
-Arguments = tuple[Any, ...]
 _override: ContextVar[str | None] = ContextVar("ldmq_backend", default=None)
-_calls: Counter[tuple[str, str, str]] = Counter()
+_calls: Counter[tuple[str, str, torch.device]] = Counter()
 _refusals: Counter[tuple[str, str, str]] = Counter()
 
 
@@ -63,21 +63,24 @@ class Choice:
     """What holds for one op on one device.
 
     Attributes:
-        op: its name.
+        spec: the op's.
         usual: the backends in the order without a measurement.
         off: why a backend is switched off, by its name.
         measured: the order by the text of a shape, where the best backend is another than the usual one.
         packers: by backend, how it packs the op's weight on such a device.
+        weight, multiplier: the places of these arguments, None where the op has none.
         key: what tells the shapes of the op's calls apart.
         known: the order by that key, for the shapes that were met.
     """
 
-    op: str
+    spec: OpSpec
     usual: tuple[str, ...]
     off: Mapping[str, str]
     measured: Mapping[str, tuple[str, ...]]
     packers: Mapping[str, Packer]
-    key: Callable[[Arguments], tuple[Any, ...]]
+    weight: int | None
+    multiplier: int | None
+    key: Callable[[Arguments], Key]
     known: dict[Hashable, tuple[str, ...]] = field(default_factory=dict)
 
     def order(self, arguments: Arguments) -> tuple[str, ...]:
@@ -89,23 +92,18 @@ class Choice:
         if found is None:
             if len(self.known) >= MOST_SHAPES:
                 self.known.clear()
-            found = self.known[key] = self.measured.get(choices.text_of(self.op, key), self.usual)
+            found = self.known[key] = self.measured.get(self.spec.shape.text(key), self.usual)
         return found
 
     def plain(self, name: str, arguments: Arguments) -> Arguments:
         """The arguments for a backend, with a weight that another one packed as it was before."""
-        names = _argument_names(self.op)
-        at = names.index("weight")
-        for owner, packer in self.packers.items():
-            if owner != name and packer.is_packed(arguments[at]):
-                multiplier = arguments[names.index("multiplier")] if "multiplier" in names else None
-                return (*arguments[:at], packer.unpack(arguments[at], multiplier), *arguments[at + 1 :])
+        at = self.weight
+        if at is not None:
+            for owner, packer in self.packers.items():
+                if packer.is_packed(arguments[at]) and owner != name:
+                    multiplier = None if self.multiplier is None else arguments[self.multiplier]
+                    return (*arguments[:at], packer.unpack(arguments[at], multiplier), *arguments[at + 1 :])
         return arguments
-
-
-@functools.cache
-def _argument_names(op: str) -> list[str]:
-    return [argument.name for argument in getattr(torch.ops.ldmq, op).default._schema.arguments]
 
 
 @measurements.emptied_by_forget
@@ -126,7 +124,12 @@ def choice(op: str, device: torch.device) -> Choice:
         for backend in backends().values()
         if backend.device_type in ("", device.type) and (packer := backend.packer(op)) is not None
     }
-    return Choice(op, usual, measurements.off(op, device), measured, packers, choices.key_of(op))
+    spec = spec_of(op)
+    weight, multiplier = (
+        spec.arguments.index(name) if name in spec.arguments else None for name in ("weight", "multiplier")
+    )
+    off, key = measurements.off(op, device), spec.shape.key(spec.arguments)
+    return Choice(spec, usual, off, measured, packers, weight, multiplier, key)
 
 
 def backend_order(op: str, arguments: Arguments, device: torch.device) -> tuple[str, ...]:
@@ -156,13 +159,13 @@ def _switched_off(op: str, name: str, reason: str) -> Unsupported:
 
 def server(op: str) -> Callable[..., Any]:
     """The implementation of an op: hands the call to the first backend that takes it."""
-    table = backends()
+    table, environment = backends(), os.environ
 
     def serve(*arguments: Any) -> Any:
         device = arguments[0].device
-        forced = forced_backend()
+        forced = _override.get() or environment.get("LDMQ_BACKEND")
         chosen = choice(op, device)
-        names = (forced,) if forced else chosen.order(arguments)
+        names = chosen.order(arguments) if not forced else (forced,) if forced in table else (_check(forced),)
         reasons = []
         for name in names:
             backend = table[name]
@@ -174,13 +177,12 @@ def server(op: str) -> Callable[..., Any]:
                 function = getattr(backend, op, None)
                 if function is None:
                     raise Unsupported("has no such op")
-                plain = arguments if name in chosen.packers or not chosen.packers else chosen.plain(name, arguments)
-                result = function(*plain)
+                result = function(*(chosen.plain(name, arguments) if chosen.packers else arguments))
             except Unsupported as refusal:
                 reasons.append(f"{name}: {refusal}")
                 _refusals[op, name, str(refusal)] += 1
                 continue
-            _calls[op, name, str(device)] += 1
+            _calls[op, name, device] += 1
             return result
         raise RuntimeError(f"ldmq::{op}: no backend takes this call ({'; '.join(reasons)})")
 
@@ -190,7 +192,8 @@ def server(op: str) -> Callable[..., Any]:
 
 def dispatch_report() -> str:
     """Who served what since the start, and what was refused and why, as text."""
-    lines = [f"{op:22} {name:10} {device:8} {count:8} calls" for (op, name, device), count in sorted(_calls.items())]
+    calls = sorted((op, name, str(device), count) for (op, name, device), count in _calls.items())
+    lines = [f"{op:22} {name:10} {device:8} {count:8} calls" for op, name, device, count in calls]
     lines += [f"{op:22} {name:10} refused {count} times: {why}" for (op, name, why), count in sorted(_refusals.items())]
     return "\n".join(lines) or "no ldmq op has run"
 

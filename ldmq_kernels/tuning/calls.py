@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ldmq_kernels.numerics.formats.int4 import group_count
+from ldmq_kernels.kernels.op_spec import OpSpec
+from ldmq_kernels.ops import spec_of
+from ldmq_kernels.ops.operands import NORM, Shape, example, of_gated, of_picture
 from ldmq_kernels.tuning.shapes import Conv2d, Input, Linear, merged_of, of_models
 
-OPS = (
-    "linear_w8a8",
-    "conv2d_w8a8",
-    "linear_static_w8a8",
-    "linear_w4a8",
-    "conv2d_w4a8",
-    "linear_w8a16",
-    "conv2d_w8a16",
-    "linear_w4a16",
-)
-
-
-# no backend measures tiles for these, but backends are measured against each other
-PRODUCERS = (
-    "quantize_static",
-    "quantize_per_token",
-    "quantize_per_sample",
-    "group_norm_silu_quantize",
-    "geglu_quantize",
-)
-GROUPS, EPS = 32, 1e-5
+NORM_GROUPS = 32
 STATIC, PER_TOKEN, PER_SAMPLE = "static", "per token", "per sample"
 
 
@@ -56,87 +37,56 @@ def calls(names: tuple[str, ...], models: tuple[str, ...], device: torch.device)
     linears = [*linears, *(Linear(s.count, s.n * s.size**2, s.c, s.k) for s in pointwise), *merged_of(*models)]
     convolutions = [shape for shape in convolutions if shape not in pointwise]
     for op in names:
-        if op in PRODUCERS:
-            inputs = _inputs(op, linears, convolutions)
-            yield from (Call(op, shape, partial(_producer, op, shape, device)) for shape in inputs)
-        elif op.startswith("linear"):
-            yield from (Call(op, shape, partial(linear_arguments, op, shape, device)) for shape in linears)
+        spec = spec_of(op)
+        shapes: Sequence[Linear | Conv2d | Input]
+        if not spec.is_product:
+            shapes = _inputs(spec, linears, convolutions)
         else:
-            yield from (Call(op, shape, partial(conv2d_arguments, op, shape, device)) for shape in convolutions)
+            shapes = convolutions if spec.shape.takes_pictures else linears
+        yield from (Call(op, shape, partial(arguments, spec, shape, device)) for shape in shapes)
 
 
-def _inputs(op: str, linears: list[Linear], convolutions: list[Conv2d]) -> list[Input]:
-    """What an op quantizes before these layers, each shape once."""
+def _inputs(spec: OpSpec, linears: list[Linear], convolutions: list[Conv2d]) -> list[Input]:
+    """What an op quantizes before these layers, each shape once, in each way to scale it that the op has."""
     tokens = [(s.m, s.k) for s in linears]
+    if spec.example is of_gated:  # value and gate of a feed-forward layer four times as wide
+        tokens = [(s.m, s.n) for s in linears if s.n == 8 * s.k]
     pictures = [(s.n, s.c, s.size, s.size) for s in convolutions]
-    gated = [(s.m, s.n) for s in linears if s.n == 8 * s.k]  # value and gate of a feed-forward layer four times as wide
-    normed = [sizes for sizes in pictures if sizes[1] % GROUPS == 0]
-    asked: dict[str, list[tuple[list[Any], str]]] = {
-        "quantize_static": [(tokens, STATIC), (pictures, STATIC)],
-        "quantize_per_token": [(tokens, PER_TOKEN)],
-        "quantize_per_sample": [(pictures, PER_SAMPLE)],
-        "group_norm_silu_quantize": [(normed, STATIC), (normed, PER_SAMPLE), (normed, PER_TOKEN)],
-        "geglu_quantize": [(gated, STATIC), (gated, PER_TOKEN)],
-    }
-    return [Input(sizes, scale) for found, scale in asked[op] for sizes in dict.fromkeys(found)]
+    if "num_groups" in spec.arguments:
+        pictures = [sizes for sizes in pictures if sizes[1] % NORM_GROUPS == 0]
+    static = [STATIC] if "inv_scale" in spec.arguments else []
+    is_measured = not static or "inv_scale" in spec.optional
+    asked: list[tuple[list[Any], str]] = []
+    if spec.example is not of_picture:
+        asked += [(tokens, scale) for scale in [*static, *([PER_TOKEN] if is_measured else [])]]
+    if spec.shape.takes_pictures:
+        per_token = [PER_TOKEN] if "per_token" in spec.arguments else []
+        asked += [(pictures, scale) for scale in [*static, *([PER_SAMPLE, *per_token] if is_measured else [])]]
+    return [Input(sizes, scale) for found, scale in asked for sizes in dict.fromkeys(found)]
 
 
-def _int8(device: torch.device, *shape: int) -> Tensor:
-    return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+def arguments(spec: OpSpec, shape: Linear | Conv2d | Input, device: torch.device) -> tuple[Any, ...]:
+    """Random operands of an op in half precision: a bias, scales for the whole, and no residual."""
+    return example(spec.name, _sizes(spec, shape), device, torch.float16, made_on=device)
 
 
-def _positive(device: torch.device, *shape: int) -> Tensor:
-    return torch.rand(shape, device=device) * 1e-3 + 1e-4
-
-
-def _int4(device: torch.device, *shape: int) -> tuple[Tensor, Tensor]:
-    """Packed int4, of which none is -8, and the multipliers of its groups."""
-    low, high = (torch.randint(-7, 8, (*shape[:-1], -(-shape[-1] // 2)), device=device) for _ in range(2))
-    multiplier = torch.randint(1, 19, (*shape[:-1], group_count(shape[-1])), dtype=torch.uint8, device=device)
-    return ((low & 15) | ((high & 15) << 4)).to(torch.uint8), multiplier
-
-
-def linear_arguments(op: str, shape: Linear, device: torch.device) -> tuple[Any, ...]:
-    """Random operands of a linear op in half precision."""
-    m, k, n, half = shape.m, shape.k, shape.n, torch.float16
-    x, scale, bias = torch.randn(m, k, device=device).to(half), _positive(device, n), torch.zeros(n, device=device)
-    one = _positive(device, 1)
-    if op == "linear_w8a16":
-        return x, _int8(device, n, k), scale, bias
-    if op == "linear_w4a16":
-        return x, _int4(device, n, k)[0], _positive(device, n, group_count(k)), bias
-    if op == "linear_static_w8a8":
-        return x, one, one, _int8(device, n, k), scale, bias, None
-    weight = (_int8(device, n, k),) if op == "linear_w8a8" else _int4(device, n, k)
-    return _int8(device, m, k), one, *weight, scale, bias, None, half
-
-
-def conv2d_arguments(op: str, shape: Conv2d, device: torch.device) -> tuple[Any, ...]:
-    """Random operands of a convolution in half precision."""
-    half, pad = torch.float16, shape.kernel // 2
-    taps = (shape.k, shape.kernel, shape.kernel, shape.c)
-    kernel, stride = (shape.kernel, shape.kernel), (shape.stride, shape.stride)
-    geometry = (kernel, stride, (pad,) * 4, (1, 1), 1, shape.upsample)
-    x_q = _int8(device, shape.n, shape.size, shape.size, shape.c).permute(0, 3, 1, 2)
-    scale, bias, one = _positive(device, shape.k), torch.zeros(shape.k, device=device), _positive(device, 1)
-    if op == "conv2d_w8a16":
-        return x_q.to(half), _int8(device, *taps), scale, bias, *geometry
-    weight = (_int8(device, *taps),) if op == "conv2d_w8a8" else _int4(device, *taps)
-    return x_q, one, *weight, scale, bias, None, None, *geometry, half
-
-
-def _producer(op: str, shape: Input, device: torch.device) -> tuple[Any, ...]:
-    x = torch.randn(shape.sizes, device=device).to(torch.float16)
-    if x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    channel_dim = 1 if x.dim() == 4 else -1
-    inv_scale = 1 / _positive(device, 1) if shape.scale == STATIC else None
-    if op == "quantize_static":
-        return x, inv_scale, channel_dim
-    if op.startswith("quantize"):
-        return x, None
-    if op == "geglu_quantize":
-        return x, inv_scale, None
-    weight = torch.ones(shape.sizes[1], dtype=x.dtype, device=device)
-    is_activated = shape.scale != PER_TOKEN  # before a linear, a norm has no SiLU
-    return x, weight, torch.zeros_like(weight), GROUPS, EPS, is_activated, inv_scale, None, shape.scale == PER_TOKEN
+def _sizes(spec: OpSpec, shape: Linear | Conv2d | Input) -> Shape:
+    options = NORM | {"bias"}
+    if isinstance(shape, Linear):
+        return Shape(shape.m, shape.k, shape.n, options=options)
+    if isinstance(shape, Conv2d):
+        picture, window = (shape.n, shape.size, shape.size), (shape.kernel, shape.stride, shape.upsample)
+        return Shape(1, shape.c, shape.k, picture, *window, options=options)
+    options |= {"inv_scale"} if shape.scale == STATIC else set()
+    if len(shape.sizes) == 2:
+        tokens, channels = shape.sizes
+        return Shape(tokens, channels // 2 if spec.example is of_gated else channels, options=options)
+    samples, channels, height, width = shape.sizes
+    return Shape(
+        channels=channels,
+        picture=(samples, height, width),
+        norm_groups=NORM_GROUPS,
+        options=options,
+        per_token=shape.scale == PER_TOKEN,
+        prefers_picture=True,
+    )

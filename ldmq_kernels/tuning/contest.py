@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ldmq_kernels.kernels import agreement, choices, dispatch, measurements
+from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.backend import Backend, backends
+from ldmq_kernels.kernels.op_spec import spec_of
 from ldmq_kernels.timing import Clock, interleaved
 from ldmq_kernels.tuning.calls import Call
 from ldmq_kernels.tuning.fastest import Candidates, Run, fastest, launchable
@@ -60,13 +61,14 @@ def measure_tiles(
     tiles = backend.tiles
     if tiles is None or not tiles.has(call.op) or isinstance(call.shape, Input):
         return {}
+    agreement = spec_of(call.op).agreement
     lines, best = found.setdefault(tiles.section, {}), {}
     with dispatch.use_backend(backend.name):
         for key in tiles.asked_by(call.op, call.shape.product, run):
             known = tiles.read(key, lines[key], device) if key in lines else None
             if known is None:
                 candidates = Candidates(tiles.mark(key), tiles.candidates(key, device), tiles.forced, tiles.written)
-                check = _right if expected is None else partial(agreement.difference, call.op, expected=expected)
+                check = _right if expected is None else partial(agreement.difference, expected=expected)
                 times = fastest(run, candidates, device, timer, found["refused"], check)
                 if not times:
                     return None
@@ -109,7 +111,7 @@ def compete(
         TuningError: a tile left the device unusable.
     """
     entrants = racers(call.op, device)
-    served, expected = {}, None
+    spec, served, expected = spec_of(call.op), {}, None
     for backend in entrants:
         best = measure_tiles(call, run, backend, device, timer, found, expected)
         if best is None and expected is not None:
@@ -123,11 +125,11 @@ def compete(
             served[backend.name] = context
             continue
         whole = Candidates(mark(backend, f"{call.op} {call.shape}"), [context], lambda own: own(), lambda _: None)
-        if launchable(run, whole, device, found["refused"], partial(agreement.difference, call.op, expected=expected)):
+        if launchable(run, whole, device, found["refused"], partial(spec.agreement.difference, expected=expected)):
             served[backend.name] = context
     if len(served) < 2:
         return
     samples = interleaved(dict.fromkeys(served, run), device, warm_up=0, clock=timer, contexts=served)
     medians = {name: round(taken.median, _SHOWN_DIGITS) for name, taken in samples.items()}
     line = {"backend": min(samples, key=lambda name: samples[name].median), "milliseconds": medians}
-    found["backends"].setdefault(call.op, {})[choices.shape_text(call.op, arguments)] = line
+    found["backends"].setdefault(call.op, {})[spec.shape_text(arguments)] = line

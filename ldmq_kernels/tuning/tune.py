@@ -24,7 +24,7 @@ from ldmq_kernels.kernels.backend import Backend, backends
 from ldmq_kernels.kernels.gpu import gpu_of
 from ldmq_kernels.progress import track
 from ldmq_kernels.timing import Clock, one_call_ms
-from ldmq_kernels.tuning.calls import OPS, PRODUCERS, Call, calls
+from ldmq_kernels.tuning.calls import Call, calls
 from ldmq_kernels.tuning.contest import compete, mark, racers
 from ldmq_kernels.tuning.fastest import TuningError
 from ldmq_kernels.tuning.shapes import Input
@@ -38,7 +38,7 @@ def tune(
     out: Path | None = None,
     *,
     seconds: float | None = None,
-    names: tuple[str, ...] = OPS + PRODUCERS,
+    names: tuple[str, ...] | None = None,
     models: tuple[str, ...] = MODELS,
     timer: Clock = one_call_ms,
     show: bool = True,
@@ -51,7 +51,7 @@ def tune(
         device: a GPU that a backend with kernels to measure serves.
         out: the file; by default this user's, which the ops read.
         seconds: stop after so many, with what has been measured until then.
-        names: ops.
+        names: of ops; all of them by default.
         models: whose shapes, of "sd15", "sdxl" and "vae_decoder".
         timer: milliseconds of a call on a device.
         show: a progress bar.
@@ -62,6 +62,7 @@ def tune(
     Raises:
         TuningError: there is no such GPU, or the file is damaged or was measured on another one.
     """
+    names = tuple(ops.specs()) if names is None else names
     served = [backend for backend in backends().values() if backend.is_raced and backend.serves(device)]
     if not served:
         raced = [backend for backend in backends().values() if backend.is_raced]

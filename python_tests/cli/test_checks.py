@@ -12,14 +12,13 @@ import torch
 
 from ldmq_kernels import ops, timing
 from ldmq_kernels.cli import checks, layer_times, main, op_speed
-from ldmq_kernels.cli.op_cases import SIZES
 from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.backend import Backend, backends
 from ldmq_kernels.kernels.reference import backend as reference
 from ldmq_kernels.tuning.shapes import Conv2d, Linear
 
 CPU = torch.device("cpu")
-RIGHT = {op: getattr(reference, op) for op in ops.SCHEMAS}
+RIGHT = {op: getattr(reference, op) for op in ops.specs()}
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +51,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_every_op_has_a_case_and_the_reference_takes_it_in_every_dtype() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        found = [checks.check_op(op, "reference", CPU, dtype) for op in ops.SCHEMAS]
-        assert [f.verdict for f in found] == ["ok"] * len(ops.SCHEMAS), found
+        found = [checks.check_op(op, "reference", CPU, dtype) for op in ops.specs()]
+        assert [f.verdict for f in found] == ["ok"] * len(ops.specs()), found
 
 
 def test_integers_that_are_off_by_one_are_wrong(install: Callable[..., None]) -> None:
@@ -94,7 +93,7 @@ def test_refusing_is_allowed_and_crashing_is_not(install: Callable[..., None]) -
 
 
 def test_a_kernel_that_is_wrong_at_one_size_alone_is_wrong(install: Callable[..., None]) -> None:
-    for sizes in SIZES:
+    for sizes in checks.SHAPES:
 
         def wrong_at_one(x: torch.Tensor, *rest: Any, channels: int = sizes.channels) -> torch.Tensor:
             right = reference.linear_w8a8(x, *rest)
@@ -103,7 +102,7 @@ def test_a_kernel_that_is_wrong_at_one_size_alone_is_wrong(install: Callable[...
         install(linear_w8a8=wrong_at_one)
         found = checks.check_op("linear_w8a8", "trial", CPU, torch.float32)
         assert found.verdict == "wrong"
-        assert f"at {sizes}, torch.float32" in found.detail
+        assert f"at {sizes.tokens}x{sizes.channels} to {sizes.out}, torch.float32" in found.detail
 
 
 def test_a_wrong_scale_of_a_producer_is_wrong(install: Callable[..., None]) -> None:
@@ -124,9 +123,9 @@ def test_refusing_some_sizes_is_told_beside_the_time(install: Callable[..., None
     install(linear_w8a8=aligned_only)
     found = checks.check_op("linear_w8a8", "trial", CPU, torch.float32)
     assert found.verdict == "ok"
-    refused = sum(sizes.channels % 64 != 0 for sizes in SIZES)
-    assert 0 < refused < len(SIZES)
-    assert f"refuses {refused} of {len(SIZES)} shapes: channels must be a multiple of 64" in found.detail
+    refused = sum(sizes.channels % 64 != 0 for sizes in checks.SHAPES)
+    assert 0 < refused < len(checks.SHAPES)
+    assert f"refuses {refused} of {len(checks.SHAPES)} shapes: channels must be a multiple of 64" in found.detail
 
 
 def test_the_exit_code_tells(install: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,13 +215,13 @@ def test_after_a_kernel_that_ends_all_work_on_the_gpu_nothing_else_is_blamed(
     monkeypatch.setattr(measurements, "switched_off", lambda *_: None)
     found = {finding.op: finding for finding in checks._findings(served)}
     assert [op for op, finding in found.items() if finding.is_bad] == ["linear_w8a8"]
-    assert found["conv2d_w8a8"].verdict == "not checked"
-    assert "linear_w8a8 on trial left the GPU unusable" in found["conv2d_w8a8"].detail
+    assert found["quantize_static"].verdict == "not checked"
+    assert "linear_w8a8 on trial left the GPU unusable" in found["quantize_static"].detail
     monkeypatch.setattr(measurements, "switched_off", lambda op, *_: "fails" if op == "linear_w8a8" else None)
     checked.clear()
-    assert list(found) == [finding.op for finding in checks._findings(served)] == list(ops.SCHEMAS)
+    assert list(found) == [finding.op for finding in checks._findings(served)] == list(ops.specs())
     assert checked[-1] == "linear_w8a8"
-    assert set(checked) == set(ops.SCHEMAS)
+    assert set(checked) == set(ops.specs())
 
 
 def test_the_gain_is_over_torch_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +234,7 @@ def test_the_gain_is_over_torch_in_float16(monkeypatch: pytest.MonkeyPatch) -> N
         return 3.0 if call.func in (torch.nn.functional.linear, torch.nn.functional.conv2d) else 1.0  # type: ignore[attr-defined]
 
     monkeypatch.setattr(timing, "one_call_ms", clock)
-    for op in ops.SCHEMAS:
+    for op in ops.specs():
         outputs.clear()
         found = op_speed.measure(op, getattr(reference, op), CPU)
         if not op.startswith(("linear", "conv2d")):

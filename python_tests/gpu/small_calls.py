@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 
 from ldmq_kernels import ops
-from ldmq_kernels.cli.op_cases import SIZES, Cases
+from ldmq_kernels.cli.checks import SHAPES
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.cuda import extension, tiles
+from ldmq_kernels.ops.operands import example
 
 
 def main() -> None:
     """Run the calls, those of products on every tile of the CUDA backend."""
     device = torch.device("cuda", torch.cuda.current_device())
     for backend in ("triton", "cuda"):
-        for op in ops.SCHEMAS:
-            for sizes in SIZES:
+        for op in ops.specs():
+            for shape in SHAPES:
                 try:
                     with dispatch.use_backend(backend):
-                        getattr(ops, op)(*Cases(device, torch.float16, sizes).of(op))
+                        getattr(ops, op)(*example(op, shape, device, torch.float16))
                 except RuntimeError as refusal:
                     if "no backend takes this call" not in str(refusal):
                         raise

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldmq_kernels.kernels.cuda import backend as cuda_backend
 from ldmq_kernels.kernels.gpu import gpu_of
 from ldmq_kernels.kernels.triton import tile_choice
-from ldmq_kernels.ops import SCHEMAS
+from ldmq_kernels.ops import specs
 from python_tests.gpu.calls import CALLS, Call
 
 pytestmark = pytest.mark.gpu
@@ -47,7 +47,7 @@ def equal(outs: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
 
 
 def test_every_op_is_called_here() -> None:
-    assert {name.split()[0] for name in CALLS} == set(SCHEMAS)
+    assert {name.split()[0] for name in CALLS} == set(specs())
 
 
 def test_repeats_bit_for_bit(call: Call) -> None:
@@ -142,7 +142,7 @@ def test_runs_where_its_operands_are(call: Call) -> None:
     assert equal(tuple(out.to(call.arguments[0].device) for out in outs), call())
 
 
-@pytest.mark.parametrize("op", SCHEMAS)
+@pytest.mark.parametrize("op", specs())
 def test_is_one_graph_for_torch_compile(op: str, device: torch.device) -> None:
     call = CALLS[op](device)
     function, x, rest = getattr(torch.ops.ldmq, op), call.arguments[0], call.arguments[1:]

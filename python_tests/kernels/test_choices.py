@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from ldmq_kernels import ops
-from ldmq_kernels.cli.op_cases import SIZES, Cases
-from ldmq_kernels.kernels import choices, dispatch, measurements
+from ldmq_kernels.cli.checks import SHAPES
+from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.cuda import backend as cuda_backend
 from ldmq_kernels.kernels.gpu import ABSENT, Gpu
+from ldmq_kernels.kernels.op_spec import spec_of
 from ldmq_kernels.kernels.triton import backend as triton_backend
 from ldmq_kernels.kernels.triton import tile_choice
+from ldmq_kernels.ops.operands import example
 
 HOPPER = Gpu("NVIDIA H200", 90, 132)
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -165,13 +167,13 @@ def test_many_shapes_are_not_kept_for_ever(write: Files, monkeypatch: pytest.Mon
     ],
 )
 def test_shapes_read_as_people_write_them(op: str, case: int, text: str) -> None:
-    assert choices.shape_text(op, Cases(CPU, torch.float32, SIZES[case]).of(op)) == text
+    assert spec_of(op).shape_text(example(op, SHAPES[case], CPU, torch.float32)) == text
 
 
 def test_unusual_convolutions_are_other_shapes() -> None:
     x, scale = torch.zeros(1, 8, 6, 6), torch.ones(4)
     arguments = (x, None, None, scale, None, None, None, [3, 3], [1, 1], [2] * 4, [2, 2], 4, 1, torch.float16)
-    assert choices.shape_text("conv2d_w8a8", arguments) == (
+    assert spec_of("conv2d_w8a8").shape_text(arguments) == (
         "1x8x6x6 to 4, kernel 3x3, stride 1x1, upsample 1, dilation 2x2, groups 4"
     )
 

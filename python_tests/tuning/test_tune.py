@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from ldmq_kernels import ops
-from ldmq_kernels.kernels import choices, measurements
+from ldmq_kernels.kernels import measurements
 from ldmq_kernels.tuning import TuningError, tune
 from ldmq_kernels.tuning import calls as tuner_calls
 from ldmq_kernels.tuning.shapes import Conv2d, Input, Linear, merged_of, of_models
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CPU = torch.device("cpu")
+PRODUCTS = tuple(name for name, spec in ops.specs().items() if spec.is_product)
+PRODUCERS = tuple(name for name in ops.specs() if name not in PRODUCTS)
 LINEARS, CONVOLUTIONS = [Linear(3, 70, 64, 40), Linear(1, 20, 48, 20)], [Conv2d(2, 1, 32, 6, 20), Conv2d(1, 1, 4, 5, 8)]
 
 
@@ -67,7 +69,7 @@ def test_the_fastest_tile_is_written_and_then_chosen() -> None:
         assert vars(tile_choice.choose(" ".join(table), asked, CPU)) == tile
 
 
-@pytest.mark.parametrize("op", tuner_calls.OPS)
+@pytest.mark.parametrize("op", PRODUCTS)
 def test_every_op_can_be_tuned(op: str, tmp_path: Path) -> None:
     path, _ = tune(CPU, tmp_path / "tiles.json", timer=lambda *_: 1.0, names=(op,), show=False)
     found = json.loads(path.read_text())
@@ -223,14 +225,14 @@ def test_the_models_have_the_work_that_is_known_of_them() -> None:
 
 def test_what_is_quantized_is_what_layers_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner_calls, "of_models", lambda *_: ([Linear(1, 9, 32, 256), *LINEARS], CONVOLUTIONS))
-    found = {op: [call.shape for call in tuner_calls.calls((op,), ("sd15",), CPU)] for op in tuner_calls.PRODUCERS}
+    found = {op: [call.shape for call in tuner_calls.calls((op,), ("sd15",), CPU)] for op in PRODUCERS}
     assert found["geglu_quantize"] == [Input((9, 256), "static"), Input((9, 256), "per token")]
     assert {shape.scale for shape in found["group_norm_silu_quantize"]} == {"static", "per sample", "per token"}
     assert {shape.sizes for shape in found["group_norm_silu_quantize"]} == {(1, 32, 6, 6)}
     assert {shape.sizes for shape in found["quantize_per_sample"]} == {(1, 32, 6, 6), (1, 4, 5, 5)}
     assert {shape.sizes for shape in found["quantize_per_token"]} == {(9, 32), (70, 64), (20, 48)}
     assert len(found["quantize_static"]) == 5
-    for call in tuner_calls.calls(tuner_calls.PRODUCERS, ("sd15",), CPU):
+    for call in tuner_calls.calls(PRODUCERS, ("sd15",), CPU):
         arguments = call.make()
         getattr(ops, call.op)(*arguments)
-        assert choices.shape_text(call.op, arguments).startswith("x".join(map(str, call.shape.sizes)))
+        assert ops.spec_of(call.op).shape_text(arguments).startswith("x".join(map(str, call.shape.sizes)))

@@ -15,7 +15,7 @@ from ldmq_kernels.kernels.gpu import Gpu
 from ldmq_kernels.kernels.triton import backend as triton_backend
 from ldmq_kernels.kernels.triton.tile_tables import FAMILIES, TILES, Tile, family
 from ldmq_kernels.numerics.formats.int4 import pack_int4
-from ldmq_kernels.ops import SCHEMAS
+from ldmq_kernels.ops import specs
 from python_tests.kernels.operands import (
     Backend,
     exact_conv2d,
@@ -35,7 +35,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def test_it_has_every_op() -> None:
-    assert all(triton_backend.has(op) for op in SCHEMAS)
+    assert all(triton_backend.has(op) for op in specs())
 
 
 def test_a_cpu_is_served_in_the_interpreter_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def tile_id(value: object) -> str:
 
 
 @needs_triton
-@pytest.mark.parametrize("op", SCHEMAS)
+@pytest.mark.parametrize("op", specs())
 def test_an_op_is_its_function_even_after_its_module_is_imported(op: str) -> None:
     importlib.import_module(f"ldmq_kernels.kernels.triton.{op}")
     assert callable(getattr(triton_backend, op))

@@ -1,0 +1,98 @@
+"""Quantization of activations: with a calibrated scale, or with one measured for each token or picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.op_spec import InputShape
+from ldmq_kernels.ops.operands import of_either, of_picture, of_tokens
+from ldmq_kernels.ops.spec import LDMQ, op
+
+
+def int8_like(x: Tensor, is_picture: bool = False) -> Tensor:
+    """The metadata of int8 values of x's shape; channels_last for a 4-D picture."""
+    if is_picture and x.dim() == 4:
+        return torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def scales(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The metadata of float32 scales beside x."""
+    return x.new_empty(tuple(shape), dtype=torch.float32)
+
+
+@op(
+    fake=lambda call: int8_like(call.x, call.channel_dim == 1), shape=InputShape(takes_pictures=True), example=of_either
+)
+def quantize_static(
+    x: Tensor,
+    inv_scale: Tensor,
+    channel_dim: int,
+) -> Tensor:
+    """Quantize with a calibrated scale.
+
+    q = clamp(rint(fp32(x) * r[c]), -127, 127), with r made once from the scale and the smoothing.
+
+    Args:
+        x: any shape, floating; (N, C, H, W) where `channel_dim` is 1.
+        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
+        channel_dim: the axis of x that `inv_scale` runs along, 1 or -1.
+
+    Returns:
+        int8 of x's shape, channels_last for a 4-D x with channels in axis 1.
+
+    Raises:
+        RuntimeError: no backend takes these arguments; the text says why each of them refused.
+    """
+    return LDMQ.quantize_static.default(x, inv_scale, channel_dim)
+
+
+@op(fake=lambda call: (int8_like(call.x), scales(call.x, call.x.shape[:-1])), shape=InputShape(), example=of_tokens)
+def quantize_per_token(
+    x: Tensor,
+    inv_smooth: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize each row with the scale of its own largest value.
+
+    scale = max(absmax(y), floor) / 127 for each token; q = clamp(rint(y * (1 / scale)), -127, 127).
+
+    Args:
+        x: (..., K) floating.
+        inv_smooth: (K,) float32 reciprocal smoothing vector, multiplied in first.
+
+    Returns:
+        (..., K) int8 and the scales (...) float32.
+
+    Raises:
+        RuntimeError: no backend takes these arguments; the text says why each of them refused.
+    """
+    return LDMQ.quantize_per_token.default(x, inv_smooth)
+
+
+@op(
+    fake=lambda call: (int8_like(call.x, is_picture=True), scales(call.x, call.x.shape[:1])),
+    shape=InputShape(takes_pictures=True),
+    example=of_picture,
+)
+def quantize_per_sample(
+    x: Tensor,
+    inv_smooth: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize each picture of a batch with the scale of its own largest value.
+
+    scale = max(absmax(y), floor) / 127 for each sample; q = clamp(rint(y * (1 / scale)), -127, 127).
+
+    Args:
+        x: (N, C, H, W) floating.
+        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in first.
+
+    Returns:
+        (N, C, H, W) int8, channels_last, and the scales (N,) float32.
+
+    Raises:
+        RuntimeError: no backend takes these arguments; the text says why each of them refused.
+    """
+    return LDMQ.quantize_per_sample.default(x, inv_smooth)
