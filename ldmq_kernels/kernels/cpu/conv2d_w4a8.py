@@ -27,12 +27,9 @@ def conv2d_w4a8(
     upsample: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Convolution on int8 activations and two-level int4 weights; the rest as `conv2d_w8a8`, but for
+    """Convolution on int8 activations and two-level int4 weights.
 
-    Args:
-        weight: the folded weight packed by `packing.pack_conv2d`, or (K, R, S, ceil(C / groups / 2)) uint8
-            holding int4.
-        multiplier: (K, R, S, weight groups) uint8 in 1..18.
+    A plain weight is folded and packed anew in each call; a layer holds it packed by `packing.pack_conv2d`.
     """
     if not weight.is_mkldnn:
         weight = fold_multiplier(unpack_int4(weight, x_q.shape[1] // groups), multiplier)

@@ -21,20 +21,7 @@ def conv2d_w8a16(
     groups: int,
     upsample: int,
 ) -> Tensor:
-    """Convolution on int8 weights and floating activations, zero padding.
-
-    Args:
-        x: (N, C, H, W) floating.
-        weight: (K, R, S, C / groups) int8.
-        weight_scale: (K,) float32.
-        bias: (K,) floating.
-        kernel_size: (R, S), which this weight shows itself.
-        padding: zeros at (top, bottom, left, right).
-        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
-
-    Returns:
-        (N, K, P, Q) of x's dtype, channels_last.
-    """
+    """Convolution on int8 weights and floating activations, zero padding."""
     restored = dequantize_int8(weight, weight_scale, x.dtype).permute(0, 3, 1, 2)
     shift = None if bias is None else bias.to(x.dtype)
     x, pads = enlarged_and_padded(x, padding, upsample)

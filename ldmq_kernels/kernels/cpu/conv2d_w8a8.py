@@ -39,21 +39,7 @@ def conv2d_w8a8(
 ) -> Tensor:
     """Convolution on int8 activations and int8 weights, zero padding.
 
-    Args:
-        x_q: (N, C, H, W) int8.
-        x_scale: (1,) or (N,) float32.
-        weight: packed by `packing.pack_conv2d`, or (K, R, S, C / groups) int8, which is packed anew in each call.
-        weight_scale: (K,) float32.
-        bias: (K,) floating.
-        sample_bias: (N, K) floating, added to every position (the time embedding).
-        residual: (N, K, P, Q) floating, added last.
-        kernel_size: (R, S), which a packed weight no longer shows.
-        padding: zeros at (top, bottom, left, right).
-        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
-        out_dtype: float16, bfloat16 or float32.
-
-    Returns:
-        (N, K, P, Q) of `out_dtype`, channels_last.
+    A plain weight is packed anew in each call; a layer holds it packed by `packing.pack_conv2d`.
     """
     samples = x_q.shape[0]
     if not samples:

@@ -9,15 +9,6 @@ from ldmq_kernels.kernels.cpu.producers import quantize_tokens
 
 
 def geglu_quantize(x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gated half of a GEGLU layer and the quantization of its result.
-
-    Args:
-        x: (..., 2 C) floating: the values, then their gates.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
-
-    Returns:
-        (..., C) int8 and the scales (...) float32, or (0,) with a `inv_scale`.
-    """
+    """The gated half of a GEGLU layer and the quantization of its result."""
     value, gate = x.chunk(2, dim=-1)
     return quantize_tokens(value * torch.nn.functional.gelu(gate), inv_scale, inv_smooth)

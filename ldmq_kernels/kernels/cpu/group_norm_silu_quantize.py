@@ -24,21 +24,6 @@ def group_norm_silu_quantize(
 
     The scale of a sample is its largest absolute value, which the definition's bound is too, unless all of
     the sample lies in SiLU's dip.
-
-    Args:
-        x: (N, C, H, W) floating.
-        norm_weight: (C,) floating, or None for ones.
-        norm_bias: (C,) floating, or None for zeros.
-        num_groups: divides C.
-        eps: added to the variance.
-        silu: whether SiLU follows.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
-        per_token: whether a measured scale is each pixel's own, and not each sample's.
-
-    Returns:
-        (N, C, H, W) int8, channels_last, and the scales, float32: (N,), (N, H, W) if `per_token`, or (0,) with a
-        `inv_scale`.
     """
     weight, bias = in_dtype_of(x, norm_weight), in_dtype_of(x, norm_bias)
     y = torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)

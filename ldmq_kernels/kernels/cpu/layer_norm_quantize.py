@@ -16,19 +16,7 @@ def layer_norm_quantize(
     inv_scale: Tensor | None,
     inv_smooth: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Layer normalization over the last axis and the quantization of the result.
-
-    Args:
-        x: (..., C) floating.
-        norm_weight: (C,) floating, or None for ones.
-        norm_bias: (C,) floating, or None for zeros.
-        eps: added to the variance.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
-
-    Returns:
-        (..., C) int8 and the scales (...) float32, or (0,) with a `inv_scale`.
-    """
+    """Layer normalization over the last axis and the quantization of the result."""
     weight, bias = in_dtype_of(x, norm_weight), in_dtype_of(x, norm_bias)
     normed = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return quantize_tokens(normed, inv_scale, inv_smooth)

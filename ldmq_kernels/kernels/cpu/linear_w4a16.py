@@ -9,16 +9,6 @@ from ldmq_kernels.kernels.cpu.dequantize import dequantize_int4
 
 
 def linear_w4a16(x: Tensor, weight: Tensor, group_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Linear layer on int4 weights with a scale for each group, and floating activations.
-
-    Args:
-        x: (..., K) floating.
-        weight: (N, ceil(K / 2)) uint8 holding int4.
-        group_scale: (N, groups) float32.
-        bias: (N,) floating.
-
-    Returns:
-        (..., N) of x's dtype.
-    """
+    """Linear layer on int4 weights with a scale for each group, and floating activations."""
     restored = dequantize_int4(weight, group_scale, x.shape[-1], x.dtype)
     return torch.nn.functional.linear(x, restored, None if bias is None else bias.to(x.dtype))

@@ -20,11 +20,9 @@ def linear_w4a8(
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Linear layer on int8 activations and two-level int4 weights; the rest as `linear_w8a8`, but for
+    """Linear layer on int8 activations and two-level int4 weights.
 
-    Args:
-        weight: the folded weight packed by `packing.pack_linear`, or (N, ceil(K / 2)) uint8 holding int4.
-        multiplier: (N, groups) uint8 in 1..18.
+    A plain weight is folded and packed anew in each call; a layer holds it packed by `packing.pack_linear`.
     """
     if not weight.is_mkldnn:
         weight = fold_multiplier(unpack_int4(weight, x_q.shape[-1]), multiplier)

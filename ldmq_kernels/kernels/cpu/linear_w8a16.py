@@ -9,16 +9,6 @@ from ldmq_kernels.kernels.cpu.dequantize import dequantize_int8
 
 
 def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Linear layer on int8 weights and floating activations.
-
-    Args:
-        x: (..., K) floating.
-        weight: (N, K) int8.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
-
-    Returns:
-        (..., N) of x's dtype.
-    """
+    """Linear layer on int8 weights and floating activations."""
     restored = dequantize_int8(weight, weight_scale, x.dtype)
     return torch.nn.functional.linear(x, restored, None if bias is None else bias.to(x.dtype))

@@ -23,17 +23,7 @@ def linear_w8a8(
 ) -> Tensor:
     """Linear layer on int8 activations and int8 weights.
 
-    Args:
-        x_q: (..., K) int8.
-        x_scale: (1,) or (...) float32.
-        weight: packed by `packing.pack_linear`, or (N, K) int8, which is packed anew in each call.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
-        residual: (..., N) floating, added last.
-        out_dtype: float16, bfloat16 or float32.
-
-    Returns:
-        (..., N) of `out_dtype`.
+    A plain weight is packed anew in each call; a layer holds it packed by `packing.pack_linear`.
     """
     shape = (*x_q.shape[:-1], weight_scale.shape[0])
     rows = x_q.reshape(-1, x_q.shape[-1]).contiguous()

@@ -18,15 +18,7 @@ def _absmax(rows: Tensor, inv_smooth: Tensor | None) -> Tensor:
 
 
 def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Quantize each picture of a batch with the scale of its own largest value.
-
-    Args:
-        x: (N, C, H, W) floating.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in first.
-
-    Returns:
-        (N, C, H, W) int8, channels_last, and the scales (N,) float32.
-    """
+    """Quantize each picture of a batch with the scale of its own largest value."""
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, dtype=torch.int8)
     scale = torch.empty(x.shape[0], dtype=torch.float32)

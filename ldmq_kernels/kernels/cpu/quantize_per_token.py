@@ -10,15 +10,7 @@ from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 
 
 def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Quantize each row with the scale of its own largest value.
-
-    Args:
-        x: (..., K) floating.
-        inv_smooth: (K,) float32 reciprocal smoothing vector, multiplied in first.
-
-    Returns:
-        (..., K) int8 and the scales (...) float32.
-    """
+    """Quantize each row with the scale of its own largest value."""
     x = x.contiguous()
     out = torch.empty_like(x, dtype=torch.int8)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32)

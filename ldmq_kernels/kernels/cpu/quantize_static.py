@@ -9,16 +9,7 @@ from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows
 
 
 def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
-    """Quantize with a calibrated scale.
-
-    Args:
-        x: any shape, floating; (N, C, H, W) where `channel_dim` is 1.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
-        channel_dim: the axis of x that `inv_scale` runs along, 1 or -1.
-
-    Returns:
-        int8 of x's shape, channels_last for a 4-D x with channels in axis 1.
-    """
+    """Quantize with a calibrated scale."""
     is_image = x.dim() == 4 and channel_dim == 1
     x = x.contiguous(memory_format=torch.channels_last if is_image else torch.contiguous_format)
     out = torch.empty_like(x, dtype=torch.int8)

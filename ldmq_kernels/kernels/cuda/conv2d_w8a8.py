@@ -32,21 +32,12 @@ def conv2d_w8a8(
 
     Args:
         x_q: (N, C, H, W) int8, C a multiple of 16.
-        x_scale: (1,) or (N,) float32.
         weight: (K, R, S, C) int8, K a multiple of 8.
-        weight_scale: (K,) float32.
-        bias: (K,) floating.
         sample_bias: (N, K) of `out_dtype`, added to every position (the time embedding).
         residual: (N, K, P, Q) of `out_dtype`, added last.
-        kernel_size: (R, S).
-        padding: zeros at (top, bottom, left, right).
         groups: 1.
-        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
         out_dtype: float16, bfloat16 or float32; int8 with `out_inv_scale`.
         out_inv_scale: (1,) or (K,) float32: the output is quantized for the next int8 layer.
-
-    Returns:
-        (N, K, P, Q) of `out_dtype`, channels_last.
 
     Raises:
         Unsupported: groups, a packed weight, or an operand of another dtype or size.

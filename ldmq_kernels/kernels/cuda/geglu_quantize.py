@@ -16,11 +16,6 @@ def geglu_quantize(x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | Non
 
     Args:
         x: (..., 2 C) float32, float16 or bfloat16: the values, then their gates; copied where it is not contiguous.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
-
-    Returns:
-        (..., C) int8 and the scales (...) float32, or (0,) with a `inv_scale`.
 
     Raises:
         Unsupported: another dtype, device or size of an operand, or too many channels for a scale of each row.

@@ -31,16 +31,6 @@ def group_norm_silu_quantize(
         x: (N, C, H, W) float32, float16 or bfloat16; copied where it is not channels_last.
         norm_weight: (C,) of any of these dtypes, or None for ones.
         norm_bias: (C,) of any of these dtypes, or None for zeros.
-        num_groups: divides C.
-        eps: added to the variance.
-        silu: whether SiLU follows.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
-        per_token: whether a measured scale is each pixel's own, and not each sample's.
-
-    Returns:
-        (N, C, H, W) int8, channels_last, and the scales, float32: (N,), (N, H, W) if `per_token`, or (0,) with a
-        `inv_scale`.
 
     Raises:
         Unsupported: another dtype, device or size of an operand, groups that do not divide the channels, or too many

@@ -20,16 +20,7 @@ def linear_static_w8a8(
     """Linear layer on floating activations with a calibrated scale.
 
     Args:
-        x: (..., K) floating.
-        inv_scale: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
-        x_scale: (1,) float32.
-        weight: (N, K) int8.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
         residual: (..., N) of x's dtype, added last.
-
-    Returns:
-        (..., N) of x's dtype.
 
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.

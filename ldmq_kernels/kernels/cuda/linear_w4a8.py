@@ -24,16 +24,8 @@ def linear_w4a8(
 
     Args:
         x_q: (..., K) int8, K a multiple of 32.
-        x_scale: (1,) or (...) float32.
         weight: (N, K / 2) uint8 holding int4, N a multiple of 8.
-        multiplier: (N, groups) uint8 in 1..18.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
         residual: (..., N) of `out_dtype`, added last.
-        out_dtype: float16, bfloat16 or float32.
-
-    Returns:
-        (..., N) of `out_dtype`.
 
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.

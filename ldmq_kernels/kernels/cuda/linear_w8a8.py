@@ -23,16 +23,10 @@ def linear_w8a8(
 
     Args:
         x_q: (..., K) int8, K a multiple of 16.
-        x_scale: (1,) or (...) float32.
         weight: (N, K) int8, N a multiple of 8.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
         residual: (..., N) of `out_dtype`, added last.
         out_dtype: float16, bfloat16 or float32; int8 with `out_inv_scale`.
         out_inv_scale: (1,) or (N,) float32: the output is quantized for the next int8 layer.
-
-    Returns:
-        (..., N) of `out_dtype`.
 
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.

@@ -14,10 +14,6 @@ def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, T
 
     Args:
         x: (N, C, H, W) channels_last, float32, float16 or bfloat16.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in first.
-
-    Returns:
-        (N, C, H, W) int8, channels_last, and the scales (N,) float32.
 
     Raises:
         Unsupported: another dtype, layout or device.

@@ -14,10 +14,6 @@ def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Te
 
     Args:
         x: (..., K) contiguous, float32, float16 or bfloat16.
-        inv_smooth: (K,) float32 reciprocal smoothing vector, multiplied in first.
-
-    Returns:
-        (..., K) int8 and the scales (...) float32.
 
     Raises:
         Unsupported: another dtype, layout or device.

@@ -14,11 +14,6 @@ def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
 
     Args:
         x: float32, float16 or bfloat16; (N, C, H, W) channels_last with `channel_dim` 1, or (..., C) contiguous.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
-        channel_dim: the axis of x that `inv_scale` runs along, 1 or -1.
-
-    Returns:
-        int8 of x's shape and strides.
 
     Raises:
         Unsupported: another dtype, layout or device.

@@ -27,12 +27,7 @@ def conv2d_w4a8(
     upsample: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Convolution on int8 activations and two-level int4 weights; arguments as conv2d_w8a8, but for
-
-    Args:
-        weight: (K, R, S, ceil(C / groups / 2)) uint8 holding int4.
-        multiplier: (K, R, S, weight groups) uint8 in 1..18.
-    """
+    """Convolution on int8 activations and two-level int4 weights."""
     weight = fold_multiplier(unpack_int4(weight, x_q.shape[1] // groups), multiplier)
     return conv2d_w8a8(
         x_q,

@@ -20,19 +20,7 @@ def conv2d_w8a16(
     groups: int,
     upsample: int,
 ) -> Tensor:
-    """Convolution on int8 weights and floating activations, zero padding.
-
-    Args:
-        x: (N, C, H, W) floating.
-        weight: (K, R, S, C / groups) int8.
-        weight_scale: (K,) float32.
-        bias: (K,) floating.
-        padding: zeros at (top, bottom, left, right).
-        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
-
-    Returns:
-        (N, K, P, Q) of x's dtype, channels_last.
-    """
+    """Convolution on int8 weights and floating activations, zero padding."""
     x_padded, pads = enlarged_and_padded(x, padding, upsample)
     out = torch.nn.functional.conv2d(
         x_padded.float(), weight.permute(0, 3, 1, 2).float(), None, stride, pads, dilation, groups

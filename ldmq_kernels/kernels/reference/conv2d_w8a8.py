@@ -24,24 +24,7 @@ def conv2d_w8a8(
     upsample: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Convolution on int8 activations and int8 weights, zero padding.
-
-    Args:
-        x_q: (N, C, H, W) int8.
-        x_scale: (1,) or (N,) float32.
-        weight: (K, R, S, C / groups) int8.
-        weight_scale: (K,) float32.
-        bias: (K,) floating.
-        sample_bias: (N, K) floating, added to every position (the time embedding).
-        residual: (N, K, P, Q) floating, added last.
-        kernel_size: (R, S).
-        padding: zeros at (top, bottom, left, right).
-        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
-        out_dtype: float16, bfloat16 or float32.
-
-    Returns:
-        (N, K, P, Q) of `out_dtype`, channels_last.
-    """
+    """Convolution on int8 activations and int8 weights, zero padding."""
     x_q, pads = enlarged_and_padded(x_q, padding, upsample)
     accumulator = torch.nn.functional.conv2d(
         x_q.double(), weight.permute(0, 3, 1, 2).double(), None, stride, pads, dilation, groups

@@ -17,18 +17,5 @@ def linear_static_w8a8(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """Linear layer that quantizes its input with a calibrated scale and multiplies int8 by int8.
-
-    Args:
-        x: (..., K) floating.
-        inv_scale: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
-        x_scale: (1,) float32, the scale.
-        weight: (N, K) int8.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
-        residual: (..., N) floating, added last.
-
-    Returns:
-        (..., N) of x's dtype.
-    """
+    """Linear layer that quantizes its input with a calibrated scale and multiplies int8 by int8."""
     return linear_w8a8(quantize_static(x, inv_scale, -1), x_scale, weight, weight_scale, bias, residual, x.dtype)

@@ -9,17 +9,7 @@ from ldmq_kernels.numerics.formats.int4 import expand_groups, unpack_int4
 
 
 def linear_w4a16(x: Tensor, weight: Tensor, group_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Linear layer on int4 weights with a scale for each group, and floating activations.
-
-    Args:
-        x: (..., K) floating.
-        weight: (N, ceil(K / 2)) uint8 holding int4.
-        group_scale: (N, groups) float32.
-        bias: (N,) floating.
-
-    Returns:
-        (..., N) of x's dtype.
-    """
+    """Linear layer on int4 weights with a scale for each group, and floating activations."""
     channels = x.shape[-1]
     restored = unpack_int4(weight, channels) * expand_groups(group_scale, channels)
     out = torch.nn.functional.linear(x.float(), restored)

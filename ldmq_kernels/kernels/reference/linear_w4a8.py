@@ -20,20 +20,6 @@ def linear_w4a8(
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Linear layer on int8 activations and two-level int4 weights.
-
-    Args:
-        x_q: (..., K) int8.
-        x_scale: (1,) or (...) float32.
-        weight: (N, ceil(K / 2)) uint8 holding int4.
-        multiplier: (N, groups) uint8 in 1..18.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
-        residual: (..., N) floating, added last.
-        out_dtype: float16, bfloat16 or float32.
-
-    Returns:
-        (..., N) of `out_dtype`.
-    """
+    """Linear layer on int8 activations and two-level int4 weights."""
     weight = fold_multiplier(unpack_int4(weight, x_q.shape[-1]), multiplier)
     return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, out_dtype)

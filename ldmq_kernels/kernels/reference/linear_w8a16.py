@@ -7,16 +7,6 @@ from torch import Tensor
 
 
 def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Linear layer on int8 weights and floating activations.
-
-    Args:
-        x: (..., K) floating.
-        weight: (N, K) int8.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
-
-    Returns:
-        (..., N) of x's dtype.
-    """
+    """Linear layer on int8 weights and floating activations."""
     out = torch.nn.functional.linear(x.float(), weight.float()) * weight_scale
     return (out if bias is None else out + bias.float()).to(x.dtype)

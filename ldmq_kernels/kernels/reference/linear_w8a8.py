@@ -15,20 +15,7 @@ def linear_w8a8(
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Linear layer on int8 activations and int8 weights.
-
-    Args:
-        x_q: (..., K) int8.
-        x_scale: (1,) or (...) float32.
-        weight: (N, K) int8.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
-        residual: (..., N) floating, added last.
-        out_dtype: float16, bfloat16 or float32.
-
-    Returns:
-        (..., N) of `out_dtype`.
-    """
+    """Linear layer on int8 activations and int8 weights."""
     # float64 holds sums of int8 products exactly, and every device multiplies it
     accumulator = torch.nn.functional.linear(x_q.double(), weight.double()).float()
     out = accumulator * (x_scale if x_scale.numel() == 1 else x_scale.unsqueeze(-1)) * weight_scale

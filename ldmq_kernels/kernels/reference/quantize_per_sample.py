@@ -10,15 +10,7 @@ from ldmq_kernels.kernels.reference.quantize_static import round_to_int8
 
 
 def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Quantize each picture of a batch with the scale of its own largest value.
-
-    Args:
-        x: (N, C, H, W) floating.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in first.
-
-    Returns:
-        (N, C, H, W) int8, channels_last, and the scales (N,) float32.
-    """
+    """Quantize each picture of a batch with the scale of its own largest value."""
     y = x.contiguous(memory_format=torch.channels_last).float()
     if inv_smooth is not None:
         y = y * inv_smooth.view(1, -1, 1, 1)

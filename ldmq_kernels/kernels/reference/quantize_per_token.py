@@ -16,15 +16,7 @@ def dynamic_scale(absmax: Tensor) -> Tensor:
 
 
 def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Quantize each row with the scale of its own largest value.
-
-    Args:
-        x: (..., K) floating.
-        inv_smooth: (K,) float32 reciprocal smoothing vector, multiplied in first.
-
-    Returns:
-        (..., K) int8 and the scales (...) float32.
-    """
+    """Quantize each row with the scale of its own largest value."""
     y = x.contiguous().float()
     if inv_smooth is not None:
         y = y * inv_smooth

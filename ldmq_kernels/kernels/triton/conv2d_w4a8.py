@@ -125,11 +125,7 @@ def conv2d_w4a8(
     upsample: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Convolution on int8 activations and two-level int4 weights; arguments as conv2d_w8a8, but for
-
-    Args:
-        weight: (K, R, S, ceil(C / groups / 2)) uint8 holding int4.
-        multiplier: (K, R, S, weight groups) uint8 in 1..18.
+    """Convolution on int8 activations and two-level int4 weights.
 
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.

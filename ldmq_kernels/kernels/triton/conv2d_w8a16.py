@@ -110,17 +110,6 @@ def conv2d_w8a16(
 ) -> Tensor:
     """Convolution on int8 weights and floating activations, zero padding.
 
-    Args:
-        x: (N, C, H, W) floating.
-        weight: (K, R, S, C / groups) int8.
-        weight_scale: (K,) float32.
-        bias: (K,) floating.
-        padding: zeros at (top, bottom, left, right).
-        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
-
-    Returns:
-        (N, K, P, Q) of x's dtype, channels_last.
-
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """

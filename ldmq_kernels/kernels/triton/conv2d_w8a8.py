@@ -154,22 +154,6 @@ def conv2d_w8a8(
 ) -> Tensor:
     """Convolution on int8 activations and int8 weights, zero padding.
 
-    Args:
-        x_q: (N, C, H, W) int8.
-        x_scale: (1,) or (N,) float32.
-        weight: (K, R, S, C / groups) int8.
-        weight_scale: (K,) float32.
-        bias: (K,) floating.
-        sample_bias: (N, K) floating, added to every position (the time embedding).
-        residual: (N, K, P, Q) floating, added last.
-        kernel_size: (R, S).
-        padding: zeros at (top, bottom, left, right).
-        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
-        out_dtype: float16, bfloat16 or float32.
-
-    Returns:
-        (N, K, P, Q) of `out_dtype`, channels_last.
-
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """

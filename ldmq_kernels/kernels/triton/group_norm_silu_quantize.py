@@ -38,21 +38,6 @@ def group_norm_silu_quantize(
 ) -> tuple[Tensor, Tensor]:
     """Group normalization, SiLU where asked for, and the quantization of the result.
 
-    Args:
-        x: (N, C, H, W) floating.
-        norm_weight: (C,) floating, or None for ones.
-        norm_bias: (C,) floating, or None for zeros.
-        num_groups: divides C.
-        eps: added to the variance.
-        silu: whether SiLU follows.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
-        per_token: whether a measured scale is each pixel's own, and not each sample's.
-
-    Returns:
-        (N, C, H, W) int8, channels_last, and the scales, float32: (N,), (N, H, W) if `per_token`, or (0,) with a
-        `inv_scale`.
-
     Raises:
         Unsupported: x is not float16, bfloat16 or float32, the groups do not divide the channels, or there are more
             than 16384 channels and a scale for each pixel.

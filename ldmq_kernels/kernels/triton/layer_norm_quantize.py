@@ -75,17 +75,6 @@ def layer_norm_quantize(
 ) -> tuple[Tensor, Tensor]:
     """Layer normalization over the last axis and the quantization of the result.
 
-    Args:
-        x: (..., C) floating.
-        norm_weight: (C,) floating, or None for ones.
-        norm_bias: (C,) floating, or None for zeros.
-        eps: added to the variance.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
-
-    Returns:
-        (..., C) int8 and the scales (...) float32, or (0,) with a `inv_scale`.
-
     Raises:
         Unsupported: x is not float16, bfloat16 or float32, or C is above 16384.
     """

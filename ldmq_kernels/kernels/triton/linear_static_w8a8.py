@@ -31,18 +31,6 @@ def linear_static_w8a8(
 ) -> Tensor:
     """Linear layer that quantizes its input with a calibrated scale and multiplies int8 by int8.
 
-    Args:
-        x: (..., K) floating.
-        inv_scale: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
-        x_scale: (1,) float32, the scale.
-        weight: (N, K) int8.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
-        residual: (..., N) floating, added last.
-
-    Returns:
-        (..., N) of x's dtype.
-
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """

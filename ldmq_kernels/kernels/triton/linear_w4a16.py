@@ -58,15 +58,6 @@ def _linear_w4a16(
 def linear_w4a16(x: Tensor, weight: Tensor, group_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Linear layer on int4 weights with a scale for each group, and floating activations.
 
-    Args:
-        x: (..., K) floating.
-        weight: (N, ceil(K / 2)) uint8 holding int4.
-        group_scale: (N, groups) float32.
-        bias: (N,) floating.
-
-    Returns:
-        (..., N) of x's dtype.
-
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """

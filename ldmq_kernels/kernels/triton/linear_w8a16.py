@@ -49,15 +49,6 @@ def _linear_w8a16(
 def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Linear layer on int8 weights and floating activations.
 
-    Args:
-        x: (..., K) floating.
-        weight: (N, K) int8.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
-
-    Returns:
-        (..., N) of x's dtype.
-
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """

@@ -143,18 +143,6 @@ def linear_w8a8(
 ) -> Tensor:
     """Linear layer on int8 activations and int8 weights.
 
-    Args:
-        x_q: (..., K) int8.
-        x_scale: (1,) or (...) float32.
-        weight: (N, K) int8.
-        weight_scale: (N,) float32.
-        bias: (N,) floating.
-        residual: (..., N) floating, added last.
-        out_dtype: float16, bfloat16 or float32.
-
-    Returns:
-        (..., N) of `out_dtype`.
-
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """

@@ -78,13 +78,6 @@ def _quantize_samples(
 def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each picture of a batch with the scale of its own largest value.
 
-    Args:
-        x: (N, C, H, W) floating.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in first.
-
-    Returns:
-        (N, C, H, W) int8, channels_last, and the scales (N,) float32.
-
     Raises:
         Unsupported: x is not float16, bfloat16 or float32.
     """

@@ -38,13 +38,6 @@ def _quantize_per_token(
 def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value.
 
-    Args:
-        x: (..., K) floating.
-        inv_smooth: (K,) float32 reciprocal smoothing vector, multiplied in first.
-
-    Returns:
-        (..., K) int8 and the scales (...) float32.
-
     Raises:
         Unsupported: x is not float16, bfloat16 or float32, or K is above 16384.
     """

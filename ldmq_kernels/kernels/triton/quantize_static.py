@@ -36,14 +36,6 @@ def _quantize_static(
 def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     """Quantize with a calibrated scale.
 
-    Args:
-        x: any shape, floating; (N, C, H, W) where `channel_dim` is 1.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
-        channel_dim: the axis of x that `inv_scale` runs along, 1 or -1.
-
-    Returns:
-        int8 of x's shape, channels_last for a 4-D x with channels in axis 1.
-
     Raises:
         Unsupported: x is not float16, bfloat16 or float32, or the reciprocal fits no axis.
     """
