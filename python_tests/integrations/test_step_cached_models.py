@@ -24,7 +24,7 @@ from ldmq_kernels.integrations.diffusers.step_cache import (
 from ldmq_kernels.plans.plan import uniform_plan
 from python_tests.integrations.cached_unets import RESNET, STEPS, layer_calls, made, run
 from python_tests.test_graphs import FakeGpu
-from python_tests.tiny import unet_inputs
+from python_tests.tiny import SHALLOW, unet_inputs
 
 
 @pytest.mark.parametrize(
@@ -223,10 +223,9 @@ def test_a_block_called_by_itself_takes_a_time_embedding() -> None:
         assert torch.equal(block(x, embedding), plain(x, embedding))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["float", "w8a8-dynamic"])
 def test_a_cached_unet_is_one_graph_for_a_compiler(scheme: str) -> None:
-    unet = made(scheme)
+    unet = made(scheme, **SHALLOW)
     wanted = {step: run(unet, torch.tensor(step)) for step in (321, 7)}
     cache_time_embeddings(unet, STEPS)
     torch._dynamo.reset()
@@ -237,7 +236,7 @@ def test_a_cached_unet_is_one_graph_for_a_compiler(scheme: str) -> None:
             assert torch.equal(compiled(**inputs).sample, output)
     with torch.no_grad():
         assert bool(compiled(**{**unet_inputs(), "timestep": torch.tensor(8)}).sample.isnan().all())
-        unet.load_state_dict(made(scheme, seed=1).state_dict())
+        unet.load_state_dict(made(scheme, seed=1, **SHALLOW).state_dict())
         inputs["timestep"] = torch.tensor(8)
         assert torch.equal(compiled(**inputs).sample, unet(**inputs).sample)
 

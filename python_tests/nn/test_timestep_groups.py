@@ -20,7 +20,7 @@ from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, timestep_g
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, model_record
-from python_tests.tiny import mixed_plan, tiny_unet, unet_inputs
+from python_tests.tiny import SHALLOW, mixed_plan, tiny_unet, unet_inputs
 
 BOUNDARIES = [750.0, 300.5, 20.0]
 SCALES = [0.031, 0.023, 0.017, 0.013]
@@ -47,7 +47,7 @@ def static_plan_of(plan: Plan, group: int) -> Plan:
 
 
 def timestep_unet(scheme: str = "w8a8-timestep") -> Any:
-    unet = tiny_unet()
+    unet = tiny_unet(**SHALLOW)
     convert(unet, timestep_plan(unet, scheme))
     return unet
 
@@ -62,7 +62,7 @@ def by_group() -> list[Any]:
     """The model with each group's scales, static."""
     unets = []
     for group in range(len(SCALES)):
-        unet = tiny_unet()
+        unet = tiny_unet(**SHALLOW)
         convert(unet, static_plan_of(timestep_plan(unet), group))
         unets.append(unet)
     return unets
@@ -99,12 +99,12 @@ def test_the_time_step_may_come_by_position(by_group: list[Any]) -> None:
 @pytest.mark.parametrize("scheme", ["w8a8-timestep", "w4a8-timestep"])
 def test_unfused_blocks_and_unpacked_weights_follow_the_time_step_too(scheme: str) -> None:
     unet = timestep_unet(scheme)
-    plan = timestep_plan(tiny_unet(), scheme)
+    plan = timestep_plan(tiny_unet(**SHALLOW), scheme)
     with use_backend("reference"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldmq_kernels.kernels.cpu.backend.serves", lambda _: False)
         unet = copy.deepcopy(unet)  # q, k and v are merged now
         for timestep, group in TIMES.items():
-            static = tiny_unet()
+            static = tiny_unet(**SHALLOW)
             convert(static, static_plan_of(plan, group))
             wanted = run(static, timestep)
             assert torch.equal(run(unet, timestep), wanted)
@@ -200,7 +200,6 @@ def test_a_call_costs_one_bucketize_and_one_gather_and_waits_for_nothing() -> No
     assert not {"_local_scalar_dense", "item", "is_nonzero"} & set(names)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_a_compiled_model_follows_the_time_step_without_a_graph_break(by_group: list[Any], backend: str) -> None:
     unet = timestep_unet()
@@ -214,7 +213,6 @@ def test_a_compiled_model_follows_the_time_step_without_a_graph_break(by_group: 
         assert all(float((out - other).abs().mean()) > 4 * float((out - wanted).abs().mean()) for other in others)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", [copy.deepcopy, through_load_state_dict])
 def test_a_model_that_is_copied_or_loaded_before_a_compiled_call_follows_the_time_step(
     by_group: list[Any], change: Any
@@ -223,7 +221,7 @@ def test_a_model_that_is_copied_or_loaded_before_a_compiled_call_follows_the_tim
     torch._dynamo.reset()
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     assert torch.equal(run(compiled, torch.tensor(20)), expected(by_group, 20))
-    other = tiny_unet()
+    other = tiny_unet(**SHALLOW)
     plan = timestep_plan(other)
     plan.input_scales = {name: scale[::-1] for name, scale in plan.input_scales.items()}  # type: ignore[index]
     convert(other, plan)
@@ -232,7 +230,6 @@ def test_a_model_that_is_copied_or_loaded_before_a_compiled_call_follows_the_tim
         assert torch.equal(run(compiled, torch.tensor(timestep)), run(other, timestep))
 
 
-@pytest.mark.slow
 def test_compiled_blocks_of_an_eager_model_follow_the_time_step(by_group: list[Any]) -> None:
     unet = timestep_unet()
     torch._dynamo.reset()
