@@ -40,8 +40,9 @@ class TimestepGroups:
         if "timestep" not in kwargs and len(args) <= self.position:
             raise ValueError(f"{type(model).__name__} has timestep layers and must be called with a timestep")
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[self.position]
-        if self.is_stale:  # a compiler reads the tables below only after this
-            self.find_layers(model)
+        self.refresh(model)
+        if self.is_stale:  # a compiler, which reads the tables only from here on, traces again once this is true
+            raise RuntimeError(f"the timestep layers of {type(model).__name__} changed while their scales were read")
         for values in self.devices or ():
             row = torch.bucketize(_on_device(timestep, values.table.device), values.edges, right=True)
             if torch.compiler.is_compiling():
@@ -55,6 +56,11 @@ class TimestepGroups:
             values.traced = None
 
     @torch.compiler.assume_constant_result
+    def refresh(self, model: nn.Module) -> None:
+        """Build the tables anew if they are stale; a compiler does so while it traces, and reads nothing of it."""
+        if self.is_stale:
+            self.find_layers(model)
+
     def find_layers(self, model: nn.Module) -> int:
         """Build the tables of the model's timestep layers anew; gives the number of layers."""
         by_device: dict[torch.device, list[QuantizedLayer]] = {}
