@@ -112,7 +112,7 @@ def test_unfused_blocks_and_unpacked_weights_follow_the_time_step_too(scheme: st
 
 
 def through_load_state_dict(unet: Any) -> Any:
-    other = tiny_unet(seed=4)
+    other = tiny_unet(4, **SHALLOW)
     plan = timestep_plan(other)
     plan.input_scales = {name: [0.5, 0.4, 0.3, 0.2] for name in plan.input_scales}
     convert(other, plan)
