@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from ldmq_kernels.cli.bench.command import bench as bench_command
 from ldmq_kernels.cli.options import (
     DEFAULT_FORMATS,
     Calibration,
@@ -247,37 +248,7 @@ def analyze(
     run_analyze(model, request, out, dtype, with_pareto=pareto)
 
 
-@app.command()
-def bench(
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Measure kernels' tiles and backends on this GPU and keep the fastest.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="With --tune: the file, in place of the one that the ops read.")
-    ] = None,
-    seconds: Annotated[
-        float | None, typer.Option(help="With --tune: stop after so many; the next run goes on.")
-    ] = None,
-) -> None:
-    """Time quantized layers of common shapes on this machine against float ones, or tune the kernels for its GPU.
-
-    With --tune it exits with 3 where --seconds left shapes for another run.
-    """
-    if not tune:
-        if out is not None or seconds is not None:
-            raise typer.BadParameter("--out and --seconds belong to --tune")
-        from ldmq_kernels.cli.layer_times import run_bench
-
-        run_bench()
-        return
-    import torch
-
-    from ldmq_kernels.tuning import tune as tune_tiles
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path, left = tune_tiles(device, out, seconds=seconds)
-    print(f"{path}: {f'{left} shapes are left, run it again to go on' if left else 'all shapes are measured'}")
-    raise typer.Exit(3 if left else 0)
+app.command("bench")(bench_command)
 
 
 @app.command()

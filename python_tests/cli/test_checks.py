@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ldmq_kernels import ops, timing
-from ldmq_kernels.cli import checks, layer_times, main, op_speed
+from ldmq_kernels.cli import checks, main, op_speed
+from ldmq_kernels.cli.bench import layer_times
 from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.backend import Backend, backends
 from ldmq_kernels.kernels.reference import backend as reference

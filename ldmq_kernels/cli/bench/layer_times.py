@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.ranges import channel_absmax, static_scale
+from ldmq_kernels.cli.fitted import Column, output_console, print_fitted
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.numerics.formats import SCHEMES
@@ -21,10 +19,9 @@ from ldmq_kernels.timing import interleaved, wall_ms
 # Layers that carry a Stable Diffusion 1.5 UNet: (rows, in, out) and (batch, in, height, width, out), 3x3.
 LINEARS = ((8192, 320, 320), (2048, 640, 640), (512, 1280, 1280), (2048, 640, 5120))
 CONVOLUTIONS = ((2, 320, 64, 64, 320), (2, 640, 32, 32, 640), (2, 1280, 16, 16, 1280))
-TESTED = ("w8a8-static", "w8a8-dynamic", "w8a16")
+GAINING = "w8a8-static"  # what is compared with the narrow float
+TESTED = (GAINING, "w8a8-dynamic", "w8a16")
 ROUNDS = 5
-
-console = Console()
 
 
 def _cases() -> list[tuple[str, Callable[[], nn.Linear | nn.Conv2d], tuple[int, ...]]]:
@@ -75,18 +72,20 @@ def time_layer(
 def run_bench() -> None:
     """Time all shapes and print them as a table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = _cases()
+    console, cases = output_console(), _cases()
     dispatch.reset_dispatch_report()
     times = [time_layer(make, shape, device) for _, make, shape in track(cases, "shapes", len(cases), show=True)]
     narrow = "float16" if device.type == "cuda" else "bfloat16"
-    table = Table(title=f"milliseconds on {device}, medians of {ROUNDS} rounds in turns", box=box.SIMPLE)
-    table.add_column("layer", no_wrap=True)
+    columns = [Column("layer", is_number=False)]
     for name in times[0]:
-        table.add_column(name.replace("-", "\n").replace("float", "fp"), justify="right")
-    table.add_column("gain", justify="right")
-    for (label, _, _), taken in zip(cases, times, strict=True):
-        gain = taken[narrow] / taken["w8a8-static"]
-        table.add_row(label, *(f"{seconds * 1000:.2f}" for seconds in taken.values()), f"{gain:.2f}x")
-    console.print(table)
-    console.print(f"gain: {narrow} over w8a8-static; quantized layers take {narrow} activations. Who served them:")
+        columns.append(
+            Column(name.replace("-", "\n").replace("float", "fp"), rank=0 if name in (narrow, GAINING) else 1)
+        )
+    rows = [
+        [label, *(f"{seconds * 1000:.2f}" for seconds in taken.values()), f"{taken[narrow] / taken[GAINING]:.2f}x"]
+        for (label, _, _), taken in zip(cases, times, strict=True)
+    ]
+    title = f"milliseconds on {device}, medians of {ROUNDS} rounds in turns"
+    print_fitted(console, title, [*columns, Column("gain")], rows)
+    console.print(f"gain: {narrow} over {GAINING}; quantized layers take {narrow} activations. Who served them:")
     console.print(dispatch.dispatch_report(), markup=False)
