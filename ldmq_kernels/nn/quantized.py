@@ -179,16 +179,16 @@ class QuantizedLayer(PackedWeight, InputScale):
             raise ValueError(f"a plain dynamic layer can be given other activations, this is {self.scheme}")
         if scheme.format is not self.scheme.format:
             raise ValueError(f"{scheme} has another weight than {self.scheme}: quantize the float layer")
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin._buffers, twin._parameters = dict(self._buffers), dict(self._parameters)
-        twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
-        twin.scheme, twin.first_token, twin._view = scheme, first_token, None
-        twin._buffers["input_scale"] = None if input_scale is None else input_scale.detach().float().reshape(-1)
-        twin._derive_for_call()
-        if first_token and twin.packed_weight is not None:
-            twin.first_token_weight = self.weight
-        return twin
+        clone = type(self).__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        clone._buffers, clone._parameters = dict(self._buffers), dict(self._parameters)
+        clone._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        clone.scheme, clone.first_token, clone._view = scheme, first_token, None
+        clone._buffers["input_scale"] = None if input_scale is None else input_scale.detach().float().reshape(-1)
+        clone._derive_for_call()
+        if first_token and clone.packed_weight is not None:
+            clone.first_token_weight = self.weight
+        return clone
 
     def correct_bias(self, correction: Tensor, like: Tensor | None = None) -> None:
         """Put a bias of the layer's own in place of the one that it shares: (out,) `correction` more.

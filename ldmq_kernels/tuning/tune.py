@@ -25,7 +25,7 @@ from ldmq_kernels.kernels.gpu import gpu_of
 from ldmq_kernels.progress import track
 from ldmq_kernels.timing import Clock, one_call_ms
 from ldmq_kernels.tuning.calls import Call, calls
-from ldmq_kernels.tuning.contest import compete, mark, racers
+from ldmq_kernels.tuning.compare_backends import compare_backends, compared_backends, mark
 from ldmq_kernels.tuning.fastest import TuningError
 from ldmq_kernels.tuning.shapes import Input
 
@@ -98,7 +98,7 @@ def _todo(
 ) -> list[tuple[Call, list[str]]]:
     """Calls, each with what says in "seen" afterwards that its backends were measured."""
     todo = []
-    entrants = {op: racers(op, device) for op in names}
+    entrants = {op: compared_backends(op, device) for op in names}
     for call in calls(names, models, device):
         # the usual backend has nothing to measure where it has no tiles: the others are measured against it
         has_tiles = [b.tiles is not None and b.tiles.has(call.op) for b in entrants[call.op][:1]]
@@ -146,5 +146,5 @@ def _measure(call: Call, parts: list[str], device: torch.device, timer: Clock, f
     """Add the fastest tile of each product that a call makes, and the fastest backend, to `found`."""
     arguments = call.make()
     with torch.inference_mode():
-        compete(call, arguments, partial(getattr(ops, call.op), *arguments), device, timer, found)
+        compare_backends(call, arguments, partial(getattr(ops, call.op), *arguments), device, timer, found)
     found["seen"] += parts

@@ -11,7 +11,7 @@ from ldmq_kernels.numerics.sqnr import from_db
 from ldmq_kernels.planning.assignment import Chooser, step_weights
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.plans.plan import PlanError
-from python_tests.planning.made_up import SCHEMES, every_choice, mean_db, options
+from python_tests.planning.synthetic import SCHEMES, every_choice, mean_db, options
 
 WEIGHTS = (0.5, 0.3, 0.2)
 NEAR = 1.02  # of the best choice: noise is followed by tangents, bytes to a thousandth

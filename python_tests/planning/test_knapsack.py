@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldmq_kernels.planning.knapsack import Infeasible, Option, Table
-from python_tests.planning.made_up import SCHEMES, every_choice, options
+from python_tests.planning.synthetic import SCHEMES, every_choice, options
 
 
 @pytest.mark.parametrize("seed", range(4))

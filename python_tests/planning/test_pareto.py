@@ -13,7 +13,7 @@ from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.times import LayerTimes
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import StepNoise
-from python_tests.planning.made_up import SummedRuns, everything_in
+from python_tests.planning.synthetic import SummedRuns, everything_in
 from python_tests.report.analyses import TRIED, made_up_analysis
 from python_tests.tiny import tiny_unet
 

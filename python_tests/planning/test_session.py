@@ -20,7 +20,7 @@ from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import StepNoise
-from python_tests.planning.made_up import SummedRuns, everything_in
+from python_tests.planning.synthetic import SummedRuns, everything_in
 from python_tests.report.analyses import TRIED, made_up_analysis
 from python_tests.tiny import tiny_unet
 

@@ -33,8 +33,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets import unet_2d_blocks
 from torch import Tensor, nn
 
-from ldmq_kernels.integrations.diffusers.fused.bare import is_bare, is_unhooked
-from ldmq_kernels.integrations.diffusers.fused.resnet import FusedResnetBlock2D, TimeColumns, is_bare_linear
+from ldmq_kernels.integrations.diffusers.fused.eligibility import is_unhooked, is_unwrapped
+from ldmq_kernels.integrations.diffusers.fused.resnet import FusedResnetBlock2D, TimeColumns, is_unwrapped_linear
 from ldmq_kernels.nn import QuantLinear
 from ldmq_kernels.nn.timestep_groups import attached
 
@@ -106,9 +106,9 @@ class TabulatedTimesteps(Timesteps):
             not (torch.is_grad_enabled() or _is_autocast(timesteps.device.type))
             and timesteps.device == self.table.device
             and is_unhooked(self)
-            and is_bare(embedding, TabulatedTimestepEmbedding)
+            and is_unwrapped(embedding, TabulatedTimestepEmbedding)
             and _has_bare_linears(embedding)
-            and all(is_bare(resnet, FusedResnetBlock2D) for resnet in resnets)
+            and all(is_unwrapped(resnet, FusedResnetBlock2D) for resnet in resnets)
         )
 
     def leave_table(self) -> None:
@@ -224,15 +224,15 @@ def _is_autocast(device_type: str) -> bool:
 
 
 def _is_cacheable(resnet: Any) -> bool:
-    return resnet.can_add_vector() and is_bare_linear(resnet.time_emb_proj)
+    return resnet.can_add_vector() and is_unwrapped_linear(resnet.time_emb_proj)
 
 
 def _has_bare_linears(embedding: Any) -> bool:
     """Whether a time embedding is what its class computes: nothing is on top of its parts."""
     activations = (embedding.act, embedding.post_act)
     return (
-        is_bare_linear(embedding.linear_1)
-        and is_bare_linear(embedding.linear_2)
+        is_unwrapped_linear(embedding.linear_1)
+        and is_unwrapped_linear(embedding.linear_2)
         and all(activation is None or is_unhooked(activation) for activation in activations)
     )
 
@@ -250,9 +250,9 @@ def _obstacle(unet: Any) -> str | None:
             return f"with {name}={unet.config[name]!r} its time embedding holds more than the timestep"
     if unet.time_embed_act is not None:
         return f"time_embedding_act_fn={unet.config.time_embedding_act_fn!r} is applied to the whole embedding"
-    if not is_bare(unet.time_proj, Timesteps):
+    if not is_unwrapped(unet.time_proj, Timesteps):
         return f"time_proj is a {type(unet.time_proj).__name__} or hooked, a plain Timesteps is needed"
-    if not (is_bare(unet.time_embedding, TimestepEmbedding) and _has_bare_linears(unet.time_embedding)):
+    if not (is_unwrapped(unet.time_embedding, TimestepEmbedding) and _has_bare_linears(unet.time_embedding)):
         return "time_embedding is hooked or has an adapter on it"
     return _obstacle_in_blocks(unet)
 
@@ -264,7 +264,7 @@ def _obstacle_in_blocks(unet: Any) -> str | None:
             accepted = ", ".join(kind.__name__ for kind in BLOCKS)
             return f"a {type(block).__name__} may read the time embedding elsewhere, known are {accepted}"
     resnets = [resnet for block in blocks for resnet in block.resnets]
-    if not all(is_bare(resnet, FusedResnetBlock2D) for resnet in resnets):
+    if not all(is_unwrapped(resnet, FusedResnetBlock2D) for resnet in resnets):
         return "a residual block is hooked or not fused: quantize the UNet, or call fuse(unet), first"
     if not any(_is_cacheable(resnet) for resnet in resnets):
         return "every time_emb_proj is hooked, has an adapter on it, or gives a scale and a shift"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels import ops
-from ldmq_kernels.integrations.diffusers.fused.bare import takes_int8
+from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_int8
 from ldmq_kernels.nn import QuantLinear
 
 

@@ -8,7 +8,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
-from ldmq_kernels.integrations.diffusers.fused.bare import takes_int8
+from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_int8
 
 FAR_SIDES = (0, 1, 0, 1)  # diffusers pads one row and one column after the last
 

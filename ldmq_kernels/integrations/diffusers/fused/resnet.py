@@ -9,7 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
-from ldmq_kernels.integrations.diffusers.fused.bare import is_bare, is_inactive, quantized_norm, takes_int8
+from ldmq_kernels.integrations.diffusers.fused.eligibility import is_inactive, is_unwrapped, quantized_norm, takes_int8
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
 
 
@@ -49,7 +49,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return (
             plain
             and self.output_scale_factor == 1
-            and is_bare(self.nonlinearity, nn.SiLU)
+            and is_unwrapped(self.nonlinearity, nn.SiLU)
             and is_inactive(self.dropout)
         )
 
@@ -63,7 +63,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         columns = self.time_columns
         if columns is None or temb is None or temb.shape[-1] != columns.row or columns.start == columns.stop:
             return None
-        return temb[:, columns.start : columns.stop] if is_bare_linear(self.time_emb_proj) else None
+        return temb[:, columns.start : columns.stop] if is_unwrapped_linear(self.time_emb_proj) else None
 
     def _embedding(self, temb: Tensor | None) -> Tensor | None:
         """The time embedding itself, (N, E)."""
@@ -102,7 +102,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         self, norm: nn.Module, conv: nn.Module, x: Tensor, vector: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         """conv(silu(norm(x))) + vector + residual, fused as far as its parts allow."""
-        if isinstance(conv, QuantConv2d) and takes_int8(conv) and _has_room(conv) and is_bare(norm, nn.GroupNorm):
+        if isinstance(conv, QuantConv2d) and takes_int8(conv) and _has_room(conv) and is_unwrapped(norm, nn.GroupNorm):
             x_q, scale = quantized_norm(norm, x, conv, silu=True, per_token=False)  # type: ignore[arg-type]
             return conv.convolve(x_q, scale, x.dtype, vector, residual)
         out = conv(self.nonlinearity(norm(x)))
@@ -111,10 +111,10 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return out if residual is None else out + residual
 
 
-def is_bare_linear(layer: Any) -> bool:
+def is_unwrapped_linear(layer: Any) -> bool:
     """Whether a layer is a linear, floating or quantized, with nothing on top."""
     kind = type(layer)
-    return kind in (nn.Linear, QuantLinear) and is_bare(layer, kind)
+    return kind in (nn.Linear, QuantLinear) and is_unwrapped(layer, kind)
 
 
 def _has_room(conv: QuantConv2d) -> bool:

@@ -12,10 +12,10 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
-from ldmq_kernels.integrations.diffusers.fused.bare import (
-    is_bare,
+from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     is_inactive,
     is_unhooked,
+    is_unwrapped,
     quantized_layer_norm,
     takes_int8,
 )
@@ -124,9 +124,9 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             and not self.only_cross_attention
             and self.pos_embed is None
             and self._chunk_size is None
-            and is_bare(self.norm1, nn.LayerNorm)
+            and is_unwrapped(self.norm1, nn.LayerNorm)
             and _is_plain(self.attn1)
-            and (self.attn2 is None or (is_bare(self.norm2, nn.LayerNorm) and _is_plain(self.attn2)))
+            and (self.attn2 is None or (is_unwrapped(self.norm2, nn.LayerNorm) and _is_plain(self.attn2)))
         )
 
     def _self_attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -149,7 +149,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         norm, net = self.norm3, self.ff.net
-        is_plain = is_unhooked(self.ff) and is_bare(net[0], GEGLU) and is_bare(norm, nn.LayerNorm)
+        is_plain = is_unhooked(self.ff) and is_unwrapped(net[0], GEGLU) and is_unwrapped(norm, nn.LayerNorm)
         if not (is_plain and all(is_inactive(module) for module in (net[1], *net[3:]))):
             return self.ff(norm(x)) + x
         proj, out = net[0].proj, net[2]
@@ -169,7 +169,7 @@ def _is_traced(x: Tensor) -> bool:
 def _is_plain(attention: Any) -> bool:
     """Whether an attention computes what `_attend` does and nothing more."""
     return (
-        is_bare(attention, Attention)
+        is_unwrapped(attention, Attention)
         and type(attention.processor) is AttnProcessor2_0
         and attention.to_k is not None
         and attention.spatial_norm is None

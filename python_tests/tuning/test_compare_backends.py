@@ -35,7 +35,7 @@ class Tile:
     name: str
 
 
-class Rival:
+class OtherBackend:
     """A CUDA backend on the CPU, with three tiles; tests say what each does."""
 
     def __init__(self) -> None:
@@ -67,9 +67,9 @@ class Rival:
 
 
 @pytest.fixture(autouse=True)
-def rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rival]:
-    """The rival in the CUDA backend's place, two small shapes, and a cache of the test's own."""
-    found = Rival()
+def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OtherBackend]:
+    """Another backend in the CUDA backend's place, two small shapes, and a cache of the test's own."""
+    found = OtherBackend()
     tiles = types.ModuleType("ldmq_kernels.kernels.cuda.tiles")
     vars(tiles).update(candidates=found.candidates, forced=found.forced)
     monkeypatch.setitem(sys.modules, tiles.__name__, tiles)
@@ -90,28 +90,28 @@ def measured(path: Path, timer: Callable[..., float], names: tuple[str, ...] = (
     return json.loads(path.read_text()), left
 
 
-def test_the_fastest_tile_and_the_faster_backend_are_kept(rival: Rival, tmp_path: Path) -> None:
-    found, left = measured(tmp_path / "t.json", rival.clock(0.5, small=0.4, large=0.3, wide=0.6))
+def test_the_fastest_tile_and_the_faster_backend_are_kept(other: OtherBackend, tmp_path: Path) -> None:
+    found, left = measured(tmp_path / "t.json", other.clock(0.5, small=0.4, large=0.3, wide=0.6))
     assert left == 0
     assert found["cuda_tiles"] == {"linear_w8a8 70x40x64": "large", "linear_w8a8 20x20x48": "large"}
     line = {"backend": "cuda", "milliseconds": {"triton": 0.5, "cuda": 0.3}}
     assert found["backends"] == {OP: {"70x64 to 40": line, "20x48 to 20": line}}
-    assert (OP, 70, 40, 64) in rival.asked
+    assert (OP, 70, 40, 64) in other.asked
     assert len(found["tiles"]) == 2
 
 
-def test_the_slower_backend_is_kept_as_such(rival: Rival, tmp_path: Path) -> None:
-    found, _ = measured(tmp_path / "t.json", rival.clock(0.2, small=0.4, large=0.3, wide=0.6))
+def test_the_slower_backend_is_kept_as_such(other: OtherBackend, tmp_path: Path) -> None:
+    found, _ = measured(tmp_path / "t.json", other.clock(0.2, small=0.4, large=0.3, wide=0.6))
     assert {line["backend"] for line in found["backends"][OP].values()} == {"triton"}
     assert set(found["cuda_tiles"].values()) == {"large"}
 
 
-def test_triton_competes_with_its_own_fastest_tile(rival: Rival, tmp_path: Path) -> None:
+def test_triton_is_compared_by_its_own_fastest_tile(other: OtherBackend, tmp_path: Path) -> None:
     from ldmq_kernels.kernels.triton import tile_choice
     from ldmq_kernels.kernels.triton.tile_choice import Problem
 
     def timer(run: Any, device: torch.device) -> float:
-        if rival.tile:
+        if other.tile:
             return 20.0
         return float(tile_choice.choose(OP, Problem(70, 40, 64), device).m)
 
@@ -120,8 +120,8 @@ def test_triton_competes_with_its_own_fastest_tile(rival: Rival, tmp_path: Path)
     assert found["backends"][OP]["70x64 to 40"] == {"backend": "triton", "milliseconds": {"triton": 16.0, "cuda": 20.0}}
 
 
-def test_the_ops_read_what_the_tuner_wrote(rival: Rival, monkeypatch: pytest.MonkeyPatch) -> None:
-    tune(CPU, timer=rival.clock(0.5, small=0.4, large=0.3, wide=0.6), names=(OP,), show=False)
+def test_the_ops_read_what_the_tuner_wrote(other: OtherBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune(CPU, timer=other.clock(0.5, small=0.4, large=0.3, wide=0.6), names=(OP,), show=False)
     device = torch.device("cuda", 0)
     monkeypatch.setattr(measurements, "gpu_of", lambda _: gpu.ABSENT)
     for call in tuner_calls.calls((OP,), ("sd15",), CPU):
@@ -129,12 +129,12 @@ def test_the_ops_read_what_the_tuner_wrote(rival: Rival, monkeypatch: pytest.Mon
         assert measurements.section(device, "cuda_tiles")[f"{OP} {'x'.join(map(str, call.shape.product))}"] == "large"
 
 
-def test_a_tile_that_fails_or_is_wrong_is_noted_and_never_the_fastest(rival: Rival, tmp_path: Path) -> None:
+def test_a_tile_that_fails_or_is_wrong_is_noted_and_never_the_fastest(other: OtherBackend, tmp_path: Path) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("too much shared memory")
 
-    rival.behaviour = {"small": fail, "large": lambda *a: reference.linear_w8a8(*a) * 1.01}
-    found, _ = measured(tmp_path / "t.json", rival.clock(0.5, small=0.1, large=0.1, wide=0.4))
+    other.behaviour = {"small": fail, "large": lambda *a: reference.linear_w8a8(*a) * 1.01}
+    found, _ = measured(tmp_path / "t.json", other.clock(0.5, small=0.1, large=0.1, wide=0.4))
     assert set(found["cuda_tiles"].values()) == {"wide"}
     small, large = found["refused"][f"cuda {OP} {'x'.join(map(str, LINEARS[0].product))}"]
     assert small == ["small", "RuntimeError: too much shared memory"]
@@ -142,62 +142,64 @@ def test_a_tile_that_fails_or_is_wrong_is_noted_and_never_the_fastest(rival: Riv
     assert "differs by" in large[1]
 
 
-def test_a_call_that_the_backend_does_not_take_stays_unmeasured(rival: Rival, tmp_path: Path) -> None:
+def test_a_call_that_the_backend_does_not_take_stays_unmeasured(other: OtherBackend, tmp_path: Path) -> None:
     def refuse(*_: Any) -> Any:
         raise dispatch.Unsupported("depth must be a multiple of 128")
 
-    rival.behaviour = dict.fromkeys(("small", "large", "wide"), refuse)
-    found, left = measured(tmp_path / "t.json", rival.clock(0.5))
+    other.behaviour = dict.fromkeys(("small", "large", "wide"), refuse)
+    found, left = measured(tmp_path / "t.json", other.clock(0.5))
     assert (found["backends"], found["cuda_tiles"], left) == ({}, {}, 0)
     assert "depth must be a multiple of 128" in json.dumps(found["refused"])
     assert len(found["tiles"]) == 2
 
 
-def test_a_file_without_backends_is_gone_on_with(rival: Rival, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_backends_is_gone_on_with(
+    other: OtherBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As an earlier version wrote it, or as it is before the extension is built."""
     path = tmp_path / "t.json"
     with monkeypatch.context() as patch:
         patch.setattr(cuda_backend, "serves", lambda _: False)
-        before, left = measured(path, rival.clock(0.5))
+        before, left = measured(path, other.clock(0.5))
     assert left == 0
-    assert not rival.calls
+    assert not other.calls
     path.write_text(json.dumps({key: before[key] for key in ("gpu", "tiles", "milliseconds", "refused", "seen")}))
-    after, left = measured(path, rival.clock(0.7, small=0.4, large=0.3, wide=0.6))
+    after, left = measured(path, other.clock(0.7, small=0.4, large=0.3, wide=0.6))
     assert left == 0
     assert after["tiles"] == before["tiles"]
     assert before["milliseconds"].items() <= after["milliseconds"].items()
     assert after["backends"][OP]["70x64 to 40"]["milliseconds"] == {"triton": 0.7, "cuda": 0.3}
-    rival.calls.clear()
-    measured(path, rival.clock(0.7))
-    assert not rival.calls
+    other.calls.clear()
+    measured(path, other.clock(0.7))
+    assert not other.calls
 
 
-def test_a_tile_that_is_known_is_not_measured_against_others(rival: Rival, tmp_path: Path) -> None:
+def test_a_tile_that_is_known_is_not_measured_against_others(other: OtherBackend, tmp_path: Path) -> None:
     path, known = tmp_path / "t.json", {f"{OP} {'x'.join(map(str, shape.product))}": "wide" for shape in LINEARS}
     path.write_text(json.dumps({"gpu": "no GPU", "tiles": {}, "cuda_tiles": known}))
-    found, _ = measured(path, rival.clock(0.5, small=0.1, large=0.1, wide=0.4))
-    assert set(rival.calls) == {"wide"}
+    found, _ = measured(path, other.clock(0.5, small=0.1, large=0.1, wide=0.4))
+    assert set(other.calls) == {"wide"}
     assert found["cuda_tiles"] == known
     assert found["backends"][OP]["70x64 to 40"]["milliseconds"] == {"triton": 0.5, "cuda": 0.4}
 
 
-def test_no_time_leaves_the_cuda_backend_for_another_run(rival: Rival, tmp_path: Path) -> None:
-    _, left = tune(CPU, tmp_path / "t.json", seconds=-1.0, timer=rival.clock(1.0), names=(OP,), show=False)
+def test_no_time_leaves_the_cuda_backend_for_another_run(other: OtherBackend, tmp_path: Path) -> None:
+    _, left = tune(CPU, tmp_path / "t.json", seconds=-1.0, timer=other.clock(1.0), names=(OP,), show=False)
     assert left == 2
 
 
-def test_a_backend_that_is_switched_off_is_not_measured(rival: Rival, tmp_path: Path) -> None:
+def test_a_backend_that_is_switched_off_is_not_measured(other: OtherBackend, tmp_path: Path) -> None:
     measurements.switch_off(OP, "cuda", CPU, "wrong")
-    found, left = measured(tmp_path / "t.json", rival.clock(0.5))
-    assert (found["backends"], left, rival.calls) == ({}, 0, [])
+    found, left = measured(tmp_path / "t.json", other.clock(0.5))
+    assert (found["backends"], left, other.calls) == ({}, 0, [])
 
 
-def test_a_tile_that_kills_the_device_is_not_tried_again(rival: Rival, tmp_path: Path) -> None:
+def test_a_tile_that_kills_the_device_is_not_tried_again(other: OtherBackend, tmp_path: Path) -> None:
     def kill(*_: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    path, timer = tmp_path / "t.json", rival.clock(0.5, small=0.4, large=0.3, wide=0.6)
-    rival.behaviour = {"large": kill}
+    path, timer = tmp_path / "t.json", other.clock(0.5, small=0.4, large=0.3, wide=0.6)
+    other.behaviour = {"large": kill}
     for _ in LINEARS:
         with pytest.raises(TuningError, match="run `ldmq bench --tune` again"):
             measured(path, timer)
@@ -206,7 +208,9 @@ def test_a_tile_that_kills_the_device_is_not_tried_again(rival: Rival, tmp_path:
     assert set(found["cuda_tiles"].values()) == {"small"}
 
 
-def test_ops_without_tiles_compete_too(rival: Rival, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ops_without_tiles_are_compared_too(
+    other: OtherBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served: list[int] = []
 
     def quantize(*arguments: Any) -> Any:

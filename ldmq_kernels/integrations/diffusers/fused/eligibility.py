@@ -15,20 +15,20 @@ def is_unhooked(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def is_bare(module: Any, kind: type) -> bool:
+def is_unwrapped(module: Any, kind: type) -> bool:
     """Whether a module is exactly of this class, with no hooks."""
     return type(module) is kind and isinstance(module, nn.Module) and is_unhooked(module)
 
 
 def takes_int8(layer: Any) -> bool:
-    """Whether a layer is bare and needs no more than int8 activations, which a producer can give it."""
+    """Whether a layer is unwrapped and needs no more than int8 activations, which a producer can give it."""
     kind = type(layer)
-    return kind in (QuantLinear, QuantConv2d) and is_bare(layer, kind) and layer.takes_int8
+    return kind in (QuantLinear, QuantConv2d) and is_unwrapped(layer, kind) and layer.takes_int8
 
 
 def is_inactive(dropout: Any) -> bool:
     """Whether a dropout does nothing."""
-    return is_bare(dropout, nn.Dropout) and (not dropout.training or dropout.p == 0)
+    return is_unwrapped(dropout, nn.Dropout) and (not dropout.training or dropout.p == 0)
 
 
 def quantized_norm(norm: nn.GroupNorm, x: Tensor, layer: Any, silu: bool, per_token: bool) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from ldmq_kernels.tuning.shapes import Input
 _SHOWN_DIGITS = 4
 
 
-def racers(op: str, device: torch.device) -> list[Backend]:
+def compared_backends(op: str, device: torch.device) -> list[Backend]:
     """The backends that are measured against each other for an op, the usual one first; none that is switched off."""
     found = [
         backend
@@ -92,7 +92,7 @@ def _served_by(backend: Backend, best: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def compete(
+def compare_backends(
     call: Call, arguments: tuple[Any, ...], run: Run, device: torch.device, timer: Clock, found: dict[str, Any]
 ) -> None:
     """Add the fastest tiles of every backend, and which of them is faster, to `found`.
@@ -110,7 +110,7 @@ def compete(
     Raises:
         TuningError: a tile left the device unusable.
     """
-    entrants = racers(call.op, device)
+    entrants = compared_backends(call.op, device)
     spec, served, expected = spec_of(call.op), {}, None
     for backend in entrants:
         best = measure_tiles(call, run, backend, device, timer, found, expected)
