@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import ldmq_kernels
 from ldmq_kernels import ops
 from ldmq_kernels.cli import op_speed
+from ldmq_kernels.cli.fitted import Column, output_console, print_fitted
 from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.backend import DEFINITION, backends
 from ldmq_kernels.ops.operands import EVERY_OPTION, Shape, example
@@ -41,8 +41,6 @@ SHAPES = (
     Shape(63, 96, 40, (1, 5, 6), 3, stride=2, prefers_picture=True),
     Shape(63, 320, 68, (1, 6, 5), per_token=True, prefers_picture=True),
 )
-
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -208,24 +206,24 @@ def _switch(found: Finding, device: torch.device) -> str:
     return ""
 
 
-def _table(findings: list[Finding], served: dict[str, torch.device]) -> Table:
-    table = Table(title="every op against its definition", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("op", "backend", "device"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("verdict")
-    table.add_column("time or reason")
-    table.add_column("over\nfp16", justify="right")
-    for found, following in zip(findings, [*findings[1:], None], strict=True):
-        verdict = f"[{COLOURS.get(found.verdict, 'red')}]{found.verdict}[/]"
+def _print_table(console: Console, backend: str, device: torch.device, findings: list[Finding]) -> None:
+    """Print what was found of a backend's ops."""
+    columns = (
+        Column("op", is_number=False),
+        Column("verdict", is_number=False),
+        Column("time or reason", is_number=False, wraps=True),
+        Column("over\nfp16"),
+    )
+    rows = []
+    for found in findings:
         gain = "-" if found.speed_up is None else f"{found.speed_up:.2f}x"
-        ends = following is None or following.backend != found.backend
-        device = served[found.backend].type
-        table.add_row(found.op, found.backend, device, verdict, escape(found.detail), gain, end_section=ends)
-    return table
+        rows.append((found.op, Text(found.verdict, COLOURS.get(found.verdict, "red")), found.detail, gain))
+    print_fitted(console, f"{backend} on {device.type}, every op against its definition", columns, rows)
 
 
 def run_doctor() -> bool:
     """Print what was found, and switch off what fails; whether everything that should work does."""
+    console = output_console()
     console.print(_versions())
     devices = {backend: served_device(backend) for backend in backends()}
     served = {backend: device for backend, device in devices.items() if device is not None}
@@ -234,7 +232,8 @@ def run_doctor() -> bool:
         console.print(problem, markup=False)
         return False
     findings = _findings(served)
-    console.print(_table(findings, served))
+    for backend, device in served.items():
+        _print_table(console, backend, device, [found for found in findings if found.backend == backend])
     on_gpu = any(device.type == "cuda" for device in served.values())
     console.print(op_speed.LEGEND if on_gpu else "times are of a small call; gains over fp16 are measured on a GPU")
     for backend in (name for name in devices if name not in served):

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 PIPED_WIDTH = 10_000  # a file or another program gets whole lines
-LEAST_FLEXIBLE = 24  # characters of a column that may wrap
+LEAST_FLEXIBLE = 12  # characters of a column that may wrap
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def output_console() -> Console:
     return Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_WIDTH)
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Row], ends: Sequence[int], most: int | None) -> Table:
+def _table(columns: Sequence[Column], rows: Sequence[Row], most: int | None) -> Table:
     """The table as rich has it; `most` limits a text that wraps, so that what is measured is the least width."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
@@ -56,14 +56,14 @@ def _table(columns: Sequence[Column], rows: Sequence[Row], ends: Sequence[int], 
             table.add_column(column.title, justify=justify, overflow="fold", max_width=most)
         else:
             table.add_column(column.title, justify=justify, no_wrap=True)
-    for index, row in enumerate(rows):
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row), end_section=index in ends)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
 def _least_width(columns: Sequence[Column], rows: Sequence[Row]) -> int:
     wide = Console(width=PIPED_WIDTH)
-    return Measurement.get(wide, wide.options, _table(columns, rows, (), LEAST_FLEXIBLE)).maximum
+    return Measurement.get(wide, wide.options, _table(columns, rows, LEAST_FLEXIBLE)).maximum
 
 
 def print_fitted(
@@ -71,8 +71,6 @@ def print_fitted(
     title: str,
     columns: Sequence[Column],
     rows: Sequence[Row],
-    *,
-    ends: Sequence[int] = (),
 ) -> tuple[str, ...]:
     """Print a table in which every value that is shown is whole.
 
@@ -81,7 +79,6 @@ def print_fitted(
         title: a line above.
         columns: of the widest form.
         rows: a value for each column; a text has its own style.
-        ends: indices of rows below which a gap follows.
 
     Returns:
         The titles of the columns that were left out.
@@ -99,7 +96,7 @@ def print_fitted(
     kept = [columns[index] for index in shown]
     console.print(title, markup=False, highlight=False)
     if width() <= console.width:
-        console.print(_table(kept, [picked(row) for row in rows], ends, None))
+        console.print(_table(kept, [picked(row) for row in rows], None))
         return tuple(column.title for index, column in enumerate(columns) if index not in shown)
     for row in rows:
         console.print()

@@ -139,6 +139,38 @@ def test_the_exit_code_tells(install: Callable[..., None], capsys: pytest.Captur
     assert "not right: conv2d_w8a8 on trial" in told(capsys)
 
 
+@pytest.mark.parametrize("width", [60, 80, 120, 200, None])
+def test_no_gain_and_no_reason_is_cut_at_any_width(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int | None
+) -> None:
+    if width is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", str(width))
+    refusal = "channels must be a multiple of 16, and a [last] dimension contiguous"
+
+    def check(op: str, backend: str, *_: Any) -> checks.Finding:
+        verdict, detail = ("refuses", refusal) if op.startswith("conv2d") else ("ok", "12345.67 ms")
+        return checks.Finding(op, backend, verdict, detail, 123.45)
+
+    monkeypatch.setattr(checks, "check_op", check)
+    monkeypatch.setattr(checks, "backends", lambda: {"reference": reference})
+    assert checks.run_doctor()
+    lines = capsys.readouterr().out.splitlines()
+    assert "…" not in "".join(lines)
+    for op in ops.specs():
+        (line,) = (line for line in lines if f" {op} " in line)
+        assert "123.45x" in line
+        assert ("12345.67 ms" in line) != op.startswith("conv2d")
+    shown = " ".join(lines)
+    assert all(word in shown for word in refusal.split())
+    if width is None:
+        assert refusal in shown
+    else:
+        table = lines[next(i for i, line in enumerate(lines) if "every op against its definition" in line) :]
+        assert max(map(len, table)) <= width
+
+
 def test_what_fails_is_switched_off_until_it_passes(
     install: Callable[..., None], own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
