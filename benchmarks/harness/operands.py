@@ -1,8 +1,10 @@
-"""Random operands of the benchmarks, and the cases of ops that are measured beside the same baselines."""
+"""Operands from the factory of every op, and the cases of ops that are measured beside the same baselines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -12,8 +14,12 @@ from benchmarks.harness.baselines import compiled, lazily
 from benchmarks.harness.cases import Case
 from benchmarks.harness.machine import device, dtype
 from benchmarks.harness.timing import Call, Variants
-from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear
-from ldmq_kernels.tuning.shapes import Conv2d, Linear
+from ldmq_kernels import ops
+from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.ops import spec_of
+from ldmq_kernels.ops.operands import example
+from ldmq_kernels.tuning.calls import sizes_of
+from ldmq_kernels.tuning.shapes import Conv2d, Input, Linear
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOAT_BYTES = 2  # of `machine.dtype`, on every device
@@ -28,41 +34,42 @@ class Sizes(NamedTuple):
     reads: int = 1
 
 
+def operands_of(op: str, shape: Linear | Conv2d | Input, *, is_packed: bool = True) -> SimpleNamespace:
+    """The arguments of a call of an op by name, in its order.
+
+    Args:
+        op: its name.
+        shape: of the layer, or of the input of an op that quantizes.
+        is_packed: whether the weight is as a layer holds it on this device, and not as a checkpoint does.
+    """
+    spec = spec_of(op)
+    sizes = replace(sizes_of(spec, shape), has_normal_integers=True)
+    named = spec.call(*example(op, sizes, device(), dtype(), made_on=device()))
+    packer = dispatch.packer(op, device()) if spec.is_product and is_packed else None
+    if packer is not None:
+        named.weight = packer.pack(named.weight, getattr(named, "multiplier", None), sizes.channels)
+    return named
+
+
+def call_of(op: str, named: SimpleNamespace) -> Call:
+    """The op called with these arguments."""
+    function, arguments = getattr(ops, op), tuple(vars(named).values())
+    return lambda: function(*arguments)
+
+
 def normal(*shape: int) -> Tensor:
     """Standard normal values in the dtype that models use on this device."""
     return torch.randn(shape, device=device()).to(dtype())
 
 
-def integers(*shape: int) -> Tensor:
-    """int8 of normal values with the largest at 127, as quantization makes them."""
-    values = torch.randn(shape, device=device())
-    return (values * (127 / values.abs().amax())).round_().to(torch.int8)
-
-
-def scales(count: int) -> Tensor:
-    """Positive float32 scales."""
-    return torch.rand(count, device=device()) * 1e-3 + 1e-4
-
-
-def held_linear(weight: Tensor) -> Tensor:
-    """An int8 weight (N, K) as a layer holds it on this device."""
-    return weight if weight.is_cuda else pack_linear(weight)
-
-
-def held_conv2d(weight: Tensor) -> Tensor:
-    """An int8 weight (K, kernel, kernel, C) as a layer holds it on this device."""
-    return weight if weight.is_cuda else pack_conv2d(weight)
-
-
-def geometry(shape: Conv2d) -> tuple:
-    """kernel_size, stride, padding, dilation, groups and upsample, as the ops take them."""
-    pad = shape.kernel // 2
-    return (shape.kernel, shape.kernel), (shape.stride, shape.stride), (pad,) * 4, (1, 1), 1, shape.upsample
-
-
 def image(shape: Conv2d) -> Tensor:
     """Normal values (N, C, H, W), channels_last."""
     return normal(shape.n, shape.c, shape.size, shape.size).contiguous(memory_format=torch.channels_last)
+
+
+def input_of(shape: Linear | Conv2d, scale: str) -> Input:
+    """What a layer quantizes before it, by a scale of this kind."""
+    return Input((shape.m, shape.k) if isinstance(shape, Linear) else (shape.n, shape.c, shape.size, shape.size), scale)
 
 
 # -- cases of linears and convolutions ---------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from benchmarks.harness import operands, shapes
 from benchmarks.harness.cases import Case
 from benchmarks.harness.timing import Variants
-from ldmq_kernels import ops
 
 SHAPE = shapes.CONV2D
 
@@ -16,10 +15,8 @@ def case(shape: shapes.Conv2d) -> Case:
     """One convolution."""
 
     def make() -> Variants:
-        x, scale = operands.image(shape), operands.scales(shape.k)
-        weight = operands.integers(shape.k, shape.kernel, shape.kernel, shape.c)
-        ours = {"ldmq": lambda: ops.conv2d_w8a16(x, weight, scale, None, *operands.geometry(shape))}
-        return ours | operands.float_convolutions(shape, x)
+        ours = operands.operands_of("conv2d_w8a16", shape)
+        return {"ldmq": operands.call_of("conv2d_w8a16", ours)} | operands.float_convolutions(shape, ours.x)
 
     return operands.conv2d_case("conv2d_w8a16", shape, make, bits=(8, 16))
 

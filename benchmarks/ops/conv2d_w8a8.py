@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from benchmarks.harness import cases as harness
 from benchmarks.harness import operands, shapes
 from benchmarks.harness.timing import Variants
-from ldmq_kernels import ops
 
 SHAPE = shapes.CONV2D
 FEWEST_CHANNELS = 32  # on both sides, of the convolutions that carry a model
@@ -19,13 +16,8 @@ def case(shape: shapes.Conv2d) -> harness.Case:
     """One convolution."""
 
     def make() -> Variants:
-        x = operands.image(shape)
-        weight = operands.held_conv2d(operands.integers(shape.k, shape.kernel, shape.kernel, shape.c))
-        x_scale, scale = operands.scales(1), operands.scales(shape.k)
-        x_q = ops.quantize_static(x, torch.full((1,), 30.0, device=x.device), 1)
-        more = (None, None, None, *operands.geometry(shape), x.dtype)
-        ours = {"ldmq": lambda: ops.conv2d_w8a8(x_q, x_scale, weight, scale, *more)}
-        return ours | operands.float_convolutions(shape, x)
+        ours = operands.call_of("conv2d_w8a8", operands.operands_of("conv2d_w8a8", shape))
+        return {"ldmq": ours} | operands.float_convolutions(shape, operands.image(shape))
 
     return operands.conv2d_case("conv2d_w8a8", shape, make, bits=(8, 8))
 

@@ -10,8 +10,9 @@ from benchmarks.harness import operands, shapes
 from benchmarks.harness.baselines import compiled
 from benchmarks.harness.cases import Case, producer_summary
 from benchmarks.harness.timing import Variants
-from ldmq_kernels import ops
 from ldmq_kernels.kernels.reference import backend as reference
+from ldmq_kernels.tuning.calls import PER_TOKEN
+from ldmq_kernels.tuning.shapes import Input
 
 SHAPE = shapes.TOKENS
 summary = producer_summary
@@ -26,12 +27,12 @@ def case(shape: shapes.Linear) -> Case:
     """The input of one gate: value and gate side by side."""
 
     def make() -> Variants:
-        x = operands.normal(shape.m, shape.n)
+        ours = operands.operands_of("geglu_quantize", Input((shape.m, shape.n), PER_TOKEN))
         return {
-            "ldmq": lambda: ops.geglu_quantize(x, None, None),
-            "eager": lambda: _unfused(x),
-            "compiled": lambda: compiled(_unfused)(x),
-            "copy": x.clone,
+            "ldmq": operands.call_of("geglu_quantize", ours),
+            "eager": lambda: _unfused(ours.x),
+            "compiled": lambda: compiled(_unfused)(ours.x),
+            "copy": ours.x.clone,
         }
 
     sizes = operands.Sizes(shape.m * shape.n, shape.m * shape.n // 2)

@@ -10,8 +10,8 @@ from benchmarks.harness import operands, shapes
 from benchmarks.harness.baselines import compiled
 from benchmarks.harness.cases import Case, producer_summary
 from benchmarks.harness.timing import Variants
-from ldmq_kernels import ops
 from ldmq_kernels.kernels.reference import backend as reference
+from ldmq_kernels.tuning.calls import STATIC
 
 SHAPE = shapes.IMAGE
 GROUPS, EPS = 32, 1e-5
@@ -27,15 +27,13 @@ def case(shape: shapes.Conv2d) -> Case:
     """The input of one convolution."""
 
     def make() -> Variants:
-        x = operands.image(shape)
-        weight, bias = operands.normal(shape.c), operands.normal(shape.c)
-        inv_scale = torch.full((1,), 30.0, device=x.device)
-        arguments = (x, weight, bias, GROUPS, EPS, True, inv_scale, None, False)
+        ours = operands.operands_of("group_norm_silu_quantize", operands.input_of(shape, STATIC))
+        unfused = (ours.x, ours.norm_weight, ours.norm_bias, ours.inv_scale)
         return {
-            "ldmq": lambda: ops.group_norm_silu_quantize(*arguments),
-            "eager": lambda: _unfused(x, weight, bias, inv_scale),
-            "compiled": lambda: compiled(_unfused)(x, weight, bias, inv_scale),
-            "copy": x.clone,
+            "ldmq": operands.call_of("group_norm_silu_quantize", ours),
+            "eager": lambda: _unfused(*unfused),
+            "compiled": lambda: compiled(_unfused)(*unfused),
+            "copy": ours.x.clone,
         }
 
     elements = shape.n * shape.c * shape.size**2

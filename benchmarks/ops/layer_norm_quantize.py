@@ -10,8 +10,8 @@ from benchmarks.harness import operands, shapes
 from benchmarks.harness.baselines import compiled
 from benchmarks.harness.cases import Case, one_of_each, producer_summary
 from benchmarks.harness.timing import Variants
-from ldmq_kernels import ops
 from ldmq_kernels.kernels.reference import backend as reference
+from ldmq_kernels.tuning.calls import PER_TOKEN
 
 SHAPE = shapes.TOKENS
 EPS = 1e-5
@@ -27,12 +27,13 @@ def case(shape: shapes.Linear) -> Case:
     """The input of one linear."""
 
     def make() -> Variants:
-        x, weight, bias = operands.normal(shape.m, shape.k), operands.normal(shape.k), operands.normal(shape.k)
+        ours = operands.operands_of("layer_norm_quantize", operands.input_of(shape, PER_TOKEN))
+        unfused = (ours.x, ours.norm_weight, ours.norm_bias)
         return {
-            "ldmq": lambda: ops.layer_norm_quantize(x, weight, bias, EPS, None, None),
-            "eager": lambda: _unfused(x, weight, bias),
-            "compiled": lambda: compiled(_unfused)(x, weight, bias),
-            "copy": x.clone,
+            "ldmq": operands.call_of("layer_norm_quantize", ours),
+            "eager": lambda: _unfused(*unfused),
+            "compiled": lambda: compiled(_unfused)(*unfused),
+            "copy": ours.x.clone,
         }
 
     sizes = operands.Sizes(shape.m * shape.k, shape.m * shape.k)

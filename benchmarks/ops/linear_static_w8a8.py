@@ -18,20 +18,15 @@ def case(shape: shapes.Linear) -> Case:
     """One linear."""
 
     def make() -> Variants:
-        x = operands.normal(shape.m, shape.k)
-        weight = operands.held_linear(operands.integers(shape.n, shape.k))
-        scale, x_scale = operands.scales(shape.n), operands.scales(1)
-        inv_scale = torch.full((1,), 30.0, device=x.device)
+        ours = operands.operands_of("linear_static_w8a8", shape)
+        x = ours.x
 
         def two_launches() -> torch.Tensor:
-            x_q = ops.quantize_static(x, inv_scale, -1)
-            return ops.linear_w8a8(x_q, x_scale, weight, scale, None, None, x.dtype)
+            x_q = ops.quantize_static(x, ours.inv_scale, -1)
+            return ops.linear_w8a8(x_q, ours.x_scale, ours.weight, ours.weight_scale, ours.bias, None, x.dtype)
 
-        ours = {
-            "ldmq": lambda: ops.linear_static_w8a8(x, inv_scale, x_scale, weight, scale, None, None),
-            "two_launches": two_launches,
-        }
-        return ours | operands.float_linears(shape, x)
+        variants = {"ldmq": operands.call_of("linear_static_w8a8", ours), "two_launches": two_launches}
+        return variants | operands.float_linears(shape, x)
 
     return operands.linear_case("linear_static_w8a8", shape, make, bits=(8, 16), others=("two_launches",))
 

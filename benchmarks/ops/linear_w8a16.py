@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from benchmarks.harness import operands, shapes
 from benchmarks.harness.cases import Case
 from benchmarks.harness.timing import Variants
-from ldmq_kernels import ops
 
 SHAPE = shapes.LINEAR
 
@@ -16,9 +15,8 @@ def case(shape: shapes.Linear) -> Case:
     """One linear."""
 
     def make() -> Variants:
-        x, scale = operands.normal(shape.m, shape.k), operands.scales(shape.n)
-        weight = operands.integers(shape.n, shape.k)
-        return {"ldmq": lambda: ops.linear_w8a16(x, weight, scale, None)} | operands.float_linears(shape, x)
+        ours = operands.operands_of("linear_w8a16", shape)
+        return {"ldmq": operands.call_of("linear_w8a16", ours)} | operands.float_linears(shape, ours.x)
 
     return operands.linear_case("linear_w8a16", shape, make, bits=(8, 16))
 

@@ -23,7 +23,10 @@ def _int_mm(x_q: Tensor, weight: Tensor, x_scale: Tensor, scale: Tensor, out_dty
     return (torch._int_mm(x_q, weight.t()) * x_scale * scale).to(out_dtype)
 
 
-def _integer_gemms(x_q: Tensor, weight: Tensor, scale: Tensor) -> Variants:
+def _integer_gemms(shape: shapes.Linear) -> Variants:
+    plain = operands.operands_of("linear_w8a8", shape, is_packed=False)
+    x_q, weight, scale = plain.x_q, plain.weight, plain.weight_scale
+
     def int_mm() -> Call:
         x_scale, out_dtype = torch.ones(x_q.shape[0], 1, device=x_q.device), dtype()
         return lambda: compiled(_int_mm)(x_q, weight, x_scale, scale, out_dtype)
@@ -50,19 +53,14 @@ def case(shape: shapes.Linear) -> harness.Case:
     """One linear."""
 
     def make() -> Variants:
-        x, x_q = operands.normal(shape.m, shape.k), operands.integers(shape.m, shape.k)
-        integers, scale, x_scale = operands.integers(shape.n, shape.k), operands.scales(shape.n), operands.scales(1)
-        weight = operands.held_linear(integers)
-
-        def quantized() -> Tensor:
-            return ops.linear_w8a8(x_q, x_scale, weight, scale, None, None, x.dtype)
+        ours, x = operands.operands_of("linear_w8a8", shape), operands.normal(shape.m, shape.k)
 
         def with_quantize() -> Tensor:
             q, q_scale = ops.quantize_per_token(x, None)
-            return ops.linear_w8a8(q, q_scale, weight, scale, None, None, x.dtype)
+            return ops.linear_w8a8(q, q_scale, ours.weight, ours.weight_scale, ours.bias, None, x.dtype)
 
-        ours = {"ldmq": quantized, "ldmq_with_quantize": with_quantize}
-        return ours | operands.float_linears(shape, x) | _integer_gemms(x_q, integers, scale) | _tools(shape, x)
+        variants = {"ldmq": operands.call_of("linear_w8a8", ours), "ldmq_with_quantize": with_quantize}
+        return variants | operands.float_linears(shape, x) | _integer_gemms(shape) | _tools(shape, x)
 
     return operands.linear_case(
         "linear_w8a8", shape, make, bits=(8, 8), others=("ldmq_with_quantize", "int_mm", "fp8", *TOOLS)

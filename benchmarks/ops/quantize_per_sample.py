@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from benchmarks.harness import operands, shapes
 from benchmarks.harness.cases import Case, producer_summary
 from benchmarks.harness.timing import Variants
-from ldmq_kernels import ops
 from ldmq_kernels.kernels.reference import backend as reference
+from ldmq_kernels.tuning.calls import PER_SAMPLE
 
 SHAPE = shapes.IMAGE
 summary = producer_summary
@@ -18,11 +18,11 @@ def case(shape: shapes.Conv2d) -> Case:
     """The input of one convolution."""
 
     def make() -> Variants:
-        x = operands.image(shape)
+        ours = operands.operands_of("quantize_per_sample", operands.input_of(shape, PER_SAMPLE))
         return {
-            "ldmq": lambda: ops.quantize_per_sample(x, None),
-            "eager": lambda: reference.quantize_per_sample(x, None),
-            "copy": x.clone,
+            "ldmq": operands.call_of("quantize_per_sample", ours),
+            "eager": lambda: reference.quantize_per_sample(ours.x, None),
+            "copy": ours.x.clone,
         }
 
     elements = shape.n * shape.c * shape.size**2

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from benchmarks.harness import operands, shapes
 from benchmarks.harness.cases import Case, producer_summary
 from benchmarks.harness.timing import Variants
-from ldmq_kernels import ops
 from ldmq_kernels.kernels.reference import backend as reference
+from ldmq_kernels.tuning.calls import PER_TOKEN
 
 SHAPE = shapes.TOKENS
 summary = producer_summary
@@ -18,11 +18,11 @@ def case(shape: shapes.Linear) -> Case:
     """The input of one linear."""
 
     def make() -> Variants:
-        x = operands.normal(shape.m, shape.k)
+        ours = operands.operands_of("quantize_per_token", operands.input_of(shape, PER_TOKEN))
         return {
-            "ldmq": lambda: ops.quantize_per_token(x, None),
-            "eager": lambda: reference.quantize_per_token(x, None),
-            "copy": x.clone,
+            "ldmq": operands.call_of("quantize_per_token", ours),
+            "eager": lambda: reference.quantize_per_token(ours.x, None),
+            "copy": ours.x.clone,
         }
 
     sizes = operands.Sizes(shape.m * shape.k, shape.m * shape.k)

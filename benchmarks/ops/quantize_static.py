@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from benchmarks.harness import operands, shapes
 from benchmarks.harness.cases import Case, producer_summary
 from benchmarks.harness.timing import Variants
-from ldmq_kernels import ops
 from ldmq_kernels.kernels.reference import backend as reference
+from ldmq_kernels.tuning.calls import STATIC
 
 SHAPE = shapes.IMAGE
 summary = producer_summary
@@ -20,12 +18,11 @@ def case(shape: shapes.Conv2d) -> Case:
     """The input of one convolution."""
 
     def make() -> Variants:
-        x = operands.image(shape)
-        inv_scale = torch.full((1,), 30.0, device=x.device)
+        ours = operands.operands_of("quantize_static", operands.input_of(shape, STATIC))
         return {
-            "ldmq": lambda: ops.quantize_static(x, inv_scale, 1),
-            "eager": lambda: reference.quantize_static(x, inv_scale, 1),
-            "copy": x.clone,
+            "ldmq": operands.call_of("quantize_static", ours),
+            "eager": lambda: reference.quantize_static(ours.x, ours.inv_scale, 1),
+            "copy": ours.x.clone,
         }
 
     elements = shape.n * shape.c * shape.size**2

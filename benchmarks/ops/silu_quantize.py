@@ -9,8 +9,8 @@ import torch
 from benchmarks.harness import operands, shapes
 from benchmarks.harness.cases import Case, producer_summary
 from benchmarks.harness.timing import Variants
-from ldmq_kernels import ops
 from ldmq_kernels.kernels.reference import backend as reference
+from ldmq_kernels.tuning.calls import PER_TOKEN
 
 SHAPE = shapes.TOKENS
 summary = producer_summary
@@ -24,11 +24,11 @@ def case(shape: shapes.Linear) -> Case:
     """The input of one linear."""
 
     def make() -> Variants:
-        x = operands.normal(shape.m, shape.k)
+        ours = operands.operands_of("silu_quantize", operands.input_of(shape, PER_TOKEN))
         return {
-            "ldmq": lambda: ops.silu_quantize(x, None, None),
-            "eager": lambda: _unfused(x),
-            "copy": x.clone,
+            "ldmq": operands.call_of("silu_quantize", ours),
+            "eager": lambda: _unfused(ours.x),
+            "copy": ours.x.clone,
         }
 
     sizes = operands.Sizes(shape.m * shape.k, shape.m * shape.k)

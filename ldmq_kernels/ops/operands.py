@@ -31,6 +31,8 @@ class Shape:
         scale_per_row: whether activations have a scale for each token or sample, and calibrated ones for each channel.
         per_token: whether a norm over pictures measures a scale for each pixel.
         prefers_picture: whether an op that takes both is given a picture.
+        has_normal_integers: whether int8 values are rounded normal ones with the largest at 127, as quantization makes
+            them: the power that a GPU draws, and so its clock, depends on it. Without, they are uniform.
     """
 
     tokens: int = 1
@@ -45,6 +47,7 @@ class Shape:
     scale_per_row: bool = False
     per_token: bool = False
     prefers_picture: bool = False
+    has_normal_integers: bool = False
 
 
 class Operands:
@@ -124,7 +127,10 @@ class Operands:
         return (torch.rand(sizes, generator=self._random, device=self._made_on) * 0.02 + 0.001).to(self.device)
 
     def int8(self, *sizes: int) -> Tensor:
-        """Uniform over [-127, 127]."""
+        """Over [-127, 127], as the shape says."""
+        if self.shape.has_normal_integers:
+            values = self._normal(*sizes)
+            return (values * (127 / values.abs().amax())).round_().to(torch.int8).to(self.device)
         return self._integers(-127, 128, sizes).to(torch.int8)
 
     def _normal(self, *sizes: int) -> Tensor:

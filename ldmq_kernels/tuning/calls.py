@@ -67,10 +67,11 @@ def _inputs(spec: OpSpec, linears: list[Linear], convolutions: list[Conv2d]) -> 
 
 def arguments(spec: OpSpec, shape: Linear | Conv2d | Input, device: torch.device) -> tuple[Any, ...]:
     """Random operands of an op in half precision: a bias, scales for the whole, and no residual."""
-    return example(spec.name, _sizes(spec, shape), device, torch.float16, made_on=device)
+    return example(spec.name, sizes_of(spec, shape), device, torch.float16, made_on=device)
 
 
-def _sizes(spec: OpSpec, shape: Linear | Conv2d | Input) -> Shape:
+def sizes_of(spec: OpSpec, shape: Linear | Conv2d | Input) -> Shape:
+    """The shape of a call as a layer of a model makes it, with a bias, scales for the whole, and no residual."""
     options = NORM | {"bias"}
     if isinstance(shape, Linear):
         return Shape(shape.m, shape.k, shape.n, options=options)
