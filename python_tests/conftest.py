@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share."""
+"""Fixtures that several folders share."""
 
 import atexit
 import os
@@ -10,6 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which diffusers does
+
+os.environ.pop("COLUMNS", None)  # of a terminal, or 80 from pytest-xdist: what is printed is as wide as in a pipe
 
 if "LDMQ_CACHE" not in os.environ:  # what a user measured or switched off on this machine is no part of the tests
     os.environ["LDMQ_CACHE"] = tempfile.mkdtemp(prefix="ldmq-cache-")

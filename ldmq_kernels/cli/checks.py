@@ -120,7 +120,9 @@ def check_op(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def _versions() -> Table:
-    table = Table("part", "found", box=None, show_header=False, padding=(0, 2))
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    table.add_column("part", no_wrap=True)
+    table.add_column("found", overflow="fold")
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     table.add_row("ldmq_kernels", ldmq_kernels.__version__)
     for name in PACKAGES:

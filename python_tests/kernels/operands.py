@@ -39,7 +39,7 @@ def cuda_refusal(op: str, operands: dict[str, Any]) -> str | None:
         channels_last = x.dim() == 4 and (op == "quantize_per_sample" or operands.get("channel_dim") == 1)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return None if x.is_contiguous(memory_format=layout) else f"must be {str(layout).removeprefix('torch.')}"
-    if not op.startswith(("linear", "conv2d")) or operands["weight"].layout != torch.strided:
+    if not op.startswith(("linear", "conv2d")):
         return None
     if operands.get("groups", 1) != 1:
         return f"groups is {operands['groups']}, must be 1"
