@@ -18,7 +18,7 @@ from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme, parse_schemes
 from ldmq_kernels.numerics.smoothing import smoothing_vector
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
-from ldmq_kernels.plans.cost import choice_bytes, weight_bytes
+from ldmq_kernels.plans.cost import layer_bytes, weight_bytes
 from ldmq_kernels.plans.layers import kind_of, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan, model_record
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze
@@ -57,7 +57,7 @@ def plan_of(model: nn.Module, choices: Mapping[str, LayerPlan], calibration: Cal
 def plan_bytes(model: nn.Module, plan: Plan) -> int:
     """Bytes of the weights of all linears and convolutions: what a target in bytes limits."""
     layers = quantizable_layers(model)
-    return sum(choice_bytes(layers[name], choice) for name, choice in plan.layers(model).items())
+    return sum(layer_bytes(layers[name], choice) for name, choice in plan.layers(model).items())
 
 
 def float_bytes(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.formats import FLOAT, FLOAT_BYTES, SCHEMES, Scheme
-from ldmq_kernels.plans.cost import choice_bytes, weight_bytes
+from ldmq_kernels.plans.cost import layer_bytes, weight_bytes
 from ldmq_kernels.plans.layers import kind_of, quantizable_layers
 from ldmq_kernels.plans.plan import Plan
 
@@ -126,7 +126,7 @@ def summarize(model: nn.Module, plan: Plan | None = None) -> Summary:
         scheme = layer_plan.scheme if layer_plan else layer.scheme if isinstance(layer, QuantizedLayer) else FLOAT
         counts[scheme, kind_of(layer)] += 1
         before[scheme] += weight_bytes(layer, FLOAT)
-        after[scheme] += choice_bytes(layer, layer_plan) if layer_plan else _stored_bytes(layer)
+        after[scheme] += layer_bytes(layer, layer_plan) if layer_plan else _stored_bytes(layer)
     shares = {
         str(s): SchemeShare(counts[s, "conv2d"], counts[s, "linear"], before[s], after[s])
         for s in SCHEMES.values()

@@ -15,7 +15,7 @@ class InputScale(nn.Module):
 
     Attributes:
         input_scale: float32 of calibrated activations: (1,), or (timestep groups,) of a timestep scheme.
-        smoothing: (C,) float32, the reciprocal of the smoothing vector, which inputs are multiplied with.
+        smoothing: (C,) float32, the inverse of the smoothing vector, which inputs are multiplied with.
     """
 
     input_scale: Any

@@ -13,7 +13,7 @@ from ldmq_kernels.nn.input_scale import InputScale
 from ldmq_kernels.nn.packed import PackedWeight
 from ldmq_kernels.numerics.formats import Scheme, schemes_of
 from ldmq_kernels.numerics.smoothing import smoothed_hessian
-from ldmq_kernels.numerics.split import FINER, quantize_low_part
+from ldmq_kernels.numerics.split import LOW_STEPS, quantize_low_part
 
 
 class QuantizedLayer(PackedWeight, InputScale):
@@ -64,7 +64,7 @@ class QuantizedLayer(PackedWeight, InputScale):
             module: nn.Linear or nn.Conv2d.
             scheme: what to compute in, of `numerics.formats.SCHEMES`.
             input_scale: (1,) float32, required by a static scheme; (timestep groups,) by a timestep one.
-            smoothing: (C,) float32 reciprocal of the smoothing vector; the weight takes the vector itself. Of
+            smoothing: (C,) float32 inverse of the smoothing vector; the weight takes the vector itself. Of
                 8-bit activations only.
             first_token: compute the row x[:, :1] of an input (B, T, C) from its 16-bit values; linears only.
             bias_correction: (out,) float32, added to the bias.
@@ -238,7 +238,7 @@ class QuantizedLayer(PackedWeight, InputScale):
     def scale_and_bias(self, x_scale: Tensor | None, second: bool) -> tuple[Tensor | None, Tensor | None]:
         """A product's input scale, and its bias, which the product of a pair's second values leaves out."""
         scale: Any = self.call_scale if self.scheme.is_static else x_scale
-        return (scale / FINER, None) if second else (scale, self.bias)
+        return (scale / LOW_STEPS, None) if second else (scale, self.bias)
 
     @property
     def takes_int8(self) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldmq_kernels.nn.quantized import QuantizedLayer
 from ldmq_kernels.nn.timestep_scales import TimestepScales, TimestepScaleView
 
-ALIGNMENT = 4  # floats: kernels read reciprocals in pieces of 16 bytes
+ALIGNMENT = 4  # floats: kernels read inverse scales in pieces of 16 bytes
 
 
 class TimestepGroups:

@@ -101,7 +101,7 @@ def linear_static_w8a8(
 
     Args:
         x: (..., K) floating.
-        inv_scale: (1,) or (K,) float32, the smoothing's reciprocal over the scale.
+        inv_scale: (1,) or (K,) float32, the inverse smoothing vector over the scale.
         x_scale: (1,) float32, the scale.
         weight: (N, K) int8, or a backend's packed form of it.
         weight_scale: (N,) float32.

@@ -1,6 +1,6 @@
 """Producers: a norm or an activation function and the quantization of its output, in float32 throughout.
 
-Each gives (x_q, scale). With `inv_scale`, the smoothing's reciprocal over a calibrated scale, it is static and its
+Each gives (x_q, scale). With `inv_scale`, the inverse smoothing vector over a calibrated scale, it is static and its
 second
 result is empty; without, `inv_smooth` is multiplied in and the scale is measured.
 """
@@ -58,9 +58,9 @@ def group_norm_silu_quantize(
         num_groups: divides C.
         eps: added to the variance.
         silu: whether SiLU follows.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the
+        inv_scale: (1,) or (C,) float32, the inverse smoothing vector over a calibrated scale; None measures the
             scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_smooth: (C,) float32 inverse smoothing vector, multiplied in where the scale is measured.
         per_token: whether a measured scale is each pixel's own, and not each sample's.
 
     Returns:
@@ -98,9 +98,9 @@ def layer_norm_quantize(
         norm_weight: (C,) floating, or None for ones.
         norm_bias: (C,) floating, or None for zeros.
         eps: added to the variance.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the
+        inv_scale: (1,) or (C,) float32, the inverse smoothing vector over a calibrated scale; None measures the
             scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_smooth: (C,) float32 inverse smoothing vector, multiplied in where the scale is measured.
 
     Returns:
         (..., C) int8 and the scales (...) float32, or (0,) with an `inv_scale`.
@@ -128,9 +128,9 @@ def geglu_quantize(
 
     Args:
         x: (..., 2 C) floating: the values, then their gates.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the
+        inv_scale: (1,) or (C,) float32, the inverse smoothing vector over a calibrated scale; None measures the
             scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_smooth: (C,) float32 inverse smoothing vector, multiplied in where the scale is measured.
 
     Returns:
         (..., C) int8 and the scales (...) float32, or (0,) with an `inv_scale`.
@@ -158,9 +158,9 @@ def silu_quantize(
 
     Args:
         x: (..., C) floating.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over a calibrated scale; None measures the
+        inv_scale: (1,) or (C,) float32, the inverse smoothing vector over a calibrated scale; None measures the
             scale.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in where the scale is measured.
+        inv_smooth: (C,) float32 inverse smoothing vector, multiplied in where the scale is measured.
 
     Returns:
         (..., C) int8 and the scales (...) float32, or (0,) with an `inv_scale`.

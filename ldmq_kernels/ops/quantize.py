@@ -38,7 +38,7 @@ def quantize_static(
 
     Args:
         x: any shape, floating; (N, C, H, W) where `channel_dim` is 1.
-        inv_scale: (1,) or (C,) float32, the smoothing's reciprocal over the scale.
+        inv_scale: (1,) or (C,) float32, the inverse smoothing vector over the scale.
         channel_dim: the axis of x that `inv_scale` runs along, 1 or -1.
 
     Returns:
@@ -61,7 +61,7 @@ def quantize_per_token(
 
     Args:
         x: (..., K) floating.
-        inv_smooth: (K,) float32 reciprocal smoothing vector, multiplied in first.
+        inv_smooth: (K,) float32 inverse smoothing vector, multiplied in first.
 
     Returns:
         (..., K) int8 and the scales (...) float32.
@@ -87,7 +87,7 @@ def quantize_per_sample(
 
     Args:
         x: (N, C, H, W) floating.
-        inv_smooth: (C,) float32 reciprocal smoothing vector, multiplied in first.
+        inv_smooth: (C,) float32 inverse smoothing vector, multiplied in first.
 
     Returns:
         (N, C, H, W) int8, channels_last, and the scales (N,) float32.

@@ -11,7 +11,7 @@ from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.knapsack import Option
 from ldmq_kernels.planning.times import LayerTimes
 from ldmq_kernels.plans.blocks import block_of
-from ldmq_kernels.plans.cost import choice_bytes, operation_cost, weight_bytes
+from ldmq_kernels.plans.cost import layer_bytes, operation_cost, weight_bytes
 from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import PlanError
 from ldmq_kernels.sensitivity.analysis import Analysis
@@ -52,7 +52,7 @@ def make_options(
                     layer,
                     key[1],
                     tuple(analysis.output[key].by_step[step] for step in analysis.steps),
-                    choice_bytes(module, candidate.layer_plan),
+                    layer_bytes(module, candidate.layer_plan),
                     operation_cost(operations, candidate.scheme),
                     signals=tuple((name, max(0.0, analysis.signals[name].get(key, 0.0))) for name in names),
                 )

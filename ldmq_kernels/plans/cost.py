@@ -1,4 +1,4 @@
-"""What a choice costs: bytes in a checkpoint, and operations where no times were measured."""
+"""What a layer of a plan costs: bytes in a checkpoint, and operations where no times were measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ldmq_kernels.plans.layers import layer_shape
 from ldmq_kernels.plans.plan import LayerPlan
 
 
-def choice_bytes(layer: nn.Linear | nn.Conv2d, choice: LayerPlan) -> int:
+def layer_bytes(layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan) -> int:
     """Bytes that a layer takes in a checkpoint as a plan has it, beside the bias of the float layer.
 
     Args:
@@ -19,10 +19,10 @@ def choice_bytes(layer: nn.Linear | nn.Conv2d, choice: LayerPlan) -> int:
     has_bias = layer.bias is not None and not (isinstance(layer, QuantizedLayer) and layer.adds_bias)
     return weight_bytes(
         layer,
-        choice.scheme,
-        smoothed=choice.smoothing is not None,
-        timestep_groups=len(choice.scales),
-        adds_bias=choice.bias_correction is not None and not has_bias,
+        layer_plan.scheme,
+        smoothed=layer_plan.smoothing is not None,
+        timestep_groups=len(layer_plan.scales),
+        adds_bias=layer_plan.bias_correction is not None and not has_bias,
     )
 
 

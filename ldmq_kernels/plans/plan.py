@@ -56,7 +56,7 @@ class LayerPlan:
 
     Attributes:
         input_scale: of a static scheme; one for each timestep group of a timestep scheme.
-        smoothing: (C,) float32, the reciprocal that inputs are multiplied with.
+        smoothing: (C,) float32, the inverse that inputs are multiplied with.
         first_token: whether the first token's row is computed from its 16-bit input.
         bias_correction: (out,) float32, added to the bias.
         rounding: of the weight, "nearest" or "gptq", which needs the inputs of a calibration.

@@ -9,7 +9,7 @@ from torch import nn
 from ldmq_kernels.files import csv_bytes
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.plans.blocks import block_of
-from ldmq_kernels.plans.cost import choice_bytes, weight_bytes
+from ldmq_kernels.plans.cost import layer_bytes, weight_bytes
 from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.sensitivity.analysis import Analysis
@@ -72,7 +72,7 @@ def layer_rows(model: nn.Module, analysis: Analysis, plan: Plan | None) -> list[
                 drift=drift[name],
                 bytes_before=weight_bytes(layer, FLOAT),
                 scheme=scheme,
-                bytes_after=None if layer_plan is None else choice_bytes(layer, layer_plan),
+                bytes_after=None if layer_plan is None else layer_bytes(layer, layer_plan),
                 reason="" if plan is None else _reason(plan, name, sqnr),
             )
         )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldmq_kernels.numerics.split import FINER, quantize_low_part
+from ldmq_kernels.numerics.split import LOW_STEPS, quantize_low_part
 
 
 def high_of(x: torch.Tensor, inv_scale: torch.Tensor) -> torch.Tensor:
@@ -18,16 +18,16 @@ def test_a_pair_is_within_half_a_fine_step(dtype):
     low = quantize_low_part(x, high, inv_scale, -1)
     assert low.dtype == torch.int8
     assert int(low.abs().max()) <= 127
-    error = (high.double() + low.double() / FINER) / inv_scale.double() - x.double()
-    assert float((error * inv_scale).abs().max()) <= 0.5 / FINER + 1e-5
-    assert float((error * inv_scale).abs().max()) > 0.1 / FINER
+    error = (high.double() + low.double() / LOW_STEPS) / inv_scale.double() - x.double()
+    assert float((error * inv_scale).abs().max()) <= 0.5 / LOW_STEPS + 1e-5
+    assert float((error * inv_scale).abs().max()) > 0.1 / LOW_STEPS
 
 
 def test_channels_of_a_picture_take_their_own_reciprocal():
     x = torch.ones(1, 2, 3, 3)
     inv_scale = torch.tensor([10.25, 20.5])
     low = quantize_low_part(x, torch.tensor([10, 20], dtype=torch.int8).view(1, 2, 1, 1).expand_as(x), inv_scale, 1)
-    assert low[0, 0].unique().tolist() == [round(0.25 * FINER + 1e-9)]
+    assert low[0, 0].unique().tolist() == [round(0.25 * LOW_STEPS + 1e-9)]
     assert low[0, 1].unique().tolist() == [127]
 
 

@@ -30,7 +30,7 @@ from ldmq_kernels.numerics.formats import (
 from ldmq_kernels.numerics.formats.int8 import INT8_ACTIVATIONS, W8A8
 from ldmq_kernels.numerics.formats.rounding import not_positive, order_of, per_channel, rounded
 from ldmq_kernels.planning.options import make_options
-from ldmq_kernels.plans.cost import choice_bytes
+from ldmq_kernels.plans.cost import layer_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan, PlanError, uniform_plan
 from ldmq_kernels.report.rows import layer_rows
@@ -142,7 +142,7 @@ def test_its_bytes_and_its_cost_are_the_planners(quantized: Any) -> None:
     for name, layer in quantizable_layers(model).items():
         stored = quantized.get_submodule(name).state_dict()
         bytes_stored = sum(t.numel() * t.element_size() for key, t in stored.items() if key != "bias")
-        assert choice_bytes(layer, plan.layer(name)) == bytes_stored
+        assert layer_bytes(layer, plan.layer(name)) == bytes_stored
     analysis = made_up_analysis(model)
     candidate = LayerCandidate(LayerPlan(SCHEMES["w3a8-dynamic"]), 1e-5, "plain")
     found = {name: [candidate] for name in analysis.candidates}

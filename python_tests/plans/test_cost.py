@@ -8,7 +8,7 @@ from torch import nn
 
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
-from ldmq_kernels.plans.cost import choice_bytes, operation_cost, weight_bytes
+from ldmq_kernels.plans.cost import layer_bytes, operation_cost, weight_bytes
 from ldmq_kernels.plans.plan import LayerPlan
 
 
@@ -33,13 +33,13 @@ def test_bytes_match_the_state_dict(layer, scheme, smoothed, bias):
     half = layer.half()
     quantized = quantize_layer("layer", half, choice)
     stored = sum(t.numel() * t.element_size() for t in quantized.state_dict().values())
-    assert stored == choice_bytes(half, choice)
+    assert stored == layer_bytes(half, choice)
 
 
 def test_a_bias_that_is_there_costs_nothing_more_and_float_is_two_bytes_a_weight():
     layer = nn.Linear(130, 20)
     choice = LayerPlan(SCHEMES["w8a16"], bias_correction=torch.ones(20))
-    assert choice_bytes(layer, choice) == weight_bytes(layer, SCHEMES["w8a16"]) == 130 * 20 + 4 * 20
+    assert layer_bytes(layer, choice) == weight_bytes(layer, SCHEMES["w8a16"]) == 130 * 20 + 4 * 20
     assert weight_bytes(layer, FLOAT) == 2 * 130 * 20
 
 

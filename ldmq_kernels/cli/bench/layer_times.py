@@ -63,8 +63,8 @@ def time_layer(
     absmax = channel_absmax(layer, x)
     for name in TESTED:
         scheme = SCHEMES[name]
-        choice = LayerPlan(scheme, "", static_scale(absmax, None, scheme) if scheme.is_static else None)
-        works[name] = work(quantize_layer(name, layer.to(narrow), choice), as_image(x.to(narrow)))
+        layer_plan = LayerPlan(scheme, "", static_scale(absmax, None, scheme) if scheme.is_static else None)
+        works[name] = work(quantize_layer(name, layer.to(narrow), layer_plan), as_image(x.to(narrow)))
     samples = interleaved(works, device, rounds=ROUNDS, warm_up=2, clock=wall_ms)
     return {name: taken.median / 1e3 for name, taken in samples.items()}
 

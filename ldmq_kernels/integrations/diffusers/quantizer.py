@@ -71,19 +71,21 @@ class LdmqQuantizer(DiffusersQuantizer):
                     "this plan rounds weights by GPTQ, which takes the inputs of their layers: load the pipeline in "
                     "full precision and call `ldmq.quantize(pipe, plan)`; what it saves then loads as it is"
                 )
-            self._awaited = {name: choice for name, choice in plan.layers(model).items() if choice.scheme.quantizes}
+            self._awaited = {
+                name: layer_plan for name, layer_plan in plan.layers(model).items() if layer_plan.scheme.quantizes
+            }
             return
         replacements: dict[nn.Module, nn.Module] = {
             layers[name]: quantized_class(layers[name]).empty(
                 layers[name],
-                choice.scheme,
+                layer_plan.scheme,
                 smoothed=name in plan.smoothing,
-                timestep_groups=len(choice.scales),
-                first_token=choice.first_token,
+                timestep_groups=len(layer_plan.scales),
+                first_token=layer_plan.first_token,
                 corrected=name in plan.bias_correction,
             )
-            for name, choice in plan.layers(model, vectors_elsewhere=True).items()
-            if choice.scheme.quantizes
+            for name, layer_plan in plan.layers(model, vectors_elsewhere=True).items()
+            if layer_plan.scheme.quantizes
         }
         replace_modules(model, replacements)
 
@@ -146,11 +148,11 @@ class LdmqQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
-            choice = self._awaited.pop(name)
-            if layer.bias is not None and choice.bias_correction is not None:
-                self._corrections[name] = choice.bias_correction
-                choice = dataclasses.replace(choice, bias_correction=None)
-            model.set_submodule(name, quantize_layer(name, layer, choice))
+            layer_plan = self._awaited.pop(name)
+            if layer.bias is not None and layer_plan.bias_correction is not None:
+                self._corrections[name] = layer_plan.bias_correction
+                layer_plan = dataclasses.replace(layer_plan, bias_correction=None)
+            model.set_submodule(name, quantize_layer(name, layer, layer_plan))
             return
         assert isinstance(layer, QuantizedLayer)
         stored: Tensor = state_dict[param_name]  # param_value is rounded to the model's dtype

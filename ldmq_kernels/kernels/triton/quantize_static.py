@@ -37,7 +37,7 @@ def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     """Quantize with a calibrated scale.
 
     Raises:
-        Unsupported: x is not float16, bfloat16 or float32, or the reciprocal fits no axis.
+        Unsupported: x is not float16, bfloat16 or float32, or inv_scale fits no axis.
     """
     layout = torch.channels_last if x.dim() == 4 and channel_dim == 1 else torch.contiguous_format
     x = floating(x).contiguous(memory_format=layout)
