@@ -150,11 +150,11 @@ def packer(op: str, device: torch.device) -> Packer | None:
     return None
 
 
-def _switched_off(op: str, name: str, reason: str) -> Unsupported:
-    """The refusal of a backend that was found to be wrong here; said once as a warning, too."""
+def _switched_off(op: str, name: str, reason: str) -> str:
+    """Why a backend that was found to be wrong here gets no call; said once as a warning, too."""
     told = f"switched off by `ldmq doctor`: {reason}"
     measurements.warn_once(f"ldmq::{op} on {name} is {told}; run `ldmq doctor` again once it is mended")
-    return Unsupported(told)
+    return told
 
 
 def server(op: str) -> Callable[..., Any]:
@@ -169,21 +169,22 @@ def server(op: str) -> Callable[..., Any]:
         reasons = []
         for name in names:
             backend = table[name]
-            try:
-                if name in chosen.off:
-                    raise _switched_off(op, name, chosen.off[name])
-                if not backend.serves(device):
-                    raise Unsupported(f"not available on {device}")
-                function = getattr(backend, op, None)
-                if function is None:
-                    raise Unsupported("has no such op")
-                result = function(*(chosen.plain(name, arguments) if chosen.packers else arguments))
-            except Unsupported as refusal:
-                reasons.append(f"{name}: {refusal}")
-                _refusals[op, name, str(refusal)] += 1
-                continue
-            _calls[op, name, device] += 1
-            return result
+            if name in chosen.off:
+                why = _switched_off(op, name, chosen.off[name])
+            elif not backend.serves(device):
+                why = f"not available on {device}"
+            elif (function := getattr(backend, op, None)) is None:
+                why = "has no such op"
+            else:
+                try:
+                    result = function(*(chosen.plain(name, arguments) if chosen.packers else arguments))
+                except Unsupported as refusal:
+                    why = str(refusal)
+                else:
+                    _calls[op, name, device] += 1
+                    return result
+            reasons.append(f"{name}: {why}")
+            _refusals[op, name, why] += 1
         raise RuntimeError(f"ldmq::{op}: no backend takes this call ({'; '.join(reasons)})")
 
     serve.__name__ = op
