@@ -3,7 +3,8 @@
 A UNet call launches some two thousand kernels from Python; a graph launches them at once. The first call with
 new shapes runs the module twice to warm up and then records it; later calls copy their inputs into the
 recorded call's buffers, replay it and return copies of its outputs. Whatever in the module depends on the
-values of its inputs by Python control flow is frozen as it was recorded.
+values of its inputs by Python control flow is frozen as it was recorded. Hooks of the module run before a replay, in
+the calling thread; one whose owner says `is_recorded` runs in the recording too, on the recorded inputs.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class _Replayer:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.forward: Callable[..., Any] = module.forward
         self.gpu = _Gpu(device)
+        self._module = module
         self._name = type(module).__name__
         self._watched = _watched(module)
         self._addresses = _addresses(self._watched)
@@ -86,7 +88,7 @@ class _Replayer:
     def _record(self, leaves: list[Any], structure: pytree.TreeSpec) -> _Recorded:
         buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(buffers, structure)
-        graph, out = self.gpu.record(lambda: self.forward(*args, **kwargs))
+        graph, out = self.gpu.record(lambda: self._call(args, kwargs))
         outputs, out_structure = pytree.tree_flatten(out)
         for leaf in outputs:
             if not (leaf is None or isinstance(leaf, Tensor | int | float | str)):
@@ -94,6 +96,12 @@ class _Replayer:
                     f"the module returns a {type(leaf).__name__}: tensors in tuples or dicts can be replayed"
                 )
         return _Recorded(graph, [leaf for leaf in buffers if isinstance(leaf, Tensor)], outputs, out_structure)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for hook in self._module._forward_pre_hooks.values():
+            if getattr(getattr(hook, "__self__", None), "is_recorded", False):
+                hook(self._module, args, kwargs)
+        return self.forward(*args, **kwargs)
 
 
 class _Gpu:

@@ -105,6 +105,31 @@ def test_other_shapes_dtypes_and_values_are_recorded_anew(captured: Denoiser) ->
     assert FakeGpu.recorded == 6
 
 
+class Chooser:
+    """As the scales of a timestep: a hook's owner whose work belongs into the recording."""
+
+    is_recorded = True
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def before(self, _module: nn.Module, args: Any, _kwargs: Any) -> None:
+        self.seen.append(args[1])
+
+
+def test_a_hook_that_is_recorded_runs_on_the_recorded_inputs(captured: Denoiser) -> None:
+    chooser = Chooser()
+    captured.register_forward_pre_hook(chooser.before, with_kwargs=True)
+    captured.register_forward_pre_hook(lambda *_: None)
+    for timestep in (3, 7):
+        call(captured, timestep=timestep)
+    given = [seen for seen in chooser.seen if not isinstance(seen, Tensor)]
+    recorded = [seen for seen in chooser.seen if isinstance(seen, Tensor)]
+    assert given == [3, 7]
+    assert len({id(buffer) for buffer in recorded}) == 1
+    assert float(recorded[0]) == 7
+
+
 def test_outputs_are_copies(captured: Denoiser) -> None:
     first = call(captured, timestep=1)
     kept = first.clone()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.nn.timestep_scales import TimestepScaleView
@@ -24,6 +23,12 @@ class InputScale(nn.Module):
     _call_scale: Tensor | None = None
     _call_inv_scale: Tensor | None = None
 
+    def scale_of_group(self, index: int) -> tuple[Tensor, Tensor]:
+        """A timestep group's input scale (1,), and what an input of it is multiplied with, (1,) or (C,)."""
+        scale = self.input_scale[index : index + 1]
+        inverse = 1 / scale
+        return scale, inverse if self.smoothing is None else self.smoothing * inverse
+
     def use_timestep_group(self, index: int) -> None:
         """Take a timestep group's input scale, until the next call of a model that it is attached to.
 
@@ -35,28 +40,22 @@ class InputScale(nn.Module):
         if self._view is not None:
             self._view.scales.is_stale = True
             self._view = None
-        self._call_scale = self.input_scale[index : index + 1]
-        inverse = 1 / self._call_scale
-        self._call_inv_scale = inverse if self.smoothing is None else self.smoothing * inverse
+        self._call_scale, self._call_inv_scale = self.scale_of_group(index)
 
     def follow(self, view: TimestepScaleView) -> None:
         """Take the input scale of each call from a model's table, until the layer is filled, loaded or moved."""
         self._view = view
-        self._call_scale, self._call_inv_scale = view.current()
+        self._call_scale = self._call_inv_scale = None
 
     @property
     def call_scale(self) -> Tensor | None:
         """The calibrated input scale of the current call, (1,) float32; None where it is measured."""
-        if self._view is not None and torch.compiler.is_compiling():
-            return self._view.traced_scale(self._call_scale)
-        return self._call_scale
+        return self._call_scale if self._view is None else self._view.scale()
 
     @property
     def input_inv_scale(self) -> Tensor | None:
         """What a calibrated input of the current call is multiplied with to be rounded: (1,) or (C,) float32."""
-        if self._view is not None and torch.compiler.is_compiling():
-            return self._view.traced_inv_scale(self._call_inv_scale)
-        return self._call_inv_scale
+        return self._call_inv_scale if self._view is None else self._view.inv_scale()
 
     def _keep_call_scale(self, scale: Tensor | None, inv_scale: Tensor | None) -> None:
         """Stay at the timestep group of these values: a model may be moved between the choice of it and the call."""

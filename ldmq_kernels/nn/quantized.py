@@ -259,7 +259,7 @@ class QuantizedLayer(PackedWeight, InputScale):
             return super()._apply(fn, recurse)
         self.unpack()
         kept = {name: self._buffers.get(name) for name in self.scheme.dtypes}
-        scale, inv_scale = self._call_scale, self._call_inv_scale
+        scale, inv_scale = self.call_scale, self.input_inv_scale
         super()._apply(fn, recurse)
         for name, original in kept.items():
             moved = self._buffers.get(name)

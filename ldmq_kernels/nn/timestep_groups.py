@@ -1,14 +1,16 @@
 """The input scales of timestep layers follow the timestep that their model is called with.
 
 All scales of a model lie in one table with a row for each group of sampling steps. When a call begins, a hook on the
-model looks up its row on the device, without waiting for it, and writes it where the layers read: one bucketize and
-one gather in each call. While a compiler traces the call, the row is a value of the graph and layers take views of it.
+model looks up its row on the device, without waiting for it, and writes it where the layers read in this thread: one
+bucketize and one gather in each call. While a compiler traces the call, or a CUDA graph is recorded, the row is a value
+of the graph and layers take views of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,19 +18,27 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.nn.quantized import QuantizedLayer
-from ldmq_kernels.nn.timestep_scales import TimestepScales, TimestepScaleView
+from ldmq_kernels.nn.timestep_scales import Place, ThreadCall, TimestepScales, TimestepScaleView
 
 ALIGNMENT = 4  # floats: kernels read inverse scales in pieces of 16 bytes
+_FINDING = threading.Lock()  # the first calls of a model may begin in several threads
 
 
 class TimestepGroups:
-    """The hooks of a model that choose the scales of its timestep layers; see `attach`."""
+    """The hooks of a model that choose the scales of its timestep layers; see `attach`.
+
+    Attributes:
+        is_recorded: a CUDA graph of the model has a row of its own, chosen in each replay: threads share the graph.
+        devices: the scales on each device; None while the model's timestep layers are not found.
+    """
+
+    is_recorded = True
 
     def __init__(self, boundaries: Sequence[float], position: int) -> None:
         self.boundaries = tuple(boundaries)
         self.position = position
         self.handles: list[Any] = []
-        self.devices: list[TimestepScales] | None = None  # None: the model's timestep layers are not found yet
+        self.devices: list[TimestepScales] | None = None
 
     @property
     def is_stale(self) -> bool:
@@ -44,22 +54,20 @@ class TimestepGroups:
         if self.is_stale:  # a compiler, which reads the tables only from here on, traces again once this is true
             raise RuntimeError(f"the timestep layers of {type(model).__name__} changed while their scales were read")
         for values in self.devices or ():
-            row = torch.bucketize(_on_device(timestep, values.table.device), values.edges, right=True)
-            if torch.compiler.is_compiling():
-                values.traced = values.table.index_select(0, row)[0]
-            else:
-                torch.index_select(values.table, 0, row, out=values.current)
+            values.choose(_on_device(timestep, values.table.device))
 
     def after(self, _model: nn.Module, _args: Any, _output: Any) -> None:
-        """Let go of what a compiler traced."""
+        """Let go of what a compiler traced or a CUDA graph recorded."""
         for values in self.devices or ():
-            values.traced = None
+            values.thread.call.leave()
 
     @torch.compiler.assume_constant_result
     def refresh(self, model: nn.Module) -> None:
         """Build the tables anew if they are stale; a compiler does so while it traces, and reads nothing of it."""
         if self.is_stale:
-            self.find_layers(model)
+            with _FINDING:
+                if self.is_stale:
+                    self.find_layers(model)
 
     def find_layers(self, model: nn.Module) -> int:
         """Build the tables of the model's timestep layers anew; gives the number of layers."""
@@ -74,22 +82,21 @@ class TimestepGroups:
     def _tabulate(self, layers: list[QuantizedLayer], device: torch.device) -> TimestepScales:
         groups = len(self.boundaries) + 1
         rows: list[list[Tensor]] = [[] for _ in range(groups)]
-        places: list[tuple[int, int, int]] = []
+        places: list[Place] = []
         width = 0
         for layer in layers:
             start = width
             for index in range(groups):
-                layer.use_timestep_group(min(index, layer.input_scale.numel() - 1))
-                entry = [_padded(tensor) for tensor in (layer.call_scale, layer.input_inv_scale) if tensor is not None]
+                entry = [_padded(t) for t in layer.scale_of_group(min(index, layer.input_scale.numel() - 1))]
                 rows[groups - 1 - index] += entry
             size = 1 if layer.smoothing is None else layer.smoothing.numel()
-            places.append((start, start + ALIGNMENT, size))
+            places.append(Place(start, start + ALIGNMENT, size))
             width = start + sum(tensor.numel() for tensor in entry)
         table = torch.stack([torch.cat(row) for row in rows])
         edges = torch.tensor(sorted(self.boundaries), dtype=torch.float32, device=device)
-        values = TimestepScales(edges, table, table[-1:].clone())
-        for layer, place in zip(layers, places, strict=True):
-            layer.follow(TimestepScaleView(values, *place))
+        values = TimestepScales(edges, table, places, ThreadCall(table, places))
+        for index, layer in enumerate(layers):
+            layer.follow(TimestepScaleView(values, index))
         return values
 
     def __getstate__(self) -> dict[str, Any]:

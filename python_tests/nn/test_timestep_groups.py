@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import dataclasses
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -178,6 +180,30 @@ def test_the_group_stays_when_the_model_moves_between_the_hook_and_the_call(by_g
         assert torch.equal(run(unet, timestep), expected(by_group, timestep))
 
 
+@pytest.mark.parametrize("compiled_blocks", [False, True])
+def test_threads_that_share_a_model_are_each_at_their_own_time_step(by_group: list[Any], compiled_blocks: bool) -> None:
+    """All begin before the first layer runs, and none ends before all came to the last."""
+    unet, times = timestep_unet(), (999, 500, 100, 0)
+    wanted = {timestep: run(unet, timestep) for timestep in times}
+    assert len({float(out.double().sum()) for out in wanted.values()}) == len(times)
+    unet = copy.deepcopy(unet)  # the scales are found in the threads' first calls
+    if compiled_blocks:
+        torch._dynamo.reset()
+        unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    else:
+        together = threading.Barrier(len(times))
+
+        def wait(*_: Any) -> None:
+            together.wait(timeout=60)
+
+        unet.conv_in.register_forward_pre_hook(wait)
+        unet.conv_out.register_forward_pre_hook(wait)
+    with concurrent.futures.ThreadPoolExecutor(len(times)) as pool:
+        for _ in range(3):
+            for timestep, out in zip(times, pool.map(lambda t: run(unet, t), times), strict=True):
+                assert torch.equal(out, wanted[timestep]), timestep
+
+
 class Seen(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -211,6 +237,14 @@ def test_a_compiled_model_follows_the_time_step_without_a_graph_break(by_group: 
         torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3)
         others = [run(by_group[group], timestep) for group in range(4) if group != TIMES[timestep]]
         assert all(float((out - other).abs().mean()) > 4 * float((out - wanted).abs().mean()) for other in others)
+
+
+def test_a_compiled_model_takes_its_time_step_and_not_the_one_of_an_earlier_call(by_group: list[Any]) -> None:
+    unet = timestep_unet()
+    torch._dynamo.reset()
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    run(unet, 20)
+    assert torch.equal(run(compiled, torch.tensor(0)), expected(by_group, 0))
 
 
 @pytest.mark.parametrize("change", [copy.deepcopy, through_load_state_dict])
