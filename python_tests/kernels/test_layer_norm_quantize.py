@@ -31,7 +31,7 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(17, 320), (3, 5, 20), (2, 2560), (63, 4), (960,)])
+@pytest.mark.parametrize("shape", [(17, 320), (3, 5, 20), (2, 2560), (21, 4), (960,)])
 @pytest.mark.parametrize("mode", MODES)
 def test_is_the_definition(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...], mode: str) -> None:
     x = (torch.randn(shape) * 2 + 0.5).to(dtype)

@@ -132,8 +132,9 @@ def enumerated(fields: list[tuple]) -> list[tuple]:
 
 
 @tiles_of("linear_w8a8")
-@pytest.mark.parametrize(("m", "k", "n"), [(17, 320, 168), (545, 144, 328), (1, 16, 8)])
-def test_linear_sums_are_exact(device: torch.device, timing: None, tile: tiles.Tile, m: int, k: int, n: int) -> None:
+@pytest.mark.parametrize("several_tiles", [False, True])
+def test_linear_sums_are_exact(device: torch.device, timing: None, tile: tiles.Tile, several_tiles: bool) -> None:
+    m, n, k = (2 * tile.m + 33, tile.n + 72, 144) if several_tiles else (17, 168, 320)
     x, weight = random_int8(m, k), random_int8(n, k)
     operands = on(device, x, ONE, weight, torch.ones(n))
     out = cuda.linear_w8a8(*operands, None, None, torch.float32)
@@ -141,8 +142,9 @@ def test_linear_sums_are_exact(device: torch.device, timing: None, tile: tiles.T
 
 
 @tiles_of("linear_w4a8")
-@pytest.mark.parametrize(("m", "k", "n"), [(17, 320, 168), (545, 160, 296), (1, 32, 8)])
-def test_int4_sums_are_exact(device: torch.device, timing: None, tile: tiles.Tile, m: int, k: int, n: int) -> None:
+@pytest.mark.parametrize("several_tiles", [False, True])
+def test_int4_sums_are_exact(device: torch.device, timing: None, tile: tiles.Tile, several_tiles: bool) -> None:
+    m, n, k = (2 * tile.m + 33, tile.n + 40, 160) if several_tiles else (17, 168, 320)
     x, weight, multiplier = random_int8(m, k), random_int4(n, k), random_multiplier(n, k)
     operands = on(device, x, ONE, pack_int4(weight), multiplier, torch.ones(n))
     out = cuda.linear_w4a8(*operands, None, None, torch.float32)
