@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ldmq_kernels.kernels.cuda import extension
-from python_tests.kernels.cuda.emulation import MODULE, ROOT, emulate, emulated_binding, load
+from python_tests.kernels.cuda.emulation import emulate, emulated_binding, load
+from python_tests.kernels.cuda.kept_builds import MODULE, ROOT, build_key, kept_build
 
 
 @pytest.fixture(scope="session")
@@ -35,16 +36,27 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return torch.device("cuda", 0)
 
 
-@pytest.fixture(scope="session")
-def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an install for two architectures builds: library and module in lib, objects and kernels.txt in temp."""
-    if not shutil.which("nvcc"):
-        pytest.skip("needs nvcc")
-    folder = tmp_path_factory.mktemp("built")
+def _install(folder: Path) -> None:
     places = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
     environment = os.environ | {"LDMQ_CUDA_ARCHS": "80;90"}
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", *places], cwd=ROOT, env=environment, check=True)
-    return folder
+
+
+def _install_key() -> str:
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return build_key(version, [ROOT / "setup.py", Path(__file__)])
+
+
+@pytest.fixture(scope="session")
+def build_folder() -> Path:
+    """What an install for two architectures builds: library and module in lib, objects and kernels.txt in temp.
+
+    All processes of these sources share one build, in build/cuda.
+    """
+    if not shutil.which("nvcc"):
+        pytest.skip("needs nvcc")
+    with kept_build("cuda", _install_key, _install) as folder:
+        return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
 import functools
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -14,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +21,10 @@ import pytest
 import torch
 
 from ldmq_kernels.kernels.cuda import extension, tiles
+from python_tests.kernels.cuda.kept_builds import MODULE, ROOT, build_key, kept_build
 
-ROOT = Path(__file__).resolve().parents[3]
 EMULATOR = Path(__file__).resolve().parent / "emulator"
-MODULE = "_binding" + sysconfig.get_config_var("EXT_SUFFIX")
-BUILDS = ROOT / "build" / "emulator"
 LIBRARY = "libldmq_emulated.so"  # a name of its own: a process loads one library of each name
-SOURCES = (".cu", ".cuh", ".h", ".cpp")
 COMPILE = ("g++", "-std=c++20", "-O1", "-fPIC", "-Wno-psabi")
 SETTINGS = (
     "set_eager",
@@ -74,17 +68,8 @@ def _compiler_version() -> str:
     return subprocess.run([*COMPILE[:1], "-v"], capture_output=True, text=True, check=True).stderr
 
 
-def build_key() -> str:
-    """A hash of all that the build depends on: sources, flags (this file), compiler, pybind11 and Python."""
-    digest = hashlib.sha256()
-    for told in (_compiler_version(), pybind11.__version__, sys.version, MODULE, os.environ.get("CPATH", "")):
-        digest.update(f"{told}\0".encode())
-    for folder in (ROOT / "csrc", EMULATOR):
-        for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES):
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode() + content)
-    digest.update(Path(__file__).read_bytes())
-    return digest.hexdigest()[:16]
+def _key() -> str:
+    return build_key(_compiler_version(), [EMULATOR, Path(__file__)])
 
 
 def _build(folder: Path) -> None:
@@ -101,28 +86,6 @@ def _build(folder: Path) -> None:
         subprocess.run(["g++", "-shared", *module_objects, *linked, "-o", str(folder / MODULE)], check=True)
 
 
-@contextlib.contextmanager
-def _built() -> Iterator[Path]:
-    """The folder of the build of these sources, which no other process removes meanwhile.
-
-    Processes wait for the one that builds. A build gets its name when it is whole, and takes the place of older ones.
-    """
-    BUILDS.mkdir(parents=True, exist_ok=True)
-    with (BUILDS / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = BUILDS / build_key()
-        if not folder.exists():
-            for other in BUILDS.iterdir():
-                if other.is_dir():
-                    shutil.rmtree(other)
-            unfinished = Path(tempfile.mkdtemp(dir=BUILDS))
-            _build(unfinished)
-            if build_key() != folder.name:
-                raise RuntimeError("the CUDA sources changed while they were compiled for the emulator: run again")
-            unfinished.rename(folder)
-        yield folder
-
-
 @functools.cache
 def emulated_binding() -> ModuleType:
     """The binding, linked with the kernels for the CPU: addresses are those of CPU tensors.
@@ -132,7 +95,7 @@ def emulated_binding() -> ModuleType:
     python_headers = Path(sysconfig.get_path("include"))
     if sys.platform != "linux" or not shutil.which("g++") or not (python_headers / "Python.h").exists():
         pytest.skip("needs Linux, g++ and Python's headers")
-    with _built() as folder:
+    with kept_build("emulator", _key, _build) as folder:
         module = load(folder / MODULE)
         emulator = ctypes.CDLL(str(folder / LIBRARY))
     for name in SETTINGS:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from python_tests.kernels.cuda import emulation
+from python_tests.kernels.cuda import emulation, kept_builds
 
 
 def _no_build(_: Path) -> None:
@@ -26,7 +26,7 @@ def _another_compiler(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _another_pybind11(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emulation.pybind11, "__version__", "99")
+    monkeypatch.setattr(kept_builds.pybind11, "__version__", "99")
 
 
 def _another_kernel(root: Path, _: pytest.MonkeyPatch) -> None:
@@ -45,31 +45,31 @@ def test_a_build_of_anything_else_does_not_serve(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = emulation.build_key()
-    shutil.copytree(emulation.ROOT / "csrc", tmp_path / "csrc")
+    before = emulation._key()
+    shutil.copytree(kept_builds.ROOT / "csrc", tmp_path / "csrc")
     shutil.copytree(emulation.EMULATOR, tmp_path / "emulator")
-    monkeypatch.setattr(emulation, "ROOT", tmp_path)
+    monkeypatch.setattr(kept_builds, "ROOT", tmp_path)
     monkeypatch.setattr(emulation, "EMULATOR", tmp_path / "emulator")
-    assert emulation.build_key() == before
+    assert emulation._key() == before
     change(tmp_path, monkeypatch)
-    assert emulation.build_key() != before
+    assert emulation._key() != before
 
 
 def test_a_build_that_fails_leaves_none_behind(
     emulated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(emulation, "BUILDS", tmp_path)
+    monkeypatch.setattr(kept_builds, "BUILDS", tmp_path)
     monkeypatch.setattr(emulation, "_build", _no_build)
     for _ in range(2):
         with pytest.raises(AssertionError, match="compiled again"):
             emulation.emulated_binding.__wrapped__()
-    assert not (tmp_path / emulation.build_key()).exists()
+    assert not (tmp_path / "emulator" / emulation._key()).exists()
 
 
 def test_sources_that_change_while_they_are_compiled_are_an_error(
     emulated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(emulation, "BUILDS", tmp_path)
+    monkeypatch.setattr(kept_builds, "BUILDS", tmp_path)
     monkeypatch.setattr(emulation, "_build", lambda _: _another_compiler(tmp_path, monkeypatch))
-    with pytest.raises(RuntimeError, match="changed while they were compiled"):
+    with pytest.raises(RuntimeError, match="the sources changed"):
         emulation.emulated_binding.__wrapped__()

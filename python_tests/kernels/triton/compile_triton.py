@@ -96,7 +96,9 @@ def inspect(compiled: Any) -> dict[str, Any]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.check_output([TOOLS / "cuobjdump", "-res-usage", file.name], text=True)
-        code = subprocess.check_output([TOOLS / "nvdisasm", "-c", file.name], text=True, stderr=subprocess.DEVNULL)
+        code = subprocess.check_output(
+            [TOOLS / "nvdisasm", "-c", "--no-dataflow", file.name], text=True, stderr=subprocess.DEVNULL
+        )
     (registers,) = re.findall(r"REG:(\d+)", usage)
     counts = Counter(INSTRUCTION.findall(code))
     return {
