@@ -17,7 +17,7 @@ from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, model_record, uniform_plan
 from ldmq_kernels.sensitivity import analyze
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
-from python_tests.tiny import PROMPTS, tiny_pipeline
+from python_tests.tiny import PROMPTS, SHALLOW, tiny_pipeline
 
 SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=4.0)
 OUTLIER_LAYER = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
@@ -33,7 +33,7 @@ def noise_of_plan(model: nn.Module, plan: Plan, trajectory) -> StepNoise:
 @pytest.fixture(scope="module")
 def outlier_pipe(tmp_path_factory):
     """A pipeline with one feed-forward whose hidden channels differ in size a hundredfold."""
-    pipe = tiny_pipeline(tmp_path_factory.mktemp("tokenizer"))
+    pipe = tiny_pipeline(tmp_path_factory.mktemp("tokenizer"), **SHALLOW)
     with torch.no_grad():
         source = pipe.unet.get_submodule(OUTLIER_SOURCE)
         half = source.out_features // 2
