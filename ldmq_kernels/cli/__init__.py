@@ -182,6 +182,7 @@ def quantize(
     height: Height = None,
     width: Width = None,
     dtype: Dtype = "float32",
+    work: WorkDir = None,
     dry_run: DryRun = False,
 ) -> None:
     """Write MODEL quantized to --out, by a plan file, or by one that is made now from prompts and a target.
@@ -197,6 +198,8 @@ def quantize(
     if plan is not None:
         if prompts is not None or target_sqnr is not None:
             raise typer.BadParameter("give either --plan, or --prompts and --target-sqnr")
+        if work is not None:
+            raise typer.BadParameter("--work keeps an analysis, and --plan needs none: leave --work out")
         quantize_by_plan(model, plan, place, dtype, dry_run=dry_run)
         return
     if prompts is None or target_sqnr is None:
@@ -207,6 +210,7 @@ def quantize(
         formats=names_in(formats),
         calibration_mode=calibration,
         settings=sampling(steps, guidance, seed, height, width),
+        work_dir=work,
         show=True,
     )
     quantize_by_prompts(model, request, place, dtype, dry_run=dry_run)
@@ -231,6 +235,7 @@ def analyze(
     height: Height = None,
     width: Width = None,
     dtype: Dtype = "float32",
+    work: WorkDir = None,
 ) -> None:
     """Measure what quantizing each layer of MODEL does to its output, and show it on a page."""
     from ldmq_kernels.cli.method import run_analyze, target_of
@@ -243,6 +248,7 @@ def analyze(
         formats=names_in(formats),
         calibration_mode=calibration,
         settings=sampling(steps, guidance, seed, height, width),
+        work_dir=work,
         show=True,
     )
     run_analyze(model, request, out, dtype, with_pareto=pareto)

@@ -66,7 +66,11 @@ Pareto = Annotated[
 ]
 WorkDir = Annotated[
     Path | None,
-    typer.Option("--work", help="Folder that keeps the analysis, so that the same command goes on after a kill."),
+    typer.Option(
+        "--work",
+        help="Folder that keeps the analysis, so that the same command goes on after a kill. It is made private to "
+        "you, and refused for another model, other settings or other versions.",
+    ),
 ]
 Formats = Annotated[
     str,

@@ -82,7 +82,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     first = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=_device())
+        state = torch.load(checkpoint, map_location=_device(), weights_only=True)
         first = state["step"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -168,7 +168,7 @@ def text(work: Work, steps: int = 2500) -> None:
 def _trained_text_encoder(work: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     tokenizer = _tokenizer(work)
     encoder = models.build_text_encoder(tokenizer)
-    state = torch.load(work / "text.pt", map_location="cpu")["model"]
+    state = torch.load(work / "text.pt", map_location="cpu", weights_only=True)["model"]
     encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
     return tokenizer, encoder.to(_device()).eval()
 
@@ -197,7 +197,7 @@ def vae(work: Work, steps: int = 2600) -> None:
 
 def _trained_vae(work: Path) -> AutoencoderKL:
     model = models.build_vae()
-    model.load_state_dict(torch.load(work / "vae.pt", map_location="cpu")["model"])
+    model.load_state_dict(torch.load(work / "vae.pt", map_location="cpu", weights_only=True)["model"])
     return model.to(_device()).eval()
 
 
@@ -205,7 +205,7 @@ def _latents(work: Path) -> dict[str, Tensor]:
     """Latents and text states of the training scenes, encoded once; scaled to unit deviation."""
     path = work / "latents.pt"
     if path.exists():
-        return torch.load(path)
+        return torch.load(path, weights_only=True)
     tokenizer, encoder = _trained_text_encoder(work)
     autoencoder = _trained_vae(work)
     latents, states = [], []
@@ -271,7 +271,7 @@ def export(work: Work, out: Annotated[Path, typer.Option(help="folder for the tr
     autoencoder = _trained_vae(work)
     autoencoder.register_to_config(scaling_factor=float(_latents(work)["scale"]))
     network = models.build_unet()
-    network.load_state_dict(torch.load(work / "unet.pt", map_location="cpu")["extra"])
+    network.load_state_dict(torch.load(work / "unet.pt", map_location="cpu", weights_only=True)["extra"])
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=encoder,
@@ -285,7 +285,7 @@ def export(work: Work, out: Annotated[Path, typer.Option(help="folder for the tr
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(part)
-    state = torch.load(work / "evaluator.pt", map_location="cpu")["model"]
+    state = torch.load(work / "evaluator.pt", map_location="cpu", weights_only=True)["model"]
     (part / "evaluator").mkdir()
     halves = {k: v.half().contiguous() for k, v in state.items()}
     save_file(halves, part / "evaluator" / "model.safetensors", {"attributes": ",".join(CLASSES)})

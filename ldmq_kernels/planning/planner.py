@@ -20,7 +20,7 @@ from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes, measure_times
 from ldmq_kernels.plans.plan import Plan
-from ldmq_kernels.sensitivity.analysis import Analysis, analyze
+from ldmq_kernels.sensitivity.analysis import Analysis, analyze, open_work
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,13 @@ def analyzed(pipe: Any, request: PlanRequest) -> tuple[Analysis, Trajectory, str
         The analysis, the held-out trajectory, and in words what it was recorded on.
     """
     calibrated_on, verified_on = request.calibration_prompts, request.held_out_prompts
-    calibration = calibrate(pipe, calibrated_on, request.settings, mode=request.calibration_mode, show=request.show)
+    schemes, mode = parse_schemes(request.schemes), request.calibration_mode
+    open_work(pipe, request.work_dir, calibrated_on, request.settings, mode, schemes)  # refused before the work
+    calibration = calibrate(pipe, calibrated_on, request.settings, mode=mode, show=request.show)
     analysis = analyze(
         pipe,
         calibration,
-        parse_schemes(request.schemes),
+        schemes,
         signals=request.signals,
         work_dir=request.work_dir,
         show=request.show,
@@ -132,7 +134,8 @@ def plan(
         time_layers: time the layers on the pipeline's device, as targets in milliseconds do: a layer that would get
             slower stays in 16 bit.
         height: of the pictures in pixels, as the pipeline draws by default if None; and `width` alike.
-        work_dir: keeps the analysis, so that the same call goes on after a kill.
+        work_dir: keeps the analysis, so that the same call goes on after a kill; it is made for its owner alone, and
+            refused where others may read or write it, or where it holds the work of another model or other settings.
         out: where to write the plan file.
 
     Returns:

@@ -13,13 +13,14 @@ from torch import nn
 
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.ranges import range_drift, spread_steps
-from ldmq_kernels.calibration.trajectory import Trajectory, denoiser
+from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, denoiser
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.nn import timestep_groups
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.blocks import block_of
-from ldmq_kernels.plans.layers import fingerprint, quantizable_layers
-from ldmq_kernels.sensitivity.candidates import LayerCandidate, LayerSearch, Method
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.sensitivity.candidates import WHOLE, LayerCandidate, LayerSearch, Method
+from ldmq_kernels.sensitivity.identity import pipeline_identity
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
 from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record
 from ldmq_kernels.sensitivity.similarity import (
@@ -29,6 +30,14 @@ from ldmq_kernels.sensitivity.similarity import (
     middle_step,
     scored_layers,
     structural_noise,
+)
+from ldmq_kernels.sensitivity.stored import (
+    candidates_of,
+    noise_of,
+    number_of,
+    store_candidates,
+    store_noise,
+    store_number,
 )
 from ldmq_kernels.sensitivity.work import Work
 
@@ -146,7 +155,14 @@ def _search(trial: _TrialModel, schemes: list[Scheme], method: Method, probes: i
                 yield name, layer_search.candidates(schemes)
 
     names = list(trial.calibration.absmax)
-    return work.run("noise of each layer", names, search, show=show)
+    return work.run(
+        "noise of each layer",
+        names,
+        search,
+        store=store_candidates,
+        restore=lambda name, stored: candidates_of(stored, trial.modules[name]),
+        show=show,
+    )
 
 
 def _by_key(candidates: dict[str, list[LayerCandidate]]) -> Iterator[tuple[Key, LayerCandidate]]:
@@ -176,7 +192,9 @@ def _run_each(
         for item in items:
             yield item, trial.noise_of(sets[item])
 
-    return work.run(stage, list(sets), run, show=show)
+    return work.run(
+        stage, list(sets), run, store=store_noise, restore=lambda _item, stored: noise_of(stored), show=show
+    )
 
 
 def _similarity(
@@ -192,25 +210,45 @@ def _similarity(
             with trial.quantized({name: quantized_as(name, trial.modules[name], candidate)}):
                 yield item, structural_noise(trial.model, trajectory, decoder, pictures)
 
-    losses = work.run("similarity of pictures", list(sets), run, show=show)
+    losses = work.run(
+        "similarity of pictures",
+        list(sets),
+        run,
+        store=store_number,
+        restore=lambda _item, stored: number_of(stored),
+        show=show,
+    )
     return {(sets[item][0], str(sets[item][1].scheme)): value for item, value in losses.items()}
 
 
-def _settings(
-    trial: _TrialModel, schemes: Sequence[Scheme], steps: list[int], prompts: int, method: Method
-) -> dict[str, Any]:
-    """All that the results of an analysis depend on, as JSON."""
-    calibration = trial.calibration
-    return {
-        "model": fingerprint(trial.model),
-        "mode": calibration.mode,
-        "prompts": list(calibration.prompts),
-        **asdict(calibration.settings),
-        "schemes": [str(scheme) for scheme in schemes],
-        "steps": steps,
-        "analysed_prompts": prompts,
+def open_work(
+    pipe: Any,
+    work_dir: Path | None,
+    prompts: Sequence[str],
+    sampling: SamplingSettings,
+    mode: str,
+    schemes: Sequence[Scheme],
+    *,
+    analysed_steps: int = ANALYSED_STEPS,
+    method: Method = WHOLE,
+) -> Work:
+    """The work of the analysis that these arguments ask for: also before hours, to see that the folder serves.
+
+    Raises:
+        WorkError: the folder is not private, or holds work of other weights, settings or versions.
+    """
+    if work_dir is None:
+        return Work(None, {})
+    settings = {
+        "mode": mode,
+        "prompts": list(prompts),
+        **asdict(sampling),
+        "schemes": [str(scheme) for scheme in schemes if scheme.quantizes],
+        "analysed_steps": analysed_steps,
         "method": asdict(method),
+        **pipeline_identity(pipe, prompts),
     }
+    return Work(work_dir, settings)
 
 
 @torch.no_grad()
@@ -222,7 +260,7 @@ def analyze(
     analysed_steps: int = ANALYSED_STEPS,
     exact: str | int = AUTO,
     signals: Sequence[str] = ("sqnr",),
-    method: Method | None = None,
+    method: Method = WHOLE,
     work_dir: Path | None = None,
     show: bool = False,
 ) -> Analysis:
@@ -235,16 +273,15 @@ def analyze(
         exact: "all" runs the UNet for every candidate of every layer, a number for so many that the backward
             probes estimate to be the noisiest, "auto" for all of a small model and 24 of a large one.
         signals: "sqnr", and "ssim" for the structural similarity of pictures.
-        method: parts of the search of each layer; None makes all.
+        method: parts of the search of each layer.
         work_dir: keeps results, so that the same call goes on after a kill.
 
     Raises:
         ValueError: an unknown signal or `exact`, or an output that is not finite.
-        WorkError: the folder holds work of other settings.
+        WorkError: the folder is not private, or holds work of other weights, settings or versions.
     """
     if unknown := set(signals) - {"sqnr", SSIM}:
         raise ValueError(f"unknown signal {sorted(unknown)[0]!r}: choose among sqnr and ssim")
-    method = method or Method()
     tried = [scheme for scheme in schemes if scheme.quantizes]
     steps = spread_steps(calibration.trajectory.steps, analysed_steps)
     small = sum(p.numel() for p in denoiser(pipe).parameters()) <= SMALL_MODEL
@@ -254,7 +291,16 @@ def analyze(
         raise ValueError(f"exact is {exact!r}: choose 'all', 'auto' or a number of runs")
     analysed_prompts = 2 if small else 1
     trial = _TrialModel(pipe, calibration, steps, analysed_prompts)
-    work = Work(work_dir, _settings(trial, tried, steps, analysed_prompts, method))
+    work = open_work(
+        pipe,
+        work_dir,
+        calibration.prompts,
+        calibration.settings,
+        calibration.mode,
+        tried,
+        analysed_steps=analysed_steps,
+        method=method,
+    )
     candidates = _search(trial, tried, method, PROBES, work, show)
     estimates = {key: c.estimate for key, c in _by_key(candidates) if c.estimate is not None}
     keys = _exact_keys(estimates, candidates, exact)

@@ -52,6 +52,7 @@ class Method:
     first_token: bool = True
 
 
+WHOLE = Method()
 PLAIN = Method(smoothing=False, ranges=False, gptq=False, bias_correction=False, first_token=False)
 
 

@@ -6,27 +6,17 @@ each result is a file that is written whole; processes of torch.distributed take
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import distributed
 
-from ldmq_kernels.files import write_whole
 from ldmq_kernels.progress import track
+from ldmq_kernels.sensitivity.stored import Stored
+from ldmq_kernels.sensitivity.work_folder import WorkFolder
 
 Result = TypeVar("Result")
-
-
-FORMAT = 2  # of the results: 1 had classes of other names
-
-
-class WorkError(ValueError):
-    """A folder that holds the work of something else."""
 
 
 def processes() -> tuple[int, int]:
@@ -54,48 +44,11 @@ class Work:
         settings: what the results depend on, as JSON.
 
     Raises:
-        WorkError: the folder holds results of other settings.
+        WorkError: the folder is not private, or holds something else than results of these settings.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
-        self._folder = folder
-        if folder is None:
-            return
-        settings = {**settings, "format": FORMAT}
-        path = folder / "settings.json"
-        rank, _ = processes()
-        if path.exists():
-            earlier = json.loads(path.read_text())
-            if earlier.get("format") != FORMAT:
-                raise WorkError(f"{folder} holds work of another version of ldmq_kernels: give another folder")
-            different = [key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key)]
-            if different:
-                key = sorted(different)[0]
-                raise WorkError(
-                    f"{folder} holds work that was done with another {key} ({earlier.get(key)!r}, now "
-                    f"{settings.get(key)!r}): go on with the same settings, or give another folder"
-                )
-        elif rank == 0:
-            write_whole(path, json.dumps(settings, indent=1).encode())
-
-    def _path(self, stage: str, item: str) -> Path | None:
-        if self._folder is None:
-            return None
-        digest = hashlib.sha256(item.encode()).hexdigest()[:16]
-        return self._folder / stage / f"{digest}.pt"
-
-    def _load(self, stage: str, item: str) -> Any | None:
-        path = self._path(stage, item)
-        if path is None or not path.exists():
-            return None
-        return torch.load(path, weights_only=False)
-
-    def _save(self, stage: str, item: str, result: Any) -> None:
-        path = self._path(stage, item)
-        if path is not None:
-            buffer = io.BytesIO()
-            torch.save(result, buffer)
-            write_whole(path, buffer.getvalue())
+        self._folder = None if folder is None else WorkFolder(folder, settings)
 
     def run(
         self,
@@ -103,19 +56,27 @@ class Work:
         items: Sequence[str],
         compute: Callable[[list[str]], Iterator[tuple[str, Result]]],
         *,
+        store: Callable[[Result], Stored],
+        restore: Callable[[str, Stored], Result],
         show: bool,
     ) -> dict[str, Result]:
         """The results of all items, in their order, computing those that are missing.
 
         Args:
             compute: given the items that this process is to do, yields each with its result when it is done.
+            store: a result in the form that files take.
+            restore: the result of an item from that form.
         """
         rank, world = processes()
         mine = list(items)[rank::world]
-        results = {item: result for item in mine if (result := self._load(stage, item)) is not None}
+        results: dict[str, Result] = {}
+        if self._folder is not None:
+            known = {item: self._folder.load(stage, item) for item in mine}
+            results = {item: restore(item, stored) for item, stored in known.items() if stored is not None}
         missing = [item for item in mine if item not in results]
         for item, result in track(compute(missing), stage, len(missing), show=show and rank == 0):
-            self._save(stage, item, result)
+            if self._folder is not None:
+                self._folder.save(stage, item, store(result))
             results[item] = result
         everything = gathered(results)
         return {item: everything[item] for item in items if item in everything}

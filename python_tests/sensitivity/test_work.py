@@ -10,7 +10,9 @@ from torch import distributed, multiprocessing
 from ldmq_kernels.calibration import SamplingSettings, calibrate
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.sensitivity import analyze
-from ldmq_kernels.sensitivity.work import Work, WorkError
+from ldmq_kernels.sensitivity.stored import Stored
+from ldmq_kernels.sensitivity.work import Work
+from ldmq_kernels.sensitivity.work_folder import WorkError
 from python_tests.tiny import PROMPTS, SHALLOW, tiny_pipeline
 
 SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=4.0)
@@ -32,21 +34,26 @@ def counting(done, stop_at=None):
     return compute
 
 
+def run(folder, settings, items, compute):
+    work = Work(folder, settings)
+    return work.run("stage", items, compute, store=Stored, restore=lambda _item, stored: stored.data, show=False)
+
+
 def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):
     done = []
     with pytest.raises(Killed):
-        Work(tmp_path, {"a": 1}).run("stage", ["x", "y", "z"], counting(done, stop_at="z"), show=False)
-    results = Work(tmp_path, {"a": 1}).run("stage", ["x", "y", "z"], counting(done), show=False)
+        run(tmp_path, {"a": 1}, ["x", "y", "z"], counting(done, stop_at="z"))
+    results = run(tmp_path, {"a": 1}, ["x", "y", "z"], counting(done))
     assert done == ["x", "y", "z"]
     assert list(results.items()) == [(item, {"value": item * 2}) for item in ("x", "y", "z")]
 
 
 def test_work_of_other_settings_is_refused_and_kept(tmp_path):
-    Work(tmp_path, {"steps": 2}).run("stage", ["x"], counting([]), show=False)
+    run(tmp_path, {"steps": 2}, ["x"], counting([]))
     with pytest.raises(WorkError, match=r"another steps \(2, now 3\)"):
         Work(tmp_path, {"steps": 3})
     done = []
-    Work(tmp_path, {"steps": 2}).run("stage", ["x"], counting(done), show=False)
+    run(tmp_path, {"steps": 2}, ["x"], counting(done))
     assert done == []
 
 
@@ -59,18 +66,24 @@ def test_work_of_an_earlier_version_is_refused_and_kept(tmp_path):
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Work(None, {}).run("stage", ["x"], counting([]), show=False)
+    run(None, {}, ["x"], counting([]))
     assert not list(tmp_path.iterdir())
+
+
+def as_numbers(layer_plan):
+    vectors = (layer_plan.smoothing, layer_plan.bias_correction)
+    rest = dataclasses.replace(layer_plan, smoothing=None, bias_correction=None)
+    return [rest, *(None if vector is None else vector.tolist() for vector in vectors)]
 
 
 def as_values(analysis):
     """All numbers of an analysis, for comparison to the bit."""
     layers = {
-        name: [(str(c.scheme), c.noise, c.label, c.layer_plan.input_scale, c.estimate) for c in found]
+        name: [(c.noise, c.label, c.estimate, *map(as_numbers, (c.layer_plan, *c.judged))) for c in found]
         for name, found in analysis.candidates.items()
     }
     weights = {
-        (name, str(c.scheme)): c.quantized_layer.state_dict()["weight"].tolist()
+        (name, str(c.scheme)): {key: t.tolist() for key, t in c.quantized_layer.state_dict().items()}
         for name, found in analysis.candidates.items()
         for c in found
         if c.quantized_layer is not None

@@ -1,0 +1,67 @@
+"""What a pipeline's numbers depend on, as JSON: weights, dtype, configurations and versions."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ldmq_kernels.calibration.trajectory import denoiser
+from ldmq_kernels.numerics.checksum import checksum, combined
+from ldmq_kernels.version import __version__
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+def _versions() -> dict[str, str]:
+    found = {"ldmq_kernels": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a pipeline of another library
+    return found
+
+
+def _config(component: Any) -> dict[str, Any]:
+    """A component's configuration, without where it was loaded from and by which version."""
+    config = getattr(component, "config", {})
+    entries = config.to_dict() if hasattr(config, "to_dict") else dict(config) if isinstance(config, Mapping) else {}
+    kept = {key: value for key, value in entries.items() if not key.startswith("_") and not key.endswith("_version")}
+    return json.loads(json.dumps(kept, default=str, sort_keys=True))
+
+
+def _weights(module: nn.Module) -> str:
+    return combined({f"{name} {t.dtype} {tuple(t.shape)}": checksum(t) for name, t in module.state_dict().items()})
+
+
+def pipeline_identity(pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """What the outputs of a pipeline depend on beside its sampling settings.
+
+    The weights of every part are read once; those of SDXL in float32 are 14 GB.
+
+    Args:
+        prompts: what its tokenizers are asked for.
+    """
+    model = denoiser(pipe)
+    parts: Mapping[str, Any] = getattr(pipe, "components", None) or {"denoiser": model}
+    identity: dict[str, Any] = {
+        "pipeline": type(pipe).__name__,
+        "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}),
+        "versions": _versions(),
+    }
+    for name, part in sorted(parts.items()):
+        if part is None:
+            continue
+        described = {"class": type(part).__name__, **_config(part)}
+        if isinstance(part, nn.Module):
+            described["weights"] = _weights(part)
+        elif hasattr(part, "convert_tokens_to_ids"):
+            tokens = [list(part(text)["input_ids"]) for text in prompts]
+            described["tokens"] = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+        identity[name] = described
+    return identity
