@@ -38,6 +38,7 @@ def third_party_imports() -> Iterator[tuple[Path, str]]:
                     yield path.relative_to(ROOT), library
 
 
+@pytest.mark.slow
 def test_the_core_quantizes_a_model_without_any_extra() -> None:
     run = bare(
         "import ldmq_kernels.nn; from ldmq_kernels.plans.plan import uniform_plan; "

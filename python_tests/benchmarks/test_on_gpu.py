@@ -35,6 +35,7 @@ def test_stages_run_in_order_and_a_failed_one_stops_no_other(tmp_path: Path) -> 
     assert {path.name for path in out.iterdir()} <= set(on_gpu.FILES)
 
 
+@pytest.mark.slow
 def test_a_stage_over_its_limit_is_cut_short_with_its_children_and_none_starts_when_time_is_up(tmp_path: Path) -> None:
     sleep = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}, sys.argv[1]])"

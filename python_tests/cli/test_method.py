@@ -62,6 +62,7 @@ def test_a_pareto_front_leaves_plans_a_table_and_a_picture(
     assert "<svg" in (out / "pareto.svg").read_text()
 
 
+@pytest.mark.slow
 def test_targets_can_be_combined(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "made.json"
     limits = ("--target-sqnr", 15, "--target-ms", 1e4, "--target-layers", 33)
@@ -72,6 +73,7 @@ def test_targets_can_be_combined(model: Path, prompts: Path, tmp_path: Path) -> 
     assert plan.measured["milliseconds"] <= 1e4
 
 
+@pytest.mark.slow
 def test_signals_and_sensitive_blocks_can_be_asked_for(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "made.json"
     wishes = ("--signals", "sqnr,ssim", "--hybrid", 0.3, "--height", 24, "--width", 32)

@@ -66,6 +66,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "make_plan", _plan_once)
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_a_page_its_numbers_and_a_model_that_loads(weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run.run_demo(out, CAPTIONS, weights=weights)
@@ -114,6 +115,7 @@ def test_ctrl_c_leaves_the_earlier_demo(weights: Path, tmp_path: Path, monkeypat
     assert [file.name for file in out.iterdir()] == ["results.json"]
 
 
+@pytest.mark.slow
 def test_a_model_that_draws_otherwise_after_loading_is_an_error(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ torch.save(draw(pipe), {images!r})
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_draws_the_same_pictures_whichever_is_imported_first(pipe, saved, tmp_path):
     images = [tmp_path / "ldmq.pt", tmp_path / "diffusers.pt"]
     draw_to = [DRAW.format(saved=str(saved), images=str(file)) for file in images]

@@ -92,6 +92,7 @@ def test_copies_compute_the_same(quantized: Any, duplicate: Any) -> None:
     assert torch.equal(run_unet(duplicate(quantized)), run_unet(quantized))
 
 
+@pytest.mark.slow
 def test_it_compiles_without_a_graph_break_to_the_same_result() -> None:
     unet = tiny_unet(**SHALLOW)
     convert(unet, corrected_plan(unet))

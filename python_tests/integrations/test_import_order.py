@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from python_tests.processes import run_each_anew
 
 CHECK = "from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'ldmq' in known"
@@ -15,5 +17,6 @@ ORDERS = (
 )
 
 
+@pytest.mark.slow
 def test_registered_in_every_order_of_imports() -> None:
     run_each_anew([f"{order}; {CHECK}" for order in ORDERS])

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ldmq_kernels as ldmq
 from python_tests.tiny import mixed_plan, tiny_unet
 
@@ -23,6 +25,7 @@ print(json.dumps({"before": sorted(before), "after": sorted(sys.modules)}))
 PLANNER = ("ldmq_kernels.planning", "ldmq_kernels.sensitivity", "ldmq_kernels.report")
 
 
+@pytest.mark.slow
 def test_loading_a_quantized_model_imports_neither_planner_nor_scipy(tmp_path: Path) -> None:
     unet = tiny_unet()
     unet.save_pretrained(tmp_path / "float")

@@ -223,6 +223,7 @@ def test_a_block_called_by_itself_takes_a_time_embedding() -> None:
         assert torch.equal(block(x, embedding), plain(x, embedding))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["float", "w8a8-dynamic"])
 def test_a_cached_unet_is_one_graph_for_a_compiler(scheme: str) -> None:
     unet = made(scheme, **SHALLOW)

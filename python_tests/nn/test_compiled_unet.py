@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import ldmq_kernels as ldmq
@@ -9,6 +10,7 @@ from ldmq_kernels.numerics.formats import SCHEMES
 from python_tests.tiny import SHALLOW, mixed_plan, tiny_unet, unet_inputs
 
 
+@pytest.mark.slow
 def test_a_unet_with_every_scheme_compiles_without_graph_break_to_the_same_result():
     unet = tiny_unet(**SHALLOW)
     plan = mixed_plan(unet)

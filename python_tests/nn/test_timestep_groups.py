@@ -180,6 +180,7 @@ def test_the_group_stays_when_the_model_moves_between_the_hook_and_the_call(by_g
         assert torch.equal(run(unet, timestep), expected(by_group, timestep))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled_blocks", [False, True])
 def test_threads_that_share_a_model_are_each_at_their_own_time_step(by_group: list[Any], compiled_blocks: bool) -> None:
     """All begin before the first layer runs, and none ends before all came to the last."""
@@ -226,6 +227,7 @@ def test_a_call_costs_one_bucketize_and_one_gather_and_waits_for_nothing() -> No
     assert not {"_local_scalar_dense", "item", "is_nonzero"} & set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_a_compiled_model_follows_the_time_step_without_a_graph_break(by_group: list[Any], backend: str) -> None:
     unet = timestep_unet()
@@ -239,6 +241,7 @@ def test_a_compiled_model_follows_the_time_step_without_a_graph_break(by_group: 
         assert all(float((out - other).abs().mean()) > 4 * float((out - wanted).abs().mean()) for other in others)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_takes_its_time_step_and_not_the_one_of_an_earlier_call(by_group: list[Any]) -> None:
     unet = timestep_unet()
     torch._dynamo.reset()
@@ -247,6 +250,7 @@ def test_a_compiled_model_takes_its_time_step_and_not_the_one_of_an_earlier_call
     assert torch.equal(run(compiled, torch.tensor(0)), expected(by_group, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [copy.deepcopy, through_load_state_dict])
 def test_a_model_that_is_copied_or_loaded_before_a_compiled_call_follows_the_time_step(
     by_group: list[Any], change: Any
@@ -264,6 +268,7 @@ def test_a_model_that_is_copied_or_loaded_before_a_compiled_call_follows_the_tim
         assert torch.equal(run(compiled, torch.tensor(timestep)), run(other, timestep))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_of_an_eager_model_follow_the_time_step(by_group: list[Any]) -> None:
     unet = timestep_unet()
     torch._dynamo.reset()

@@ -141,6 +141,7 @@ def test_runs_of_one_session_are_not_repeated(shallow_pipe: StableDiffusionPipel
 # -- the whole method --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_whole_method_writes_a_plan_that_loads(shallow_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     result = make_plan(shallow_pipe, PlanRequest([*PROMPTS, "a dog"], Target(sqnr_db=30.0), settings=SETTINGS))
     result.plan.save(tmp_path / "plan.json")

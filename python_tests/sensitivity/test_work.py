@@ -123,6 +123,7 @@ def alone(tmp_path_factory):
     return values
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_to_the_bit_as_one(tmp_path, alone):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

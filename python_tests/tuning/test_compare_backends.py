@@ -208,6 +208,7 @@ def test_a_tile_that_kills_the_device_is_not_tried_again(other: OtherBackend, tm
     assert set(found["cuda_tiles"].values()) == {"small"}
 
 
+@pytest.mark.slow
 def test_ops_without_tiles_are_compared_too(
     other: OtherBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_timestep_scales_are_of_each_group(setup: Setup) -> None:
     assert plan.layer("conv_in").input_scale == pytest.approx(tuple(wanted))
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_its_budget_or_its_noise(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_plans, "ALL_FORMATS", ("w8a8-dynamic", "w4a8-dynamic", "fp16"))
     plans = own_plans.OwnPlans(setup)
@@ -81,6 +82,7 @@ def test_a_plan_keeps_its_budget_or_its_noise(setup: Setup, monkeypatch: pytest.
     assert all(not choice.scheme.format.weight.is_coarse for choice in reached.layers(setup.unet).values())
 
 
+@pytest.mark.slow
 def test_what_the_search_finds_is_less_noisy_than_the_plain_range(setup: Setup) -> None:
     plans = own_plans.OwnPlans(setup)
     plain, searched = (
@@ -101,6 +103,7 @@ def test_other_tools_layers_are_taken_over(setup: Setup) -> None:
     assert (seen.stored, seen.computed) == (frozenset(stored), frozenset(computed))
 
 
+@pytest.mark.slow
 def test_a_plan_on_another_tools_layers_quantizes_exactly_these(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_plans, "ALL_FORMATS", ("w8a8-dynamic", "w8a8x2", "w8a16"))
     plans = own_plans.OwnPlans(setup)

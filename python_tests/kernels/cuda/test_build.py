@@ -321,6 +321,7 @@ def other_python() -> tuple[str, str, str]:
     pytest.skip("needs another Python with its headers")
 
 
+@pytest.mark.slow
 def test_the_same_library_serves_a_module_of_another_python(build_folder: Path, tmp_path: Path) -> None:
     python, headers, suffix = other_python()
     shutil.copy2(build_folder / PLACE / "libldmq_kernels.so", tmp_path)

@@ -21,14 +21,14 @@ from ldmq_kernels.kernels.reference import backend as reference
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MODES = ["one inv_scale", "inv_scales", "measured", "smoothed"]
 EPS = 1e-5
-NORMS = [  # with their groups
-    ((1, 320, 9, 13), 32),  # several parts, and groups of 10: vectors across groups
-    ((3, 960, 3, 1), 32),  # more units than blocks
-    ((1, 20, 1, 1), 4),  # one pixel, and vectors for float32 alone
-    ((3, 4, 5, 7), 2),
-    ((2, 4, 33, 35), 4),  # groups of one channel
-    ((1, 963, 3, 3), 3),  # no vectors, and channels for more than one row of threads
-    ((2, 963, 5, 1), 1),  # a group that they cut
+NORMS = [  # with their groups and dtypes
+    *(((1, 320, 9, 13), 32, dtype) for dtype in DTYPES),  # several parts, and groups of 10: vectors across groups
+    ((3, 960, 3, 1), 32, torch.float16),  # more units than blocks
+    *(((1, 20, 1, 1), 4, dtype) for dtype in DTYPES),  # one pixel, and vectors for float32 alone
+    *(((3, 4, 5, 7), 2, dtype) for dtype in DTYPES),
+    *(((2, 4, 33, 35), 4, dtype) for dtype in DTYPES),  # groups of one channel
+    *(((1, 963, 3, 3), 3, dtype) for dtype in DTYPES),  # no vectors, and channels for more than one row of threads
+    ((2, 963, 5, 1), 1, torch.bfloat16),  # a group that they cut
 ]
 
 
@@ -74,8 +74,7 @@ def check_norm(device: torch.device, x: Tensor, *arguments: Any) -> None:
     assert got[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "groups"), NORMS)
+@pytest.mark.parametrize(("shape", "groups", "dtype"), NORMS)
 @pytest.mark.parametrize("mode", MODES)
 def test_group_norms_are_near_the_reference(
     device: torch.device, shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype, mode: str

@@ -75,6 +75,7 @@ def test_shared_memory_fits(report: list[dict[str, Any]]) -> None:
     assert names([row for row in report if row["shared"] > SHARED_LIMIT[row["capability"]]]) == []
 
 
+@pytest.mark.slow
 def test_every_tile_fits_and_spills_nothing(tiles: list[dict[str, Any]]) -> None:
     assert len(tiles) > 200
     assert names([row for row in tiles if row["spills"] or row["shared"] > SHARED_LIMIT[row["capability"]]]) == []
