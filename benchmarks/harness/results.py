@@ -143,7 +143,7 @@ class Output:
 
     @classmethod
     def of(cls, what: str, options: argparse.Namespace) -> Output:
-        """As the options of `add_options` say."""
+        """Do what the options of `add_options` say."""
         return cls(what, options.json, options.rows, options.record)
 
     @property

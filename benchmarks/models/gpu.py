@@ -101,7 +101,7 @@ def plain_forms(float_model: nn.Module, ours: nn.Module, inputs: dict[str, Any],
 
 
 def compiled_forms(float_model: nn.Module, ours: nn.Module, inputs: dict[str, Any]) -> Variants:
-    """By torch.compile, replayed as CUDA graphs; ours also with its blocks unfused, for Inductor to fuse."""
+    """Run by torch.compile, replayed as CUDA graphs; ours also with its blocks unfused, for Inductor to fuse."""
     models: dict[str, Callable[[], nn.Module]] = {
         "compiled_fp16": lambda: float_model,
         "ldmq_compiled": lambda: ours,
@@ -124,7 +124,7 @@ class _Shell(nn.Module):
         self.call: Callable[..., Any] = inner
 
     def forward(self, **inputs: Any) -> Any:
-        """As the inner module's."""
+        """Return what the inner module does."""
         return self.call(**inputs)
 
 

@@ -156,7 +156,7 @@ class OwnPlans:
 
     @functools.cached_property
     def analysis(self) -> Analysis:
-        """Of every 8-bit and 4-bit scheme, with all signals."""
+        """The analysis of every 8-bit and 4-bit scheme, with all signals."""
         schemes = parse_schemes(ALL_FORMATS)
         calibration = self.calibration(ALL_STEPS)
         return analyze(self.setup.pipe, calibration, schemes, signals=("sqnr", "ssim"))

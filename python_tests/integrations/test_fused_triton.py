@@ -82,7 +82,7 @@ def random(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("scheme", ["w8a8-static", "w8a8-dynamic", "w4a8-dynamic"])
 def test_a_residual_block(scheme: str) -> None:
-    """64 channels to 96, so that its shortcut is a product; windows and a time embedding."""
+    """64 channels to 96, so that its shortcut is a product; TMA tiles and a time embedding."""
     block = ResnetBlock2D(in_channels=64, out_channels=96, temb_channels=48, groups=8, eps=1e-5)
     fused, product = converted(block, scheme), PRODUCT[scheme[:4]]
     x, embedding = random(2, 64, 6, 5), random(2, 48)

@@ -58,7 +58,7 @@ class TabulatedTimestepEmbedding(TimestepEmbedding):
     row_width: int
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        """As TimestepEmbedding's; rows (N, row_width) as they are."""
+        """Embed as TimestepEmbedding does; rows of a step table (N, row_width) are returned as they are."""
         return sample if sample.shape[-1] == self.row_width else super().forward(sample, condition)
 
     def leave_table(self) -> None:
@@ -120,7 +120,7 @@ class TabulatedTimesteps(Timesteps):
         self.__class__ = Timesteps
 
     def train(self, mode: bool = True) -> Any:
-        """As nn.Module's; training drops the table."""
+        """Set the mode as nn.Module does; training drops the table."""
         super().train(mode)
         if mode:
             self._drop("the model is being trained")

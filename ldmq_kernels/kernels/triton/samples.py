@@ -32,7 +32,7 @@ class Parts:
 
 
 def parts_of_samples(samples: int, pixels: int, channels: int) -> Parts:
-    """As many parts as run at once, where there is work for them."""
+    """How many parts a sample is cut into: as many as run at once, where there is work for them."""
     block_c = min(CHANNELS, triton.next_power_of_2(channels))
     block_m = min(PART_ELEMENTS // block_c, triton.next_power_of_2(pixels))
     column_blocks, blocks = triton.cdiv(channels, block_c), triton.cdiv(pixels, block_m)

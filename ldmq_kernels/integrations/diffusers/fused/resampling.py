@@ -17,7 +17,7 @@ class FusedUpsample2D(Upsample2D):
     """Upsample2D that quantizes the small input and never makes the enlarged one."""
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """As Upsample2D's."""
+        """Take and return what the forward of Upsample2D does."""
         conv: Any = getattr(self, "conv" if self.name == "conv" else "Conv2d_0", None)
         is_plain = self.use_conv and self.interpolate and not self.use_conv_transpose and self.norm is None
         is_double = output_size is None or tuple(output_size) == tuple(2 * side for side in hidden_states.shape[2:])
@@ -30,7 +30,7 @@ class FusedDownsample2D(Downsample2D):
     """Downsample2D that pads inside the convolution."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As Downsample2D's."""
+        """Take and return what the forward of Downsample2D does."""
         pads = self.use_conv and self.padding == 0 and self.norm is None
         if args or kwargs or not (pads and _convolves(self.conv)):
             return super().forward(hidden_states, *args, **kwargs)

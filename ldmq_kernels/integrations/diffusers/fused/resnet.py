@@ -33,7 +33,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
     time_columns: TimeColumns | None = None
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        """As ResnetBlock2D's; `temb` (N, E), or rows of a step table."""
+        """Take and return what the forward of ResnetBlock2D does; `temb` is (N, E), or rows of a step table."""
         vector = self._tabulated(temb)
         if args or kwargs or not (self.can_add_vector() and (vector is not None or self._has_fused_convolution())):
             return super().forward(input_tensor, self._embedding(temb), *args, **kwargs)

@@ -98,7 +98,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """As BasicTransformerBlock's."""
+        """Take and return what the forward of BasicTransformerBlock does."""
         knows = not (args or cross_attention_kwargs or hidden_states.dim() != 3)
         if not knows or (self.attn2 is not None and encoder_hidden_states is None) or not self._is_fusible():
             return super().forward(
