@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, timestep_groups
+from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, name_layers, timestep_groups
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 
@@ -54,6 +54,7 @@ def convert(
         hessian = hessian_of(name) if hessian_of is not None and layer_plan.rounding == "gptq" else None
         built[layers[name]] = quantize_layer(name, layers[name], layer_plan, hessian)
     replace_modules(model, built)
+    name_layers(model)
     timestep_groups.attach(model, plan.timestep_groups)
     for listener in _listeners:
         listener(model, plan)

@@ -8,6 +8,20 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def check_channels(channels: int, factors: Tensor | None) -> None:
+    """Refuse factors of another number of channels, which torch would spread over an input that is one wide.
+
+    Args:
+        channels: of the input.
+        factors: (1,) or (C,), or None.
+
+    Raises:
+        ValueError: C is another number.
+    """
+    if factors is not None and factors.numel() not in (1, channels):
+        raise ValueError(f"the input has {channels} channels, its scales are for {factors.numel()}")
+
+
 def conv2d_output_size(
     size: Sequence[int],
     kernel_size: Sequence[int],

@@ -2,6 +2,6 @@
 
 from ldmq_kernels.nn.quant_conv2d import QuantConv2d
 from ldmq_kernels.nn.quant_linear import QuantLinear
-from ldmq_kernels.nn.quantized import QuantizedLayer
+from ldmq_kernels.nn.quantized import QuantizedLayer, name_layers
 
-__all__ = ["QuantConv2d", "QuantLinear", "QuantizedLayer"]
+__all__ = ["QuantConv2d", "QuantLinear", "QuantizedLayer", "name_layers"]

@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
-from ldmq_kernels.nn.quantized import QuantizedLayer
+from ldmq_kernels.nn.quantized import ACTIVATION_DTYPES, QuantizedLayer
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -63,7 +63,10 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         """Quantize the input as the scheme says, convolve in integers, scale back."""
         if not self.scheme.quantizes:
             return nn.Conv2d.forward(self, x)
-        if x.dim() == 3:
+        shape = x.shape
+        if shape[-3] != self.in_channels or x.dtype not in ACTIVATION_DTYPES:
+            self.refuse(x, self.in_channels)
+        if len(shape) == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)

@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
-from ldmq_kernels.nn.quantized import QuantizedLayer
+from ldmq_kernels.nn.quantized import ACTIVATION_DTYPES, QuantizedLayer
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -61,6 +61,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (..., in_features) as the scheme says: its quantized values, and the scales (...) of a dynamic one."""
+        if x.shape[-1] != self.in_features or x.dtype not in ACTIVATION_DTYPES:
+            self.refuse(x, self.in_features)
         activations = self.scheme.activations
         if activations.is_calibrated:
             return getattr(ops, activations.quantize_static)(x, self.input_inv_scale, -1), None
@@ -73,6 +75,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             residual = self.linear(self.low_part(x, x_q, -1), None, x.dtype, residual, second=True)
             return self.linear(x_q, None, x.dtype, residual)
         if scheme.is_static and scheme.format.fused_linear is not None:
+            if x.shape[-1] != self.in_features or x.dtype not in ACTIVATION_DTYPES:
+                self.refuse(x, self.in_features)
             product = getattr(ops, scheme.format.fused_linear)
             weight, operands = self.kernel_weight, self.operands()
             return product(x, self.input_inv_scale, self.call_scale, weight, *operands, self.bias, residual)
@@ -91,6 +95,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     def _project_float(self, x: Tensor) -> Tensor:
         if not self.scheme.quantizes:
             return nn.Linear.forward(self, x)
+        if x.shape[-1] != self.in_features or x.dtype not in ACTIVATION_DTYPES:
+            self.refuse(x, self.in_features)
         product = getattr(ops, self.scheme.format.products["linear"])
         return product(x, self.weight, *self.operands(), self.bias)
 

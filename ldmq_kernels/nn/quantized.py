@@ -15,6 +15,8 @@ from ldmq_kernels.numerics.formats import Scheme, schemes_of
 from ldmq_kernels.numerics.smoothing import smoothed_hessian
 from ldmq_kernels.numerics.split import LOW_STEPS, quantize_low_part
 
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 class QuantizedLayer(PackedWeight, InputScale):
     """Mixin over nn.Linear or nn.Conv2d; `kind` is "linear" or "conv2d".
@@ -30,6 +32,7 @@ class QuantizedLayer(PackedWeight, InputScale):
     bias: Any
     first_token: bool = False
     adds_bias: bool = False
+    name: str = ""  # in its model, for errors; empty where nobody gave one
     revision: int = 0  # of the buffers: grows whenever they are filled, loaded or moved
 
     # -- to be given by the layer ------------------------------------------------------------------
@@ -230,6 +233,26 @@ class QuantizedLayer(PackedWeight, InputScale):
 
     # -- of a call -----------------------------------------------------------------------------------
 
+    def refuse(self, x: Tensor, channels: int) -> None:
+        """Say what is wrong with an input that no layer of this kind takes.
+
+        Args:
+            x: the input.
+            channels: how many a channel axis of it has to have.
+
+        Raises:
+            ValueError: always; the text names the layer.
+        """
+        layer = f"{self.name or 'a layer'} ({self.scheme} {self.kind})"
+        if x.dtype not in ACTIVATION_DTYPES:
+            accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in ACTIVATION_DTYPES)
+            raise ValueError(f"{layer} is given {x.dtype}, it takes {accepted}: cast the input to the model's dtype")
+        axis = "the last axis" if self.kind == "linear" else "the axis before height and width"
+        raise ValueError(
+            f"{layer} is given an input of shape {tuple(x.shape)}, and takes {channels} channels along {axis}: "
+            "is it meant for another model?"
+        )
+
     def low_part(self, x: Tensor, x_q: Tensor, axis: int) -> Tensor:
         """The second int8 value of each activation of a split scheme."""
         inv_scale: Any = self.input_inv_scale
@@ -306,3 +329,10 @@ class QuantizedLayer(PackedWeight, InputScale):
             if self.packer is not None:
                 words.append(f"packed for {self.packer.layout}")
         return ", ".join(words)
+
+
+def name_layers(model: nn.Module) -> None:
+    """Tell each quantized layer of a model what it is called there."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            layer.name = name

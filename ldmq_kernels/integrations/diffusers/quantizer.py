@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.conversion.convert import ConversionError, quantize_layer, quantized_class, replace_modules
 from ldmq_kernels.integrations.diffusers.config import LdmqConfig
-from ldmq_kernels.nn import QuantizedLayer, timestep_groups
+from ldmq_kernels.nn import QuantizedLayer, name_layers, timestep_groups
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan
 
@@ -165,6 +165,7 @@ class LdmqQuantizer(DiffusersQuantizer):
     # -- after the weights ---------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **_kwargs: Any) -> None:
+        name_layers(model)
         for layer in model.modules():
             if isinstance(layer, QuantizedLayer):
                 layer.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import onednn
 from ldmq_kernels.kernels.cpu.blocks import finish_rows
 from ldmq_kernels.kernels.cpu.packing import pack_linear
@@ -30,6 +31,8 @@ def linear_w8a8(
     if not rows.shape[0]:
         return x_q.new_empty(shape, dtype=out_dtype)
     packed = weight if weight.is_mkldnn else pack_linear(weight)
+    if packed.shape[0] != rows.shape[1]:
+        raise Unsupported(f"the input has {rows.shape[1]} channels, the weight {packed.shape[0]}")
     shift = None if bias is None else bias.float()
     is_static = x_scale.numel() == 1
     if is_static and residual is None and out_dtype in WRITTEN_BY_ONEDNN:

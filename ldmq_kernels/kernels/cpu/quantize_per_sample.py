@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows, row_blocks
+from ldmq_kernels.kernels.geometry import check_channels
 from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 
 
@@ -19,6 +20,7 @@ def _absmax(rows: Tensor, inv_smooth: Tensor | None) -> Tensor:
 
 def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each picture of a batch with the scale of its own largest value."""
+    check_channels(x.shape[1], inv_smooth)
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, dtype=torch.int8)
     scale = torch.empty(x.shape[0], dtype=torch.float32)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.blocks import row_blocks
+from ldmq_kernels.kernels.geometry import check_channels
 from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 
 
 def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value."""
+    check_channels(x.shape[-1], inv_smooth)
     x = x.contiguous()
     out = torch.empty_like(x, dtype=torch.int8)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32)

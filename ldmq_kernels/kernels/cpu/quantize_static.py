@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows
+from ldmq_kernels.kernels.geometry import check_channels
 
 
 def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     """Quantize with a calibrated scale."""
+    check_channels(x.shape[channel_dim] if x.dim() else 1, inv_scale)
     is_image = x.dim() == 4 and channel_dim == 1
     x = x.contiguous(memory_format=torch.channels_last if is_image else torch.contiguous_format)
     out = torch.empty_like(x, dtype=torch.int8)

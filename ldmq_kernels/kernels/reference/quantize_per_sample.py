@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.geometry import check_channels
 from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 from ldmq_kernels.kernels.reference.quantize_static import round_to_int8
 
 
 def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each picture of a batch with the scale of its own largest value."""
+    check_channels(x.shape[1], inv_smooth)
     y = x.contiguous(memory_format=torch.channels_last).float()
     if inv_smooth is not None:
         y = y * inv_smooth.view(1, -1, 1, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.geometry import check_channels
 from ldmq_kernels.kernels.reference.quantize_static import round_to_int8
 
 ABSMAX_FLOOR = 1e-12  # of a token that is all zero, so that its scale is positive
@@ -17,6 +18,7 @@ def dynamic_scale(absmax: Tensor) -> Tensor:
 
 def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value."""
+    check_channels(x.shape[-1], inv_smooth)
     y = x.contiguous().float()
     if inv_smooth is not None:
         y = y * inv_smooth

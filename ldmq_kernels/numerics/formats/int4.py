@@ -39,7 +39,12 @@ def unpack_int4(packed: Tensor, length: int) -> Tensor:
 
     Returns:
         (..., length) int8 in [-8, 7].
+
+    Raises:
+        ValueError: the bytes hold another number of values.
     """
+    if packed.shape[-1] != packed_size(length):
+        raise ValueError(f"rows of {packed.shape[-1]} bytes do not hold {length} int4 values each")
     signed = packed.view(torch.int8)
     pairs = torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1)
     return pairs.flatten(-2)[..., :length].contiguous()
