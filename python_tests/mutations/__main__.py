@@ -1,0 +1,32 @@
+"""python -m python_tests.mutations KIND [--count N] [--seed S]: exit code 0 where every answer was right."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from python_tests.mutations.trials import table, wrong_ones
+
+# Each module has `trials(count, seed)`, an iterator of Outcomes: seeds from `seed` on, one for each.
+KINDS: dict[str, str] = {}
+
+
+def main(arguments: list[str]) -> int:
+    """Try mutations of one kind and print what came of them."""
+    parser = argparse.ArgumentParser(prog="python -m python_tests.mutations", description=__doc__)
+    parser.add_argument("kind", choices=sorted(KINDS))
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args(arguments)
+    outcomes = []
+    for outcome in importlib.import_module(KINDS[asked.kind]).trials(asked.count, asked.seed):
+        outcomes.append(outcome)
+        if not outcome.right:
+            print("\n".join(wrong_ones([outcome])), flush=True)
+    print(table(outcomes))
+    return 0 if all(outcome.right for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
