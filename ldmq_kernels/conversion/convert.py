@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, name_layers, timestep_groups
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
+from ldmq_kernels.plans.weights import WeightsCheck
 
 _listeners: list[Callable[[nn.Module, Plan], None]] = []
 
@@ -29,7 +30,8 @@ def convert(
 ) -> None:
     """Replace every layer that the plan quantizes, in place; the others stay as they are.
 
-    All quantized layers are built before the first one is put in, so an error leaves the model untouched.
+    All quantized layers are built before the first one is put in, so an error leaves the model untouched. A plan that
+    was made from other weights is applied with an `OtherWeightsWarning`.
 
     Args:
         hessians: layer -> (K, K) float32 for the layers that the plan rounds by GPTQ, asked for in the model's
@@ -53,6 +55,10 @@ def convert(
     for name, layer_plan in layer_plans.items():
         hessian = hessian_of(name) if hessian_of is not None and layer_plan.rounding == "gptq" else None
         built[layers[name]] = quantize_layer(name, layers[name], layer_plan, hessian)
+    check = WeightsCheck(plan, model)
+    for name, layer in layers.items():
+        check.add(name, layer.weight)
+    check.finish()
     replace_modules(model, built)
     name_layers(model)
     timestep_groups.attach(model, plan.timestep_groups)

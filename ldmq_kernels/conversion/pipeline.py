@@ -43,7 +43,8 @@ def quantize(
         ldmq.quantize(model, scheme="w8a8-dynamic")
 
     Afterwards `save_pretrained` writes the quantized model, and `from_pretrained` gives it back. Where the plan
-    rounds weights by GPTQ, the pipeline first draws the plan's calibration prompts again.
+    rounds weights by GPTQ, the pipeline first draws the plan's calibration prompts again. A plan that was made from
+    other weights of the same shapes is applied, with a warning.
 
     Args:
         pipe: a diffusers pipeline, or a model.

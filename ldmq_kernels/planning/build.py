@@ -26,6 +26,7 @@ def build_plan(
     *,
     sensitive: Collection[str] = (),
     times: LayerTimes | None = None,
+    weights: Mapping[str, str] | None = None,
 ) -> Plan:
     """The plan that gives every layer its scheme, as the analysis' candidates have it.
 
@@ -33,10 +34,13 @@ def build_plan(
         schemes: layer -> scheme, of all layers.
         sensitive: the blocks that had to start with higher precision.
         times: the times by which layers that would get slower stayed in 16 bit.
+        weights: the `weights_record` of the model.
     """
     rules, exceptions = compress(schemes)
     calibration = analysis.calibration
     plan = Plan(model_record(model), rules, target=target.to_dict())
+    if weights is not None:
+        plan.model["weights"] = dict(weights)
     plan.timestep_groups = list(calibration.timestep_groups)
     precise = {name: block for name in exceptions if (block := block_of(model, name)) in sensitive}
     reasons = {name: _reason(name, schemes[name], analysis, precise.get(name), times) for name in exceptions}

@@ -19,6 +19,7 @@ from ldmq_kernels.planning.times import LayerTimes
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
+from ldmq_kernels.plans.weights import weights_record
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 from ldmq_kernels.sensitivity.similarity import SSIM
@@ -96,6 +97,7 @@ class Session:
         weights = step_weights(analysis.steps, analysis.calibration.trajectory.steps)
         self.chooser = Chooser(options, weights, signals, rest_milliseconds=None if times is None else times.rest)
         self._evaluator = PlanEvaluator(model, analysis)
+        self._weights = weights_record(model)
         self._known: dict[tuple[tuple[str, str], ...], Verified] = {}
         self.interaction_db: float | None = None  # by which the layers together are noisier than their sum
 
@@ -145,6 +147,7 @@ class Session:
             self.formats,
             sensitive=self.sensitive,
             times=self.times,
+            weights=self._weights,
         )
         plan.measured = {
             "held_out_sqnr_db": round(verified.db, 3),

@@ -2,7 +2,7 @@
 
     {
       "ldmq_plan": 3,
-      "model": {"class": "UNet2DConditionModel", "layers": 93, "fingerprint": "..."},
+      "model": {"class": "UNet2DConditionModel", "layers": 93, "fingerprint": "...", "weights": {...}},
       "calibration": {"texts": ["a prompt", ...], ...}, "target": {...}, "measured": {...},
       "rules": [{"pattern": "*", "scheme": "w8a8-static"}],
       "exceptions": {"conv_in": {"scheme": "fp16", "reason": "..."}},

@@ -23,6 +23,7 @@ from ldmq_kernels.planning.target import Target
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
+from ldmq_kernels.plans.weights import weights_record
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import output_noise
 from python_tests.tiny import PROMPTS, SHALLOW, tiny_pipeline
@@ -71,6 +72,7 @@ def test_a_quantized_pipeline_has_the_noise_that_its_plan_file_says(
     result = _plan(shallow_pipe, found, bytes=int(0.33 * _float_bytes(shallow_pipe)))
     assert result.plan.needs_inputs
     pipe = copy.deepcopy(shallow_pipe)
+    assert result.plan.model["weights"] == weights_record(pipe.unet)
     quantize(pipe, Plan.from_dict(result.plan.to_dict()), show_progress=False)
     assert output_noise(pipe.unet, found[1]).by_step == pytest.approx(result.held_out.by_step, rel=1e-3)
 

@@ -19,6 +19,7 @@ from ldmq_kernels.integrations.diffusers.config import LdmqConfig
 from ldmq_kernels.nn import QuantizedLayer, name_layers, timestep_groups
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan
+from ldmq_kernels.plans.weights import WeightsCheck
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -42,6 +43,7 @@ class LdmqQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._awaited: dict[str, LayerPlan] = {}
         self._corrections: dict[str, Tensor] = {}  # of biases, which come apart from the weights
+        self._weights: WeightsCheck | None = None
 
     # -- before the weights --------------------------------------------------------------------------
 
@@ -71,6 +73,7 @@ class LdmqQuantizer(DiffusersQuantizer):
                     "this plan rounds weights by GPTQ, which takes the inputs of their layers: load the pipeline in "
                     "full precision and call `ldmq.quantize(pipe, plan)`; what it saves then loads as it is"
                 )
+            self._weights = WeightsCheck(plan, model)
             self._awaited = {
                 name: layer_plan for name, layer_plan in plan.layers(model).items() if layer_plan.scheme.quantizes
             }
@@ -148,6 +151,8 @@ class LdmqQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             assert isinstance(layer, nn.Linear | nn.Conv2d)
             layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
+            if self._weights is not None:
+                self._weights.add(name, layer.weight)
             layer_plan = self._awaited.pop(name)
             if layer.bias is not None and layer_plan.bias_correction is not None:
                 self._corrections[name] = layer_plan.bias_correction
@@ -172,6 +177,12 @@ class LdmqQuantizer(DiffusersQuantizer):
         for name, correction in self._corrections.items():
             model.get_submodule(name).correct_bias(correction)
         self._corrections = {}
+        if self._weights is not None:
+            for name, layer in quantizable_layers(model).items():
+                if not isinstance(layer, QuantizedLayer):  # the plan leaves it as it is
+                    self._weights.add(name, layer.weight)
+            self._weights.finish()
+            self._weights = None
         plan = self.quantization_config.plan
         assert plan is not None
         timestep_groups.attach(model, plan.timestep_groups)
