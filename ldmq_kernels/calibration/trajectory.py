@@ -6,6 +6,7 @@ the noise of different layers can be added and compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,13 +23,25 @@ OnCall = Callable[[int, tuple[int, ...]], None]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """The settings of pictures drawn during calibration, as the user will draw them."""
+    """The settings of pictures drawn during calibration, as the user will draw them.
+
+    Raises:
+        ValueError: there is no step, a picture has no size, or the guidance is not finite.
+    """
 
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
     seed: int = 0
     height: int | None = None  # pixels; None as the pipeline draws by default
     width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: give at least 1")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}: give a finite number, such as 7.5")
 
 
 @dataclass(frozen=True)

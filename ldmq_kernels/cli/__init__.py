@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import signal
 import sys
 import traceback
@@ -38,10 +39,12 @@ from ldmq_kernels.cli.options import (
     Times,
     Width,
     WorkDir,
+    at_home,
     names_in,
     require_out,
     sampling,
 )
+from ldmq_kernels.files import MisplacedError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 VERBOSE = "--verbose"
@@ -58,6 +61,8 @@ app = typer.Typer(
 def error_line(error: BaseException) -> str:
     """One line for people: what was found and what to do."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MisplacedError):
+        return text
     if (isinstance(error, OSError) and error.errno in DISK_FULL) or "No space left on device" in text:
         return f"the disk is full, nothing was written: free some space, or choose another place ({text})"
     if isinstance(error, OSError | ValueError | TypeError):
@@ -65,20 +70,40 @@ def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text} ({VERBOSE} shows where)"
 
 
+def _leave(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
+
+
 @contextmanager
 def _termination_as_exception() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143) inside, so that half-written files go away; the caller's handler is put back."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """SIGTERM and SIGHUP raise SystemExit inside, so that half-written files go away; the handlers are put back after.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
+    """
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _leave)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, _leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _print_any_name() -> None:
+    """Let names that standard output has no letters for be printed as \\xff and the like, and not end the command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the command line and leave with its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
+
+    SIGTERM ends it with 143 and SIGHUP with 129.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     verbose = VERBOSE in given
+    _print_any_name()
     try:
         with _termination_as_exception():
             app([argument for argument in given if argument != VERBOSE], prog_name="ldmq")
@@ -91,9 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the page, the plan, the figures and the model.")] = Path(
-        "demo_output"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the page, the plan, the figures and the model.", callback=at_home)
+    ] = Path("demo_output"),
     captions: Annotated[int, typer.Option(help="Held-out captions that are drawn and scored.", min=4)] = 100,
 ) -> None:
     """Quantize the small model that ships with the package, and show that it draws the same pictures."""
@@ -109,7 +134,10 @@ def demo(
 def plan(
     model: Model,
     prompts: Prompts,
-    out: Annotated[Path | None, typer.Option(help="The plan file to write; with --pareto, a new folder.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The plan file to write, over an older plan; with --pareto, a new folder.", callback=at_home),
+    ] = None,
     target_sqnr: OptionalTarget = None,
     target_bytes: TargetBytes = None,
     target_ms: TargetMs = None,
@@ -169,7 +197,8 @@ def plan(
 def quantize(
     model: Model,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the quantized model; it must not hold anything yet.")
+        Path | None,
+        typer.Option(help="Folder for the quantized model; it must not hold anything yet.", callback=at_home),
     ] = None,
     plan: OptionalPlan = None,
     prompts: OptionalPrompts = None,
@@ -220,7 +249,10 @@ def quantize(
 def analyze(
     model: Model,
     prompts: Prompts,
-    out: Annotated[Path, typer.Option(help="Folder for report.html and layers.csv; it must not hold anything yet.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for report.html and layers.csv; it must not hold anything yet.", callback=at_home),
+    ],
     target_sqnr: Annotated[
         float, typer.Option(help="SQNR of the UNet output in dB that the plan on the page must reach.", metavar="DB")
     ] = 38.0,

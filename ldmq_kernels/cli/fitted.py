@@ -47,6 +47,11 @@ def output_console() -> Console:
     return Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_WIDTH)
 
 
+def say(text: str) -> None:
+    """Print a line that may hold a path: no brackets are taken for markup, and nothing is broken into lines."""
+    output_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _table(columns: Sequence[Column], rows: Sequence[Row], most: int | None) -> Table:
     """The table as rich has it; `most` limits a text that wraps, so that what is measured is the least width."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))

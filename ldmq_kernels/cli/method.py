@@ -13,9 +13,10 @@ from rich.console import Console
 
 import ldmq_kernels
 from ldmq_kernels.calibration.trajectory import denoiser
+from ldmq_kernels.cli.fitted import say
 from ldmq_kernels.cli.models import load, load_pipeline, load_structure, to_stored_dtype
 from ldmq_kernels.conversion import quantize, summarize
-from ldmq_kernels.files import whole_folder, write_whole
+from ldmq_kernels.files import output_folder, printable, write_whole
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
 from ldmq_kernels.planning.assignment import MOST_DB
 from ldmq_kernels.planning.pareto import ParetoPoint, pareto_front
@@ -25,11 +26,14 @@ from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import kind_of, quantizable_layers
-from ldmq_kernels.plans.plan import Plan, PlanError
+from ldmq_kernels.plans.plan import Plan, PlanError, plan_output
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
 
+    from ldmq_kernels.files import Fill
     from ldmq_kernels.report.page import Fact, Report
 
 PICTURES = 8
@@ -53,21 +57,15 @@ def target_of(
     return Target(sqnr_db, size, milliseconds, layers)
 
 
-def _check_free(folder: Path) -> None:
-    """Before hours of work: the place for the result must be free."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already and is not empty: choose another place, or remove it")
-
-
 def preview(model: Path, request: PlanRequest) -> None:
     """Print what each scheme would make of the model; nothing runs and nothing is written."""
     from rich.table import Table
+    from rich.text import Text
 
     schemes = [s for s in parse_schemes(request.schemes) if s.quantizes]
     layers = quantizable_layers(load_structure(model)).values()
-    table = Table(
-        title=f"{model}: weights of all quantizable layers, before planning on {len(request.prompts)} prompts"
-    )
+    counted = f"weights of all quantizable layers, before planning on {len(request.prompts)} prompts"
+    table = Table(title=Text(f"{printable(model)}: {counted}"))
     table.add_column("every layer in")
     for column in ("convolutions", "linears", "bytes before", "bytes after"):
         table.add_column(column, justify="right")
@@ -83,27 +81,30 @@ def preview(model: Path, request: PlanRequest) -> None:
 
 def run_plan(model: Path, request: PlanRequest, out: Path, dtype: str) -> None:
     """Make a plan and write it."""
-    pipe = load_pipeline(model, dtype)
-    result = make_plan(pipe, request)
-    result.plan.save(out)
+    with plan_output(out) as write:
+        pipe = load_pipeline(model, dtype)
+        result = make_plan(pipe, request)
+        write(result.plan)
     console.print(summarize(denoiser(pipe), result.plan).table())
-    console.print(f"{_reached(result.plan)}\nwritten to {out}")
+    say(f"{_reached(result.plan)}\nwritten to {printable(out)}")
 
 
 def run_pareto(model: Path, request: PlanRequest, out: Path, dtype: str) -> None:
     """Make plans of all sizes, print them as a table, and write them with a table of numbers and a picture."""
     from ldmq_kernels.report.pareto import pareto_csv, pareto_picture
 
-    _check_free(out)
-    session = open_session(load_pipeline(model, dtype), request)
-    points = pareto_front(session, axis="milliseconds" if request.time_layers else "bytes", show=request.show)
-    with whole_folder(out) as folder:
+    def fill(folder: Path) -> None:
         for number, point in enumerate(points, 1):
             point.result.plan.save(folder / plan_name(number))
         write_whole(folder / "pareto.csv", pareto_csv(points))
         write_whole(folder / "pareto.svg", pareto_picture(points).encode())
+
+    with output_folder(out) as write:
+        session = open_session(load_pipeline(model, dtype), request)
+        points = pareto_front(session, axis="milliseconds" if request.time_layers else "bytes", show=request.show)
+        write(fill)
     console.print(_pareto_table(points, session.verified_on))
-    console.print(f"plans, pareto.csv and pareto.svg are in {out}")
+    say(f"plans, pareto.csv and pareto.svg are in {printable(out)}")
 
 
 def plan_name(number: int) -> str:
@@ -146,32 +147,37 @@ def quantize_by_plan(model: Path, plan_file: Path, out: Path, dtype: str, *, dry
     if dry_run:
         console.print("nothing was written")
         return
-    _check_free(out)
-    loaded = load(model, dtype)
-    quantize(loaded, plan)
-    _save(loaded, model, out)
+    with output_folder(out) as write:
+        loaded = load(model, dtype)
+        quantize(loaded, plan)
+        _save(loaded, model, out, write)
 
 
 def quantize_by_prompts(model: Path, request: PlanRequest, out: Path, dtype: str, *, dry_run: bool) -> None:
     """Make a plan and quantize the pipeline by it."""
-    if not dry_run:
-        _check_free(out)
+    if dry_run:
+        _planned(model, request, dtype)
+        console.print("nothing was written")
+        return
+    with output_folder(out) as write:
+        pipe, plan = _planned(model, request, dtype)
+        quantize(pipe, plan)
+        _save(pipe, model, out, write)
+
+
+def _planned(model: Path, request: PlanRequest, dtype: str) -> tuple[Any, Plan]:
+    """The float pipeline and its plan, which is shown."""
     pipe = load_pipeline(model, dtype)
     result = make_plan(pipe, request)
     console.print(summarize(denoiser(pipe), result.plan).table())
     console.print(_reached(result.plan))
-    if dry_run:
-        console.print("nothing was written")
-        return
-    quantize(pipe, result.plan)
-    _save(pipe, model, out)
+    return pipe, result.plan
 
 
-def _save(loaded: Any, model: Path, out: Path) -> None:
+def _save(loaded: Any, model: Path, out: Path, write: Callable[[Fill], None]) -> None:
     to_stored_dtype(loaded, model)
-    with whole_folder(out) as folder:
-        loaded.save_pretrained(folder)
-    console.print(f"written to {out}; load it with from_pretrained after `import ldmq_kernels`")
+    write(loaded.save_pretrained)
+    say(f"written to {printable(out)}; load it with from_pretrained after `import ldmq_kernels`")
 
 
 def run_analyze(model: Path, request: PlanRequest, out: Path, dtype: str, *, with_pareto: bool) -> None:
@@ -183,30 +189,31 @@ def run_analyze(model: Path, request: PlanRequest, out: Path, dtype: str, *, wit
     from ldmq_kernels.report.page import write_report
     from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
 
-    _check_free(out)
-    pipe = load_pipeline(model, dtype)
-    session = open_session(pipe, request)
-    analysis = session.analysis
-    points = pareto_front(session, show=request.show) if with_pareto else []
-    blocks = noise_of_blocks(denoiser(pipe), analysis, show=request.show)
-    report = _report(pipe, model.resolve().name, session, request, points)
-    plan = None if report.result is None else report.result.plan
-    measured = []
-    if report.result is not None and report.pictures is not None:
-        settings = held_out_settings(request.settings)
-        whole = rows_of_plan(pipe, request.held_out_prompts, settings, report.result, session.held_out)
-        measured = [*whole, *rows_of_pairs(report.pictures)]
-    rows = layer_rows(denoiser(pipe), analysis, plan)
-    with whole_folder(out) as folder:
+    def fill(folder: Path) -> None:
         write_report(folder / "report.html", denoiser(pipe), report)
         write_whole(folder / "layers.csv", to_csv(rows, schemes_of(analysis)))
         write_sqnr(folder / "sqnr.csv", analysis, measured)
         write_blocks(folder / "blocks.csv", *blocks)
         if plan is not None:
             plan.save(folder / "plan.json")
-    console.print(
-        f"open {out / 'report.html'} in a browser; the numbers are in layers.csv, sqnr.csv and blocks.csv beside it"
-    )
+
+    with output_folder(out) as write:
+        pipe = load_pipeline(model, dtype)
+        session = open_session(pipe, request)
+        analysis = session.analysis
+        points = pareto_front(session, show=request.show) if with_pareto else []
+        blocks = noise_of_blocks(denoiser(pipe), analysis, show=request.show)
+        report = _report(pipe, printable(model.resolve().name), session, request, points)
+        plan = None if report.result is None else report.result.plan
+        measured = []
+        if report.result is not None and report.pictures is not None:
+            settings = held_out_settings(request.settings)
+            whole = rows_of_plan(pipe, request.held_out_prompts, settings, report.result, session.held_out)
+            measured = [*whole, *rows_of_pairs(report.pictures)]
+        rows = layer_rows(denoiser(pipe), analysis, plan)
+        write(fill)
+    page = printable(out / "report.html")
+    say(f"open {page} in a browser; the numbers are in layers.csv, sqnr.csv and blocks.csv beside it")
 
 
 def _report(pipe: Any, name: str, session: Session, request: PlanRequest, points: list[ParetoPoint]) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import nn
 
 from ldmq_kernels.cli.quiet import quiet_libraries
+from ldmq_kernels.files import NotJsonError, printable, read_json
 
 PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
 DENOISERS = ("unet", "transformer")
+# str.splitlines parts lines at these too; a byte order mark is no letter
+_IN_A_LINE = {ord(mark): " " for mark in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"} | {0xFEFF: None}
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -23,28 +27,33 @@ class ModelError(ValueError):
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank.
 
+    Lines end as in files of Unix, Windows or old Macs. What else parts lines in some programs, such as the line
+    separator of Unicode or a form feed, comes with copied text, and is a space; byte order marks are left out.
+
     Raises:
         ValueError: there is no such file, it is not text, or it holds no prompt.
     """
+    shown = printable(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"there is no prompt file {path}: write one prompt a line into it") from None
+        raise ValueError(f"there is no prompt file {shown}: write one prompt a line into it") from None
     except (UnicodeDecodeError, IsADirectoryError):
-        raise ValueError(f"{path} is not a text file in UTF-8: it must hold one prompt a line") from None
+        raise ValueError(f"{shown} is not a text file in UTF-8: it must hold one prompt a line") from None
+    lines = text.translate(_IN_A_LINE).split("\n")  # read_text makes each end of a line "\n"
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{path} holds no prompt: write one prompt a line into it")
+        raise ValueError(f"{shown} holds no prompt: write one prompt a line into it")
     return prompts
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not a JSON file: {error}") from None
+        content = read_json(path)
+    except NotJsonError as error:
+        raise ModelError(str(error)) from None
     if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a diffusers configuration: it holds no JSON object")
+        raise ModelError(f"{printable(path)} is not a diffusers configuration: it holds no JSON object")
     return content
 
 
@@ -61,7 +70,7 @@ def denoiser_folder(folder: Path) -> Path:
             f"{folder} is a file: give the diffusers directory, with {PIPELINE_FILE} or {MODEL_FILE} in it"
         )
     if (folder / PIPELINE_FILE).exists():
-        parts = _read_json(folder / PIPELINE_FILE)
+        parts = _read_config(folder / PIPELINE_FILE)
         part = next((folder / name for name in DENOISERS if name in parts), None)
         if part is None:
             raise ModelError(
@@ -71,7 +80,7 @@ def denoiser_folder(folder: Path) -> Path:
         part = folder
     if not (part / MODEL_FILE).exists():
         raise ModelError(f"{folder} is not a diffusers directory: there is no {part / MODEL_FILE}")
-    config = _read_json(part / MODEL_FILE)
+    config = _read_config(part / MODEL_FILE)
     if "_class_name" not in config:
         raise ModelError(f"{folder} is not a diffusers directory: {part / MODEL_FILE} has no _class_name")
     if "quantization_config" in config:
@@ -88,7 +97,7 @@ def is_pipeline(folder: Path) -> bool:
 def _model_class(folder: Path) -> Any:
     import diffusers
 
-    name = _read_json(folder / MODEL_FILE)["_class_name"]
+    name = _read_config(folder / MODEL_FILE)["_class_name"]
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ModelError(f"{folder / MODEL_FILE}: diffusers {diffusers.__version__} has no model class {name}")
@@ -106,7 +115,7 @@ def load_structure(folder: Path) -> nn.Module:
     kind = _model_class(part)
     try:
         with torch.device("meta"):
-            model: nn.Module = kind.from_config(_read_json(part / MODEL_FILE))
+            model: nn.Module = kind.from_config(_read_config(part / MODEL_FILE))
     except Exception as error:
         raise ModelError(f"{part} cannot be built: {error}") from error
     return model
@@ -147,13 +156,29 @@ def load_pipeline(folder: Path, dtype: str) -> Any:
     return load(folder, dtype)
 
 
+def _stored_dtypes(file: Path) -> Iterator[torch.dtype]:
+    """The dtypes of a file's tensors, in order; the tensors themselves are not read."""
+    if file.suffix == ".bin":
+        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        yield from (tensor.dtype for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
+        return
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    names = (entry["dtype"] for name, entry in header.items() if name != "__metadata__")
+    yield from (STORED_DTYPES[name] for name in names if name in STORED_DTYPES)
+
+
 def _stored_dtype(folder: Path) -> torch.dtype | None:
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in STORED_DTYPES:
-                return STORED_DTYPES[entry["dtype"]]
+    """The float dtype of what diffusers loads from a folder: *.safetensors before *.bin, and no variant of them.
+
+    A variant has its name between dots, as diffusion_pytorch_model.fp16.safetensors.
+    """
+    for ending in (".safetensors", ".bin"):
+        files = sorted(file for file in folder.glob(f"*{ending}") if "." not in file.stem)
+        found = (dtype for file in files for dtype in _stored_dtypes(file) if dtype in STORED_DTYPES.values())
+        dtype = next(found, None)
+        if dtype is not None:
+            return dtype
     return None
 
 

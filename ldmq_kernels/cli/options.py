@@ -12,11 +12,26 @@ if TYPE_CHECKING:
 
 DEFAULT_FORMATS = "w8a8,w8a16,fp16"
 
-Model = Annotated[Path, typer.Argument(help="A local diffusers directory.", metavar="MODEL")]
-_PROMPTS = typer.Option(help="Text file, one prompt a line, like those that the model will be used for.")
+
+def at_home(path: Path | None) -> Path | None:
+    """A path with the user's home in place of "~", which a shell leaves in quotes and after "=".
+
+    Raises:
+        typer.BadParameter: there is no such user, or this one has no home.
+    """
+    try:
+        return None if path is None else path.expanduser()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{path}: {error}; write ./~ for a file of that name") from None
+
+
+Model = Annotated[Path, typer.Argument(help="A local diffusers directory.", metavar="MODEL", callback=at_home)]
+_PROMPTS = typer.Option(
+    help="Text file, one prompt a line, like those that the model will be used for.", callback=at_home
+)
 Prompts = Annotated[Path, _PROMPTS]
 OptionalPrompts = Annotated[Path | None, _PROMPTS]
-OptionalPlan = Annotated[Path | None, typer.Option(help="A plan file that `ldmq plan` wrote.")]
+OptionalPlan = Annotated[Path | None, typer.Option(help="A plan file that `ldmq plan` wrote.", callback=at_home)]
 OptionalTarget = Annotated[
     float | None,
     typer.Option(help="Least SQNR of the UNet output in dB, averaged over steps.", metavar="DB"),
@@ -70,6 +85,7 @@ WorkDir = Annotated[
         "--work",
         help="Folder that keeps the analysis, so that the same command goes on after a kill. It is made private to "
         "you, and refused for another model, other settings or other versions.",
+        callback=at_home,
     ),
 ]
 Formats = Annotated[

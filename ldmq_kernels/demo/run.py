@@ -8,8 +8,9 @@ import json
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ldmq_kernels.calibration.trajectory import SamplingSettings, record_traject
 from ldmq_kernels.conversion import Summary, quantize, summarize
 from ldmq_kernels.demo import WEIGHTS, load_demo_pipeline, load_evaluator, scenes
 from ldmq_kernels.demo.scoring import Scores, score
-from ldmq_kernels.files import whole_folder, write_whole
+from ldmq_kernels.files import output_folder, printable, read_json, write_whole
 from ldmq_kernels.planning.evaluate import measure_plan
 from ldmq_kernels.planning.planner import make_plan
 from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
@@ -47,6 +48,8 @@ CAPTION_SEED, NOISE_SEED = 31, 5_000
 RESULTS, PAGE, PICTURES = "results.json", "report.html", "pictures.png"
 IN_PICTURES = 6
 KIND = "ldmq demo"
+PLAN, LAYERS, MODEL = "plan.json", "layers.csv", "quantized"
+WRITTEN = frozenset({RESULTS, PAGE, PICTURES, PLAN, LAYERS, MODEL})
 
 console = Console()
 
@@ -81,24 +84,10 @@ def calibration_captions(count: int) -> list[str]:
     return [caption for pairs in zip(one, two, strict=True) for caption, _ in pairs]
 
 
-@contextlib.contextmanager
-def _result_folder(out: Path) -> Iterator[Path]:
-    """Like `whole_folder`, but an earlier demo's folder is replaced once the new one is complete."""
-    if not _is_earlier_demo(out):
-        with whole_folder(out) as folder:
-            yield folder
-        return
-    fresh = out.with_name(out.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    with whole_folder(fresh) as folder:
-        yield folder
-    shutil.rmtree(out)
-    fresh.rename(out)
-
-
-def _is_earlier_demo(out: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return bool(json.loads((out / RESULTS).read_text())["kind"] == KIND)
+def _is_earlier_demo(out: Path, names: Collection[str]) -> bool:
+    """Whether a folder holds what an earlier demo left, and nothing of anybody else."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return WRITTEN.issuperset(names) and bool(read_json(out / RESULTS)["kind"] == KIND)
     return False
 
 
@@ -118,24 +107,30 @@ def run_demo(out: Path, count: int, *, weights: Path = WEIGHTS) -> None:
         count: held-out captions to draw and score, at least 4.
 
     Raises:
-        FileExistsError: `out` holds something else.
+        OSError: `out` holds something else, or cannot be written.
         ReloadError: the saved model draws other pictures than the one in memory.
     """
     began = time.perf_counter()
-    with _result_folder(out) as folder:
-        outcome = _measure(folder, count, weights, show=True)
+    with output_folder(out, _is_earlier_demo) as write, tempfile.TemporaryDirectory() as place:
+        saved = Path(place) / MODEL
+        outcome = _measure(saved, count, weights, show=True)
         outcome.seconds["all"] = time.perf_counter() - began
         results = _results(outcome, count)
-        outcome.result.plan.save(folder / "plan.json")
         rows = layer_rows(outcome.unet, outcome.result.analysis, outcome.result.plan)
-        write_whole(folder / "layers.csv", to_csv(rows, schemes_of(outcome.result.analysis)))
-        write_report(folder / PAGE, outcome.unet, _report(outcome, count, results))
-        write_whole(folder / PICTURES, side_by_side(outcome.pairs.first(IN_PICTURES)))
-        write_whole(folder / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+
+        def fill(folder: Path) -> None:
+            shutil.copytree(saved, folder / MODEL)
+            outcome.result.plan.save(folder / PLAN)
+            write_whole(folder / LAYERS, to_csv(rows, schemes_of(outcome.result.analysis)))
+            write_report(folder / PAGE, outcome.unet, _report(outcome, count, results))
+            write_whole(folder / PICTURES, side_by_side(outcome.pairs.first(IN_PICTURES)))
+            write_whole(folder / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+
+        write(fill)
     _print(outcome, count, out)
 
 
-def _measure(folder: Path, count: int, weights: Path, *, show: bool) -> Outcome:
+def _measure(saved: Path, count: int, weights: Path, *, show: bool) -> Outcome:
     pipe, evaluator = load_demo_pipeline(torch.float32, weights), load_evaluator(weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe.to(device)
@@ -165,7 +160,7 @@ def _measure(folder: Path, count: int, weights: Path, *, show: bool) -> Outcome:
     start = time.perf_counter()
     after = draw_pictures(pipe, prompts, sampling, "quantized pictures", show=show)
     seconds["quantized pictures"] = time.perf_counter() - start
-    again = _reload(pipe, folder / "quantized", device)
+    again = _reload(pipe, saved, device)
     if not torch.equal(draw_pictures(again, prompts[:8], sampling, "pictures after loading", show=show), after[:8]):
         raise ReloadError("the quantized model that was saved and loaded again draws other pictures")
     drawn = PicturePairs(prompts, range(NOISE_SEED, NOISE_SEED + count), before, after)
@@ -290,4 +285,4 @@ def _print(outcome: Outcome, count: int, out: Path) -> None:
     console.print(summary.table())
     console.print(table)
     console.print(f"planned in {outcome.seconds['plan']:.0f} s, all done in {outcome.seconds['all']:.0f} s")
-    console.print(f"open {(out / PAGE).resolve()} in a browser", soft_wrap=True)
+    console.print(f"open {printable((out / PAGE).resolve())} in a browser", soft_wrap=True, markup=False)

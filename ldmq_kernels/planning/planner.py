@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes, measure_times
-from ldmq_kernels.plans.plan import Plan
+from ldmq_kernels.plans.plan import Plan, plan_output
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze, open_work
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def make_plan(pipe: Any, request: PlanRequest) -> PlanResult:
 
 def plan(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | str,
     *,
     target_sqnr_db: float | None = None,
     target_bytes: int | None = None,
@@ -120,8 +121,8 @@ def plan(
 
     Args:
         pipe: a diffusers text-to-image pipeline in full precision.
-        prompts: what the pipeline will be used for; the last quarter verifies the plan. A single one is verified
-            on itself, from another seed.
+        prompts: what the pipeline will be used for; the last quarter verifies the plan. A single one, which
+            may be given as a text, is verified on itself, from another seed.
         target_sqnr_db: least SQNR of the UNet output along the float trajectory, averaged over sampling steps.
         target_bytes: most bytes of the UNet's quantizable weights.
         target_milliseconds: most time of one UNet call for one picture on the pipeline's device.
@@ -136,7 +137,7 @@ def plan(
         height: of the pictures in pixels, as the pipeline draws by default if None; and `width` alike.
         work_dir: keeps the analysis, so that the same call goes on after a kill; it is made for its owner alone, and
             refused where others may read or write it, or where it holds the work of another model or other settings.
-        out: where to write the plan file.
+        out: where to write the plan file, which is tried before anything else; an older plan there is replaced.
 
     Returns:
         The verified plan.
@@ -144,6 +145,7 @@ def plan(
     Raises:
         ValueError: bad arguments, no prompts, a quantized model, values that are not finite.
         PlanError: the target cannot be met; the text says what can.
+        OSError: `out` cannot be written, or is something else than a plan.
     """
     request = PlanRequest(
         prompts,
@@ -154,10 +156,11 @@ def plan(
         signals=signals,
         hybrid=hybrid,
         time_layers=time_layers,
-        work_dir=None if work_dir is None else Path(work_dir),
+        work_dir=None if work_dir is None else Path(work_dir).expanduser(),
         show=show_progress,
     )
-    result = make_plan(pipe, request)
-    if out is not None:
-        result.plan.save(out)
+    with contextlib.nullcontext() if out is None else plan_output(out) as write:
+        result = make_plan(pipe, request)
+        if write is not None:
+            write(result.plan)
     return result.plan

@@ -35,7 +35,8 @@ class PlanRequest:
     """Everything that a plan is made from, beside the pipeline.
 
     Attributes:
-        prompts: texts like those that the pipeline will be used for; the last quarter verifies the plan.
+        prompts: texts like those that the pipeline will be used for; the last quarter verifies the plan. A text alone
+            is one prompt, as for a pipeline.
         target: limits that the plan must keep; None where plans of all sizes are asked for.
         formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic and split.
         calibration_mode: the sampling steps that static ranges start from: "first-step", "sampled-steps" or
@@ -53,7 +54,7 @@ class PlanRequest:
             range.
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[str] | str
     target: Target | None = None
     formats: Sequence[str] = DEFAULT_FORMATS
     calibration_mode: str = FIRST_STEP
@@ -65,6 +66,8 @@ class PlanRequest:
     show: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            object.__setattr__(self, "prompts", (self.prompts,))
         for name in ("prompts", "formats", "signals"):
             values = getattr(self, name)
             if isinstance(values, str):

@@ -21,33 +21,32 @@ A checkpoint has the plan's vectors among its tensors: the plan in its config.js
 
 from __future__ import annotations
 
-import base64
-import itertools
+import contextlib
 import json
-import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.extras import explained
-from ldmq_kernels.files import write_whole
+from ldmq_kernels.files import output_file, printable
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
-from ldmq_kernels.plans.former import in_current_words
 from ldmq_kernels.plans.layers import fingerprint, kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.plans.reading import (
+    KIND,
+    VERSION,
+    PlanError,
+    check_timestep_groups,
+    encoded,
+    fields_of,
+    is_plan_file,
+    read_plan_file,
+)
 
-VERSION = 3  # 1 and 2 are read too: 1 had no timestep groups, bias corrections and details; both had other words
 ROUNDINGS = ("nearest", "gptq")
 DETAILS = ("first_token", "rounding")  # what an entry of `details` may say
-
-
-class PlanError(ValueError):
-    """A plan that is damaged, or does not fit the model."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,10 @@ class Plan:
         )
 
     def _by_rule(self, name: str) -> tuple[str, str]:
-        scheme, reason = str(FLOAT), "no rule"
-        for rule in self.rules:
+        for rule in reversed(self.rules):
             if fnmatchcase(name, rule["pattern"]):
-                scheme, reason = rule["scheme"], f"rule {rule['pattern']}"
-        return scheme, reason
+                return rule["scheme"], f"rule {rule['pattern']}"
+        return str(FLOAT), "no rule"
 
     def set(self, name: str, layer_plan: LayerPlan) -> None:
         """Write what one layer becomes in place of what was said of it: an exception only where no rule says it."""
@@ -187,7 +185,7 @@ class Plan:
             for name in group:
                 if name not in layers:
                     raise PlanError(f"the plan names a layer {name!r} that the model does not have: remove it")
-        _check_timestep_groups(self.timestep_groups, "the plan")
+        check_timestep_groups(self.timestep_groups, "the plan")
         layer_plans = {name: self.layer(name) for name in layers}
         for name, layer_plan in layer_plans.items():
             try:
@@ -210,8 +208,8 @@ class Plan:
             "exceptions": self.exceptions,
             "timestep_groups": self.timestep_groups,
             "input_scales": self.input_scales,
-            "smoothing": {name: _encode(vector) for name, vector in self.smoothing.items()},
-            "bias_correction": {name: _encode(vector) for name, vector in self.bias_correction.items()},
+            "smoothing": {name: encoded(vector) for name, vector in self.smoothing.items()},
+            "bias_correction": {name: encoded(vector) for name, vector in self.bias_correction.items()},
             "details": self.details,
         }
 
@@ -220,39 +218,22 @@ class Plan:
         """Check against the schema and build.
 
         Raises:
-            PlanError: not a plan, of a newer version, or with a value that the schema does not accept.
+            PlanError: not a plan, of a newer version, or with a value that is not accepted.
         """
-        if not isinstance(data, dict) or "ldmq_plan" not in data:
-            raise PlanError(f"{source} is not an ldmq plan: it has no 'ldmq_plan' entry")
-        version = data["ldmq_plan"]
-        if isinstance(version, int) and version > VERSION:
-            raise PlanError(
-                f"{source} has plan version {version}, this package reads up to {VERSION}: upgrade ldmq_kernels"
-            )
-        with explained("reading a plan"):
-            import jsonschema  # plans that are made in memory do without
+        return cls(**fields_of(data, source))
 
-        data = _without_ranks(in_current_words(data), source)
-        errors = sorted(jsonschema.Draft202012Validator(_schema()).iter_errors(data), key=lambda e: e.json_path)
-        if errors:
-            raise PlanError(f"{source}, at {errors[0].json_path}: {errors[0].message}")
-        for name, scale in data["input_scales"].items():
-            for value in scale if isinstance(scale, list) else [scale]:
-                if not (math.isfinite(value) and value > 0):
-                    raise PlanError(f"{source}: the input scale of {name} is {value}, it must be positive and finite")
-        _check_timestep_groups(data.get("timestep_groups", []), source)
-        vectors: dict[str, dict[str, Tensor | None]] = {"smoothing": {}, "bias_correction": {}}
-        for key, decoded in vectors.items():
-            for name, text in data.get(key, {}).items():
-                decoded[name] = _decode(text, f"{source}: the {key.replace('_', ' ')} of {name}")
-        for name, vector in vectors["smoothing"].items():
-            if vector is not None and not bool((vector > 0).all()):
-                raise PlanError(f"{source}: the smoothing of {name} holds values that are not positive")
-        return cls(**{key: value for key, value in data.items() if key != "ldmq_plan"} | vectors)
+    def to_bytes(self) -> bytes:
+        """The content of a plan file."""
+        return (json.dumps(self.to_dict(), indent=1) + "\n").encode()
 
     def save(self, path: str | Path) -> None:
-        """Write the plan, whole or not at all."""
-        write_whole(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        """Write the plan, whole or not at all; an older plan may be there, and is replaced.
+
+        Raises:
+            OSError: the place cannot be written, or holds something else than a plan.
+        """
+        with plan_output(path) as write:
+            write(self)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -261,70 +242,20 @@ class Plan:
         Raises:
             PlanError: there is no such file, or it does not hold a plan.
         """
-        path = Path(path)
-        try:
-            data = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise PlanError(f"there is no plan file {path}: make one with `ldmq plan`") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-            raise PlanError(f"{path} is not a JSON file: {error}") from None
-        return cls.from_dict(data, str(path))
+        path = Path(path).expanduser()
+        return cls.from_dict(read_plan_file(path), printable(path))
 
 
-def _without_ranks(data: dict[str, Any], source: str) -> dict[str, Any]:
-    """The plan without the detail "rank" of former versions, where it is 0: there were low-rank corrections once.
+@contextlib.contextmanager
+def plan_output(path: str | Path) -> Iterator[Callable[[Plan], None]]:
+    """Reserve the place of a plan file before the plan is made, and give the function that writes it.
 
     Raises:
-        PlanError: a layer has a rank that is not 0.
+        OSError: the place cannot be written, holds something else than a plan, or another run is writing to it.
+        MisplacedError: from the function: the plan lies elsewhere, since the place turned bad.
     """
-    details = data.get("details")
-    if not isinstance(details, dict):
-        return data
-    kept = {}
-    for name, entry in details.items():
-        if isinstance(entry, dict) and "rank" in entry:
-            if entry["rank"] != 0:
-                raise PlanError(
-                    f"{source}: {name} has a low-rank correction (rank {entry['rank']}), which this package no longer "
-                    "computes: remove the rank from the plan's details, and give the layer a more precise scheme if "
-                    "its noise matters"
-                )
-            entry = {key: value for key, value in entry.items() if key != "rank"}
-        if entry != {}:
-            kept[name] = entry
-    return {**data, "details": kept}
-
-
-def _schema() -> dict[str, Any]:
-    """The schema of a plan file, with the schemes that are registered now."""
-    schema = json.loads(resources.files("ldmq_kernels.plans").joinpath("plan.schema.json").read_text())
-    schema["$defs"]["scheme"]["enum"] = list(SCHEMES)
-    return schema
-
-
-def _encode(vector: Tensor | None) -> str:
-    if vector is None:
-        return ""
-    return base64.b64encode(vector.cpu().numpy().astype("<f4").tobytes()).decode()
-
-
-def _decode(text: str, what: str) -> Tensor | None:
-    if not text:
-        return None
-    try:
-        values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
-    except ValueError as error:
-        raise PlanError(f"{what} is not base64 of float32: {error}") from None
-    vector = torch.from_numpy(values.astype(np.float32))
-    if not bool(torch.isfinite(vector).all()):
-        raise PlanError(f"{what} holds values that are not finite")
-    return vector
-
-
-def _check_timestep_groups(boundaries: list[float], source: str) -> None:
-    descending = all(later < earlier for earlier, later in itertools.pairwise(boundaries))
-    if not (descending and all(math.isfinite(boundary) for boundary in boundaries)):
-        raise PlanError(f"{source} has the timestep groups {boundaries}: timesteps must be finite and descending")
+    with output_file(Path(path), is_plan_file, KIND) as write:
+        yield lambda plan: write(plan.to_bytes())
 
 
 def _check_layer_plan(layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan, groups: int) -> None:

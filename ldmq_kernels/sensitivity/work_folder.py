@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ldmq_kernels.files import write_whole
+from ldmq_kernels.files import PART, write_whole
 from ldmq_kernels.numerics.checksum import checksum
 from ldmq_kernels.sensitivity.stored import Stored
 
@@ -189,4 +189,4 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def is_part(path: Path) -> bool:
     """Whether this is what `write_whole` leaves of a file when its process is killed."""
-    return path.name.endswith(".part")
+    return path.name.endswith(PART)

@@ -39,8 +39,9 @@ def plan_file(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def same_signal_handlers() -> Iterator[None]:
     """No command leaves its handler in the process that calls it, however the command ends."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    after = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, before)
-    assert after is before
+    after = {number: signal.getsignal(number) for number in before}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before

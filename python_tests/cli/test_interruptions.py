@@ -46,21 +46,32 @@ def test_ctrl_c_while_the_analysis_is_written_leaves_nothing(
     model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = what_is_in(tmp_path)
-    monkeypatch.setattr("ldmq_kernels.files.os.fsync", _ctrl_c)
+    monkeypatch.setattr("os.fsync", _ctrl_c)
     arguments = ("--prompts", prompts, "--target-sqnr", 20, "--out", tmp_path / "analysis")
     assert run("analyze", model, *arguments, *QUICK) != 0
     assert what_is_in(tmp_path) == before
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_being_terminated_while_saving_leaves_nothing_of_a_model(
-    model: Path, plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, code: int, model: Path, plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = what_is_in(tmp_path)
-    monkeypatch.setattr(
-        diffusers.AutoencoderKL, "save_pretrained", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
-    )
-    assert run("quantize", model, "--plan", plan_file, "--out", tmp_path / "out") == 143
+    monkeypatch.setattr(diffusers.AutoencoderKL, "save_pretrained", lambda *_, **__: signal.raise_signal(number))
+    assert run("quantize", model, "--plan", plan_file, "--out", tmp_path / "out") == code
     assert what_is_in(tmp_path) == before
+
+
+def test_a_hangup_that_is_ignored_as_under_nohup_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    went_on = []
+    monkeypatch.setattr(cli, "app", lambda *_, **__: (signal.raise_signal(signal.SIGHUP), went_on.append(True)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        cli.main(["doctor"])
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert went_on
 
 
 @pytest.mark.parametrize(

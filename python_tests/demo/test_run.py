@@ -88,9 +88,16 @@ def test_the_demo_leaves_a_page_its_numbers_and_a_model_that_loads(weights: Path
     assert all(isinstance(layer, QuantizedLayer) for layer in quantizable_layers(unet).values())
     Plan.load(out / "plan.json").layers(models.build_unet())
 
-    (out / "stale.txt").write_text("")
+    (tmp_path / "out.new").write_text("mine")  # what stands beside is nobody's but the user's
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        run.run_demo(out, CAPTIONS, weights=weights)
+    (out / "notes.txt").unlink()
+    (out / "layers.csv").write_text("old")
     run.run_demo(out, CAPTIONS, weights=weights)
-    assert not (out / "stale.txt").exists()
+    assert (out / "layers.csv").read_text() != "old"
+    assert (tmp_path / "out.new").read_text() == "mine"
+    (tmp_path / "out.new").unlink()
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 

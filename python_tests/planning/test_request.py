@@ -22,12 +22,19 @@ def test_the_last_quarter_of_the_prompts_is_held_out() -> None:
     assert (request.calibration_prompts, request.held_out_prompts) == (["a", "b", "c"], ["d"])
 
 
+def test_a_text_alone_is_one_prompt() -> None:
+    request = PlanRequest("a red cat")
+    assert request.prompts == ("a red cat",)
+    assert request.calibration_prompts == request.held_out_prompts == ["a red cat"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": ["", "  "]}, "there is no prompt"),
-        ({"prompts": "a dog"}, r"prompts is the text 'a dog': give a list"),
+        ({"prompts": " "}, "there is no prompt"),
+        ({"signals": "sqnr"}, "signals is the text 'sqnr'"),
         ({"formats": ()}, "there is no format to choose among"),
         ({"formats": ["w3a8"]}, "w3a8"),
         ({"formats": "w8a8"}, "formats is the text 'w8a8'"),

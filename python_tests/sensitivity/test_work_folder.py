@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import ldmq_kernels
 from ldmq_kernels.calibration import SamplingSettings
+from ldmq_kernels.files import PART
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.sensitivity.analysis import open_work
 from ldmq_kernels.sensitivity.stored import Stored
@@ -305,9 +306,10 @@ def test_work_of_other_settings_is_refused_in_a_short_line(float_pipe: Any, fold
 def test_parts_of_a_killed_run_are_removed_once_nobody_is_at_work(folder: Path) -> None:
     first = WorkFolder(folder, SETTINGS)
     first.save("stage", "x", RESULT)
-    parts = [folder / "settings.json1234.part", folder / "stage" / "abc.part"]
+    parts = [folder / f"settings.json{PART}", folder / "stage" / f"abc{PART}"]
     for part in parts:
-        part.write_text("half")
+        part.mkdir()
+        (part / "result").write_text("half")
     second = WorkFolder(folder, SETTINGS)
     assert all(part.exists() for part in parts)  # the first may be writing them
     del first, second

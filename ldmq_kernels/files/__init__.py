@@ -1,0 +1,23 @@
+"""Files and folders that are written whole or not at all, and JSON of whatever origin."""
+
+from ldmq_kernels.files.json_of_others import NotJsonError, read_json, shortened
+from ldmq_kernels.files.outputs import Fill, MisplacedError, output_file, output_folder, write_whole
+from ldmq_kernels.files.paths import alias_in_ascii, printable
+from ldmq_kernels.files.scratch import PART
+from ldmq_kernels.files.tables import csv_bytes, write_csv
+
+__all__ = [
+    "PART",
+    "Fill",
+    "MisplacedError",
+    "NotJsonError",
+    "alias_in_ascii",
+    "csv_bytes",
+    "output_file",
+    "output_folder",
+    "printable",
+    "read_json",
+    "shortened",
+    "write_csv",
+    "write_whole",
+]

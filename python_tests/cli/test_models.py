@@ -1,0 +1,63 @@
+"""What is read of a model's folder and of a file of prompts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldmq_kernels.cli.models import read_prompts
+from python_tests.cli.commands import run
+from python_tests.tiny import SHALLOW, tiny_unet
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"\xef\xbb\xbfa red circle\r\na blue square\r\n", ["a red circle", "a blue square"]),
+        (b"\xef\xbb\xbf\n\xef\xbb\xbfa cat\n", ["a cat"]),
+        ("a castle\u2028at night\na ship\u0085at sea\n".encode(), ["a castle at night", "a ship at sea"]),
+        (b"one\x0ctwo\x0bthree\x1cfour\n", ["one two three four"]),
+        (b"\x0c\n\xe2\x80\xa9\n a cat\n", ["a cat"]),
+        (b"a\rb\r\nc\n\n d  e ", ["a", "b", "c", "d  e"]),
+    ],
+    ids=["mark", "mark in between", "separators", "form feed", "only separators", "ends of lines"],
+)
+def test_a_line_is_a_prompt_whatever_else_parts_lines(content: bytes, prompts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert read_prompts(tmp_path / "prompts.txt") == prompts
+
+
+def _dtypes(folder: Path) -> set[torch.dtype]:
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    return {tensor.dtype for name, tensor in tensors.items() if name.endswith("bias")}
+
+
+@pytest.mark.parametrize(
+    ("stored", "beside", "safe"),
+    [
+        (torch.float32, torch.float16, True),
+        (torch.float16, torch.float32, True),
+        (torch.float16, None, False),
+        (torch.bfloat16, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_what_is_written_has_the_dtype_of_the_file_that_is_loaded(
+    stored: torch.dtype, beside: torch.dtype | None, safe: bool, plan_file: Path, tmp_path: Path
+) -> None:
+    unet = tiny_unet(**SHALLOW)
+    unet.to(stored).save_pretrained(tmp_path / "model", safe_serialization=safe)
+    if beside is not None:
+        unet.to(beside).save_pretrained(tmp_path / "model", variant="another", safe_serialization=True)
+    assert run("quantize", tmp_path / "model", "--plan", plan_file, "--out", tmp_path / "out") == 0
+    assert _dtypes(tmp_path / "out") == {stored}
+
+
+def test_a_config_that_is_nonsense_is_named(model: Path, plan_file: Path, tmp_path: Path) -> None:
+    shutil.copytree(model / "unet", tmp_path / "unet")
+    (tmp_path / "unet" / "config.json").write_text("[" * 100_000)
+    assert run("quantize", tmp_path / "unet", "--plan", plan_file, "--out", tmp_path / "out") == 1
