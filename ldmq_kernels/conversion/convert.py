@@ -28,7 +28,10 @@ def on_conversion(listener: Callable[[nn.Module, Plan], None]) -> None:
 def convert(
     model: nn.Module, plan: Plan, hessians: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None
 ) -> None:
-    """Replace every layer that the plan quantizes, in place; the others stay as they are.
+    """Replace every layer that the plan quantizes, in place; the others stay as they are, but frozen.
+
+    Nothing of a model that rounds activations can be trained, and trainable parameters would make every call build
+    a graph: `requires_grad_` thaws what gradients reach, such as adapters on weights-only layers.
 
     All quantized layers are built before the first one is put in, so an error leaves the model untouched. A plan that
     was made from other weights is applied with an `OtherWeightsWarning`.
@@ -61,6 +64,7 @@ def convert(
     check.finish()
     replace_modules(model, built)
     name_layers(model)
+    model.requires_grad_(False)
     timestep_groups.attach(model, plan.timestep_groups)
     for listener in _listeners:
         listener(model, plan)

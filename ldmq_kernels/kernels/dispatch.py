@@ -3,8 +3,8 @@
 A call is offered to one backend after the other: to the one that was measured to be the fastest at its shape, where
 that was measured on this GPU, and to the others in the usual order. The refusal of each is counted, and
 `dispatch_report` tells. A backend that `ldmq doctor` switched off for an op is passed over in the same way, with a
-warning. With an override (`use_backend` or the environment variable LDMQ_BACKEND) there is no next one: the reason
-becomes an error.
+warning. A call that is differentiated is computed by the definition, see `gradients`. With an override (`use_backend`
+or the environment variable LDMQ_BACKEND) there is no next one: the reason becomes an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ldmq_kernels.kernels import measurements
+from ldmq_kernels.kernels import gradients, measurements
 from ldmq_kernels.kernels.backend import DEFINITION, Packer, backends, usual_order
 from ldmq_kernels.kernels.backend import Unsupported as Unsupported
 from ldmq_kernels.kernels.op_spec import Arguments, Key, OpSpec, spec_of
@@ -159,9 +159,14 @@ def _switched_off(op: str, name: str, reason: str) -> str:
 
 def server(op: str) -> Callable[..., Any]:
     """The implementation of an op: hands the call to the first backend that takes it."""
-    table, environment = backends(), os.environ
+    table, environment, spec = backends(), os.environ, spec_of(op)
+    floating = spec.floating
 
     def serve(*arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            for index in floating:
+                if (tensor := arguments[index]) is not None and tensor.requires_grad:
+                    return differentiated(arguments)
         device = arguments[0].device
         forced = _override.get() or environment.get("LDMQ_BACKEND")
         chosen = choice(op, device)
@@ -186,6 +191,15 @@ def server(op: str) -> Callable[..., Any]:
             reasons.append(f"{name}: {why}")
             _refusals[op, name, why] += 1
         raise RuntimeError(f"ldmq::{op}: no backend takes this call ({'; '.join(reasons)})")
+
+    def differentiated(arguments: Arguments) -> Any:
+        if not spec.rounds:
+            _calls[op, DEFINITION, arguments[0].device] += 1
+            return getattr(table[DEFINITION], op)(*arguments)
+        tensors = gradients.needed(spec, arguments)
+        gradients.check(spec, tensors, arguments)
+        with torch.no_grad():
+            return gradients.refusing(spec, serve(*arguments), tensors)
 
     serve.__name__ = op
     return serve

@@ -29,6 +29,7 @@ SCHEMA_TYPES = {
     "tuple[int, int]": "int[2]",
     "tuple[int, int, int, int]": "int[4]",
 }
+TENSORS = ("Tensor", "Tensor | None")
 RETURN_TYPES = {"Tensor": "Tensor", "tuple[Tensor, Tensor]": "(Tensor, Tensor)"}
 
 
@@ -154,6 +155,8 @@ class OpSpec:
         shape: what makes two calls the same shape.
         agreement: how near backends' results must come to each other.
         example: (spec, operands) -> arguments, of `ops.operands.Operands`.
+        rounds: whether it rounds activations or takes rounded ones: it has no gradients. The definition of any other
+            op is differentiable.
     """
 
     function: Callable[..., Any]
@@ -161,6 +164,7 @@ class OpSpec:
     shape: CallShape
     agreement: Agreement
     example: Callable[[OpSpec, Any], Arguments]
+    rounds: bool = True
 
     @property
     def name(self) -> str:
@@ -176,6 +180,13 @@ class OpSpec:
     def optional(self) -> set[str]:
         """The arguments that may be None."""
         return {name for name in self.arguments if self.function.__annotations__.get(name) == "Tensor | None"}
+
+    @functools.cached_property
+    def floating(self) -> list[int]:
+        """The places of the arguments that may require gradients."""
+        integers = {"x_q", "weight", "multiplier"}
+        of = self.function.__annotations__
+        return [i for i, name in enumerate(self.arguments) if of[name] in TENSORS and name not in integers]
 
     @property
     def is_product(self) -> bool:

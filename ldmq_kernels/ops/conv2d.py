@@ -152,7 +152,7 @@ def conv2d_w4a8(
     )
 
 
-@op(fake=lambda call: _metadata(call, call.x, call.x.dtype), shape=Conv2dShape(), example=of_picture)
+@op(fake=lambda call: _metadata(call, call.x, call.x.dtype), shape=Conv2dShape(), example=of_picture, rounds=False)
 def conv2d_w8a16(
     x: Tensor,
     weight: Tensor,

@@ -117,7 +117,12 @@ def linear_static_w8a8(
     return LDMQ.linear_static_w8a8.default(x, inv_scale, x_scale, weight, weight_scale, bias, residual)
 
 
-@op(fake=lambda call: _metadata(call.x, call.weight_scale, call.x.dtype), shape=LinearShape(), example=of_tokens)
+@op(
+    fake=lambda call: _metadata(call.x, call.weight_scale, call.x.dtype),
+    shape=LinearShape(),
+    example=of_tokens,
+    rounds=False,
+)
 def linear_w8a16(
     x: Tensor,
     weight: Tensor,
@@ -147,6 +152,7 @@ def linear_w8a16(
     fake=lambda call: _metadata(call.x, call.group_scale, call.x.dtype),
     shape=LinearShape("group_scale"),
     example=of_tokens,
+    rounds=False,
 )
 def linear_w4a16(
     x: Tensor,

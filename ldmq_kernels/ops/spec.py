@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ldmq_kernels.kernels import dispatch, op_spec
+from ldmq_kernels.kernels import dispatch, gradients, op_spec
 from ldmq_kernels.kernels.agreement import EXACT, Agreement
-from ldmq_kernels.kernels.op_spec import CallShape, OpSpec
+from ldmq_kernels.kernels.op_spec import Arguments, CallShape, OpSpec
 
 _LIBRARY = torch.library.Library("ldmq", "DEF")
 LDMQ = torch.ops.ldmq
@@ -18,12 +18,20 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def _fake(spec: OpSpec, arguments: Arguments) -> Any:
+    """The result's metadata, for calls without gradients: what a compiler traces has none."""
+    if torch.is_grad_enabled() and gradients.needed(spec, arguments):
+        gradients.refuse_compiled(spec)
+    return spec.fake(spec.call(*arguments))
+
+
 def op(
     *,
     fake: Callable[[Any], Any],
     shape: CallShape,
     example: Callable[[OpSpec, Any], tuple[Any, ...]],
     agreement: Agreement = EXACT,
+    rounds: bool = True,
 ) -> Callable[[Function], Function]:
     """Define an op: a decorator of the typed function that calls it.
 
@@ -32,17 +40,20 @@ def op(
         shape: what makes two calls the same shape.
         example: (spec, operands) -> arguments.
         agreement: how near backends' results must come to each other.
+        rounds: whether it rounds activations or takes rounded ones, and so has no gradients.
 
     Raises:
         ValueError: the specification is not whole; the text names the op and the part.
     """
 
     def define(function: Function) -> Function:
-        spec = OpSpec(function, fake, shape, agreement, example)
+        spec = OpSpec(function, fake, shape, agreement, example, rounds)
         op_spec.register(spec)
         _LIBRARY.define(spec.schema, tags=_TAGS)
         _LIBRARY.impl(spec.name, dispatch.server(spec.name), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ldmq::{spec.name}", lambda *a: spec.fake(spec.call(*a)), lib=_LIBRARY)
+        # what a backend computes in torch is differentiated as such; `gradients` refuses the rest
+        _LIBRARY.impl(spec.name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"ldmq::{spec.name}", lambda *a: _fake(spec, a), lib=_LIBRARY)
         return function
 
     return define

@@ -171,6 +171,7 @@ class LdmqQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **_kwargs: Any) -> None:
         name_layers(model)
+        model.requires_grad_(False)  # as conversion leaves it
         for layer in model.modules():
             if isinstance(layer, QuantizedLayer):
                 layer.finish()

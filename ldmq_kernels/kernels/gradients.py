@@ -1,0 +1,77 @@
+"""Gradients of the ops: of those that only store weights in few bits, the definition's; of those that round, none.
+
+A rounded activation passes no gradient on, and an int8 tensor cannot say that one was lost. So an op that rounds
+refuses an input that requires gradients. A bias that does is taken, as layers whose bias is trainable are called for
+inference too, and the backward pass refuses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.op_spec import Arguments, OpSpec
+
+REMEDY = (
+    "call the model under torch.no_grad(), freeze what needs no gradients (model.requires_grad_(False)), or give "
+    "layers that gradients must pass through a weights-only scheme (w8a16, w4a16)"
+)
+
+
+def needed(spec: OpSpec, arguments: Arguments) -> list[Tensor]:
+    """The arguments that require gradients."""
+    given = (arguments[index] for index in spec.floating)
+    return [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+
+
+def check(spec: OpSpec, tensors: list[Tensor], arguments: Arguments) -> None:
+    """Accept for an op that rounds that its bias requires gradients, and nothing else.
+
+    Raises:
+        RuntimeError: a gradient would have to pass the rounding: an activation requires it.
+    """
+    bias = arguments[spec.arguments.index("bias")] if "bias" in spec.arguments else None
+    if any(tensor is not bias for tensor in tensors):
+        raise RuntimeError(_text(spec))
+
+
+def refusing(spec: OpSpec, result: Tensor, tensors: list[Tensor]) -> Tensor:
+    """The result of an op, which raises when it is differentiated."""
+    with torch.enable_grad():
+        return _Refused.apply(spec, result, *tensors)
+
+
+def refuse_compiled(spec: OpSpec) -> None:
+    """Refuse gradients under torch.compile.
+
+    Raises:
+        RuntimeError: always.
+    """
+    if spec.rounds:
+        raise RuntimeError(_text(spec))
+    raise RuntimeError(f"ldmq::{spec.name} has gradients in eager mode only: do not compile what is trained")
+
+
+def _text(spec: OpSpec) -> str:
+    return f"ldmq::{spec.name} rounds and has no backward pass, and an input of it requires gradients: {REMEDY}"
+
+
+class _Refused(torch.autograd.Function):
+    """A result as it is, whose backward pass is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: OpSpec, result: Tensor, *_tensors: Tensor) -> Tensor:
+        """Hand the result on."""
+        ctx.spec = spec
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Tensor) -> Any:
+        """Refuse.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(_text(ctx.spec))
