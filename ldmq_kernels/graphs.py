@@ -191,7 +191,9 @@ def _timestep(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return torch.full((), value, device=device) if is_number else value
+    if not is_number:
+        return value
+    return torch.full((), value, dtype=torch.float32 if isinstance(value, float) else torch.int64, device=device)
 
 
 def capture(module: M) -> M:

@@ -68,7 +68,7 @@ class HessianObserver:
 
     def __init__(self, name: str, layer: nn.Linear | nn.Conv2d, rows: int) -> None:
         width = layer.weight[0].numel()
-        self.total = torch.zeros(width, width, device=layer.weight.device)
+        self.total = torch.zeros(width, width, dtype=torch.float32, device=layer.weight.device)
         self._name, self._rows = name, rows
         self._random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 

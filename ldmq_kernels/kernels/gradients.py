@@ -7,6 +7,7 @@ inference too, and the backward pass refuses it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,21 +27,20 @@ def needed(spec: OpSpec, arguments: Arguments) -> list[Tensor]:
     return [tensor for tensor in given if tensor is not None and tensor.requires_grad]
 
 
-def check(spec: OpSpec, tensors: list[Tensor], arguments: Arguments) -> None:
+def check(spec: OpSpec, arguments: Arguments) -> None:
     """Accept for an op that rounds that its bias requires gradients, and nothing else.
 
     Raises:
         RuntimeError: a gradient would have to pass the rounding: an activation requires it.
     """
     bias = arguments[spec.arguments.index("bias")] if "bias" in spec.arguments else None
-    if any(tensor is not bias for tensor in tensors):
+    if any(tensor is not bias for tensor in needed(spec, arguments)):
         raise RuntimeError(_text(spec))
 
 
-def refusing(spec: OpSpec, result: Tensor, tensors: list[Tensor]) -> Tensor:
+def refusing(spec: OpSpec, compute: Callable[..., Tensor], arguments: Arguments) -> Tensor:
     """The result of an op, which raises when it is differentiated."""
-    with torch.enable_grad():
-        return _Refused.apply(spec, result, *tensors)
+    return _Refused.apply(spec, compute, *arguments)
 
 
 def refuse_compiled(spec: OpSpec) -> None:
@@ -59,13 +59,13 @@ def _text(spec: OpSpec) -> str:
 
 
 class _Refused(torch.autograd.Function):
-    """A result as it is, whose backward pass is an error."""
+    """The call of an op whose backward pass is an error."""
 
     @staticmethod
-    def forward(ctx: Any, spec: OpSpec, result: Tensor, *_tensors: Tensor) -> Tensor:
-        """Hand the result on."""
+    def forward(ctx: Any, spec: OpSpec, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Compute, which torch does without gradients here."""
         ctx.spec = spec
-        return result.view_as(result)
+        return compute(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_gradients: Tensor) -> Any:

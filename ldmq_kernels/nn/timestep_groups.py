@@ -106,7 +106,7 @@ class TimestepGroups:
 def _on_device(timestep: Any, device: torch.device) -> Tensor:
     """(1,) float32 on the device, which is not waited for."""
     if not isinstance(timestep, Tensor):
-        return torch.full((1,), float(timestep), device=device)
+        return torch.full((1,), float(timestep), dtype=torch.float32, device=device)
     return timestep.reshape(-1)[:1].to(device=device, dtype=torch.float32, non_blocking=True)
 
 

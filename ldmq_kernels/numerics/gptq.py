@@ -54,7 +54,7 @@ def damped_cholesky(hessian: Tensor) -> Tensor:
     width = hessian.shape[0]
     mean = hessian.diagonal().mean()
     if not bool(mean > 0):
-        return torch.eye(width, device=hessian.device)
+        return torch.eye(width, dtype=torch.float32, device=hessian.device)
     scaled = hessian.to(torch.float64 if width <= DOUBLE_UP_TO else torch.float32) / mean
     damping = added = DAMPING
     while damping <= 1:

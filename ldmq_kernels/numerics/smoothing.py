@@ -33,7 +33,7 @@ def smoothing_vector(input_absmax: Tensor, weight: Tensor, alpha: float) -> Tens
     w = torch.where(alive, weight_absmax, torch.ones_like(weight_absmax))
     logarithm = torch.log2(x) * alpha - torch.log2(w) * (1 - alpha)
     logarithm = torch.where(alive, logarithm - logarithm[alive].mean() if bool(alive.any()) else logarithm, 0.0)
-    bound = torch.log2(torch.tensor(LARGEST_RATIO))
+    bound = torch.log2(torch.tensor(LARGEST_RATIO, dtype=torch.float32, device=logarithm.device))
     return torch.exp2(torch.round(logarithm.clamp(-bound, bound)))
 
 

@@ -230,7 +230,11 @@ class LayerSearch:
         if key not in self._weights:
             plain = replace(layer_plan, scheme=weight.scheme, input_scale=None, first_token=False, bias_correction=None)
             self._weights[key] = quantize_layer(self.name, self.layer, plain, hessian)
-        scales = torch.tensor(layer_plan.scales, device=self.weight.device) if scheme.is_static else None
+        scales = (
+            torch.tensor(layer_plan.scales, dtype=torch.float32, device=self.weight.device)
+            if scheme.is_static
+            else None
+        )
         quantized = self._weights[key].with_activations(scheme, input_scale=scales, first_token=layer_plan.first_token)
         if layer_plan.bias_correction is not None:
             quantized.correct_bias(layer_plan.bias_correction, self.layer.weight)

@@ -33,7 +33,7 @@ class OnGpu(SimpleNamespace):
     """What the choice of a backend looks at of a tensor on a GPU."""
 
     def __init__(self, *shape: int) -> None:
-        super().__init__(shape=torch.Size(shape), device=GPU)
+        super().__init__(shape=torch.Size(shape), device=GPU, requires_grad=False)
 
 
 def linear(rows: int = 17, columns: int = 40) -> tuple[Any, ...]:

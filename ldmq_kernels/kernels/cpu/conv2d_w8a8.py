@@ -45,7 +45,8 @@ def conv2d_w8a8(
     if not samples:
         size = conv2d_output_size(x_q.shape[2:], kernel_size, stride, padding, dilation, upsample)
         shape = (0, weight_scale.shape[0], *size)
-        return torch.empty(shape, dtype=out_dtype, memory_format=torch.channels_last)  # oneDNN takes no empty batch
+        # oneDNN takes no empty batch
+        return torch.empty(shape, dtype=out_dtype, device=x_q.device, memory_format=torch.channels_last)
     x_q, pads = enlarged_and_padded(x_q, padding, upsample)
     x_q = x_q.contiguous(memory_format=torch.channels_last)
     geometry = (stride, pads, dilation, groups)

@@ -38,7 +38,7 @@ def linear_w8a8(
     if is_static and residual is None and out_dtype in WRITTEN_BY_ONEDNN:
         return onednn.linear(rows, float(x_scale), packed, weight_scale, shift, out_dtype).view(shape)
     accumulator = onednn.linear(rows, 1.0, packed, weight_scale, None, torch.float32)
-    out = torch.empty(accumulator.shape, dtype=out_dtype)
+    out = torch.empty_like(accumulator, dtype=out_dtype)
     row_scale = x_scale.reshape(1) if is_static else x_scale.reshape(-1, 1)
     finish_rows(accumulator, row_scale, shift, None if residual is None else residual.reshape(out.shape), out)
     return out.view(shape)

@@ -33,7 +33,7 @@ def prepack_conv2d(
     input_shape: torch.Size,
 ) -> Tensor:
     """(K, C / groups, R, S) int8 to the blocked form that suits inputs of `input_shape`."""
-    ones = torch.ones(weight.shape[0])
+    ones = torch.ones(weight.shape[0], dtype=torch.float32, device="cpu")
     return torch.ops.onednn.qconv_prepack(
         weight, ones, 1.0, ZERO_POINT, stride, padding, dilation, groups, list(input_shape)
     )
@@ -43,7 +43,7 @@ def linear(
     x_q: Tensor, x_scale: float, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """x_q (M, K) int8 by a prepacked weight, scaled; (M, N) float32 or bfloat16."""
-    zero_points = torch.zeros(weight_scale.shape, dtype=torch.int32)
+    zero_points = torch.zeros_like(weight_scale, dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise(
         to_uint8(x_q),
         x_scale,
@@ -74,7 +74,7 @@ def conv2d(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """x_q (N, C, H, W) int8, channels_last, by a prepacked weight, scaled; float32 or bfloat16, channels_last."""
-    zero_points = torch.zeros(weight_scale.shape, dtype=torch.int32)
+    zero_points = torch.zeros_like(weight_scale, dtype=torch.int32)
     return torch.ops.onednn.qconv_pointwise(
         to_uint8(x_q),
         x_scale,

@@ -23,7 +23,7 @@ def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, T
     check_channels(x.shape[1], inv_smooth)
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, dtype=torch.int8)
-    scale = torch.empty(x.shape[0], dtype=torch.float32)
+    scale = x.new_empty(x.shape[0], dtype=torch.float32)
     if not x.numel():
         return out, scale
     for block in row_blocks(x.shape[0], x[0].numel()):

@@ -15,7 +15,7 @@ def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Te
     check_channels(x.shape[-1], inv_smooth)
     x = x.contiguous()
     out = torch.empty_like(x, dtype=torch.int8)
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32)
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if not x.numel():
         return out, scale
     rows, out_rows, scales = x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), scale.view(-1)
@@ -23,7 +23,7 @@ def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Te
     for block in row_blocks(*rows.shape):
         chunk = rows[block]
         if buffer is None:
-            buffer = torch.empty(chunk.shape, dtype=torch.float32)
+            buffer = chunk.new_empty(chunk.shape, dtype=torch.float32)
         y = buffer[: chunk.shape[0]].copy_(chunk)
         if inv_smooth is not None:
             y.mul_(inv_smooth)

@@ -18,12 +18,16 @@ CONVOLUTIONS = ((4, 32, 1, 1), (64, 64, 1, 1), (64, 4, 2, 1), (32, 32, 1, 32))  
 
 
 def _filled(shape: tuple[int, ...], sign: int) -> Tensor:
-    return torch.full(shape, 127 * sign, dtype=torch.int8)
+    return torch.full(shape, 127 * sign, dtype=torch.int8, device="cpu")
+
+
+def _ones(n: int) -> Tensor:
+    return torch.ones(n, dtype=torch.float32, device="cpu")  # whatever torch's defaults are when an op is first used
 
 
 def _linear_is_exact(m: int, k: int, n: int, sign: int) -> bool:
     packed = onednn.prepack_linear(_filled((n, k), 1))
-    out = onednn.linear(_filled((m, k), sign), 1.0, packed, torch.ones(n), None, torch.float32)
+    out = onednn.linear(_filled((m, k), sign), 1.0, packed, _ones(n), None, torch.float32)
     return bool((out == 127 * 127 * k * sign).all())
 
 
@@ -32,7 +36,7 @@ def _conv2d_is_exact(c: int, k: int, stride: int, groups: int, sign: int) -> boo
     weight = _filled((k, c // groups, 3, 3), 1)
     geometry = ((stride, stride), (1, 1), (1, 1), groups)
     packed = onednn.prepack_conv2d(weight, *geometry, x_q.shape)
-    out = onednn.conv2d(x_q, 1.0, packed, torch.ones(k), None, *geometry, torch.float32)
+    out = onednn.conv2d(x_q, 1.0, packed, _ones(k), None, *geometry, torch.float32)
     exact = torch.nn.functional.conv2d(x_q.double(), weight.double(), None, *geometry)
     return bool((out == exact).all())
 

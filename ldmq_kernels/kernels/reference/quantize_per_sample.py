@@ -16,5 +16,5 @@ def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, T
     y = x.contiguous(memory_format=torch.channels_last).float()
     if inv_smooth is not None:
         y = y * inv_smooth.view(1, -1, 1, 1)
-    scale = dynamic_scale(y.abs().amax((1, 2, 3))) if y.numel() else torch.empty(y.shape[0], device=y.device)
+    scale = dynamic_scale(y.abs().amax((1, 2, 3))) if y.numel() else y.new_empty(y.shape[0])
     return round_to_int8(y * (1 / scale).view(-1, 1, 1, 1)), scale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.geometry import check_channels
@@ -22,5 +21,5 @@ def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Te
     y = x.contiguous().float()
     if inv_smooth is not None:
         y = y * inv_smooth
-    scale = dynamic_scale(y.abs().amax(-1)) if y.numel() else torch.empty(y.shape[:-1], device=y.device)
+    scale = dynamic_scale(y.abs().amax(-1)) if y.numel() else y.new_empty(y.shape[:-1])
     return round_to_int8(y * (1 / scale).unsqueeze(-1)), scale
