@@ -46,10 +46,10 @@ def _quantized(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """The layer in W8A8 with random integers, filled as a checkpoint's loader fills it."""
     kind = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
     layer = kind.empty(module, SCHEMES["w8a8-static"], smoothed=False)
-    layer.weight = torch.randint(-127, 128, layer.weight.shape, dtype=torch.int8, generator=generator)
+    layer.fill("weight", torch.randint(-127, 128, layer.plain_weight.shape, dtype=torch.int8, generator=generator))
     deviation = 254 / 12**0.5
     channels = layer.weight_scale.shape[0]
-    layer.weight_scale = torch.full((channels,), (layer.weight.numel() / channels) ** -0.5 / deviation)
+    layer.weight_scale = torch.full((channels,), (layer.plain_weight.numel() / channels) ** -0.5 / deviation)
     layer.input_scale = torch.tensor([INPUT_SCALE])
     if module.bias is not None:
         layer.bias = nn.Parameter(torch.zeros(channels, dtype=torch.bfloat16), requires_grad=False)

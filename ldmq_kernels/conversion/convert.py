@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, name_layers, timestep_groups
+from ldmq_kernels.nn.quant_conv2d import CONVOLUTION
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.plans.weights import WeightsCheck
@@ -110,14 +111,19 @@ def quantize_layer(
         hessian: (K, K) float32, the second moments of the layer's inputs, where the plan rounds it by GPTQ.
 
     Raises:
-        ConversionError: the layer computes something of its own, has hooks that would be lost, holds no
-            weight yet, its weight is not finite, or GPTQ rounding has no Hessian.
+        ConversionError: the layer computes something of its own, has hooks or a convolution that would be lost, holds
+            no weight yet, its weight is not finite, or GPTQ rounding has no Hessian.
     """
     kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     keep = "give it fp16 in the plan's exceptions to leave it as it is"
     if type(layer).forward is not kind.forward and not isinstance(layer, QuantizedLayer):
         raise ConversionError(
             f"{name}: a {type(layer).__qualname__} has a forward of its own, not {kind.__name__}'s: {keep}"
+        )
+    if isinstance(layer, nn.Conv2d) and layer._conv_forward != CONVOLUTION.__get__(layer):
+        raise ConversionError(
+            f"{name}: its _conv_forward is replaced, as for tiling, and a quantized layer would lose that: quantize "
+            'first and replace it then, or set padding_mode="circular" where both axes are tiled'
         )
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         raise ConversionError(

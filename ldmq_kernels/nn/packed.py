@@ -1,32 +1,45 @@
-"""A weight in the layout of the backend that computes with it, out of sight of everything that reads the layer.
+"""Where a quantized layer holds its weight: as a backend packs it or plain, out of sight of whoever reads the layer.
 
-A checkpoint holds plain tensors. Where a backend packs the layer's weight, the packed form alone is held; state_dict,
-deepcopy, pickle, `.weight` and a move get the plain one, exactly.
+A checkpoint holds plain tensors, and the integers are "weight" there. In memory they are the buffer "quantized_weight",
+or where a backend packs them the buffer "packed_weight" alone; state_dict, deepcopy, pickle and a move get the plain
+ones, exactly. The attribute `weight` is what a float layer's is: floating values in the float layer's layout.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.backend import Packer
+from ldmq_kernels.nn.dequantized import READ_ONLY, DequantizedWeight
 from ldmq_kernels.numerics.formats import FLOAT, Scheme
+
+PLAIN, PACKED = "quantized_weight", "packed_weight"
+
+
+def buffer_name(stored: str) -> str:
+    """The name of the buffer that holds a tensor of a checkpoint."""
+    return PLAIN if stored == "weight" else stored
 
 
 class PackedWeight(nn.Module):
-    """Mixin of a layer whose buffer "weight" may be held in packed form.
+    """Mixin of a layer whose weight may be quantized, and held in packed form.
 
     Attributes:
         scheme: what the layer computes in; its format says which op takes the weight.
-        packed_weight: the backend's own form; None where the weight is plain.
-        packer: how it was packed, and is unpacked.
+        float_dtype: of the float layer that this stands for.
+        packer: how the weight was packed, and is unpacked; None where it is plain.
     """
 
     scheme: Scheme = FLOAT
-    packed_weight: Tensor | None = None
+    float_dtype: torch.dtype = torch.float32
     packer: Packer | None = None
+    _packed_for_linear: bool = False
 
     @property
     def weight_channels(self) -> int:
@@ -38,57 +51,143 @@ class PackedWeight(nn.Module):
         """Whether this is computed as a linear."""
         raise TypeError("a quantized layer knows whether it is a linear")
 
+    @staticmethod
+    def from_channels_last(weight: Tensor) -> Tensor:
+        """A weight with its input channels last in the float layer's layout."""
+        raise TypeError("a quantized layer says where its input channels are")
+
     @property
-    def kernel_weight(self) -> Tensor:
-        """The weight as the ops take it: packed, or plain."""
-        packed = self.packed_weight
-        return self.weight if packed is None else packed
+    def weight(self) -> Any:
+        """The float layer's weight: of a quantized layer what its integers stand for, made anew and not writable.
+
+        Shape (out, in), or (out, in / groups, R, S) of a convolution; `float_dtype`; on the meta device while a loader
+        fills the layer.
+        """
+        parameter = self._parameters.get("weight")
+        if parameter is not None:
+            return parameter
+        if not self.scheme.quantizes:
+            raise AttributeError(f"this {type(self).__name__} has no weight yet")
+        stored = self.stored_tensors()
+        if stored["weight"].is_meta or any(tensor.is_meta for tensor in stored.values()):
+            stored = {name: tensor.to("meta") for name, tensor in stored.items()}
+        weight = self.from_channels_last(self._real(stored)).to(self.float_dtype).contiguous()
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(DequantizedWeight)
+
+    @weight.setter
+    def weight(self, _value: Any) -> None:
+        raise RuntimeError(READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; a quantized layer takes no float weight.
+
+        Raises:
+            RuntimeError: the layer is quantized, and this would be its weight.
+        """
+        if name == "weight" and self.scheme.quantizes:
+            raise RuntimeError(READ_ONLY)
+        super().register_parameter(name, param)
+
+    def real_weight(self) -> Tensor:
+        """(out, ..., C) float32: what the stored integers and scales stand for, for an input without smoothing."""
+        return self._real(self.stored_tensors())
+
+    def _real(self, stored: dict[str, Tensor]) -> Tensor:
+        real = self.scheme.format.weight.dequantize(stored, self.weight_channels)
+        return real * stored["smoothing"] if "smoothing" in stored else real
+
+    @property
+    def packed_weight(self) -> Tensor | None:
+        """The backend's own form of the weight; None where it is plain."""
+        return self._buffers.get(PACKED)
+
+    @property
+    def plain_weight(self) -> Tensor:
+        """The integers as a checkpoint has them, whatever form they are held in."""
+        packed = self._buffers.get(PACKED)
+        weight: Any = self._buffers[PLAIN] if packed is None else self._unpacked(packed)
+        return weight
+
+    def kernel_weight(self, as_linear: bool) -> Tensor:
+        """The weight as the op of a linear, or of a convolution, takes it: packed, or plain."""
+        packed = self._buffers.get(PACKED)
+        if packed is not None and as_linear == self._packed_for_linear:
+            return packed
+        plain = self.plain_weight
+        return plain.flatten(1) if as_linear else plain
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The tensors that the layer holds, by name; without "weight" where that is packed."""
-        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        """The tensors that a checkpoint of the layer's scheme has, by their names there."""
+        stored = {name: self._buffers.get(name) for name in self.scheme.dtypes if name != "weight"}
+        held = {name: tensor for name, tensor in stored.items() if tensor is not None}
+        return {"weight": self.plain_weight, **held}
 
-    def _multiplier(self) -> Tensor | None:
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor of a checkpoint by its name there; `finish` follows when all are in."""
+        self._buffers[buffer_name(name)] = tensor
+
+    def _hold(self, name: str, tensor: Tensor | None) -> None:
+        """Have a buffer that state_dict leaves out, or with None not have it: tools look up each name that is there."""
+        if tensor is None:
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        else:
+            self._buffers[name] = tensor
+            self._non_persistent_buffers_set.add(name)
+
+    def _multiplier(self, as_linear: bool) -> Tensor | None:
         """The multipliers as the op takes them, (N, groups) of a linear; None where the format has none."""
         multiplier = self._buffers.get("multiplier")
-        return multiplier.flatten(1) if self.is_pointwise and multiplier is not None else multiplier
+        return multiplier.flatten(1) if as_linear and multiplier is not None else multiplier
 
     def pack(self) -> None:
         """Hold the weight in the form of the backend that serves its device, where that packs this format's."""
         if not self.scheme.quantizes_activations:
             return
-        weight: Any = self._buffers["weight"]
-        op = self.scheme.format.products["linear" if self.is_pointwise else "conv2d"]
-        packer = dispatch.packer(op, weight.device)
+        weight: Any = self._buffers[PLAIN]
+        as_linear = self.is_pointwise
+        packer = dispatch.packer(self.scheme.format.products["linear" if as_linear else "conv2d"], weight.device)
         if packer is not None:
-            weight = weight.flatten(1) if self.is_pointwise else weight
-            self.packed_weight = packer.pack(weight, self._multiplier(), self.weight_channels)
-            self.packer, self._buffers["weight"] = packer, None
+            weight = weight.flatten(1) if as_linear else weight
+            self._hold(PACKED, packer.pack(weight, self._multiplier(as_linear), self.weight_channels))
+            self._hold(PLAIN, None)
+            self.packer, self._packed_for_linear = packer, as_linear
 
     def unpack(self) -> None:
         """Hold the plain weight again."""
-        if self.packed_weight is not None:
-            self._buffers["weight"] = self._unpacked(self.packed_weight)
-            self.packer = self.packed_weight = None
+        packed = self._buffers.get(PACKED)
+        if packed is not None:
+            self._hold(PLAIN, self._unpacked(packed))
+            self._hold(PACKED, None)
+            self.packer = None
 
     def _unpacked(self, packed: Tensor) -> Tensor:
         assert self.packer is not None
-        weight = self.packer.unpack(packed, self._multiplier())
-        return weight[:, None, None, :] if self.is_pointwise and isinstance(self, nn.Conv2d) else weight
+        weight = self.packer.unpack(packed, self._multiplier(self._packed_for_linear))
+        is_flat = self._packed_for_linear and isinstance(self, nn.Conv2d)
+        return weight[:, None, None, :] if is_flat else weight
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.__dict__.get("packed_weight") is not None:
-            return self._unpacked(self.__dict__["packed_weight"])
-        return super().__getattr__(name)
+    # -- under its name in checkpoints ---------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        """Inside this block the buffers are called as in a checkpoint: for torch's own loading."""
+        self._buffers["weight"] = self._buffers[PLAIN]
+        try:
+            yield
+        finally:
+            self._buffers[PLAIN] = self._buffers.pop("weight")
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if self.scheme.quantizes:
+            destination[prefix + "weight"] = self.plain_weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed_weight is not None:
-            destination[prefix + "weight"] = self._unpacked(self.packed_weight)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if self.packed_weight is not None:
-            state["_buffers"] = {**self._buffers, "weight": self._unpacked(self.packed_weight)}
-            state["packer"] = state["packed_weight"] = None
+            buffers = {name: buffer for name, buffer in self._buffers.items() if name != PACKED}
+            state["_buffers"] = {**buffers, PLAIN: self.plain_weight}
+            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {PACKED} | {PLAIN}
+            state["packer"] = None
         return state

@@ -9,6 +9,17 @@ from torch import Tensor, nn
 from ldmq_kernels import ops
 from ldmq_kernels.nn.quantized import ACTIVATION_DTYPES, QuantizedLayer
 
+GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
+CONVOLUTION = nn.Conv2d._conv_forward
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """(rows, columns) of an attribute that is an integer or a pair."""
+    if isinstance(value, int):
+        return (value, value)
+    rows, columns = value
+    return (rows, columns)
+
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """Drop-in for nn.Conv2d. Constructed directly it is an ordinary float layer; see `from_float`.
@@ -25,43 +36,64 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         """(K, C, R, S) to (K, R, S, C)."""
         return weight.permute(0, 2, 3, 1).contiguous()
 
+    @staticmethod
+    def from_channels_last(weight: Tensor) -> Tensor:
+        """(K, R, S, C) to (K, C, R, S)."""
+        return weight.permute(0, 3, 1, 2)
+
     @classmethod
     def structure_of(cls, module: Any) -> Self:
         """A float QuantConv2d on the meta device, shaped as `module`."""
-        return cls(
+        layer = cls(
             module.in_channels,
             module.out_channels,
             module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
+            groups=module.groups,
             bias=module.bias is not None,
-            padding_mode=module.padding_mode,
             device="meta",
             dtype=module.weight.dtype if module.weight.is_floating_point() else None,
         )
+        for name in GEOMETRY:  # as they are now: they may have been set after construction
+            setattr(layer, name, getattr(module, name))
+        return layer
 
     @property
     def is_pointwise(self) -> bool:
         """Whether this is a linear over pixels."""
-        unpadded = self.padding in ((0, 0), "valid") or self.padding == "same"
-        return self.kernel_size == (1, 1) and self.stride == (1, 1) and unpadded and self.groups == 1
+        return (
+            self.kernel_size == (1, 1)
+            and self.groups == 1
+            and _pair(self.stride) == (1, 1)
+            and (self.padding in ("same", "valid") or _pair(self.padding) == (0, 0))
+        )
 
     @property
     def zero_padding(self) -> tuple[int, int, int, int]:
         """Zeros at (top, bottom, left, right) that the op adds itself; other modes pad the input first."""
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        return (top, bottom, left, right) if self.padding_mode == "zeros" else (0, 0, 0, 0)
+        if self.padding_mode != "zeros" or self.padding == "valid":
+            return (0, 0, 0, 0)
+        if self.padding != "same":
+            rows, columns = _pair(self.padding)
+            return (rows, rows, columns, columns)
+        total = [d * (size - 1) for d, size in zip(_pair(self.dilation), self.kernel_size, strict=True)]
+        return (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
 
     @property
     def weight_channels(self) -> int:
         """Input channels of one group."""
         return self.in_channels // self.groups
 
+    @property
+    def has_own_convolution(self) -> bool:
+        """Whether someone has replaced `_conv_forward`, of this layer or of every nn.Conv2d."""
+        return "_conv_forward" in self.__dict__ or nn.Conv2d._conv_forward is not CONVOLUTION
+
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize the input as the scheme says, convolve in integers, scale back."""
-        if not self.scheme.quantizes:
+        """Quantize the input as the scheme says, convolve in integers, scale back.
+
+        Where `_conv_forward` is replaced, as tiling does, that is called with the dequantized weight.
+        """
+        if not self.scheme.quantizes or self.has_own_convolution:
             return nn.Conv2d.forward(self, x)
         shape = x.shape
         if shape[-3] != self.in_channels or x.dtype not in ACTIVATION_DTYPES:
@@ -72,7 +104,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         if not self.scheme.quantizes_activations:
             product = getattr(ops, self.scheme.format.products["conv2d"])
-            return product(x, self.weight, *self.operands(), self.bias, *self.geometry())
+            return product(x, self.plain_weight, *self.operands(), self.bias, *self.geometry())
         x_q, x_scale = self.quantize(x)
         low = self.convolve(self.low_part(x, x_q, 1), None, x.dtype, second=True) if self.scheme.is_split else None
         return self.convolve(x_q, x_scale, x.dtype, residual=low)
@@ -90,7 +122,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     def geometry(self, padding: tuple[int, int, int, int] | None = None, upsample: int = 1) -> tuple[Any, ...]:
         """What the convolution ops take, from the kernel's size to the enlargement of the input."""
         padding = self.zero_padding if padding is None else padding
-        return (self.kernel_size, self.stride, padding, self.dilation, self.groups, upsample)
+        return (self.kernel_size, _pair(self.stride), padding, _pair(self.dilation), self.groups, upsample)
 
     def convolve(
         self,
@@ -120,7 +152,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             return self.linear(x_q.permute(0, 2, 3, 1), x_scale, out_dtype, pixels, second=second).permute(0, 3, 1, 2)
         scale, bias = self.scale_and_bias(x_scale, second)
         product = getattr(ops, self.scheme.format.products["conv2d"])
-        operands = (self.kernel_weight, *self.operands(), bias, sample_bias, residual)
+        operands = (self.kernel_weight(False), *self.operands(), bias, sample_bias, residual)
         return product(x_q, scale, *operands, *self.geometry(padding, upsample), out_dtype)
 
     def linear(
@@ -134,7 +166,6 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     ) -> Tensor:
         """A pointwise layer's product over (..., C) int8, as QuantLinear.linear."""
         scale, bias = self.scale_and_bias(x_scale, second)
-        weight = self.kernel_weight if self.packed_weight is not None else self.kernel_weight.flatten(1)
         operands = [operand.flatten(1) if operand.dim() > 1 else operand for operand in self.operands()]
         product = getattr(ops, self.scheme.format.products["linear"])
-        return product(x_q, scale, weight, *operands, bias, residual, out_dtype)
+        return product(x_q, scale, self.kernel_weight(True), *operands, bias, residual, out_dtype)

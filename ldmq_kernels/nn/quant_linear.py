@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
-from ldmq_kernels.nn.quantized import ACTIVATION_DTYPES, QuantizedLayer
+from ldmq_kernels.nn.quantized import ACTIVATION_DTYPES, FIRST_TOKEN, QuantizedLayer
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -20,6 +20,11 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     @staticmethod
     def to_channels_last(weight: Tensor) -> Tensor:
+        """(N, K), as it is."""
+        return weight
+
+    @staticmethod
+    def from_channels_last(weight: Tensor) -> Tensor:
         """(N, K), as it is."""
         return weight
 
@@ -78,7 +83,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             if x.shape[-1] != self.in_features or x.dtype not in ACTIVATION_DTYPES:
                 self.refuse(x, self.in_features)
             product = getattr(ops, scheme.format.fused_linear)
-            weight, operands = self.kernel_weight, self.operands()
+            weight, operands = self.kernel_weight(True), self.operands()
             return product(x, self.input_inv_scale, self.call_scale, weight, *operands, self.bias, residual)
         x_q, x_scale = self.quantize(x)
         return self.linear(x_q, x_scale, x.dtype, residual)
@@ -88,7 +93,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         if x.dim() != 3:
             raise ValueError(f"a layer with first_token takes an input (B, T, C), this one has shape {tuple(x.shape)}")
         first = x[:, :1] if self.smoothing is None else (x[:, :1] * self.smoothing).to(x.dtype)
-        weight = self.weight if self.first_token_weight is None else self.first_token_weight
+        plain = self._buffers.get(FIRST_TOKEN)
+        weight = self.plain_weight if plain is None else plain
         product = getattr(ops, str(self.scheme.format.first_token_op))
         return product(first, weight, self.first_token_scale, self.bias)
 
@@ -98,7 +104,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         if x.shape[-1] != self.in_features or x.dtype not in ACTIVATION_DTYPES:
             self.refuse(x, self.in_features)
         product = getattr(ops, self.scheme.format.products["linear"])
-        return product(x, self.weight, *self.operands(), self.bias)
+        return product(x, self.plain_weight, *self.operands(), self.bias)
 
     def linear(
         self,
@@ -120,4 +126,4 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         """
         scale, bias = self.scale_and_bias(x_scale, second)
         product = getattr(ops, self.scheme.format.products["linear"])
-        return product(x_q, scale, self.kernel_weight, *self.operands(), bias, residual, out_dtype)
+        return product(x_q, scale, self.kernel_weight(True), *self.operands(), bias, residual, out_dtype)

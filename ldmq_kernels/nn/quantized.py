@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ldmq_kernels import ops
 from ldmq_kernels.nn.input_scale import InputScale
-from ldmq_kernels.nn.packed import PackedWeight
+from ldmq_kernels.nn.packed import PLAIN, PackedWeight, buffer_name
 from ldmq_kernels.numerics.formats import Scheme, schemes_of
 from ldmq_kernels.numerics.smoothing import smoothed_hessian
 from ldmq_kernels.numerics.split import LOW_STEPS, quantize_low_part
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FIRST_TOKEN = "first_token_weight"  # the plain weight beside a packed one, for the product with a 16-bit first token
 
 
 class QuantizedLayer(PackedWeight, InputScale):
@@ -23,7 +24,6 @@ class QuantizedLayer(PackedWeight, InputScale):
 
     Attributes:
         scheme: what the layer computes in; the float scheme until `from_float` or the loader says more.
-        weight: as the scheme's format stores it, input channels last; its other tensors are buffers beside it.
         first_token: whether the row of the first token is computed from its 16-bit input.
         adds_bias: whether the float layer had no bias, and a correction gave this one its own.
     """
@@ -109,12 +109,12 @@ class QuantizedLayer(PackedWeight, InputScale):
             weight = original.float() / layer.smoothing
             weighted = None if hessian is None else smoothed_hessian(hessian, layer.smoothing)
         for name, tensor in scheme.format.weight.quantize(weight, weighted).items():
-            setattr(layer, name, tensor)
+            layer.fill(name, tensor)
         if scheme.is_static and input_scale is not None:
             layer.input_scale = input_scale.detach().float().reshape(-1).to(device)
         for name, dtype in scheme.dtypes.items():
             if dtype == torch.float32:
-                scheme.check(name, layer._buffers[name])
+                scheme.check(name, layer._buffers.get(name))
         layer.finish()
         return layer
 
@@ -146,17 +146,20 @@ class QuantizedLayer(PackedWeight, InputScale):
         first_token = first_token and scheme.quantizes_activations
         if first_token and scheme.format.first_token_op is None:
             raise ValueError(f"{scheme} has no product for a first token in 16 bit: leave first_token out")
-        layer.scheme, layer.first_token = scheme, first_token
-        float_dtype = layer.weight.dtype
+        layer.float_dtype = layer.weight.dtype
         shape = cls.to_channels_last(layer.weight).shape
         del layer.weight
+        layer.scheme, layer.first_token = scheme, first_token
         buffers = scheme.buffers(shape, smoothed=smoothed, timestep_groups=timestep_groups)
         for name in (*buffers, *(absent for absent in ("input_scale", "smoothing") if absent not in buffers)):
             buffer = buffers.get(name)
             empty = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
-            layer.register_buffer(name, empty)
+            layer.register_buffer(buffer_name(name), empty)
+        layer._non_persistent_buffers_set.add(PLAIN)  # state_dict has it as "weight"
         if corrected and layer.bias is None:
-            layer.bias = nn.Parameter(torch.empty(shape[0], dtype=float_dtype, device="meta"), requires_grad=False)
+            layer.bias = nn.Parameter(
+                torch.empty(shape[0], dtype=layer.float_dtype, device="meta"), requires_grad=False
+            )
             layer.adds_bias = True
         layer._derive_for_call()
         return layer
@@ -190,7 +193,7 @@ class QuantizedLayer(PackedWeight, InputScale):
         clone._buffers["input_scale"] = None if input_scale is None else input_scale.detach().float().reshape(-1)
         clone._derive_for_call()
         if first_token and clone.packed_weight is not None:
-            clone.first_token_weight = self.weight
+            clone._hold(FIRST_TOKEN, self.plain_weight)
         return clone
 
     def correct_bias(self, correction: Tensor, like: Tensor | None = None) -> None:
@@ -207,29 +210,26 @@ class QuantizedLayer(PackedWeight, InputScale):
             added = shared.detach().float() + added
         self.bias = nn.Parameter(added.to(like.dtype), requires_grad=shared is not None and shared.requires_grad)
 
-    def real_weight(self) -> Tensor:
-        """(out, ..., C) float32: what the stored integers and scales stand for, for an input without smoothing."""
-        stored = {**self.stored_tensors(), "weight": self.weight}
-        real = self.scheme.format.weight.dequantize(stored, self.weight_channels)
-        return real if self.smoothing is None else real * self.smoothing
-
     def finish(self) -> None:
         """Derive what is not stored and pack for the device, once all buffers are filled."""
         self.revision += 1
-        if not self.scheme.quantizes or self._buffers["weight"] is None:
+        if self.bias is not None:
+            self.float_dtype = self.bias.dtype
+        plain = self._buffers.get(PLAIN)
+        if not self.scheme.quantizes or plain is None:
             return
         self._derive_for_call()
-        plain = self._buffers["weight"]
         self.pack()
         if self.first_token and self.packed_weight is not None:
-            self.first_token_weight = plain
+            self._hold(FIRST_TOKEN, plain)
 
     def _derive_for_call(self) -> None:
         self.use_timestep_group(0)
         if self.first_token:
-            scale = self.scheme.format.weight.group_scale(self.stored_tensors())
-            self.register_buffer("first_token_scale", scale, persistent=False)
-            self.register_buffer("first_token_weight", None, persistent=False)
+            held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+            scale = self.scheme.format.weight.group_scale(held)
+            self._hold("first_token_scale", scale)
+            self._hold(FIRST_TOKEN, None)
 
     # -- of a call -----------------------------------------------------------------------------------
 
@@ -281,7 +281,9 @@ class QuantizedLayer(PackedWeight, InputScale):
         if not self.scheme.quantizes:
             return super()._apply(fn, recurse)
         self.unpack()
-        kept = {name: self._buffers.get(name) for name in self.scheme.dtypes}
+        kept = {name: self._buffers.get(name) for name in map(buffer_name, self.scheme.dtypes)}
+        like = torch.empty(0, dtype=self.float_dtype, device=self._buffers[PLAIN].device)  # type: ignore[union-attr]
+        self.float_dtype = fn(like).dtype
         scale, inv_scale = self.call_scale, self.input_inv_scale
         super()._apply(fn, recurse)
         for name, original in kept.items():
@@ -300,13 +302,18 @@ class QuantizedLayer(PackedWeight, InputScale):
             except ValueError as error:
                 raise ValueError(f"{prefix}{error}") from None
         self.unpack()
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if not self.scheme.quantizes:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            return
+        with self._as_stored():
+            super()._load_from_state_dict(state_dict, prefix, *rest)
         self.finish()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        if "first_token_weight" in state["_buffers"]:
-            state["_buffers"] = {**state["_buffers"], "first_token_weight": None}
+        if FIRST_TOKEN in state["_buffers"]:  # `finish` makes it again
+            state["_buffers"] = {name: buffer for name, buffer in state["_buffers"].items() if name != FIRST_TOKEN}
+            state["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"] - {FIRST_TOKEN}
         state["_view"] = state["_call_scale"] = state["_call_inv_scale"] = None
         return state
 

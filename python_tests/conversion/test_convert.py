@@ -127,6 +127,27 @@ def test_a_hooked_layer_and_one_without_its_weight_are_refused_by_name():
         convert(model, plan)
 
 
+class Tiling(nn.Conv2d):
+    """A convolution with a convolution of its own."""
+
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(x, weight, bias)
+
+
+def replaced() -> nn.Conv2d:
+    layer = nn.Conv2d(4, 4, 3)
+    layer._conv_forward = Tiling._conv_forward.__get__(layer)
+    return layer
+
+
+@pytest.mark.parametrize("make", [replaced, lambda: Tiling(4, 4, 3)], ids=["of the layer", "of its class"])
+def test_a_convolution_that_is_replaced_is_refused_by_name(make):
+    model = nn.Sequential(nn.Linear(8, 8), make())
+    with pytest.raises(ConversionError, match=r"1: its _conv_forward is replaced.*quantize first"):
+        convert(model, uniform_plan(model, "w8a16"))
+    assert quantized_names(model) == {}
+
+
 def test_a_plan_for_another_model_is_refused():
     unet = tiny_unet()
     with pytest.raises(PlanError, match="this plan is for a UNet2DConditionModel"):

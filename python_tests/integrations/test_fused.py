@@ -206,7 +206,7 @@ def test_q_k_and_v_are_one_exact_product_without_a_second_copy(scheme: str) -> N
         unet = quantized_unet(scheme)
         block = next(m for m in unet.modules() if isinstance(m, FusedBasicTransformerBlock))
         q, k, v = block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
-        assert len({layer.weight.untyped_storage().data_ptr() for layer in (q, k, v)}) == 1
+        assert len({layer.plain_weight.untyped_storage().data_ptr() for layer in (q, k, v)}) == 1
         counts = served(lambda: run_unet(unet))
         fused, saved = run_unet(unet), {name: t.clone() for name, t in unet.state_dict().items()}
         assert torch.equal(unfused_output(unet), fused)
@@ -216,7 +216,7 @@ def test_q_k_and_v_are_one_exact_product_without_a_second_copy(scheme: str) -> N
             for found in (served(lambda: unfused_output(unet)), counts)
         ]
         assert products[0] - products[1] == 3 * blocks
-        q.weight[:] = 0
+        q.plain_weight[:] = 0
         q.finish()  # as loading does: what was merged is stale, and not used
         assert not torch.equal(run_unet(unet), fused)
         unet.load_state_dict(saved)

@@ -176,8 +176,9 @@ def test_its_packed_weight_is_held_by_a_layer_and_unpacked_for_another_backend(f
     packer = Packer("toy's int16", lambda w: w.dtype == torch.int16, pack, lambda w, _: w.to(torch.int8))
     vars(folder)["packer"] = lambda op: packer if op == OP else None
     layer = QuantLinear.from_float(torch.nn.Linear(8, 4), SCHEMES["w8a8-dynamic"])
-    assert layer.kernel_weight.dtype == torch.int16
-    assert layer.state_dict()["weight"].dtype == layer.weight.dtype == torch.int8
+    assert layer.kernel_weight(as_linear=True).dtype == torch.int16
+    assert layer.state_dict()["weight"].dtype == layer.plain_weight.dtype == torch.int8
+    assert sum(buffer.nbytes for buffer in layer.buffers()) == 2 * 8 * 4 + 4 * 4  # it is counted where it is held
     assert "packed for toy's int16" in repr(layer)
     measurements.forget()
     x = torch.randn(3, 8)

@@ -196,8 +196,8 @@ def test_a_change_of_dtype_leaves_integers_and_scales_alone(scheme):
 def test_a_layer_on_the_cpu_backend_holds_one_copy_of_its_weight():
     layer = quantized(make()[0], "w8a8-dynamic")
     assert layer.packed_weight is not None
-    assert "weight" not in dict(layer.named_buffers())
-    assert layer.weight.shape == (48, 3, 3, 32)
+    assert layer._buffers["quantized_weight"] is None
+    assert layer.plain_weight.shape == (48, 3, 3, 32)
 
 
 def test_constructed_as_its_float_class_it_is_a_float_layer():

@@ -124,9 +124,9 @@ def test_the_state_dict_holds_plain_tensors_and_restores_them_bit_for_bit(scheme
 def test_packed_and_plain_layers_have_the_same_state(scheme):
     layer = quantized(make(), scheme, smooth=True)
     packed = layer.state_dict()
-    weight = layer.weight
+    weight = layer.plain_weight
     layer.unpack()
-    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.plain_weight, weight)
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, packed[name]), name
 

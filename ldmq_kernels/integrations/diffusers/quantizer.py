@@ -63,10 +63,14 @@ class LdmqQuantizer(DiffusersQuantizer):
         """One byte a weight: the loader counts them in 16 bit."""
         return 2
 
-    def _process_model_before_weight_loading(self, model: ModelMixin, **_kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: ModelMixin, state_dict: dict[str, Tensor] | None = None, **_kwargs: Any
+    ) -> None:
         plan = self.quantization_config.plan_for(model)
         self.quantization_config = LdmqConfig(plan=plan)
         layers = quantizable_layers(model)
+        if state_dict is not None:  # from_single_file, which knows float checkpoints alone and does not say so
+            self.pre_quantized = False
         if not self.pre_quantized:
             if plan.needs_inputs:
                 raise ConversionError(
@@ -165,7 +169,7 @@ class LdmqQuantizer(DiffusersQuantizer):
             layer.scheme.check(leaf, stored)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
-        layer.register_buffer(leaf, stored.to(target_device))
+        layer.fill(leaf, stored.to(target_device))
 
     # -- after the weights ---------------------------------------------------------------------------
 
@@ -197,4 +201,12 @@ class LdmqQuantizer(DiffusersQuantizer):
         model.hf_quantizer = self
         model.quantization_method = self.quantization_config.quant_method
         model.is_quantized = False  # True makes diffusers refuse .to(dtype), which quantized layers take
+        set_beside = _attributes_beside_entries(model.config)
         model.register_to_config(quantization_config=self.quantization_config)
+        vars(model.config).update(set_beside)
+
+
+def _attributes_beside_entries(config: Any) -> dict[str, Any]:
+    """What was set on a config after it was made, as IP-Adapter sets `encoder_hid_dim_type`; no entry tells."""
+    unset = object()
+    return {name: value for name, value in vars(config).items() if config.get(name, unset) is not value}

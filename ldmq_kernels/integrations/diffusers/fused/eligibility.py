@@ -23,6 +23,8 @@ def is_unwrapped(module: Any, kind: type) -> bool:
 def takes_int8(layer: Any) -> bool:
     """Whether a layer is unwrapped and needs no more than int8 activations, which a producer can give it."""
     kind = type(layer)
+    if kind is QuantConv2d and layer.has_own_convolution:
+        return False
     return kind in (QuantLinear, QuantConv2d) and is_unwrapped(layer, kind) and layer.takes_int8
 
 

@@ -22,13 +22,13 @@ class MergedLinears:
 
     def __init__(self, layers: Sequence[QuantLinear]) -> None:
         self.layers = tuple(layers)
-        whole = torch.cat([layer.weight for layer in layers])
+        whole = torch.cat([layer.plain_weight for layer in layers])
         self.operands = [torch.cat(parts) for parts in zip(*(layer.operands() for layer in layers), strict=True)]
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
         self.widths = [layer.out_features for layer in layers]
         for layer, part in zip(layers, whole.split(self.widths), strict=True):
-            layer._buffers["weight"] = part
+            layer.fill("weight", part)
         self.weight = whole
         self._revisions = [layer.revision for layer in layers]
 

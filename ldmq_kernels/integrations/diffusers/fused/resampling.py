@@ -32,7 +32,7 @@ class FusedDownsample2D(Downsample2D):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Take and return what the forward of Downsample2D does."""
         pads = self.use_conv and self.padding == 0 and self.norm is None
-        if args or kwargs or not (pads and _convolves(self.conv)):
+        if args or kwargs or not (pads and _convolves(self.conv) and not any(self.conv.zero_padding)):
             return super().forward(hidden_states, *args, **kwargs)
         return self.conv.convolve(*self.conv.quantize(hidden_states), hidden_states.dtype, padding=FAR_SIDES)
 
