@@ -166,6 +166,8 @@ def _file_problem(devices: set[torch.device]) -> str:
             measurements.read_file(measurements.user_file(device))
     except ValueError as error:
         return str(error)
+    except OSError:  # a user without a home that can be read, of which a warning tells; the ops run there
+        return ""
     return ""
 
 

@@ -40,8 +40,14 @@ def cache_folder() -> Path:
     """The folder of this user's measurements: $LDMQ_CACHE, or ldmq_kernels in the user's cache folder.
 
     Raises:
-        RuntimeError: the user has no home, and the environment names no folder.
+        FileNotFoundError: the user has no home, and the environment names no folder.
     """
-    given = os.environ.get("LDMQ_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "ldmq_kernels"
+    given, base = os.environ.get("LDMQ_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if given:
+        return Path(given)
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "ldmq_kernels"
+    except RuntimeError:
+        raise FileNotFoundError(
+            "this user has no home, where measurements are kept: set LDMQ_CACHE to a folder for them"
+        ) from None

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ldmq_kernels.files import write_whole
+from ldmq_kernels.files import NotJsonError, read_json, shortened, write_whole
 from ldmq_kernels.kernels.backend import DEFINITION
 from ldmq_kernels.kernels.gpu import cache_folder, file_name, gpu_of
 from ldmq_kernels.version import __version__
@@ -54,7 +54,11 @@ def warn_once(text: str) -> None:
 
 
 def user_file(device: torch.device) -> Path:
-    """This user's measurements on a device."""
+    """This user's measurements on a device.
+
+    Raises:
+        FileNotFoundError: the user has no home.
+    """
     return cache_folder() / file_name(gpu_of(device))
 
 
@@ -67,12 +71,13 @@ def read_file(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: it is damaged.
+        OSError: it cannot be read.
     """
-    if not path.exists():
-        return {}
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = read_json(path)
+    except FileNotFoundError:
+        return {}
+    except NotJsonError as error:
         raise ValueError(_damaged(path, error)) from None
     if not isinstance(content, dict) or not isinstance(content.get("tiles"), dict):
         raise ValueError(_damaged(path, 'an object with "tiles" is expected'))
@@ -90,7 +95,7 @@ def _contents(device: torch.device) -> tuple[tuple[Path, dict[str, Any]], ...]:
         try:
             path = place()
             content = read_file(path)
-        except (ValueError, OSError, RuntimeError) as error:  # the last where a user has no home
+        except (ValueError, OSError) as error:
             warn_once(f"{error}; until then no backend is chosen by this file, and none is switched off")
         found.append((path, content))
     return tuple(found)
@@ -102,7 +107,8 @@ def _section(path: Path, content: dict[str, Any], *names: str) -> dict[str, Any]
     for name in names:
         found = found.get(name, {})
         if not isinstance(found, dict):
-            warn_once(_damaged(path, f"{' '.join(map(repr, names))}: {name!r} is {found!r}, must be an object"))
+            told = f"{' '.join(map(repr, names))}: {name!r} is {shortened(repr(found))}, must be an object"
+            warn_once(_damaged(path, told))
             return {}
     return found
 
@@ -123,7 +129,11 @@ def fastest_backends(op: str, device: torch.device, accepted: Collection[str]) -
                 fastest[text] = name
             else:
                 choice = ", ".join(accepted)
-                warn_once(_damaged(path, f"the backend of {op} at {text!r} is {name!r}, must be one of {choice}"))
+                warn_once(
+                    _damaged(
+                        path, f"the backend of {op} at {text!r} is {shortened(repr(name))}, must be one of {choice}"
+                    )
+                )
     return fastest
 
 
@@ -152,8 +162,8 @@ def off(op: str, device: torch.device) -> dict[str, str]:
     reasons = {}
     for name, line in _section(path, content, "switched_off", op).items():
         if not isinstance(line, dict) or not {"reason", "date", "version"} <= set(line):
-            told = f"what switches {op} off on {name!r} is {line!r}, must have a reason, a date and a version"
-            warn_once(_damaged(path, told))
+            told = f"what switches {op} off on {name!r} is {shortened(repr(line))}"
+            warn_once(_damaged(path, f"{told}, must have a reason, a date and a version"))
         elif line["version"] == __version__ and name != DEFINITION:
             reasons[name] = f"{line['reason']} ({line['date']}, ldmq_kernels {line['version']})"
     return reasons
@@ -195,7 +205,10 @@ def switch_on(op: str, backend: str, device: torch.device) -> bool:
         ValueError: the user's file is damaged.
         OSError: it cannot be written.
     """
-    content = _for_change(device)
+    try:
+        content = _for_change(device)
+    except OSError:  # without a home that can be read nothing is switched off
+        return False
     ops = content.get("switched_off", {})
     if backend not in ops.get(op, {}):
         return False

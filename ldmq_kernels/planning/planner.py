@@ -19,7 +19,7 @@ from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
-from ldmq_kernels.planning.times import LayerTimes, measure_times
+from ldmq_kernels.planning.times import LayerTimes, cache_file, measure_times
 from ldmq_kernels.plans.plan import Plan, plan_output
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze, open_work
 
@@ -31,7 +31,8 @@ HELD_OUT, SAME_PROMPTS = "held-out prompts", "the calibration's own prompt, from
 
 def measure_layers(model: nn.Module, analysis: Analysis, *, show: bool = False) -> LayerTimes:
     """Times of all layers for one picture, on the device that the model is on."""
-    return measure_times(model, analysis, analysis.calibration.trajectory.calls[0].of_prompts([0]), show=show)
+    call = analysis.calibration.trajectory.calls[0].of_prompts([0])
+    return measure_times(model, analysis, call, path=cache_file(call.output.device), show=show)
 
 
 def held_out_settings(settings: SamplingSettings) -> SamplingSettings:

@@ -7,6 +7,7 @@ one version of this package and of torch, and one number of threads; with other 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import UNetCall
-from ldmq_kernels.files import write_whole
+from ldmq_kernels.files import read_json, write_whole
 from ldmq_kernels.kernels import measurements
 from ldmq_kernels.kernels.gpu import cache_folder
 from ldmq_kernels.numerics.formats import FLOAT
@@ -138,20 +139,36 @@ def _head(device: torch.device) -> dict[str, Any]:
     return {**head, "kernels": measured}
 
 
-def cache_file(device: torch.device) -> Path:
-    """The file that keeps this user's layer times of a device."""
+def cache_file(device: torch.device) -> Path | None:
+    """The file that keeps this user's layer times of a device; None for a user without a home."""
     name = re.sub(r"[^a-z0-9]+", "-", _device_name(device).lower()).strip("-")
-    return cache_folder() / f"layer-times-{name}.json"
-
-
-def _earlier(path: Path, head: dict[str, Any]) -> dict[str, float]:
-    """Times in the file, if they are of the same device and versions; a damaged file is written anew."""
     try:
-        content = json.loads(path.read_text())
+        return cache_folder() / f"layer-times-{name}.json"
+    except FileNotFoundError:
+        return None
+
+
+def _earlier(path: Path | None, head: dict[str, Any]) -> dict[str, float]:
+    """Times in the file, if they are of the same device and versions; a damaged file is written anew."""
+    if path is None:
+        return {}
+    try:
+        content = read_json(path)
         known = content["milliseconds"] if content["head"] == head else {}
-        return {str(key): float(value) for key, value in known.items()}
+        times = {str(key): float(value) for key, value in known.items()}
+        return times if all(0 <= value < math.inf for value in times.values()) else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+
+
+def _keep(path: Path | None, head: dict[str, Any], known: dict[str, float]) -> None:
+    """Keep the times for later runs; the plan, whose analysis may be hours of work, does without where that fails."""
+    if path is None:
+        return
+    try:
+        write_whole(path, (json.dumps({"head": head, "milliseconds": known}, indent=1) + "\n").encode())
+    except OSError as error:
+        measurements.warn_once(f"the layers' times are not kept for later runs: {error}")
 
 
 def _best(works: Sequence[Callable[[], Any]], device: torch.device, timer: Clock) -> list[float]:
@@ -166,7 +183,7 @@ def measure_times(
     analysis: Analysis,
     call: UNetCall,
     *,
-    path: Path | None = None,
+    path: Path | None,
     timer: Clock = one_call_ms,
     show: bool = False,
 ) -> LayerTimes:
@@ -177,7 +194,7 @@ def measure_times(
     Args:
         model: the float model, on the device that it will run on.
         call: a recorded call for one picture.
-        path: the file that keeps what was measured; this user's own where it is None.
+        path: the file that keeps what was measured; None for none.
         timer: milliseconds of a work on a device.
 
     Raises:
@@ -185,7 +202,6 @@ def measure_times(
     """
     device = call.output.device
     head = _head(device)
-    path = path or cache_file(device)
     known = _earlier(path, head)
     layers, inputs = quantizable_layers(model), _inputs(model, call)
     keys: dict[tuple[str, str], str] = {}
@@ -203,7 +219,7 @@ def measure_times(
         works = [_work(analysis, name, layers[name], scheme, x) for scheme, _ in group]
         taken = _best(works, device, timer)
         known |= {key: round(ms, 6) for (_, key), ms in zip(group, taken, strict=True)}
-        write_whole(path, (json.dumps({"head": head, "milliseconds": known}, indent=1) + "\n").encode())
+        _keep(path, head, known)
     whole = _best([lambda: model(*call.args, **call.kwargs)], device, timer)[0]
     times = {key: known[text] for key, text in keys.items()}
     in_layers = sum(taken for (_, scheme), taken in times.items() if scheme == str(FLOAT))

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ldmq_kernels.files import PART, write_whole
+from ldmq_kernels.files import PART, read_json, write_whole
 from ldmq_kernels.numerics.checksum import checksum
 from ldmq_kernels.sensitivity.stored import Stored
 
@@ -116,7 +116,7 @@ class WorkFolder:
                 raise WorkError(f"{self._path} holds {strange[0]}, which is no work of ldmq: give another folder")
             return
         try:
-            earlier = json.loads(path.read_bytes())
+            earlier = read_json(path)
         except ValueError:
             earlier = None
         if not isinstance(earlier, dict):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ldmq_kernels import ops
-from ldmq_kernels.files import write_whole
+from ldmq_kernels.files import read_json, shortened, write_whole
 from ldmq_kernels.kernels import measurements
 from ldmq_kernels.kernels.backend import Backend, backends
 from ldmq_kernels.kernels.gpu import gpu_of
@@ -112,7 +112,7 @@ def _todo(
 
 def _write(path: Path, found: dict[str, Any]) -> None:
     """Write what was measured; what else the file holds, such as what is switched off, stays as it is now."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = read_json(path) if path.exists() else {}
     head = {**kept, **found, "date": datetime.date.today().isoformat(), "torch": torch.__version__}
     write_whole(path, (json.dumps(head, indent=1) + "\n").encode())
 
@@ -126,7 +126,7 @@ def _earlier(path: Path, device: torch.device, served: list[Backend]) -> dict[st
     if not path.exists():
         return {"gpu": name, **empty}
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         for choice in tiles:
             content = choice.updated(content)
         if content["gpu"] != name:
@@ -139,7 +139,7 @@ def _earlier(path: Path, device: torch.device, served: list[Backend]) -> dict[st
     except TuningError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TuningError(f"{path} is damaged ({error}): remove it to measure anew") from None
+        raise TuningError(f"{path} is damaged ({shortened(error)}): remove it to measure anew") from None
 
 
 def _measure(call: Call, parts: list[str], device: torch.device, timer: Clock, found: dict[str, Any]) -> None:

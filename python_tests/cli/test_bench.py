@@ -154,6 +154,28 @@ def test_no_figure_is_cut_at_any_width(
         assert ("left out:" in out) == (width in (60, 80))
 
 
+@pytest.mark.parametrize(("option", "kind"), [("--json", "json"), ("--csv", "csv")])
+def test_a_file_is_tried_before_anything_is_measured_and_replaces_its_like_alone(
+    option: str,
+    kind: str,
+    clock: FakeClock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, notes = tmp_path / "found", tmp_path / "notes"
+    for _ in range(2):
+        run(*LINEAR, "--rounds", "1", option, str(file))
+    notes.write_text("mine")
+
+    def begins(*_: object) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("ldmq_kernels.cli.bench.run.measure_ceilings", begins)
+    assert f"is no file of `ldmq bench --{kind}`" in refusal(capsys, *LINEAR, "--rounds", "1", option, str(notes))
+    assert notes.read_text() == "mine"
+
+
 def test_another_run_is_compared_by_its_file_and_with_the_noise_of_both(
     clock: FakeClock, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

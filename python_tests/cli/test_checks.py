@@ -232,6 +232,25 @@ def test_a_damaged_file_ends_the_check_before_it_blames_the_kernels(
     measurements.forget()
 
 
+def test_a_user_without_a_home_gets_a_whole_check_and_one_warning(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LDMQ_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    measurements.forget()
+    measurements.warn_once.cache_clear()
+    install(**RIGHT)
+    with pytest.warns(UserWarning, match="set LDMQ_CACHE") as warned:
+        assert checks.run_doctor()
+    assert "all is well" in told(capsys)
+    assert len(warned) == 1
+    measurements.forget()
+
+
 def test_after_a_kernel_that_ends_all_work_on_the_gpu_nothing_else_is_blamed(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,8 +211,20 @@ def test_a_user_without_a_home_is_served(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("LDMQ_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.warns(UserWarning, match="Could not determine home directory"):
+    with pytest.warns(UserWarning, match="has no home, .* set LDMQ_CACHE"):
         assert served_by(linear()) == "triton"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 10**5, '{"tiles": 1e999}', '{"tiles": {}, "tiles": {}}', " " * 10**8],
+    ids=["deep", "a large number", "a name twice", "large"],
+)
+def test_json_of_any_kind_is_a_damaged_file_and_the_usual_backend_serves(write: Files, content: str) -> None:
+    write("user").write_text(content)
+    with pytest.warns(UserWarning, match=r"nvidia-h200\.json is damaged .* remove it") as told:
+        assert served_by(linear()) == "triton"
+    assert max(len(str(warning.message)) for warning in told) < 1000
 
 
 def test_a_file_of_an_earlier_version_is_read(write: Files) -> None:

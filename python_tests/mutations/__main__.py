@@ -9,7 +9,7 @@ import sys
 from python_tests.mutations.trials import table, wrong_ones
 
 # Each module has `trials(count, seed)`, an iterator of Outcomes: seeds from `seed` on, one for each.
-KINDS: dict[str, str] = {}
+KINDS: dict[str, str] = {"plans": "python_tests.mutations.plans"}
 
 
 def main(arguments: list[str]) -> int:

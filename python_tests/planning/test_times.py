@@ -116,6 +116,33 @@ def test_the_users_own_file_is_named_after_the_device() -> None:
     assert path.suffix == ".json"
 
 
+def test_times_that_cannot_be_kept_are_measured_all_the_same(
+    unet: nn.Module, analysis: Analysis, call: UNetCall, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="times are not kept for later runs"):
+        found = measure_times(unet, analysis, call, path=tmp_path / "file" / "times.json", timer=Clock())
+    assert found.layers == measure_times(unet, analysis, call, path=None, timer=Clock()).layers
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1", '"fast"', "null"])
+def test_times_that_are_none_are_measured_anew(value: str, tmp_path: Path) -> None:
+    (tmp_path / "times.json").write_text(f'{{"head": {{}}, "milliseconds": {{"a": 1.5, "b": {value}}}}}')
+    assert layer_times._earlier(tmp_path / "times.json", {}) == {}
+    (tmp_path / "times.json").write_text('{"head": {}, "milliseconds": {"a": 1.5}}')
+    assert layer_times._earlier(tmp_path / "times.json", {}) == {"a": 1.5}
+
+
+def test_a_user_without_a_home_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LDMQ_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_file(torch.device("cpu")) is None
+
+
 def test_an_untuned_gpu_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Some GPU")
     monkeypatch.setattr(measurements, "fingerprint", lambda _device: "")

@@ -109,11 +109,27 @@ def test_smoothing_of_the_wrong_length_names_the_layer(unet):
         ({"details": {"conv_in": {"rounding": "up"}}}, "rounding"),
         ({"details": {"conv_in": {"bits": 4}}}, "bits"),
         ({"surprise": 1}, "surprise"),
+        ({"ldmq_plan": 3.0}, r"\$\.ldmq_plan: 3.0 is not of type 'integer'"),
+        ({"input_scales": {"conv_in": 1e-42}}, "input scale of conv_in is 1e-42.*as its inverse is"),
+        ({"input_scales": {"conv_in": 1e39}}, "input scale of conv_in is 1e\\+39"),
+        ({"input_scales": {"conv_in": [0.1, True]}}, "input scale of conv_in is True"),
+        ({"input_scales": {"conv_in": [0.1] * 1001}}, "conv_in has 1001 input scales"),
+        ({"smoothing": {"conv_in": "AQAAAA=="}}, "smoothing of conv_in holds values whose inverse is not finite"),
+        ({"timestep_groups": [10**24 * 10**20, 300.0]}, "plan.json.*whole number of 45 digits"),
+        ({"details": {"conv_in": {"rank": 2.0}}}, r"conv_in has a low-rank correction \(rank 2.0\)"),
+        ({"details": {"conv_in": {"rank": 0.0}}}, r"conv_in has a low-rank correction \(rank 0.0\)"),
+        ({"calibration": {"texts": "a dog"}}, r"calibration.texts: 'a dog' is not of type 'array'"),
+        ({"calibration": {"num_inference_steps": 0}}, "num_inference_steps: 0 is less than"),
+        ({"rules": [{"pattern": "*", "scheme": "fp16"}] * 2001}, "rules.*too long"),
+        ({"rules": [{"pattern": "*a" * 251, "scheme": "fp16"}]}, r"rules\[0\].pattern.*too long"),
+        ({"rules": [{"pattern": "*", "scheme": "x" * 10**6}]}, r"rules\[0\].scheme: 'xxx.* \.\.\. "),
     ],
 )
 def test_a_file_edited_into_nonsense_says_where(saved, changes, said):
-    with pytest.raises(PlanError, match=said):
+    with pytest.raises(PlanError, match=said) as raised:
         Plan.load(_edited(saved, **changes))
+    assert "plan.json" in str(raised.value)
+    assert len(str(raised.value)) < 1100
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}'])

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ldmq_kernels.cli.options import at_home
+
 OF_OPS = (
     "shape",
     "backend",
@@ -25,9 +27,13 @@ OF_TUNING = ("out", "seconds")
 OPS_PANEL, TUNE_PANEL = "One op, with --op", "The tuner, with --tune"
 
 
-def _of_op(text: str, name: str | None = None, metavar: str | None = None) -> typer.models.OptionInfo:
-    names = () if name is None else (name,)
-    found: typer.models.OptionInfo = typer.Option(*names, help=text, metavar=metavar, rich_help_panel=OPS_PANEL)
+def _of_op(
+    text: str, name: str | None = None, metavar: str | None = None, *, is_path: bool = False
+) -> typer.models.OptionInfo:
+    names, callback = () if name is None else (name,), at_home if is_path else None
+    found: typer.models.OptionInfo = typer.Option(
+        *names, help=text, metavar=metavar, callback=callback, rich_help_panel=OPS_PANEL
+    )
     return found
 
 
@@ -68,10 +74,11 @@ Cache = Annotated[
     _of_op("What the caches hold before a call: nothing of it, or all. Without it: cold on a GPU, warm on a CPU."),
 ]
 Rounds = Annotated[int, typer.Option(help="Samples of each backend, in turns.", min=1, rich_help_panel=OPS_PANEL)]
-Json = Annotated[Path | None, _of_op("Write what was measured as JSON, for --compare.", "--json", "FILE")]
-Csv = Annotated[Path | None, _of_op("Write what was measured as CSV.", "--csv", "FILE")]
+Json = Annotated[Path | None, _of_op("Write what was measured as JSON, for --compare.", "--json", "FILE", is_path=True)]
+Csv = Annotated[Path | None, _of_op("Write what was measured as CSV.", "--csv", "FILE", is_path=True)]
 Compare = Annotated[
-    Path | None, _of_op("Show how many times as fast this run is as an earlier one's --json.", None, "FILE")
+    Path | None,
+    _of_op("Show how many times as fast this run is as an earlier one's --json.", None, "FILE", is_path=True),
 ]
 Tune = Annotated[
     bool,
@@ -82,7 +89,8 @@ Tune = Annotated[
     ),
 ]
 Out = Annotated[
-    Path | None, typer.Option(help="The file, in place of the one that the ops read.", rich_help_panel=TUNE_PANEL)
+    Path | None,
+    typer.Option(help="The file, in place of the one that the ops read.", callback=at_home, rich_help_panel=TUNE_PANEL),
 ]
 Seconds = Annotated[
     float | None, typer.Option(help="Stop after so many; the next run goes on.", rich_help_panel=TUNE_PANEL)

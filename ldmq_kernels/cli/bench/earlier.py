@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ldmq_kernels.cli.bench.measure import Ceilings, Result
-from ldmq_kernels.files import write_csv, write_whole
+from ldmq_kernels.files import csv_bytes, read_json, shortened
 from ldmq_kernels.version import __version__
 
 SAME = ("op", "shape", "backend", "dtype", "epilogue", "cache")  # what two rows that are compared have in common
+FIRST_COLUMNS = ("op", "shape", "backend", "tile", "dtype", "epilogue", "cache")  # of a table
 MACHINE = ("device", "threads", "torch", "version")
 
 
@@ -32,17 +33,36 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, results: Sequence[Result], ceilings: Ceilings, device: torch.device) -> None:
-    """Write what was measured, whole or not at all, as `read_rows` reads it."""
+def is_json(path: Path) -> bool:
+    """Whether a file is what --json wrote, which a later run may replace."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"rows", "ceilings", *MACHINE} <= set(content)
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is what --csv wrote, which a later run may replace."""
+    beginning = ",".join(FIRST_COLUMNS).encode()
+    try:
+        with path.open("rb") as file:
+            return file.read(len(beginning)) == beginning
+    except OSError:
+        return False
+
+
+def json_of(results: Sequence[Result], ceilings: Ceilings, device: torch.device) -> bytes:
+    """What was measured as `read_rows` reads it."""
     head = {**machine(device), "date": datetime.date.today().isoformat(), "ceilings": asdict(ceilings)}
     content = {**head, "rows": [result.as_dict() for result in results]}
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def write_table(path: Path, results: Sequence[Result]) -> None:
-    """Write what was measured as CSV, a line for each op, shape and backend."""
+def table_of(results: Sequence[Result]) -> bytes:
+    """What was measured as CSV, a line for each op, shape and backend."""
     rows = [result.as_dict() for result in results]
-    write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
+    return csv_bytes(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def key_of(row: Mapping[str, Any]) -> Hashable:
@@ -64,7 +84,7 @@ def read_rows(path: Path, device: torch.device) -> tuple[dict[Hashable, dict[str
         ValueError: there is no such file, or --json did not write it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         rows = {key_of(row): row for row in content["rows"]}
         for row in rows.values():
             float(row["p50_ms"]), float(row["noise"])
@@ -74,6 +94,8 @@ def read_rows(path: Path, device: torch.device) -> tuple[dict[Hashable, dict[str
             f"--compare: there is no file {path}: `ldmq bench --op ... --json {path}` writes one"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--compare: {path} is no file of `ldmq bench --op ... --json` ({error!r})") from None
+        raise ValueError(
+            f"--compare: {path} is no file of `ldmq bench --op ... --json` ({shortened(repr(error))})"
+        ) from None
     now = machine(device)
     return rows, [f"{name} was {then[name]}, is {now[name]}" for name in MACHINE if then[name] != now[name]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 
 from ldmq_kernels.cli.bench.backends import backends_of
 from ldmq_kernels.cli.bench.cases import EPILOGUES, Case, cases_of
-from ldmq_kernels.cli.bench.earlier import read_rows, write_json, write_table
+from ldmq_kernels.cli.bench.earlier import is_json, is_table, json_of, read_rows, table_of
 from ldmq_kernels.cli.bench.measure import measure_case, measure_ceilings
 from ldmq_kernels.cli.bench.show import print_legend, print_results
 from ldmq_kernels.cli.fitted import output_console
+from ldmq_kernels.files import output_file
 from ldmq_kernels.progress import track
 
 
@@ -65,12 +67,20 @@ def _work(request: BenchRequest, dtype: torch.dtype, device: torch.device) -> li
     return work
 
 
+def _place(
+    path: Path | None, is_older: Callable[[Path], bool], kind: str
+) -> contextlib.AbstractContextManager[Callable[[bytes], None] | None]:
+    """The place of a file that is asked for, reserved before anything is measured."""
+    return contextlib.nullcontext() if path is None else output_file(path, is_older, kind)
+
+
 def run_op_bench(request: BenchRequest) -> None:
     """Measure, print the tables and write the files.
 
     Raises:
         ValueError: something that is asked for does not exist, or nothing could be measured; the text lists what is
             accepted.
+        OSError: a file that is asked for cannot be written, or its place holds something else.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_gpu = device.type == "cuda"
@@ -79,19 +89,22 @@ def run_op_bench(request: BenchRequest) -> None:
     work = _work(request, dtype, device)
     earlier, differences = read_rows(request.compare, device) if request.compare else (None, [])
     console = output_console()
-    ceilings = measure_ceilings(device, dtype)
-    results, refused = [], []
-    for case, backends in track(work, "shapes", len(work), show=True):
-        found, refusals = measure_case(case, backends, request.tile, cache, request.rounds, device, ceilings)
-        results += found
-        refused += [f"{case.op} at {case.label} was not measured on {name}: {why}" for name, why in refusals.items()]
-    if not results:
-        raise ValueError("; ".join(refused))
+    with contextlib.ExitStack() as places:
+        write_json = places.enter_context(_place(request.json, is_json, "file of `ldmq bench --json`"))
+        write_csv = places.enter_context(_place(request.csv, is_table, "file of `ldmq bench --csv`"))
+        ceilings = measure_ceilings(device, dtype)
+        results, refused = [], []
+        for case, backends in track(work, "shapes", len(work), show=True):
+            found, refusals = measure_case(case, backends, request.tile, cache, request.rounds, device, ceilings)
+            results += found
+            refused += [f"{case.op} at {case.label} was not measured on {n}: {why}" for n, why in refusals.items()]
+        if not results:
+            raise ValueError("; ".join(refused))
+        if write_json:
+            write_json(json_of(results, ceilings, device))
+        if write_csv:
+            write_csv(table_of(results))
     print_results(console, results, earlier)
     print_legend(console, ceilings, request.rounds, is_compared=earlier is not None)
     for line in [*refused, *(f"the earlier run differs: {difference}" for difference in differences)]:
         console.print(line, markup=False, highlight=False)
-    if request.json:
-        write_json(request.json, results, ceilings, device)
-    if request.csv:
-        write_table(request.csv, results)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ldmq_kernels.files import shortened
 from ldmq_kernels.kernels import measurements, tile_cost
 from ldmq_kernels.kernels.gpu import Gpu, cache_folder, file_name, gpu_of
 from ldmq_kernels.kernels.triton.tile_tables import TILES, Tile, family
@@ -26,6 +26,25 @@ RATE = tile_cost.INT8_PRODUCTS[90]  # on every GPU: tiles are weighed against ea
 # the words of files of measured tiles that earlier versions wrote
 _EARLIER_FIELDS = {"rows": "m", "columns": "n", "depth": "k", "share": "efficiency", "splits": "split_k"}
 _EARLIER_WORDS = {"pointers": "gather"}
+
+
+def _is_power(value: Any, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most and value & (value - 1) == 0
+
+
+# what a file may say of a tile: Triton takes powers of two, and 160 columns are a kernel's own
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "m": lambda value: _is_power(value, 1024),
+    "n": lambda value: value == 160 or _is_power(value, 1024),
+    "k": lambda value: _is_power(value, 1024),
+    "warps": lambda value: _is_power(value, 32),
+    "stages": lambda value: type(value) is int and 1 <= value <= 16,
+    "split_k": lambda value: type(value) is int and 1 <= value <= 64,
+    "efficiency": lambda value: type(value) in (int, float) and 0 < value <= 1,
+    "splittable": lambda value: type(value) is bool,
+    "persistent": lambda value: type(value) is bool,
+    "transposed": lambda value: type(value) is bool,
+}
 
 
 class Problem(NamedTuple):
@@ -75,8 +94,14 @@ def tile_of(fields: dict[str, Any]) -> Tile:
 
     Raises:
         TypeError: a field is missing or unknown.
+        ValueError: a field is none that any tile has.
     """
-    return Tile(**{_EARLIER_FIELDS.get(name, name): value for name, value in fields.items()})
+    tile = Tile(**{_EARLIER_FIELDS.get(name, name): value for name, value in fields.items()})
+    for name, is_right in _CHECKS.items():
+        value = getattr(tile, name)
+        if not is_right(value):
+            raise ValueError(f"a tile's {name} is {shortened(repr(value))}")
+    return tile
 
 
 def current_key(key: str) -> str:
@@ -93,13 +118,18 @@ def measured(gpu: Gpu) -> dict[str, Tile]:
         ValueError: a file is damaged.
     """
     tiles: dict[str, Tile] = {}
-    for path in (measurements.SHIPPED / file_name(gpu), cache_folder() / file_name(gpu)):
-        if path.exists():
-            try:
-                found = json.loads(path.read_text())["tiles"]
-                tiles |= {current_key(key): tile_of(fields) for key, fields in found.items()}
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path} is damaged ({error}): remove it, or run `ldmq bench --tune` again") from None
+    for folder in (lambda: measurements.SHIPPED, cache_folder):
+        try:
+            path = folder() / file_name(gpu)
+            found = measurements.read_file(path).get("tiles", {})
+        except OSError:  # a user without a home that can be read, of which `measurements` tells
+            continue
+        try:
+            tiles |= {current_key(key): tile_of(fields) for key, fields in found.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({shortened(error)}): remove it, or run `ldmq bench --tune` again"
+            ) from None
     return tiles
 
 

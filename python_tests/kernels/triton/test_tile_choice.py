@@ -84,7 +84,31 @@ def test_the_models_take_the_tiles_that_they_took_before() -> None:
     assert chosen_tiles.differences(chosen_tiles.by_triton(), "triton") == []
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"tiles": {"a": {"rows": 1}}}', '{"tiles": [1]}'])
+RIGHT = {"m": 64, "n": 64, "k": 64, "warps": 4, "stages": 2}
+WRONG = [
+    *({"warps": wrong} for wrong in ("", 3, 0)),
+    *({"m": wrong} for wrong in (0, -64, None)),
+    *({"n": wrong} for wrong in (10**9, [64])),
+    *({"stages": wrong} for wrong in (10**4, True)),
+    *({"k": 64.0}, {"split_k": 0}, {"efficiency": -1}, {"persistent": "yes"}, {"splittable": 1}),
+]
+
+
+@pytest.mark.parametrize("change", WRONG, ids=str)
+def test_a_tile_that_no_kernel_takes_is_damage(own_cache: Path, change: dict) -> None:
+    (own_cache / file_name(HOPPER)).write_text(json.dumps({"tiles": {"linear_w8a8 1x1x1": RIGHT | change}}))
+    measurements.forget()
+    with pytest.raises(ValueError, match=rf"nvidia-h200\.json is damaged .*{next(iter(change))}.*--tune"):
+        chosen("linear_w8a8", 8192, 5120, 640)
+
+
+def test_every_tile_of_the_tables_may_be_read_from_a_file() -> None:
+    tiles = [tile for table in TILES.values() for of_family in table.values() for tile in of_family]
+    assert all(tile_choice.tile_of(asdict(tile)) == tile for tile in tiles)
+    assert tile_choice.tile_of(RIGHT) == Tile(64, 64, 64, 4, 2)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"tiles": {"a": {"rows": 1}}}', '{"tiles": [1]}', "[" * 10**5])
 def test_a_damaged_file_says_what_to_do(own_cache: Path, content: str) -> None:
     (own_cache / file_name(HOPPER)).write_text(content)
     measurements.forget()
