@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ldmq_kernels.cli.quiet import quiet_libraries
-from ldmq_kernels.files import NotJsonError, printable, read_json
+from ldmq_kernels.files import NotJsonError, alias_in_ascii, printable, read_json
 
 PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
 DENOISERS = ("unet", "transformer")
@@ -133,7 +133,8 @@ def load(folder: Path, dtype: str) -> Any:
     part = denoiser_folder(folder)
     kind = diffusers.DiffusionPipeline if is_pipeline(folder) else _model_class(part)
     try:
-        loaded: Any = kind.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True)
+        with alias_in_ascii(folder) as place:
+            loaded: Any = kind.from_pretrained(place, torch_dtype=getattr(torch, dtype), local_files_only=True)
     except Exception as error:
         raise ModelError(f"{folder} cannot be loaded: {error}") from error
     if is_pipeline(folder):

@@ -57,6 +57,12 @@ def test_what_is_written_has_the_dtype_of_the_file_that_is_loaded(
     assert _dtypes(tmp_path / "out") == {stored}
 
 
+def test_a_model_whose_name_is_no_utf_8_is_loaded(model: Path, plan_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "model-\udcff").symlink_to(model)
+    assert run("quantize", tmp_path / "model-\udcff", "--plan", plan_file, "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model_index.json").exists()
+
+
 def test_a_config_that_is_nonsense_is_named(model: Path, plan_file: Path, tmp_path: Path) -> None:
     shutil.copytree(model / "unet", tmp_path / "unet")
     (tmp_path / "unet" / "config.json").write_text("[" * 100_000)
