@@ -126,7 +126,7 @@ def _quantized_layer(layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan, tensor
     if layer_plan.bias_correction is not None:
         quantized.correct_bias(layer_plan.bias_correction, layer.weight)
     for name, tensor in tensors.items():
-        quantized.register_buffer(name, tensor.to(layer.weight.device))
+        quantized.fill(name, tensor.to(layer.weight.device))
     quantized.train(layer.training).finish()
     return quantized
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import stat
 import weakref
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from ldmq_kernels.files import PART, read_json, write_whole
+from ldmq_kernels.files import PART, NotJsonError, printable, read_json, shortened, write_whole
 from ldmq_kernels.numerics.checksum import checksum
 from ldmq_kernels.sensitivity.stored import Stored
 
@@ -48,25 +49,20 @@ def check_private(folder: Path) -> None:
     Raises:
         WorkError: it is a file, belongs to another user, or others may read or write it.
     """
-    found = folder.stat()
+    found, shown = folder.stat(), printable(folder)
     elsewhere = "or give a folder that does not exist yet, which is made private"
     if not stat.S_ISDIR(found.st_mode):
-        raise WorkError(f"{folder} is a file, and the work goes into a folder: remove it, {elsewhere}")
+        raise WorkError(f"{shown} is a file, and the work goes into a folder: remove it, {elsewhere}")
     if found.st_uid != os.getuid():
         raise WorkError(
-            f"{folder} belongs to the user {found.st_uid}, and results are taken only from a folder of one's own (you "
+            f"{shown} belongs to the user {found.st_uid}, and results are taken only from a folder of one's own (you "
             f"are {os.getuid()}): work as that user, {elsewhere}"
         )
     if stat.S_IMODE(found.st_mode) & 0o077:
         raise WorkError(
-            f"{folder} is open to other users (mode {stat.S_IMODE(found.st_mode):04o}), and results are taken only "
-            f"from a private folder: if nobody else wrote to it, run `chmod 700 {folder}`, {elsewhere}"
+            f"{shown} is open to other users (mode {stat.S_IMODE(found.st_mode):04o}), and results are taken only "
+            f"from a private folder: if nobody else wrote to it, run `chmod 700 {shlex.quote(shown)}`, {elsewhere}"
         )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def _difference(earlier: Any, now: Any, path: str = "") -> str | None:
@@ -77,7 +73,7 @@ def _difference(earlier: Any, now: Any, path: str = "") -> str | None:
             if found is not None:
                 return found
         return None
-    return None if earlier == now else f"{path} ({_shown(earlier)}, now {_shown(now)})"
+    return None if earlier == now else f"{path} ({shortened(repr(earlier), SHOWN)}, now {shortened(repr(now), SHOWN)})"
 
 
 class WorkFolder:
@@ -109,24 +105,26 @@ class WorkFolder:
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         path = self._path / SETTINGS
-        another = "give another folder, or remove this one"
+        shown, another = printable(self._path), "give another folder, or remove this one"
         if not path.exists():
             strange = [p.name for p in sorted(self._path.iterdir()) if p.name != LOCK and not is_part(p)]
             if strange:
-                raise WorkError(f"{self._path} holds {strange[0]}, which is no work of ldmq: give another folder")
+                raise WorkError(f"{shown} holds {strange[0]}, which is no work of ldmq: give another folder")
             return
         try:
             earlier = read_json(path)
-        except ValueError:
+        except NotJsonError:
             earlier = None
         if not isinstance(earlier, dict):
-            raise WorkError(f"{path} is damaged, so that it is not known what the work beside it belongs to: {another}")
+            raise WorkError(
+                f"{printable(path)} is damaged, so that it is not known whose work lies beside it: {another}"
+            )
         if earlier.get("format") != FORMAT:
-            raise WorkError(f"{self._path} holds work of another version of ldmq_kernels: {another}")
+            raise WorkError(f"{shown} holds work of another version of ldmq_kernels: {another}")
         difference = _difference(earlier, settings)
         if difference is not None:
             raise WorkError(
-                f"{self._path} holds work that was done with another {difference}: go on with the same settings, or "
+                f"{shown} holds work that was done with another {difference}: go on with the same settings, or "
                 f"{another}"
             )
 
@@ -135,11 +133,8 @@ class WorkFolder:
         with contextlib.suppress(OSError):  # another process holds it, or a file system without locks
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for part in [p for p in self._path.rglob("*") if is_part(p)]:
-                logger.info("removed %s, which a killed run left", part)
-                if part.is_dir():
-                    shutil.rmtree(part)
-                else:
-                    part.unlink()
+                logger.warning("removed %s, which a killed run left", printable(part))
+                shutil.rmtree(part)
         with contextlib.suppress(OSError):
             fcntl.flock(self._lock, fcntl.LOCK_SH)
 
@@ -160,14 +155,15 @@ class WorkFolder:
         try:
             return self._read(path, stage, item)
         except (_Damaged, SafetensorError, OSError, ValueError, KeyError) as error:
-            logger.warning("%s is damaged (%s): its result is computed again", path, error)
+            logger.warning("%s is damaged (%s): its result is computed again", printable(path), error)
             return None
 
     def _read(self, path: Path, stage: str, item: str) -> Stored:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            text = header["result"]
-            stored = Stored(json.loads(text), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        content = path.read_bytes()
+        tensors = load(content)  # which refuses a header that is not whole
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        text = header["result"]
+        stored = Stored(json.loads(text), tensors)
         if header["seal"] != self._seal(stage, item, text, stored):
             raise _Damaged("it is not what was written for this item and these settings")
         return stored

@@ -9,7 +9,10 @@ import sys
 from python_tests.mutations.trials import table, wrong_ones
 
 # Each module has `trials(count, seed)`, an iterator of Outcomes: seeds from `seed` on, one for each.
-KINDS: dict[str, str] = {"plans": "python_tests.mutations.plans"}
+KINDS: dict[str, str] = {
+    "kills": "python_tests.mutations.kills",
+    "plans": "python_tests.mutations.plans",
+}
 
 
 def main(arguments: list[str]) -> int:
