@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
 DENOISERS = ("unet", "transformer")
 # str.splitlines parts lines at these too; a byte order mark is no letter
 _IN_A_LINE = {ord(mark): " " for mark in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"} | {0xFEFF: None}
+# a file of weights: plain, of a variant as model.fp16.safetensors, or a shard of either
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+)
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -124,17 +129,20 @@ def load_structure(folder: Path) -> nn.Module:
 def load(folder: Path, dtype: str) -> Any:
     """A pipeline, or the model alone where that is what the directory holds, on the best device.
 
+    Where weights are there as one variant only, as a download of it leaves them, that is taken.
+
     Raises:
-        ModelError: as `denoiser_folder`, or diffusers cannot load it.
+        ModelError: as `denoiser_folder`, diffusers cannot load it, or its weights are several variants and no other.
     """
     quiet_libraries()
     import diffusers
 
     part = denoiser_folder(folder)
     kind = diffusers.DiffusionPipeline if is_pipeline(folder) else _model_class(part)
+    chosen = {"torch_dtype": getattr(torch, dtype), "variant": _needed_variant(folder), "local_files_only": True}
     try:
         with alias_in_ascii(folder) as place:
-            loaded: Any = kind.from_pretrained(place, torch_dtype=getattr(torch, dtype), local_files_only=True)
+            loaded: Any = kind.from_pretrained(place, **chosen)
     except Exception as error:
         raise ModelError(f"{folder} cannot be loaded: {error}") from error
     if is_pipeline(folder):
@@ -169,13 +177,38 @@ def _stored_dtypes(file: Path) -> Iterator[torch.dtype]:
     yield from (STORED_DTYPES[name] for name in names if name in STORED_DTYPES)
 
 
-def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """The float dtype of what diffusers loads from a folder: *.safetensors before *.bin, and no variant of them.
+def _weights(folder: Path) -> dict[str | None, list[Path]]:
+    """The files of weights in a part's folder, by variant; those of none at None."""
+    found: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = WEIGHTS.fullmatch(file.name)
+        if match is not None:
+            found.setdefault(match["variant"], []).append(file)
+    return found
 
-    A variant has its name between dots, as diffusion_pytorch_model.fp16.safetensors.
-    """
+
+def _needed_variant(folder: Path) -> str | None:
+    """The variant without which a part of the directory has no weights; None where each has plain ones."""
+    parts = [folder / name for name in _read_config(folder / PIPELINE_FILE)] if is_pipeline(folder) else [folder]
+    lacking = {part: set(found) for part in parts if (found := _weights(part)) and None not in found}
+    if not lacking:
+        return None
+    common = set.intersection(*lacking.values())
+    if len(common) != 1:
+        listed = "; ".join(f"{part.name} {', '.join(sorted(map(str, found)))}" for part, found in lacking.items())
+        raise ModelError(
+            f"{printable(folder)} holds weights as variants alone, and not as one for all parts ({listed}): keep the "
+            "files of one variant"
+        )
+    return common.pop()
+
+
+def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
+    """The float dtype of what diffusers loads from a folder: the variant where it is, *.safetensors before *.bin."""
+    by_variant = _weights(folder)
+    candidates = by_variant.get(variant) or by_variant.get(None, [])
     for ending in (".safetensors", ".bin"):
-        files = sorted(file for file in folder.glob(f"*{ending}") if "." not in file.stem)
+        files = [file for file in candidates if file.suffix == ending]
         found = (dtype for file in files for dtype in _stored_dtypes(file) if dtype in STORED_DTYPES.values())
         dtype = next(found, None)
         if dtype is not None:
@@ -185,8 +218,8 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
 
 def to_stored_dtype(loaded: Any, folder: Path) -> None:
     """Bring every part back to the dtype that its directory stores, so that saving does not widen it."""
-    parts = dict(loaded.components) if is_pipeline(folder) else {".": loaded}
+    parts, variant = dict(loaded.components) if is_pipeline(folder) else {".": loaded}, _needed_variant(folder)
     for name, part in parts.items():
-        dtype = _stored_dtype(folder / name) if isinstance(part, nn.Module) else None
+        dtype = _stored_dtype(folder / name, variant) if isinstance(part, nn.Module) else None
         if dtype is not None:
             part.to(dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ldmq_kernels.cli.models import read_prompts
 from python_tests.cli.commands import run
@@ -61,6 +61,45 @@ def test_a_model_whose_name_is_no_utf_8_is_loaded(model: Path, plan_file: Path, 
     (tmp_path / "model-\udcff").symlink_to(model)
     assert run("quantize", tmp_path / "model-\udcff", "--plan", plan_file, "--out", tmp_path / "out") == 0
     assert (tmp_path / "out" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_a_variant_that_is_there_alone_is_loaded(sharded: bool, plan_file: Path, tmp_path: Path) -> None:
+    size = "200KB" if sharded else "10GB"
+    unet = tiny_unet(**SHALLOW).half()
+    unet.save_pretrained(tmp_path / "model", variant="fp16", max_shard_size=size)
+    unet.save_pretrained(tmp_path / "plain")
+    assert (len(list((tmp_path / "model").glob("*.safetensors"))) > 1) is sharded
+    for name in ("model", "plain"):
+        assert run("quantize", tmp_path / name, "--plan", plan_file, "--out", tmp_path / f"{name} out") == 0
+    one, other = (
+        load_file(tmp_path / f"{name} out" / "diffusion_pytorch_model.safetensors") for name in ("model", "plain")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert _dtypes(tmp_path / "model out") == {torch.float16}
+
+
+def test_a_pipeline_of_one_variant_keeps_its_dtypes(model: Path, plan_file: Path, tmp_path: Path) -> None:
+    """One part has plain weights beside, of another dtype: the variant is what diffusers loads then."""
+    shutil.copytree(model, tmp_path / "model")
+    for file in (tmp_path / "model").glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    plain = {name: t.float() for name, t in load_file(next((tmp_path / "model").glob("vae/*.safetensors"))).items()}
+    save_file(plain, tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert run("quantize", tmp_path / "model", "--plan", plan_file, "--out", tmp_path / "out") == 0
+    for part in ("unet", "vae"):
+        assert _dtypes(tmp_path / "out" / part) == {torch.float16}
+
+
+def test_of_several_variants_none_is_guessed(
+    plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variant in ("fp16", "ema"):
+        tiny_unet(**SHALLOW).save_pretrained(tmp_path / "model", variant=variant)
+    assert run("quantize", tmp_path / "model", "--plan", plan_file, "--out", tmp_path / "out") == 1
+    assert "ema, fp16" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_config_that_is_nonsense_is_named(model: Path, plan_file: Path, tmp_path: Path) -> None:
