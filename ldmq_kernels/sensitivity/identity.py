@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import denoiser
 from ldmq_kernels.numerics.checksum import checksum, combined
@@ -35,8 +35,15 @@ def _config(component: Any) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=str, sort_keys=True))
 
 
-def _weights(module: nn.Module) -> str:
-    return combined({f"{name} {t.dtype} {tuple(t.shape)}": checksum(t) for name, t in module.state_dict().items()})
+def _weights(part: str, module: nn.Module) -> str:
+    tensors = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+    away = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"{part}: {away} is not in memory (meta device), so that work could not be told from another model's: keep "
+            "the pipeline in memory, or keep no work"
+        )
+    return combined({f"{name} {t.dtype} {tuple(t.shape)}": checksum(t) for name, t in tensors.items()})
 
 
 def pipeline_identity(pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
@@ -46,6 +53,9 @@ def pipeline_identity(pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
 
     Args:
         prompts: what its tokenizers are asked for.
+
+    Raises:
+        ValueError: a part is offloaded.
     """
     model = denoiser(pipe)
     parts: Mapping[str, Any] = getattr(pipe, "components", None) or {"denoiser": model}
@@ -59,7 +69,7 @@ def pipeline_identity(pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
             continue
         described = {"class": type(part).__name__, **_config(part)}
         if isinstance(part, nn.Module):
-            described["weights"] = _weights(part)
+            described["weights"] = _weights(name, part)
         elif hasattr(part, "convert_tokens_to_ids"):
             tokens = [list(part(text)["input_ids"]) for text in prompts]
             described["tokens"] = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]

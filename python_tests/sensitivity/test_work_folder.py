@@ -272,6 +272,15 @@ def test_work_of_another_pipeline_is_refused_by_what_differs(
     opened(float_pipe, folder)
 
 
+def test_a_pipeline_that_is_not_in_memory_cannot_keep_work(
+    float_pipe: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float_pipe, "vae", copy.deepcopy(float_pipe.vae).to("meta"))
+    with pytest.raises(ValueError, match=r"vae: .*weight is not in memory \(meta device\).*keep no work"):
+        opened(float_pipe, folder)
+    assert not folder.exists()
+
+
 def test_work_of_another_tokenizer_or_version_is_refused(
     float_pipe: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
