@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import ldmq_kernels as ldmq
 from ldmq_kernels.integrations.diffusers import CheckpointError
+from ldmq_kernels.integrations.diffusers.integrity import plan_checksum
 from ldmq_kernels.plans.plan import VERSION, PlanError
 from python_tests.tiny import mixed_plan, tiny_unet
 
@@ -32,8 +33,10 @@ def edit_tensors(folder, edit):
 
 
 def edit_plan(folder, edit):
+    """Another plan, which says of itself that it is the saved one."""
     config = json.loads((folder / "config.json").read_text())
     edit(config["quantization_config"]["plan"])
+    config["quantization_config"]["checksums"]["plan"] = plan_checksum(config["quantization_config"]["plan"])
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -9,7 +9,8 @@ import sys
 from python_tests.mutations.trials import table, wrong_ones
 
 # Each module has `trials(count, seed)`, an iterator of Outcomes: seeds from `seed` on, one for each.
-KINDS: dict[str, str] = {
+KINDS = {
+    "checkpoints": "python_tests.mutations.checkpoints",
     "kills": "python_tests.mutations.kills",
     "plans": "python_tests.mutations.plans",
 }

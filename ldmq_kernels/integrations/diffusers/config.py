@@ -11,6 +11,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ldmq_kernels.conversion.pipeline import as_plan
+from ldmq_kernels.integrations.diffusers.integrity import SAVE_AGAIN, CheckpointError, check_form, plan_checksum
 from ldmq_kernels.plans.plan import Plan, PlanError, check_uniform, uniform_plan
 
 
@@ -28,6 +29,7 @@ class LdmqConfig(QuantizationConfigMixin):
     Args:
         scheme: one scheme for all layers that have it; it needs no calibration, so it cannot be static.
         plan: a plan, the path of its file, or its JSON object; instead of `scheme`.
+        checksums: of the tensors beside a config.json, see `integrity.checksums`.
 
     Raises:
         PlanError: neither or both are given, the scheme is unknown or static, or the plan is damaged.
@@ -37,6 +39,7 @@ class LdmqConfig(QuantizationConfigMixin):
         self,
         scheme: str | None = None,
         plan: Plan | str | Path | Mapping[str, Any] | None = None,
+        checksums: Mapping[str, Any] | None = None,
         quant_method: str = LdmqMethod.LDMQ,
     ) -> None:
         self.quant_method = LdmqMethod(quant_method)
@@ -46,6 +49,35 @@ class LdmqConfig(QuantizationConfigMixin):
             check_uniform(scheme)
         self.scheme = scheme
         self.plan = None if plan is None else as_plan(plan, "the plan in quantization_config")
+        self.checksums = checksums
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What a config.json says, which holds the plan itself and names no file.
+
+        Raises:
+            PlanError: an entry is unknown, or the plan is no object.
+            CheckpointError: the plan is not the one that was saved.
+        """
+        unknown = sorted(config_dict.keys() - {"quant_method", "scheme", "plan", "checksums"})
+        if unknown:
+            raise PlanError(
+                f"quantization_config has an unknown entry {unknown[0]!r}: remove it, or upgrade ldmq_kernels"
+            )
+        plan, checksums = config_dict.get("plan"), config_dict.get("checksums")
+        if not isinstance(plan, Mapping | None):
+            raise PlanError(
+                f"the plan in quantization_config is {repr(plan)[:80]}, an object is needed: a config.json holds the "
+                "plan itself and names no file"
+            )
+        if checksums is not None:
+            check_form(checksums)
+        config = super().from_dict(config_dict, *args, **kwargs)
+        if checksums is not None and (plan is None or checksums.get("plan") != plan_checksum(plan)):
+            raise CheckpointError(
+                f"the plan in quantization_config is not the one that the checkpoint was saved with: {SAVE_AGAIN}"
+            )
+        return config
 
     def plan_for(self, model: nn.Module) -> Plan:
         """The plan itself, or the one that the scheme makes for this model."""
@@ -59,7 +91,8 @@ class LdmqConfig(QuantizationConfigMixin):
         method = self.quant_method.value
         if self.plan is None:
             return {"quant_method": method, "scheme": self.scheme}
-        return {"quant_method": method, "plan": self.plan.without_vectors().to_dict()}
+        said = {} if self.checksums is None else {"checksums": self.checksums}
+        return {"quant_method": method, "plan": self.plan.without_vectors().to_dict(), **said}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: there are no defaults to leave out."""

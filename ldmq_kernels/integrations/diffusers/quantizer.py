@@ -7,7 +7,9 @@ arrives, so the float model is never in memory as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,17 +18,21 @@ from torch import Tensor, nn
 
 from ldmq_kernels.conversion.convert import ConversionError, quantize_layer, quantized_class, replace_modules
 from ldmq_kernels.integrations.diffusers.config import LdmqConfig
+from ldmq_kernels.integrations.diffusers.integrity import (
+    MARK,
+    CheckpointError,
+    TensorChecks,
+    checksums,
+    refuse_marked,
+    without_adapters,
+)
 from ldmq_kernels.nn import QuantizedLayer, name_layers, timestep_groups
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.plans.plan import LayerPlan
+from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.plans.weights import WeightsCheck
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not hold what its config.json says."""
 
 
 class LdmqQuantizer(DiffusersQuantizer):
@@ -44,6 +50,8 @@ class LdmqQuantizer(DiffusersQuantizer):
         self._awaited: dict[str, LayerPlan] = {}
         self._corrections: dict[str, Tensor] = {}  # of biases, which come apart from the weights
         self._weights: WeightsCheck | None = None
+        self._files: list[str] = []
+        self._checks: TensorChecks | None = None  # while a model is loaded
 
     # -- before the weights --------------------------------------------------------------------------
 
@@ -63,14 +71,36 @@ class LdmqQuantizer(DiffusersQuantizer):
         """One byte a weight: the loader counts them in 16 bit."""
         return 2
 
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Take note of the files.
+
+        Raises:
+            CheckpointError: their config.json should have checksums, and has none.
+        """
+        self._files = [str(file) for file in checkpoint_files]
+        if self.pre_quantized and self.quantization_config.checksums is None:
+            refuse_marked(self._files)
+        return loaded_keys
+
     def _process_model_before_weight_loading(
-        self, model: ModelMixin, state_dict: dict[str, Tensor] | None = None, **_kwargs: Any
+        self, model: ModelMixin, state_dict: Mapping[str, Tensor] | None = None, **_kwargs: Any
     ) -> None:
+        said = (self.quantization_config.checksums or {}).get("tensors")
         plan = self.quantization_config.plan_for(model)
         self.quantization_config = LdmqConfig(plan=plan)
-        layers = quantizable_layers(model)
         if state_dict is not None:  # from_single_file, which knows float checkpoints alone and does not say so
             self.pre_quantized = False
+        layer_plans = self._prepare(model, plan)
+        own = [f"{name}.weight" for name in self._awaited]
+        self._checks = TensorChecks(model, layer_plans, said, self._files, own)
+        if state_dict is not None:
+            self._checks.check_file(state_dict)
+
+    def _prepare(self, model: ModelMixin, plan: Plan) -> Mapping[str, LayerPlan]:
+        """Put the quantized layers in, or await the weights that become some."""
+        layers = quantizable_layers(model)
+        layer_plans = plan.layers(model, vectors_elsewhere=self.pre_quantized)
+        planned = {name: layer_plan for name, layer_plan in layer_plans.items() if layer_plan.scheme.quantizes}
         if not self.pre_quantized:
             if plan.needs_inputs:
                 raise ConversionError(
@@ -78,10 +108,8 @@ class LdmqQuantizer(DiffusersQuantizer):
                     "full precision and call `ldmq.quantize(pipe, plan)`; what it saves then loads as it is"
                 )
             self._weights = WeightsCheck(plan, model)
-            self._awaited = {
-                name: layer_plan for name, layer_plan in plan.layers(model).items() if layer_plan.scheme.quantizes
-            }
-            return
+            self._awaited = planned
+            return planned
         replacements: dict[nn.Module, nn.Module] = {
             layers[name]: quantized_class(layers[name]).empty(
                 layers[name],
@@ -91,10 +119,10 @@ class LdmqQuantizer(DiffusersQuantizer):
                 first_token=layer_plan.first_token,
                 corrected=name in plan.bias_correction,
             )
-            for name, layer_plan in plan.layers(model, vectors_elsewhere=True).items()
-            if layer_plan.scheme.quantizes
+            for name, layer_plan in planned.items()
         }
         replace_modules(model, replacements)
+        return planned
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         """Refuse a checkpoint that would leave a tensor unfilled.
@@ -111,6 +139,16 @@ class LdmqQuantizer(DiffusersQuantizer):
             )
         return missing_keys
 
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Check a file's tensors, before one of them is taken.
+
+        Raises:
+            CheckpointError: one is not what the model, its plan or its checksum says.
+        """
+        if self._checks is not None:
+            self._checks.check_file(state_dict)
+        return state_dict
+
     # -- each tensor ---------------------------------------------------------------------------------
 
     def check_if_quantized_param(
@@ -122,17 +160,6 @@ class LdmqQuantizer(DiffusersQuantizer):
             return name in self._awaited and leaf == "weight"
         layer = model.get_submodule(name)
         return isinstance(layer, QuantizedLayer) and leaf in layer.scheme.dtypes
-
-    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
-        """Refuse a tensor of another shape.
-
-        Raises:
-            CheckpointError: always, since the loader asks only where the shapes differ.
-        """
-        raise CheckpointError(
-            f"{param_name} has shape {tuple(loaded_param.shape)} in the checkpoint, {tuple(current_param.shape)} is "
-            "needed: the checkpoint and its config.json do not belong together"
-        )
 
     def create_quantized_param(
         self,
@@ -147,7 +174,6 @@ class LdmqQuantizer(DiffusersQuantizer):
         """Take a stored tensor bit for bit, or quantize a float weight.
 
         Raises:
-            CheckpointError: a stored tensor has another dtype, or values that no quantized layer has.
             ConversionError: a float weight cannot be quantized.
         """
         name, _, leaf = param_name.rpartition(".")
@@ -165,15 +191,12 @@ class LdmqQuantizer(DiffusersQuantizer):
             return
         assert isinstance(layer, QuantizedLayer)
         stored: Tensor = state_dict[param_name]  # param_value is rounded to the model's dtype
-        try:
-            layer.scheme.check(leaf, stored)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from None
         layer.fill(leaf, stored.to(target_device))
 
     # -- after the weights ---------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **_kwargs: Any) -> None:
+        self._checks = None
         name_layers(model)
         model.requires_grad_(False)  # as conversion leaves it
         for layer in model.modules():
@@ -204,6 +227,26 @@ class LdmqQuantizer(DiffusersQuantizer):
         set_beside = _attributes_beside_entries(model.config)
         model.register_to_config(quantization_config=self.quantization_config)
         vars(model.config).update(set_beside)
+
+    # -- saving --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def announcing(self, model: ModelMixin) -> Iterator[None]:
+        """Have config.json say, inside this block, what the tensors are that the model holds now."""
+        config = self.quantization_config
+        if model.config.quantization_config is not config:  # but its JSON: an entry was registered after a save
+            self.attach(model)
+        config.checksums = checksums(model, config.to_dict()["plan"])
+        try:
+            yield
+        finally:
+            config.checksums = None
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is written: the tensors of the model without adapters, and that config.json has their checksums."""
+        return without_adapters(state_dict), dict(MARK)
 
 
 def _attributes_beside_entries(config: Any) -> dict[str, Any]:

@@ -35,5 +35,5 @@ def rounded(weight: Tensor, steps: Tensor, largest: int, inputs: RoundingOrder |
 
 
 def not_positive(scale: Tensor) -> tuple[Tensor, str]:
-    """Where a scale is not finite and positive, and that this is what is accepted."""
-    return ~(torch.isfinite(scale) & (scale > 0)), "finite and positive"
+    """Where a scale or its inverse is not finite and positive, and that this is what is accepted."""
+    return ~(torch.isfinite(scale) & torch.isfinite(1 / scale) & (scale > 0)), "finite and positive"
