@@ -8,6 +8,7 @@ ones, exactly. The attribute `weight` is what a float layer's is: floating value
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.context
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,16 @@ PLAIN, PACKED = "quantized_weight", "packed_weight"
 def buffer_name(stored: str) -> str:
     """The name of the buffer that holds a tensor of a checkpoint."""
     return PLAIN if stored == "weight" else stored
+
+
+class _ByValue:
+    """A tensor that a spawned process gets with the pickle itself."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, tuple[Any]]:
+        return torch.from_numpy, (self._tensor.numpy(),)
 
 
 class PackedWeight(nn.Module):
@@ -186,8 +197,12 @@ class PackedWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if self.packed_weight is not None:
+            plain: Any = self.plain_weight
+            if multiprocessing.context.get_spawning_popen() is not None:
+                # by value: a tensor goes as a file that is shared, which is closed with this one before it is opened
+                plain = _ByValue(plain)
             buffers = {name: buffer for name, buffer in self._buffers.items() if name != PACKED}
-            state["_buffers"] = {**buffers, PLAIN: self.plain_weight}
+            state["_buffers"] = {**buffers, PLAIN: plain}
             state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {PACKED} | {PLAIN}
             state["packer"] = None
         return state

@@ -105,7 +105,7 @@ class QuantizedLayer(PackedWeight, InputScale):
         device, weight, weighted = original.device, original, hessian
         if layer._buffers["smoothing"] is not None:
             assert smoothing is not None
-            layer.smoothing = smoothing.detach().float().to(device)
+            layer.smoothing = smoothing.detach().to(device, torch.float32, copy=True)  # not the plan's own
             weight = original.float() / layer.smoothing
             weighted = None if hessian is None else smoothed_hessian(hessian, layer.smoothing)
         for name, tensor in scheme.format.weight.quantize(weight, weighted).items():
