@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ldmq_kernels.integrations.diffusers.step_cache import cache_time_embeddings, uncache_time_embeddings
     from ldmq_kernels.kernels.dispatch import dispatch_report, use_backend
     from ldmq_kernels.nn import QuantConv2d, QuantLinear
+    from ldmq_kernels.nn.guard import guard
     from ldmq_kernels.numerics.sqnr import sqnr_db
     from ldmq_kernels.planning.planner import plan
     from ldmq_kernels.plans.plan import Plan, PlanError
@@ -37,6 +38,7 @@ _EXPORTS = {
     "cache_time_embeddings": "integrations.diffusers.step_cache",
     "capture": "graphs",
     "dispatch_report": "kernels.dispatch",
+    "guard": "nn.guard",
     "plan": "planning.planner",
     "quantize": "conversion",
     "release": "graphs",
@@ -52,6 +54,7 @@ __all__ = [
     "cache_time_embeddings",
     "capture",
     "dispatch_report",
+    "guard",
     "plan",
     "quantize",
     "release",

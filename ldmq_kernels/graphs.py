@@ -215,7 +215,7 @@ def capture(module: M) -> M:
         CaptureError: it is captured already, in training mode, or not on one GPU.
     """
     name = type(module).__name__
-    if isinstance(vars(module).get("forward"), _Replayer):
+    if is_captured(module):
         raise CaptureError(f"this {name} is captured already: ldmq.release it first")
     if module.training:
         raise CaptureError(f"this {name} is in training mode: call .eval() first")
@@ -227,6 +227,11 @@ def capture(module: M) -> M:
         raise CaptureError(f"this {name} is on {where}: CUDA graphs need all of it on one GPU, move it there first")
     module.forward = _Replayer(module, devices.pop())
     return module
+
+
+def is_captured(module: nn.Module) -> bool:
+    """Whether a module's calls replay CUDA graphs."""
+    return isinstance(vars(module).get("forward"), _Replayer)
 
 
 def release(module: M) -> M:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, name_layers, timestep_groups
 from ldmq_kernels.nn.quant_conv2d import CONVOLUTION
+from ldmq_kernels.nn.guard import guard_if_asked
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.plans.weights import WeightsCheck
@@ -67,6 +68,7 @@ def convert(
     name_layers(model)
     model.requires_grad_(False)
     timestep_groups.attach(model, plan.timestep_groups)
+    guard_if_asked(model)
     for listener in _listeners:
         listener(model, plan)
 

@@ -27,6 +27,7 @@ from ldmq_kernels.integrations.diffusers.integrity import (
     without_adapters,
 )
 from ldmq_kernels.nn import QuantizedLayer, name_layers, timestep_groups
+from ldmq_kernels.nn.guard import guard_if_asked
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.plans.weights import WeightsCheck
@@ -214,6 +215,7 @@ class LdmqQuantizer(DiffusersQuantizer):
         plan = self.quantization_config.plan
         assert plan is not None
         timestep_groups.attach(model, plan.timestep_groups)
+        guard_if_asked(model)
         self.attach(model)
         from ldmq_kernels.integrations.diffusers.fused import fuse  # not while diffusers is being imported
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.reference.quantize_static import refuse_nan
+
 BLOCK_PER_THREAD = 1 << 17  # float32 elements; half a megabyte, a quarter of a server core's L2
 
 
@@ -16,19 +18,26 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def quantize_rows(x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
+def quantize_rows(x: Tensor, factors: tuple[Tensor, ...], out: Tensor, *, is_static: bool = False) -> None:
     """out = clamp(rint(fp32(x) * factors[0] * factors[1] ...), -127, 127), multiplied in this order.
 
     Args:
         x: (M, C) floating, contiguous.
         factors: float32 (1,) or (C,) each.
         out: (M, C) int8, contiguous.
+        is_static: whether the scale is calibrated, and so does not show NaN.
+
+    Raises:
+        ValueError: there is NaN where the scale is calibrated.
     """
     for block in row_blocks(*x.shape):
         y = x[block].float() * factors[0] if x.dtype == torch.float32 else x[block].float().mul_(factors[0])
         for factor in factors[1:]:
             y.mul_(factor)
-        out[block].copy_(y.round_().clamp_(-127, 127))
+        y.round_().clamp_(-127, 127)
+        if is_static:
+            refuse_nan(y)
+        out[block].copy_(y)
 
 
 def finish_rows(

@@ -17,8 +17,8 @@ def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     out = torch.empty_like(x, dtype=torch.int8)
     if x.numel():
         if is_image:
-            quantize_rows(as_rows(x), (inv_scale,), as_rows(out))
+            quantize_rows(as_rows(x), (inv_scale,), as_rows(out), is_static=True)
         else:
             columns = x.shape[-1] if x.dim() else 1
-            quantize_rows(x.view(-1, columns), (inv_scale,), out.view(-1, columns))
+            quantize_rows(x.view(-1, columns), (inv_scale,), out.view(-1, columns), is_static=True)
     return out

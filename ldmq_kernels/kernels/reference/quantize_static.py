@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,32 @@ def round_to_int8(y: Tensor) -> Tensor:
     return y.round_().clamp_(-127, 127).to(torch.int8)
 
 
+def refuse_nan(rounded: Tensor) -> None:
+    """Refuse NaN on a CPU: int8 has none, and no calibrated scale shows it. A GPU would have to be waited for.
+
+    Args:
+        rounded: float32, clamped, so that its sum is NaN for this reason alone.
+
+    Raises:
+        ValueError: there is NaN among the values.
+    """
+    if rounded.is_cpu and math.isnan(float(rounded.sum())):
+        raise ValueError(
+            "the input of a layer with a calibrated scale holds NaN, which int8 does not have: "
+            "ldmq.guard(model) names the layer that is the first to get it"
+        )
+
+
+def _round_static(y: Tensor) -> Tensor:
+    y.round_().clamp_(-127, 127)
+    refuse_nan(y)
+    return y.to(torch.int8)
+
+
 def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     """Quantize with a calibrated scale."""
     check_channels(x.shape[channel_dim] if x.dim() else 1, inv_scale)
     if x.dim() == 4 and channel_dim == 1:
         x = x.contiguous(memory_format=torch.channels_last)
-        return round_to_int8(x.float() * inv_scale.view(1, -1, 1, 1))
-    return round_to_int8(x.contiguous().float() * inv_scale)
+        return _round_static(x.float() * inv_scale.view(1, -1, 1, 1))
+    return _round_static(x.contiguous().float() * inv_scale)
