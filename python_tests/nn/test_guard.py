@@ -84,6 +84,7 @@ def test_a_guard_is_gone_after_remove_goes_with_copies_and_refuses_what_it_canno
         held = ldmq.guard(model)
         with pytest.raises(ValueError, match=r"^0: its input"):  # not what was compiled without it
             compiled(x)
+    torch._dynamo.reset()
     with pytest.raises(Exception, match="runs in eager mode"):
         torch.compile(model, backend="eager", fullgraph=True)(torch.ones(2, 8))
     monkeypatch.setattr(graphs, "is_captured", lambda module: True)
