@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, name_layers, timestep_groups
-from ldmq_kernels.nn.quant_conv2d import CONVOLUTION
 from ldmq_kernels.nn.guard import guard_if_asked
+from ldmq_kernels.nn.quant_conv2d import CONVOLUTION
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.plans.weights import WeightsCheck
