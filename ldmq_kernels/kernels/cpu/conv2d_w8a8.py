@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import onednn
 from ldmq_kernels.kernels.cpu.blocks import as_rows, finish_rows
 from ldmq_kernels.kernels.cpu.linear_w8a8 import WRITTEN_BY_ONEDNN
@@ -19,6 +22,23 @@ def _shifts(bias: Tensor | None, sample_bias: Tensor | None, samples: int) -> li
         return [shared] * samples
     own = sample_bias.float()
     return list(own if shared is None else own + shared)
+
+
+def why_wrong(
+    size: Sequence[int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    pads: tuple[int, int],
+    dilation: tuple[int, int],
+) -> str:
+    """Why oneDNN's result is not to be trusted: geometries around those where it was found wrong; empty elsewhere."""
+    for length, kernel, pad, step in zip(size, kernel_size, pads, dilation, strict=True):
+        if pad > step * (kernel - 1) or (kernel > 1 and step > length):
+            return "oneDNN leaves outputs that see only padding as they were in memory"
+    width = conv2d_output_size(size, kernel_size, stride, (pads[0], pads[0], pads[1], pads[1]), dilation, 1)[1]
+    if width == 1 and tuple(stride) != (1, 1):
+        return "oneDNN is wrong in strided convolutions whose output is one pixel wide"
+    return ""
 
 
 def conv2d_w8a8(
@@ -48,6 +68,8 @@ def conv2d_w8a8(
         # oneDNN takes no empty batch
         return torch.empty(shape, dtype=out_dtype, device=x_q.device, memory_format=torch.channels_last)
     x_q, pads = enlarged_and_padded(x_q, padding, upsample)
+    if why := why_wrong(x_q.shape[2:], kernel_size, stride, pads, dilation):
+        raise Unsupported(why)
     x_q = x_q.contiguous(memory_format=torch.channels_last)
     geometry = (stride, pads, dilation, groups)
     packed = weight if weight.is_mkldnn else pack_conv2d(weight)
