@@ -45,13 +45,15 @@ def checksums(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
         plan: as config.json holds it.
 
     Raises:
-        CheckpointError: a tensor is not in memory, or holds NaN or infinite values, and could not be loaded again.
+        CheckpointError: a tensor is not in memory, or holds a value that could not be loaded again.
     """
     exact = _stored_by_layers(model)
     tensors: dict[str, Any] = {}
     for name, tensor in without_adapters(model.state_dict()).items():
         if tensor.is_meta:
             raise CheckpointError(f"{name} is not in memory (meta device): save before offloading, or remove its hooks")
+        if name in exact:
+            _check_before_saving(name, *exact[name], tensor)
         if name in exact or not tensor.is_floating_point():
             tensors[name] = f"{checksum(tensor):08x}"
             continue
@@ -59,6 +61,13 @@ def checksums(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"{name} holds NaN or infinite values: such a model is not saved")
         tensors[name] = {_name(dtype): f"{checksum(tensor.to(dtype)):08x}" for dtype in _and_narrower(tensor.dtype)}
     return {"plan": plan_checksum(plan), "tensors": tensors}
+
+
+def _check_before_saving(name: str, layer: QuantizedLayer, leaf: str, tensor: Tensor) -> None:
+    try:
+        layer.scheme.check(leaf, tensor)
+    except ValueError as error:
+        raise CheckpointError(f"{name.rpartition('.')[0]}: {error}: such a model is not saved") from None
 
 
 def without_adapters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
