@@ -157,6 +157,18 @@ def _switched_off(op: str, name: str, reason: str) -> str:
     return told
 
 
+@functools.cache
+def _tell_of_the_definition(device: torch.device) -> None:
+    """Warn where no backend but the definition serves a device: it is right, and slow."""
+    others = [backends()[name] for name in usual_order(device) if name != DEFINITION]
+    if not any(backend.serves(device) for backend in others):
+        why = "; ".join(f"{backend.name}: {backend.why_not(device)}" for backend in others)
+        measurements.warn_once(
+            f"the quantized ops run by their definition on {device}, more slowly than in float: no faster backend serves "
+            f"it ({why}); `ldmq doctor` tells more"
+        )
+
+
 def server(op: str) -> Callable[..., Any]:
     """The implementation of an op: hands the call to the first backend that takes it."""
     table, environment, spec = backends(), os.environ, spec_of(op)
@@ -187,6 +199,8 @@ def server(op: str) -> Callable[..., Any]:
                     why = str(refusal)
                 else:
                     _calls[op, name, device] += 1
+                    if reasons and name == DEFINITION:
+                        _tell_of_the_definition(device)
                     return result
             reasons.append(f"{name}: {why}")
             _refusals[op, name, why] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,25 @@ def test_no_backend_is_named_outside_its_folder() -> None:
 def is_package_list(path: Path) -> bool:
     """Where the doctor lists the versions of what is installed, triton being a package among others."""
     return path.name == "checks.py"
+
+
+def test_a_device_that_is_served_by_the_definition_alone_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends()["cpu"], "serves", lambda _: False)
+    for memory in (dispatch._tell_of_the_definition, measurements.warn_once):
+        memory.cache_clear()
+    with warnings.catch_warnings(), ldmq.use_backend("reference"):  # asked for by name
+        warnings.simplefilter("error")
+        torch.ops.ldmq.linear_w8a8(*call())
+    with pytest.warns(UserWarning, match=r"run by their definition on cpu, .* \(cpu: .*\); `ldmq doctor`") as told:
+        torch.ops.ldmq.linear_w8a8(*call())
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.ops.ldmq.linear_w8a8(*call())
+
+
+def test_one_refusal_is_no_warning(folder: Backend) -> None:
+    dispatch._tell_of_the_definition.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.ops.ldmq.quantize_per_token(torch.ones(2, 8), None)

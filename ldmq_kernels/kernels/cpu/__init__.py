@@ -6,11 +6,17 @@ and bias applied. Without VNNI it saturates silently, so a self-check decides wh
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from ldmq_kernels.kernels.backend import Backend, Packer, register
 from ldmq_kernels.kernels.cpu import onednn, packing
 from ldmq_kernels.kernels.cpu.self_check import is_exact
+
+# oneDNN keeps what it prepared for each shape, and reads the limit at its first call: a model takes a few hundred, a
+# server that sees many sizes would keep 1,024
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 
 class _Cpu(Backend):
