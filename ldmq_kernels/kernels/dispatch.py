@@ -42,6 +42,8 @@ def _check(name: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Serve every op from one backend inside this block: "reference", "cpu", "triton" or "cuda".
 
+    Other threads do not see it, not even those that are started inside the block; LDMQ_BACKEND reaches all of them.
+
     Raises:
         ValueError: there is no such backend.
     """
@@ -164,8 +166,8 @@ def _tell_of_the_definition(device: torch.device) -> None:
     if not any(backend.serves(device) for backend in others):
         why = "; ".join(f"{backend.name}: {backend.why_not(device)}" for backend in others)
         measurements.warn_once(
-            f"the quantized ops run by their definition on {device}, more slowly than in float: no faster backend serves "
-            f"it ({why}); `ldmq doctor` tells more"
+            f"the quantized ops run by their definition on {device}, more slowly than in float: "
+            f"no faster backend serves it ({why}); `ldmq doctor` tells more"
         )
 
 

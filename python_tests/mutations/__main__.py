@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 
+from ldmq_kernels.progress import track
 from python_tests.mutations.trials import table, wrong_ones
 
 # Each module has `trials(count, seed)`, an iterator of Outcomes: seeds from `seed` on, one for each.
@@ -24,7 +25,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
     outcomes = []
-    for outcome in importlib.import_module(KINDS[asked.kind]).trials(asked.count, asked.seed):
+    tried = importlib.import_module(KINDS[asked.kind]).trials(asked.count, asked.seed)
+    for outcome in track(tried, asked.kind, asked.count, show=sys.stderr.isatty()):
         outcomes.append(outcome)
         if not outcome.right:
             print("\n".join(wrong_ones([outcome])), flush=True)
