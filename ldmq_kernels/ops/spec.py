@@ -20,7 +20,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def _fake(spec: OpSpec, arguments: Arguments) -> Any:
     """The result's metadata, for calls without gradients: what a compiler traces has none."""
-    if torch.is_grad_enabled() and gradients.needed(spec, arguments):
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and gradients.needed(spec, arguments):
         gradients.refuse_compiled(spec)
     return spec.fake(spec.call(*arguments))
 

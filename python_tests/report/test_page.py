@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_the_older_page(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "report.html").write_text("older")
-    monkeypatch.setattr("ldmq_kernels.files.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_report(tmp_path / "report.html", unet, report)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.html", "older")]
