@@ -185,7 +185,7 @@ def server(op: str) -> Callable[..., Any]:
         forced = _override.get() or environment.get("LDMQ_BACKEND")
         chosen = choice(op, device)
         names = chosen.order(arguments) if not forced else (forced,) if forced in table else (_check(forced),)
-        reasons = []
+        reasons: list[str] = []
         for name in names:
             backend = table[name]
             if name in chosen.off:

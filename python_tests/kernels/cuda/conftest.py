@@ -14,7 +14,7 @@ import torch
 
 from ldmq_kernels.kernels.cuda import extension
 from python_tests.kernels.cuda.emulation import emulate, emulated_binding, load
-from python_tests.kernels.cuda.kept_builds import MODULE, ROOT, build_key, kept_build
+from python_tests.kernels.kept_builds import MODULE, ROOT, build_key, kept_build
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def _install(folder: Path) -> None:
 
 def _install_key() -> str:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    return build_key(version, [ROOT / "setup.py", Path(__file__)])
+    return build_key(version, [ROOT / "csrc", ROOT / "setup.py", Path(__file__)])
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from ldmq_kernels.kernels.cuda import extension, tiles
-from python_tests.kernels.cuda.kept_builds import MODULE, ROOT, build_key, kept_build
+from python_tests.kernels import kept_builds
+from python_tests.kernels.kept_builds import MODULE, ROOT, build_key, kept_build
 
 EMULATOR = Path(__file__).resolve().parent / "emulator"
 LIBRARY = "libldmq_emulated.so"  # a name of its own: a process loads one library of each name
@@ -69,7 +70,7 @@ def _compiler_version() -> str:
 
 
 def _key() -> str:
-    return build_key(_compiler_version(), [EMULATOR, Path(__file__)])
+    return build_key(_compiler_version(), [kept_builds.ROOT / "csrc", EMULATOR, Path(__file__)])
 
 
 def _build(folder: Path) -> None:

@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from python_tests.kernels.cuda import emulation, kept_builds
+from python_tests.kernels import kept_builds
+from python_tests.kernels.cuda import emulation
 
 
 def _no_build(_: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from python_tests.kernels.cuda.wgmma_in_flight import overwritten_operands
+from python_tests.kernels.kept_builds import kept_build
 
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 DESIGNED = re.compile(r"sm(80|90)11gemm_kernelINS0_4TileILNS_4KindE([012])E")
@@ -31,8 +32,14 @@ def kernels(build_folder: Path) -> dict[tuple[str, str, str], str]:
     tool = _cuobjdump()
     if tool is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
-    library = build_folder / "lib/ldmq_kernels/kernels/cuda/libldmq_kernels.so"
-    text = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
+
+    def disassemble(folder: Path) -> None:
+        library = build_folder / "lib/ldmq_kernels/kernels/cuda/libldmq_kernels.so"
+        text = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
+        (folder / "kernels.sass").write_text(text)
+
+    with kept_build("machine_code", lambda: build_folder.name, disassemble) as folder:
+        text = (folder / "kernels.sass").read_text()
     found = {}
     for part in re.split(r"^\s*arch = ", text, flags=re.MULTILINE)[1:]:
         architecture = part.split()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from ldmq_kernels.kernels.backend import backends
 from ldmq_kernels.ops import specs
+from python_tests.kernels.kept_builds import ROOT, build_key, kept_build
 
 CAPABILITIES = (80, 90, 100)
 TILES = (
@@ -28,29 +30,45 @@ WITHOUT_TMA = ("unaligned", "conv_in", "odd extent", "float32")  # what no descr
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def compiled(path: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What the script reports; its table is printed."""
-    root = Path(__file__).parents[3]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    environment.pop("TRITON_INTERPRET", None)
-    program = Path(__file__).with_name("compile_triton.py")
-    command = [sys.executable, str(program), str(path), *arguments]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    print(finished.stdout)
-    return json.loads(path.read_text())
+def _key() -> str:
+    version = importlib.metadata.version("triton")
+    return build_key(
+        version,
+        [
+            ROOT / "ldmq_kernels/kernels",
+            ROOT / "ldmq_kernels/ops",
+            ROOT / "ldmq_kernels/numerics",
+            Path(__file__).parent,
+        ],
+    )
+
+
+def compiled(name: str, *arguments: str) -> list[dict[str, Any]]:
+    """What the script reports of these kernels, kept in build/`name`; its table is printed when it runs."""
+
+    def compile_all(folder: Path) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment.pop("TRITON_INTERPRET", None)
+        program = Path(__file__).with_name("compile_triton.py")
+        command = [sys.executable, str(program), str(folder / "report.json"), *arguments]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
+        print(finished.stdout)
+
+    with kept_build(name, _key, compile_all) as folder:
+        return json.loads((folder / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def report() -> list[dict[str, Any]]:
     """What came out of every kernel for every architecture."""
-    return compiled(tmp_path_factory.mktemp("triton") / "report.json", *map(str, CAPABILITIES))
+    return compiled("triton", *map(str, CAPABILITIES))
 
 
 @pytest.fixture(scope="module")
-def tiles(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def tiles() -> list[dict[str, Any]]:
     """What came out of every tile of the tables."""
-    return compiled(tmp_path_factory.mktemp("triton") / "tiles.json", "--tiles", *map(str, TILES))
+    return compiled("triton_tiles", "--tiles", *map(str, TILES))
 
 
 def gemms(rows: list[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Builds of csrc/ that are kept in build/ by a hash of all that they depend on, so that the same is not built twice."""
+"""What tests compile is kept in build/ by a hash of all that it depends on, so that the same is not compiled twice."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pybind11
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 BUILDS = ROOT / "build"
 MODULE = "_binding" + sysconfig.get_config_var("EXT_SUFFIX")
 SOURCES = (".cu", ".cuh", ".h", ".cpp", ".py")
 
 
 def build_key(compiler: str, inputs: Iterable[Path]) -> str:
-    """A hash of the sources in csrc/ and of these folders and files, the compiler's version, pybind11 and Python."""
+    """A hash of the sources in these folders and files, the compiler's version, pybind11 and Python."""
     digest = hashlib.sha256()
     for told in (compiler, pybind11.__version__, sys.version, MODULE, os.environ.get("CPATH", "")):
         digest.update(f"{told}\0".encode())
-    for place in (ROOT / "csrc", *inputs):
+    for place in inputs:
         files = [place] if place.is_file() else place.rglob("*")
         for path in sorted(path for path in files if path.suffix in SOURCES):
             content = path.read_bytes()
