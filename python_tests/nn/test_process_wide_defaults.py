@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from python_tests.processes import run_each_anew
 
 SCRIPT = """
@@ -39,5 +41,6 @@ with torch.no_grad():
 CHANGES = ("dtype(torch.bfloat16)", "dtype(torch.float16)", "dtype(torch.float64)", 'device("meta")')
 
 
+@pytest.mark.slow
 def test_a_first_use_under_other_defaults_is_as_any() -> None:
     run_each_anew([SCRIPT.replace("CHANGE", f"torch.set_default_{change}") for change in CHANGES])

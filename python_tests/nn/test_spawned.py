@@ -29,6 +29,7 @@ def answer(models: Any, connection: Any) -> None:
     connection.send([out.numpy() for out in outputs(models)])
 
 
+@pytest.mark.slow
 def test_a_spawned_process_gets_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     linears = nn.ModuleList(quantized(nn.Linear(72, 20), scheme) for scheme in SCHEMES)
