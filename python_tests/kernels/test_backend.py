@@ -230,7 +230,8 @@ def test_a_device_that_is_served_by_the_definition_alone_is_told_once(monkeypatc
 
 
 def test_one_refusal_is_no_warning(folder: Backend) -> None:
-    dispatch._tell_of_the_definition.cache_clear()
+    for memory in (dispatch._tell_of_the_definition, measurements.warn_once):
+        memory.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.ops.ldmq.quantize_per_token(torch.ones(2, 8), None)
