@@ -69,7 +69,8 @@ class Choice:
         usual: the backends in the order without a measurement.
         off: why a backend is switched off, by its name.
         measured: the order by the text of a shape, where the best backend is another than the usual one.
-        packers: by backend, how it packs the op's weight on such a device.
+        foreign: by backend, how the others pack the op's weight on such a device.
+        absent: why a backend that does not serve the device takes no call.
         weight, multiplier: the places of these arguments, None where the op has none.
         key: what tells the shapes of the op's calls apart.
         known: the order by that key, for the shapes that were met.
@@ -79,7 +80,8 @@ class Choice:
     usual: tuple[str, ...]
     off: Mapping[str, str]
     measured: Mapping[str, tuple[str, ...]]
-    packers: Mapping[str, Packer]
+    foreign: Mapping[str, tuple[Packer, ...]]
+    absent: str
     weight: int | None
     multiplier: int | None
     key: Callable[[Arguments], Key]
@@ -101,10 +103,11 @@ class Choice:
         """The arguments for a backend, with a weight that another one packed as it was before."""
         at = self.weight
         if at is not None:
-            for owner, packer in self.packers.items():
-                if packer.is_packed(arguments[at]) and owner != name:
+            weight = arguments[at]
+            for packer in self.foreign[name]:
+                if packer.is_packed(weight):
                     multiplier = None if self.multiplier is None else arguments[self.multiplier]
-                    return (*arguments[:at], packer.unpack(arguments[at], multiplier), *arguments[at + 1 :])
+                    return (*arguments[:at], packer.unpack(weight, multiplier), *arguments[at + 1 :])
         return arguments
 
 
@@ -126,12 +129,16 @@ def choice(op: str, device: torch.device) -> Choice:
         for backend in backends().values()
         if backend.device_type in ("", device.type) and (packer := backend.packer(op)) is not None
     }
+    foreign = {
+        name: tuple(packer for owner, packer in packers.items() if owner != name) for name in backends() if packers
+    }
     spec = spec_of(op)
     weight, multiplier = (
         spec.arguments.index(name) if name in spec.arguments else None for name in ("weight", "multiplier")
     )
     off, key = measurements.off(op, device), spec.shape.key(spec.arguments)
-    return Choice(spec, usual, off, measured, packers, weight, multiplier, key)
+    absent = f"not available on {device}"
+    return Choice(spec, usual, off, measured, foreign, absent, weight, multiplier, key)
 
 
 def backend_order(op: str, arguments: Arguments, device: torch.device) -> tuple[str, ...]:
@@ -191,12 +198,13 @@ def server(op: str) -> Callable[..., Any]:
             if name in chosen.off:
                 why = _switched_off(op, name, chosen.off[name])
             elif not backend.serves(device):
-                why = f"not available on {device}"
+                why = chosen.absent
             elif (function := getattr(backend, op, None)) is None:
                 why = "has no such op"
             else:
+                taken = chosen.plain(name, arguments) if chosen.foreign.get(name) else arguments
                 try:
-                    result = function(*(chosen.plain(name, arguments) if chosen.packers else arguments))
+                    result = function(*taken)
                 except Unsupported as refusal:
                     why = str(refusal)
                 else:
