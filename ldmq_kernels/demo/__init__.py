@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
+    """Raise FileNotFoundError where the demo model is not in a folder."""
     if not (folder / "model_index.json").exists():
         raise FileNotFoundError(
             f"the demo model's weights are not in {folder}: install the package with its data files, or train them "
@@ -33,7 +34,7 @@ def load_demo_pipeline(dtype: torch.dtype, folder: Path = WEIGHTS) -> Any:
     """
     from diffusers import StableDiffusionPipeline
 
-    _check_weights(folder)
+    check_weights(folder)
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -47,5 +48,5 @@ def load_evaluator(folder: Path = WEIGHTS) -> Evaluator:
     """
     from ldmq_kernels.demo.evaluator import Evaluator
 
-    _check_weights(folder)
+    check_weights(folder)
     return Evaluator.from_pretrained(folder / "evaluator")

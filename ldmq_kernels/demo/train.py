@@ -38,11 +38,13 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 Work = Annotated[Path, typer.Option(help="folder for checkpoints and caches")]
 
 
-def _generator(step: int) -> torch.Generator:
+def generator(step: int) -> torch.Generator:
+    """The source of a step's random numbers."""
     return torch.Generator().manual_seed(SEED * 1_000_003 + step)
 
 
-def _batch(count: int, step: int) -> tuple[list[str], list[scenes.Scene]]:
+def scenes_of_step(count: int, step: int) -> tuple[list[str], list[scenes.Scene]]:
+    """`count` captions of a step with their scenes, half of one object and half of two, none held out."""
     pairs = [
         pair
         for objects in (1, 2)
@@ -51,13 +53,34 @@ def _batch(count: int, step: int) -> tuple[list[str], list[scenes.Scene]]:
     return [caption for caption, _ in pairs], [scene for _, scene in pairs]
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where training runs."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _save_whole(state: object, path: Path) -> None:
+def save_whole(state: object, path: Path) -> None:
+    """`torch.save`, so that the file is there whole or as it was before."""
     torch.save(state, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
+
+
+def _in_bfloat16() -> torch.autocast:
+    """Autocast, off on a processor that has no bfloat16 arithmetic: emulated, it is slower than float32."""
+    here = device().type
+    fast = here != "cpu" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return torch.autocast(here, torch.bfloat16, enabled=fast)
+
+
+def moving_average(model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
+    """A copy of a model without gradients, and what brings it nearer to the model after each step."""
+    average = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def follow() -> None:
+        for old, new in zip(average.parameters(), model.parameters(), strict=True):
+            old.lerp_(new, 1 - EMA_DECAY)
+
+    return average, follow
 
 
 def fit(
@@ -74,7 +97,7 @@ def fit(
     """AdamW with warm-up and cosine decay, resumed from `work/<name>.pt` where that exists.
 
     Args:
-        loss_of: step number -> scalar loss of that step's batch, under bfloat16 autocast.
+        loss_of: step number -> scalar loss of that step's batch, under bfloat16 autocast where that is fast.
         extra: a module without gradients that is kept beside the model (its moving average).
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -82,7 +105,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     first = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=_device(), weights_only=True)
+        state = torch.load(checkpoint, map_location=device(), weights_only=True)
         first = state["step"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -96,7 +119,7 @@ def fit(
             rate = learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with torch.autocast(_device().type, torch.bfloat16):
+            with _in_bfloat16():
                 loss = loss_of(step)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -106,31 +129,31 @@ def fit(
             progress.update(bar, advance=1, description=f"{name} {loss.item():.4f}")
             if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
                 kept = {"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                _save_whole(kept | ({"extra": extra.state_dict()} if extra is not None else {}), checkpoint)
+                save_whole(kept | ({"extra": extra.state_dict()} if extra is not None else {}), checkpoint)
 
 
 @app.command()
 def evaluator(work: Work, steps: int = 2500) -> None:
     """Train the attribute classifier on rendered pictures, some of them noisy or blurred."""
     torch.manual_seed(SEED)
-    model = Evaluator().to(_device())
+    model = Evaluator().to(device())
 
     def loss_of(step: int) -> Tensor:
-        _, drawn = _batch(64, step)
-        random = _generator(step)
+        _, drawn = scenes_of_step(64, step)
+        random = generator(step)
         pictures = scenes.render(drawn, random)
         blurred = nn.functional.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
         mix = torch.rand(len(drawn), 1, 1, 1, generator=random)
         noise = torch.randn(pictures.shape, generator=random) * 0.1 * torch.rand(mix.shape, generator=random)
         pictures = torch.lerp(pictures, blurred, mix) + noise
-        labels = {name: index.to(_device()) for name, index in targets(drawn).items()}
-        return attribute_loss(model(pictures.to(_device())), labels)
+        labels = {name: index.to(device()) for name, index in targets(drawn).items()}
+        return attribute_loss(model(pictures.to(device())), labels)
 
     fit("evaluator", model, loss_of, steps=steps, learning_rate=2e-3, work=work)
     pairs = [pair for objects in (1, 2) for pair in scenes.captions(1000, objects, held_out=True, seed=1)]
     drawn = [scene for _, scene in pairs]
     with torch.no_grad():
-        logits = model(scenes.render(drawn, _generator(0)).to(_device()))
+        logits = model(scenes.render(drawn, generator(0)).to(device()))
     accuracy = attribute_accuracy({name: value.cpu() for name, value in logits.items()}, drawn)
     print(f"evaluator: {accuracy:.2%} of the attributes of held-out rendered pictures")
 
@@ -141,7 +164,7 @@ def _tokenizer(work: Path) -> CLIPTokenizer:
 
 def _tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     tokens = tokenizer(texts, padding="max_length", max_length=models.TOKENS, truncation=True, return_tensors="pt")
-    return tokens.input_ids.to(_device())
+    return tokens.input_ids.to(device())
 
 
 @app.command()
@@ -150,11 +173,11 @@ def text(work: Work, steps: int = 2500) -> None:
     torch.manual_seed(SEED + 1)
     tokenizer = _tokenizer(work)
     encoder = models.build_text_encoder(tokenizer)
-    model = nn.ModuleDict({"encoder": encoder, "heads": AttributeHeads(models.TEXT_WIDTH)}).to(_device())
+    model = nn.ModuleDict({"encoder": encoder, "heads": AttributeHeads(models.TEXT_WIDTH)}).to(device())
 
     def loss_of(step: int) -> Tensor:
-        texts, drawn = _batch(128, step)
-        labels = {name: index.to(_device()) for name, index in targets(drawn).items()}
+        texts, drawn = scenes_of_step(128, step)
+        labels = {name: index.to(device()) for name, index in targets(drawn).items()}
         return attribute_loss(model["heads"](encoder(_tokens(tokenizer, texts)).pooler_output), labels)
 
     fit("text", model, loss_of, steps=steps, learning_rate=1e-3, work=work)
@@ -170,22 +193,22 @@ def _trained_text_encoder(work: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     encoder = models.build_text_encoder(tokenizer)
     state = torch.load(work / "text.pt", map_location="cpu", weights_only=True)["model"]
     encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
-    return tokenizer, encoder.to(_device()).eval()
+    return tokenizer, encoder.to(device()).eval()
 
 
 @app.command()
 def vae(work: Work, steps: int = 2600) -> None:
     """Train the autoencoder: absolute and squared error of pixels, objects weighing more, and a little KL."""
     torch.manual_seed(SEED + 2)
-    model = models.build_vae().to(_device())
+    model = models.build_vae().to(device())
     model.set_attn_processor(AttnProcessor())
 
     def loss_of(step: int) -> Tensor:
-        _, drawn = _batch(32, step)
-        random = _generator(step)
-        pictures = scenes.render(drawn, random).to(_device())
+        _, drawn = scenes_of_step(32, step)
+        random = generator(step)
+        pictures = scenes.render(drawn, random).to(device())
         posterior = model.encode(pictures).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=random).to(_device())
+        noise = torch.randn(posterior.mean.shape, generator=random).to(device())
         restored = model.decode(posterior.mean + posterior.std * noise).sample.float()
         drawn_on = (pictures != pictures[:, :, :1, :1]).any(1, keepdim=True)
         weight = 1 + OBJECT_WEIGHT * drawn_on
@@ -198,7 +221,7 @@ def vae(work: Work, steps: int = 2600) -> None:
 def _trained_vae(work: Path) -> AutoencoderKL:
     model = models.build_vae()
     model.load_state_dict(torch.load(work / "vae.pt", map_location="cpu", weights_only=True)["model"])
-    return model.to(_device()).eval()
+    return model.to(device()).eval()
 
 
 def _latents(work: Path) -> dict[str, Tensor]:
@@ -209,17 +232,17 @@ def _latents(work: Path) -> dict[str, Tensor]:
     tokenizer, encoder = _trained_text_encoder(work)
     autoencoder = _trained_vae(work)
     latents, states = [], []
-    with torch.no_grad(), torch.autocast(_device().type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device().type, torch.bfloat16):
         for step in range(LATENT_SCENES // 256):
-            texts, drawn = _batch(256, 1_000_000 + step)
-            pictures = scenes.render(drawn, _generator(1_000_000 + step)).to(_device())
+            texts, drawn = scenes_of_step(256, 1_000_000 + step)
+            pictures = scenes.render(drawn, generator(1_000_000 + step)).to(device())
             latents.append(autoencoder.encode(pictures).latent_dist.mean.float().cpu())
             states.append(encoder(_tokens(tokenizer, texts)).last_hidden_state.to(torch.bfloat16).cpu())
         empty = encoder(_tokens(tokenizer, [""])).last_hidden_state.to(torch.bfloat16).cpu()
     joined = torch.cat(latents)
     scale = 1 / joined.std()
     kept = {"latents": joined * scale, "scale": scale, "states": torch.cat(states), "empty": empty}
-    _save_whole(kept, path)
+    save_whole(kept, path)
     return kept
 
 
@@ -228,40 +251,26 @@ def unet(work: Work, steps: int = 4400, batch: int = 64, learning_rate: float = 
     """Train the UNet on velocity, with a tenth of the captions dropped for classifier-free guidance."""
     data = _latents(work)
     torch.manual_seed(SEED + 3)
-    model = models.build_unet().to(_device())
-    average = copy.deepcopy(model).requires_grad_(False)
+    model = models.build_unet().to(device())
+    average, follow = moving_average(model)
     model.set_attn_processor(AttnProcessor())  # the fused attention's backward is twice the rest on a CPU
     signal = models.build_scheduler().alphas_cumprod
 
     def loss_of(step: int) -> Tensor:
-        random = _generator(step)
+        random = generator(step)
         index = torch.randint(len(data["latents"]), (batch,), generator=random)
         steps_of_noise = torch.randint(len(signal), (batch,), generator=random)
         latents = data["latents"][index]
         noise = torch.randn(latents.shape, generator=random)
         dropped = torch.rand(batch, 1, 1, generator=random) < DROPPED_CAPTIONS
-        states = torch.where(dropped, data["empty"], data["states"][index]).to(_device())
+        states = torch.where(dropped, data["empty"], data["states"][index]).to(device())
         keep = signal[steps_of_noise].view(-1, 1, 1, 1)
         noisy = keep.sqrt() * latents + (1 - keep).sqrt() * noise
-        velocity = (keep.sqrt() * noise - (1 - keep).sqrt() * latents).to(_device())
-        predicted = model(noisy.to(_device()), steps_of_noise.to(_device()), states).sample
+        velocity = (keep.sqrt() * noise - (1 - keep).sqrt() * latents).to(device())
+        predicted = model(noisy.to(device()), steps_of_noise.to(device()), states).sample
         return (predicted.float() - velocity).square().mean()
 
-    @torch.no_grad()
-    def after_step() -> None:
-        for old, new in zip(average.parameters(), model.parameters(), strict=True):
-            old.lerp_(new, 1 - EMA_DECAY)
-
-    fit(
-        "unet",
-        model,
-        loss_of,
-        steps=steps,
-        learning_rate=learning_rate,
-        work=work,
-        after_step=after_step,
-        extra=average,
-    )
+    fit("unet", model, loss_of, steps=steps, learning_rate=learning_rate, work=work, after_step=follow, extra=average)
 
 
 @app.command()

@@ -85,3 +85,14 @@ def test_shapes_and_sizes_can_be_told_apart() -> None:
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             assert float((pictures[first] - pictures[second]).abs().amax(0).gt(60).sum()) > 12, (first, second)
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+def test_an_enlarged_picture_shows_the_same_scene(objects: int) -> None:
+    drawn = [scene for _, scene in scenes.captions(8, objects, held_out=False, seed=8)]
+    plain, large = (scenes.render(drawn, torch.Generator().manual_seed(2), enlarged) for enlarged in (1, 2))
+    assert large.shape == (8, 3, 128, 128)
+    shrunk = torch.nn.functional.avg_pool2d(large, 2)
+    assert float((shrunk - plain).abs().mean()) < 2e-3
+    blurred_edges = torch.nn.functional.interpolate(plain, scale_factor=2, mode="bilinear")
+    assert float((blurred_edges - large).abs().amax()) > 0.3

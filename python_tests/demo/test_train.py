@@ -21,7 +21,7 @@ def _fit(work: Path, *, stop_at: int | None = None, steps: int = 7) -> tuple[nn.
     def loss_of(step: int) -> Tensor:
         if step == stop_at:
             raise KeyboardInterrupt
-        random = train._generator(step)
+        random = train.generator(step)
         x = torch.randn(8, 6, generator=random)
         return (model(x).float() - x[:, :3]).square().mean()
 
@@ -70,6 +70,6 @@ def test_a_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_batches_follow_from_the_step_alone() -> None:
-    captions, drawn = train._batch(8, 11)
-    assert (captions, drawn) == train._batch(8, 11)
-    assert captions != train._batch(8, 12)[0]
+    captions, drawn = train.scenes_of_step(8, 11)
+    assert (captions, drawn) == train.scenes_of_step(8, 11)
+    assert captions != train.scenes_of_step(8, 12)[0]
