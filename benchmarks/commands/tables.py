@@ -29,6 +29,7 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "compilations": "models.compilations",
     "host_time": "machine.host_time",
     "study": "study.report",
+    "study_second": "study.report",
     "method": "study.planner_estimates",
     "plan_sd15": "study.plan_large",
     "plan_sdxl": "study.plan_large",

@@ -1,7 +1,7 @@
 """The cases of the study: every configuration by name, and how its UNet is made.
 
-Published lists of layers to leave alone are reproduced as far as the demo model has these layers; each case says
-where its list stands.
+Published lists of layers to leave alone are reproduced as far as the model has these layers; each case says where its
+list stands.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks.study.own_plans import (
     quantized,
 )
 from benchmarks.study.peers import MODELOPT_SKIPS, OURS, Quantization, baselines, own_beside, own_planned_beside
+from benchmarks.study.subjects import DEMO, SECOND
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, SAMPLED_STEPS
 from ldmq_kernels.calibration.trajectory import SamplingSettings
@@ -62,12 +63,17 @@ BOTH_SIGNALS = ("sqnr", "ssim")
 
 @dataclass(frozen=True)
 class SkipList:
-    """Layers that someone else leaves out of 8-bit computation, by fnmatch patterns, and where that stands."""
+    """Layers that someone else leaves out of 8-bit computation, by fnmatch patterns, and where that stands.
+
+    Attributes:
+        models: names of the study's models that the list was made for the likes of.
+    """
 
     name: str
     patterns: tuple[str, ...]
     weight_only: bool
     source: str
+    models: tuple[str, ...] = (DEMO,)
 
 
 SKIP_LISTS = (
@@ -76,6 +82,7 @@ SKIP_LISTS = (
         tuple(f"*{part}*" for part in MODELOPT_SKIPS),
         False,
         "NVIDIA Model Optimizer, examples/diffusers/quantization/utils.py, filter_func_default",
+        (DEMO, SECOND),
     ),
     SkipList(
         "MixDQ's list",
@@ -100,6 +107,7 @@ class Case:
     section: str
     quantization: Quantization
     source: str = ""
+    models: tuple[str, ...] = (DEMO, SECOND)
 
     @property
     def name(self) -> str:
@@ -112,11 +120,18 @@ def own_name(configuration: str) -> str:
     return f"{OURS}: {configuration}"
 
 
-def _own(section: str, configuration: str, make: Callable[[OwnPlans], Plan], note: str = "", source: str = "") -> Case:
+def _own(
+    section: str,
+    configuration: str,
+    make: Callable[[OwnPlans], Plan],
+    note: str = "",
+    source: str = "",
+    models: tuple[str, ...] = (DEMO, SECOND),
+) -> Case:
     def build(setup: Setup) -> nn.Module:
         return quantized(setup, make(own_plans(setup)))
 
-    return Case(section, Quantization(OURS, configuration, build, note), source)
+    return Case(section, Quantization(OURS, configuration, build, note), source, models)
 
 
 # -- one scheme everywhere ---------------------------------------------------------------------------------
@@ -219,11 +234,21 @@ def everywhere_words(what: str) -> str:
     return f"planned, {what}, for {EVERYWHERE[what][1]:g} dB"
 
 
-BUDGETS: dict[str, Callable[[OwnPlans], int]] = {
-    "the bytes of W8A8 static": lambda p: plan_bytes(p.setup.unet, p.searched(STATIC)),
-    W4_BUDGET: lambda p: plan_bytes(p.setup.unet, p.searched(W4_STATIC)),
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a plan has to keep within."""
+
+    of: Callable[[OwnPlans], int]
+    models: tuple[str, ...] = (DEMO, SECOND)
+
+
+BUDGETS = {
+    "the bytes of W8A8 static": Budget(lambda p: plan_bytes(p.setup.unet, p.searched(STATIC))),
+    W4_BUDGET: Budget(lambda p: plan_bytes(p.setup.unet, p.searched(W4_STATIC))),
     **{
-        f"the bytes of {skips.name}": lambda p, s=skips: plan_bytes(p.setup.unet, skip_plan(p, s, searched=True))
+        f"the bytes of {skips.name}": Budget(
+            lambda p, s=skips: plan_bytes(p.setup.unet, skip_plan(p, s, searched=True)), skips.models
+        )
         for skips in SKIP_LISTS
     },
 }
@@ -240,15 +265,17 @@ def _planner() -> list[Case]:
                     skip_words(skips, how),
                     lambda p, s=skips, h=how: skip_plan(p, s, searched=h == "searched"),
                     source=skips.source,
+                    models=skips.models,
                 )
             )
-    for budget, size in BUDGETS.items():
+    for what, budget in BUDGETS.items():
         for signals in (("sqnr",), BOTH_SIGNALS):
             cases.append(
                 _own(
                     PLANNER,
-                    planned_words(budget, signals),
-                    lambda p, b=size, s=signals: p.planned(b(p), MIXED, s),
+                    planned_words(what, signals),
+                    lambda p, b=budget, s=signals: p.planned(b.of(p), MIXED, s),
+                    models=budget.models,
                 )
             )
     for what, (schemes, target) in EVERYWHERE.items():
@@ -302,10 +329,11 @@ def followers(peer: Case, row: Mapping[str, Any], known: set[Any]) -> list[Case]
     return cases
 
 
-def cases() -> list[Case]:
-    """All but the followers of peers."""
+def cases(model: str = DEMO) -> list[Case]:
+    """All that make sense for one of the study's models, but the followers of peers."""
     peers = [Case(PEERS, quantization) for quantization in baselines()]
-    return [*_formats(), *_calibration(), *_search(), *_planner(), *peers]
+    every = [*_formats(), *_calibration(), *_search(), *_planner(), *peers]
+    return [case for case in every if model in case.models]
 
 
 def quick_cases() -> list[Case]:

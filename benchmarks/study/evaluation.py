@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.harness.machine import device
 from benchmarks.study.inspect_model import checkpoint_bytes, ssim
 from benchmarks.study.samples import Samples
+from benchmarks.study.subjects import Subject
 from ldmq_kernels import demo
 from ldmq_kernels.calibration.calibrate import Calibration, calibrate
 from ldmq_kernels.calibration.trajectory import (
@@ -31,7 +32,7 @@ from ldmq_kernels.calibration.trajectory import (
 )
 from ldmq_kernels.demo import scenes
 from ldmq_kernels.demo.evaluator import Evaluator, attributes_right
-from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions, held_out_captions
+from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, calibration_captions, held_out_captions
 from ldmq_kernels.planning.planner import HELD_OUT_SEED
 from ldmq_kernels.planning.request import split_prompts
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise
@@ -56,13 +57,14 @@ class Setup:
 
 
 def with_unet(pipe: Any, model: nn.Module, run: Callable[[], T]) -> T:
-    """Run something with another UNet in a pipeline, which gets its own back afterwards."""
+    """Run something with another UNet or transformer in a pipeline, which gets its own back afterwards."""
     original = denoiser(pipe)
-    pipe.unet = model
+    name = next(name for name, part in pipe.components.items() if part is original)
+    setattr(pipe, name, model)
     try:
         return run()
     finally:
-        pipe.unet = original
+        setattr(pipe, name, original)
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,18 @@ class SeedSet:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What every quantization is measured on; without an evaluator no attributes and no features are."""
+    """What every quantization is measured on; without an evaluator no attributes and no features are.
+
+    Attributes:
+        enlarged: pixels a side of a picture for one of those that the evaluator reads.
+    """
 
     pipe: Any
     original: nn.Module
     captions: list[tuple[str, scenes.Scene]]
     seed_sets: list[SeedSet]
     evaluator: Evaluator | None
+    enlarged: int = 1
 
     @cached_property
     def fp16_bytes(self) -> int:
@@ -137,7 +144,8 @@ class Evaluation:
     @torch.no_grad()
     def _read(self, pictures: Tensor) -> dict[str, np.ndarray]:
         assert self.evaluator is not None
-        features = torch.cat([self.evaluator.features(part * 2 - 1) for part in pictures.split(64)])
+        read = nn.functional.avg_pool2d(pictures, self.enlarged)
+        features = torch.cat([self.evaluator.features(part * 2 - 1) for part in read.split(64)])
         right, present = attributes_right(self.evaluator.heads(features), [scene for _, scene in self.captions])
         return {"right": right.numpy(), "present": present.numpy(), "features": features.double().numpy()}
 
@@ -172,31 +180,33 @@ def draw_latents(pipe: Any, prompts: Sequence[str], settings: SamplingSettings) 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
     """(N, 3, H, W) float32 pictures in [0, 1] on the CPU."""
+    scaled = latents / pipe.vae.config.scaling_factor + (pipe.vae.config.shift_factor or 0)
     decoded = [
-        pipe.image_processor.postprocess(
-            pipe.vae.decode(part / pipe.vae.config.scaling_factor, return_dict=False)[0], output_type="pt"
-        )
-        for part in latents.split(PROMPTS_AT_ONCE)
+        pipe.image_processor.postprocess(pipe.vae.decode(part, return_dict=False)[0], output_type="pt")
+        for part in scaled.split(PROMPTS_AT_ONCE)
     ]
     return torch.cat(decoded).float().cpu()
 
 
-def prepare(*, captions: int, seed_sets: int, steps: int = STEPS, show: bool = False) -> tuple[Setup, Evaluation]:
-    """Load the demo pipeline, calibrate it, and record what the quantizations are measured against.
+def prepare(
+    subject: Subject, *, captions: int, seed_sets: int, steps: int, show: bool = False
+) -> tuple[Setup, Evaluation]:
+    """Load a model's pipeline, calibrate it, and record what the quantizations are measured against.
 
     Args:
         captions: held out; eights keep the batches equal.
     """
     dtype = torch.float16 if device().type == "cuda" else torch.float32
-    pipe = demo.load_demo_pipeline(dtype, demo.WEIGHTS).to(device())
+    pipe = subject.load(dtype).to(device())
+    sampling = SamplingSettings(steps, subject.guidance_scale, 0)
     calibrated_on, verified_on = split_prompts(calibration_captions(CALIBRATION_PROMPTS))
-    calibration = calibrate(pipe, calibrated_on, SamplingSettings(steps, GUIDANCE, 0), show=show)
-    check = record_trajectory(pipe, verified_on, SamplingSettings(steps, GUIDANCE, HELD_OUT_SEED), show=show)
+    calibration = calibrate(pipe, calibrated_on, sampling, show=show)
+    check = record_trajectory(pipe, verified_on, replace(sampling, seed=HELD_OUT_SEED), show=show)
     pairs = held_out_captions(captions)
     sets = []
     for index in range(seed_sets):
-        settings = SamplingSettings(steps, GUIDANCE, TEST_SEED + index * NEXT_SEED_SET)
+        settings = replace(sampling, seed=TEST_SEED + index * NEXT_SEED_SET)
         trajectory = record_trajectory(pipe, [text for text, _ in pairs], settings, show=show)
         sets.append(SeedSet(settings, trajectory, decode(pipe, trajectory.latents)))
     evaluator = demo.load_evaluator(demo.WEIGHTS)
-    return Setup(pipe, calibration, check), Evaluation(pipe, denoiser(pipe), pairs, sets, evaluator)
+    return Setup(pipe, calibration, check), Evaluation(pipe, denoiser(pipe), pairs, sets, evaluator, subject.enlarged)

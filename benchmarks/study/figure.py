@@ -9,7 +9,7 @@ from benchmarks.study.cases import CALIBRATION, FORMATS, PEERS, PLANNER, SEARCH
 from benchmarks.study.peers import OURS
 
 PANELS = (
-    ("sqnr_db", "SQNR of the UNet's output, dB", 1.0, False),
+    ("sqnr_db", "SQNR of the model's output, dB", 1.0, False),
     ("evaluator_frechet", "Frechet distance in the evaluator's features", 1.0, True),
     ("attribute_accuracy", "attributes right, %", 100.0, False),
 )
@@ -46,7 +46,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
             axis.grid(visible=True, linewidth=0.3)
         if "attribute_accuracy" in data["float"]:
             axes[-1].axhline(100 * data["float"]["attribute_accuracy"], color="#888888", linewidth=0.8)
-        axes[-1].set_xlabel("bytes of the UNet's checkpoint, share of fp16")
+        axes[-1].set_xlabel("bytes of the model's checkpoint, share of fp16")
         axes[0].legend(loc="upper left", fontsize=8)
         figure.supxlabel(_peer_names(found), x=0.08, ha="left", fontsize=8)
         figure.savefig(path, format="svg", metadata={"Date": None})

@@ -1,8 +1,9 @@
-"""The study of the method on the demo model: formats, calibration, search, planners, and other tools.
+"""The study of the method: formats, calibration, search, planners, and other tools.
 
     pip install --no-deps -r benchmarks/requirements-peers.txt
-    python -m benchmarks study            # about half an hour on two cores; goes on where it was stopped
-    python -m benchmarks study --report   # docs/study.md and docs/study.svg again, from the newest results alone
+    python -m benchmarks study                  # about half an hour on two cores; goes on where it was stopped
+    python -m benchmarks study --model second   # the same of a transformer; docs/study-second.md
+    python -m benchmarks study --report         # the page and its figure again, from the newest results alone
 
 Every case is measured on the same held-out captions, drawn from several sets of seeds, which neither calibration
 nor planning sees. A result is written as soon as it is there, and a case that this commit has measured in the same
@@ -33,7 +34,7 @@ from benchmarks.study.inspect_model import inspect_model
 from benchmarks.study.peers import OURS
 from benchmarks.study.questions import as_records
 from benchmarks.study.samples import Samples, interval, measures_of, value
-from ldmq_kernels.demo.run import STEPS
+from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
 from ldmq_kernels.nn import QuantizedLayer
 
 NOT_INSTALLED = "not installed: pip install --no-deps -r benchmarks/requirements-peers.txt"
@@ -144,7 +145,13 @@ def summary(found: list[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def write(found: list[dict[str, Any]], settings: dict[str, Any], float_figures: dict[str, float], commit: str) -> Path:
+def write(
+    subject: Subject,
+    found: list[dict[str, Any]],
+    settings: dict[str, Any],
+    float_figures: dict[str, float],
+    commit: str,
+) -> Path:
     """The results file: figures and answers, without the samples that they come from.
 
     Args:
@@ -154,35 +161,37 @@ def write(found: list[dict[str, Any]], settings: dict[str, Any], float_figures: 
     kept = [{k: v for k, v in row.items() if k not in ("samples", "layers", "key")} for row in found]
     questions = as_records(samples)
     record = machine() | {"commit": commit, "settings": settings, "float": float_figures, "questions": questions}
-    return results.keep("study", [{"op": "unet", **row} for row in kept], summary(found), record)
+    return results.keep(subject.results, [{"op": "unet", **row} for row in kept], summary(found), record)
 
 
 def main(arguments: list[str]) -> None:
     """Run what is not measured yet, then write the results and the pages."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks study", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SUBJECTS, default=DEMO, help="which model it is made on")
     parser.add_argument("--captions", type=int, default=CAPTIONS, help="held out; eights keep batches equal")
     parser.add_argument("--seed-sets", type=int, default=SEED_SETS, help="how often each caption is drawn")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where results go as they come")
-    parser.add_argument("--docs", type=Path, default=report.DOCS, help="folder for study.md and study.svg")
+    parser.add_argument("--docs", type=Path, default=report.DOCS, help="folder for the page and its figure")
     parser.add_argument("--quick", action="store_true", help="two cases in seconds, for tests")
     parser.add_argument("--report", action="store_true", help="the pages again, from the newest results file")
     options = parser.parse_args(arguments)
+    subject = SUBJECTS[options.model]
     if options.report:
-        print("written: " + ", ".join(map(str, report.write(report.newest(), options.docs))))
+        print("written: " + ", ".join(map(str, report.write(report.newest(subject), options.docs))))
         return
     os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # the numbers are the same, and nothing is timed here
     captions = QUICK_CAPTIONS if options.quick else options.captions
     settings = {
         "captions": captions,
         "seed_sets": options.seed_sets,
-        "steps": QUICK_STEPS if options.quick else STEPS,
+        "steps": QUICK_STEPS if options.quick else subject.steps,
     }
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    study = Study(options.rows, settings, console)
-    setup, evaluation = prepare(**settings, show=console.is_terminal)
-    found = list(study.run(quick_cases() if options.quick else cases(), setup, evaluation))
-    path = write(found, settings, evaluation.float_figures, study.key["commit"])
+    study = Study(options.rows, settings | {"model": subject.name}, console)
+    setup, evaluation = prepare(subject, **settings, show=console.is_terminal)
+    found = list(study.run(quick_cases() if options.quick else cases(subject.name), setup, evaluation))
+    path = write(subject, found, study.settings, evaluation.float_figures, study.key["commit"])
     pages = report.write(path, options.docs)
     print("written: " + ", ".join(map(str, (path, *pages))))
     ours_failed = [row["name"] for row in found if row["failed"] and row["tool"] == OURS]

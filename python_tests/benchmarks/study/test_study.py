@@ -22,6 +22,7 @@ from benchmarks.study.evaluation import Evaluation, SeedSet, Setup
 from benchmarks.study.inspect_model import inspect_model
 from benchmarks.study.peers import OURS, Quantization
 from benchmarks.study.samples import MEASURES, interval, value
+from benchmarks.study.subjects import DEMO, SUBJECTS
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP
 from ldmq_kernels.calibration.trajectory import SamplingSettings, record_trajectory
@@ -302,7 +303,7 @@ def test_the_pages_tell_every_case_and_what_did_not_help(tmp_path: Path) -> None
 def test_no_results_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     with pytest.raises(FileNotFoundError, match="python -m benchmarks study"):
-        report.newest()
+        report.newest(SUBJECTS[DEMO])
 
 
 @pytest.mark.slow
@@ -310,7 +311,7 @@ def test_the_quick_study_writes_results_and_pages(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     docs = tmp_path / "docs"
     run.main(["--quick", "--rows", str(tmp_path / "rows.jsonl"), "--docs", str(docs)])
-    data = json.loads(report.newest().read_text())
+    data = json.loads(report.newest(SUBJECTS[DEMO]).read_text())
     assert [row["failed"] for row in data["rows"]] == [None, None]
     assert not any("samples" in row for row in data["rows"])
     first = {path.name: path.read_bytes() for path in docs.iterdir()}
