@@ -1,7 +1,15 @@
 """Files and folders that are written whole or not at all, and JSON of whatever origin."""
 
 from ldmq_kernels.files.json_of_others import NotJsonError, read_json, shortened
-from ldmq_kernels.files.outputs import Fill, MisplacedError, output_file, output_folder, write_whole
+from ldmq_kernels.files.outputs import (
+    Fill,
+    MisplacedError,
+    finish_writing_into,
+    output_file,
+    output_folder,
+    write_into,
+    write_whole,
+)
 from ldmq_kernels.files.paths import alias_in_ascii, printable
 from ldmq_kernels.files.scratch import PART
 from ldmq_kernels.files.tables import csv_bytes, write_csv
@@ -13,11 +21,13 @@ __all__ = [
     "NotJsonError",
     "alias_in_ascii",
     "csv_bytes",
+    "finish_writing_into",
     "output_file",
     "output_folder",
     "printable",
     "read_json",
     "shortened",
     "write_csv",
+    "write_into",
     "write_whole",
 ]

@@ -11,6 +11,7 @@ goes to another one, and `MisplacedError` says where.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import stat
@@ -182,15 +183,71 @@ def _put_folder(part: Path, target: Path, fill: Fill) -> None:
     if part.parent != target:
         os.rename(result, target)
     else:
-        older = sorted(set(os.listdir(target)) - {PART})
-        if older:
-            (part / OLDER).mkdir()
-            for name in older:
-                os.replace(target / name, part / OLDER / name)
-        os.rename(result, part / COMPLETE)
-        move_entries(part / COMPLETE, target)
-        _sync_names(target)
+        _move_in(part, target, set(os.listdir(target)) - {PART})
     _sync_names(target.parent)
+
+
+def _move_in(part: Path, target: Path, older: Collection[str]) -> None:
+    """Let a complete result take the place of what is older, by names in the folder that both lie in."""
+    if older:
+        (part / OLDER).mkdir()
+        for name in sorted(older):
+            os.replace(target / name, part / OLDER / name)
+    os.rename(part / RESULT, part / COMPLETE)  # until here a kill leaves the older one, from here on the new one
+    move_entries(part / COMPLETE, target)
+    _sync_names(target)
+
+
+def write_into(folder: Path, fill: Fill, older: Callable[[Path], Collection[str]]) -> None:
+    """Write files to a folder in which others may lie: a kill at any moment leaves the older ones or the new ones.
+
+    A kill while they are moved leaves some of both, until `finish_writing_into` or another call of this.
+
+    Args:
+        folder: the path, made where it is not there.
+        fill: writes the files to the folder that it is given.
+        older: the names in the folder, given its path, that they take the place of beside those of their own names.
+
+    Raises:
+        OSError: the folder cannot be written, or something that is no file or is write-protected has the name of a
+            file; the older files are untouched.
+    """
+    target = _behind_links(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with scratch(target / PART, target, wait=True) as part:
+        result = part / RESULT
+        result.mkdir()
+        with alias_in_ascii(result) as place:
+            fill(place)
+        _settle(result)
+        names = os.listdir(result)
+        replaced = set(older(target)) - set(names)
+        for name in (*names, *replaced):
+            _check_file(target / name)
+        _move_in(part, target, replaced)
+
+
+def finish_writing_into(folder: Path) -> None:
+    """Complete or undo what a killed run had begun to move into a folder or away from it, if anything.
+
+    Raises:
+        OSError: the folder cannot be written; its text says so.
+    """
+    part = folder / PART
+    if not ((part / COMPLETE).exists() or (part / OLDER).exists()):
+        return
+    try:
+        with scratch(part, folder, wait=True):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        told = OSError(
+            f"{printable(folder)} holds files of two saves, of which the second was killed, and it cannot be put in "
+            f"order here ({error.strerror}): load it once where the folder may be written"
+        )
+        told.errno = error.errno
+        raise told from None
 
 
 @contextlib.contextmanager

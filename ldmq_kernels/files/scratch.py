@@ -38,7 +38,9 @@ def move_entries(source: Path, target: Path) -> None:
 
 def _check_is_ours(folder: Path, place: Path) -> None:
     """Refuse a folder of this name that no run made."""
-    if not stat.S_ISDIR(folder.lstat().st_mode) or not _OURS.issuperset(os.listdir(folder)):
+    names = os.listdir(folder) if stat.S_ISDIR(folder.lstat().st_mode) else [""]
+    # a link in it would have what is behind it moved or removed
+    if not _OURS.issuperset(names) or any((folder / name).is_symlink() for name in names):
         raise FileExistsError(
             f"{printable(folder)} is where {printable(place)} would be prepared, and it is not from ldmq: rename it, "
             "or choose another place"

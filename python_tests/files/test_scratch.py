@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ldmq_kernels.files import output_folder, write_whole
+from ldmq_kernels.files import finish_writing_into, output_folder, write_into, write_whole
 from python_tests.files.kills import kill_now, killed
 from python_tests.files.places import WHOLE, content_of, fill, put_file, put_folder
 from python_tests.processes import ROOT
@@ -69,7 +69,7 @@ def test_what_a_killed_run_left_is_named_and_removed_by_the_next(
     assert content_of(tmp_path) == {f"model/{name}": value for name, value in WHOLE.items()}
 
 
-@pytest.mark.parametrize("name", ["fresh", "into_empty", "over_older", "over_file"])
+@pytest.mark.parametrize("name", ["fresh", "into_empty", "into_used", "over_older", "over_file"])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_after_the_next_run(name: str, tmp_path: Path) -> None:
     # a process without torch forks in no time
     program = f"from python_tests.files.kills import try_all; print(try_all({name!r}, {str(tmp_path)!r}))"
@@ -101,3 +101,41 @@ def test_without_locks_a_part_that_is_there_is_left_alone(tmp_path: Path, monkey
     assert (tmp_path / "plan.ldmq-part" / "result").read_bytes() == b"half"
     shutil.rmtree(tmp_path / "plan.ldmq-part")
     put_file(tmp_path / "plan")
+
+
+# -- into folders of others -------------------------------------------------------------------------------
+
+
+def into(folder: Path) -> None:
+    write_into(folder, lambda place: (place / "weights").write_bytes(b"new"), lambda _: ())
+
+
+def test_a_folder_that_is_no_file_is_left_whole_where_a_file_would_go(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "notes").write_text("mine")
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path}/weights is a folder"):
+        into(tmp_path)
+    assert content_of(tmp_path) == {"weights/notes": b"mine"}
+
+
+def test_links_in_a_part_are_not_followed(tmp_path: Path) -> None:
+    """As in a model of somebody else's: what is behind would be moved to the model."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "notes").write_text("mine")
+    part = tmp_path / "model" / ".ldmq-part"
+    part.mkdir(parents=True)
+    (part / "complete").symlink_to(tmp_path / "home")
+    for work in (into, finish_writing_into):
+        with pytest.raises(FileExistsError, match="it is not from ldmq"):
+            work(tmp_path / "model")
+    assert (tmp_path / "home" / "notes").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_put_in_order_is_named(tmp_path: Path) -> None:
+    part = tmp_path / ".ldmq-part"
+    (part / "complete").mkdir(parents=True)
+    part.chmod(0o500)
+    with pytest.raises(OSError, match=f"{tmp_path} holds files of two saves.*may be written"):
+        finish_writing_into(tmp_path)
+    part.chmod(0o700)

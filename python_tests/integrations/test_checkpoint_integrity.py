@@ -160,11 +160,11 @@ def test_the_config_of_another_save_is_refused(saved: Path, whole: Path, other: 
 
 
 @pytest.mark.parametrize("old", ["whole", "shards"])
-def test_a_save_over_an_older_one_that_stops_anywhere_is_refused(
+def test_a_save_over_an_older_one_that_stops_anywhere_leaves_the_older_one(
     saved: Path, tmp_path: Path, old: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After config.json, and after each shard."""
-    newer = load(saved / "weights")
+    newer, before = load(saved / "weights"), run_unet(load(saved / old))
     for written in range(3):
         folder = Path(shutil.copytree(saved / old, tmp_path / str(written)))
         left = iter(range(written))
@@ -178,8 +178,7 @@ def test_a_save_over_an_older_one_that_stops_anywhere_is_refused(
         with pytest.raises(KeyboardInterrupt):
             newer.save_pretrained(folder, max_shard_size="60KB")
         monkeypatch.undo()
-        with pytest.raises((CheckpointError, OSError), match="diffusion_pytorch_model"):
-            load(folder)
+        assert torch.equal(run_unet(load(folder)), before)
 
 
 def test_a_config_without_checksums_is_refused_where_the_tensors_were_saved_with_them(whole: Path) -> None:

@@ -1,4 +1,7 @@
-"""Commands that are killed at random moments and run again: the same result to the bit, nothing half, nothing left."""
+"""Commands that are killed at random moments and run again: the same result to the bit, nothing half, nothing left.
+
+So are saves of a model over an older one (`saves`).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ldmq_kernels import cli
+from python_tests.mutations.saves import SAVES, Saves
 from python_tests.mutations.trials import Outcome
 from python_tests.tiny import SHALLOW, mixed_plan, tiny_pipeline
 
@@ -131,25 +135,28 @@ def _trial(name: str, number: signal.Signals, delay: float, commands: _Commands,
     return not left, f"{when}; left: {left}" if left else when
 
 
-def trials(count: int, seed: int, names: Sequence[str] = tuple(COMMANDS)) -> Iterator[Outcome]:
-    """Kill commands in turn, by every signal in turn, at a random moment of the time that they take.
+def trials(count: int, seed: int, names: Sequence[str] = (*COMMANDS, *SAVES)) -> Iterator[Outcome]:
+    """Kill commands and saves in turn, by every signal in turn, at a random moment of the time that they take.
 
     Args:
-        names: of `COMMANDS`.
+        names: of `COMMANDS` and `SAVES`.
     """
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kills-")))
         _prepare(root)
-        commands = _Commands(root)
+        commands, saves = _Commands(root), Saves(root)
         whole: dict[str, _Undisturbed] = {}
         for number in range(seed, seed + count):
             name = names[number % len(names)]
             if name not in whole:
-                whole[name] = _undisturbed(name, commands)
+                whole[name] = _undisturbed_save(name, saves) if name in SAVES else _undisturbed(name, commands)
             drawn = random.Random(number)
             chosen = SIGNALS[(number + number // len(SIGNALS)) % len(SIGNALS)]
             delay = drawn.uniform(0, whole[name].seconds)
-            right, text = _trial(name, chosen, delay, commands, whole[name].digest)
+            if name in SAVES:
+                right, text = saves.trial(name, chosen, delay)
+            else:
+                right, text = _trial(name, chosen, delay, commands, whole[name].digest)
             yield Outcome(f"{name}, {chosen.name}", number, right, text)
 
 
@@ -163,3 +170,12 @@ def _undisturbed(name: str, commands: _Commands) -> _Undisturbed:
     if code != 0 or digest is None:
         raise RuntimeError(f"{name} fails where nothing kills it: {commands.printed()}")
     return _Undisturbed(digest, seconds)
+
+
+def _undisturbed_save(name: str, saves: Saves) -> _Undisturbed:
+    start = time.perf_counter()
+    code = saves.run(name, None)
+    seconds = time.perf_counter() - start
+    if code != 0:
+        raise RuntimeError(f"{name} fails where nothing kills it")
+    return _Undisturbed("", seconds)

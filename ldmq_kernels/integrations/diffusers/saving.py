@@ -1,0 +1,99 @@
+"""A save over an older model: after a kill at any moment the folder holds the older model or the new one.
+
+diffusers writes config.json, then the tensors, file after file over the older ones. Here it writes to a scratch folder
+in the same one, from which the files are moved once all are there. What a kill leaves half moved is moved on by the
+next save or load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import wrapt
+from diffusers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    _add_variant,
+)
+
+from ldmq_kernels.files import PART, NotJsonError, finish_writing_into, read_json, write_into
+
+Call = Callable[..., Any]
+
+
+def wrap_models(module: ModuleType) -> None:
+    """Have every save of a quantized model be whole, and every load find whole saves.
+
+    Args:
+        module: `diffusers.models.modeling_utils`, which is complete.
+    """
+    wrapt.wrap_function_wrapper(module, "ModelMixin.save_pretrained", _save_pretrained)
+    wrapt.wrap_function_wrapper("diffusers.configuration_utils", "ConfigMixin.load_config", _load_config)
+
+
+def _save_pretrained(save: Call, model: Any, args: Any, kwargs: Any) -> Any:
+    from ldmq_kernels.integrations.diffusers.quantizer import LdmqQuantizer  # which diffusers may be importing yet
+
+    if not isinstance(vars(model).get("hf_quantizer"), LdmqQuantizer):
+        return save(*args, **kwargs)
+    call = inspect.signature(save).bind(*args, **kwargs)
+    call.apply_defaults()
+    options = call.arguments
+    folder = Path(os.path.abspath(options["save_directory"]))
+    if folder.is_file():  # diffusers says so
+        return save(*args, **kwargs)
+    if options["push_to_hub"]:
+        options["kwargs"].setdefault("repo_id", folder.name)
+
+    def fill(place: Path) -> None:
+        options["save_directory"] = str(place)
+        save(*call.args, **call.kwargs)
+
+    write_into(folder, fill, lambda place: of_weights(place, options["safe_serialization"], options["variant"]))
+
+
+def _load_config(load: Call, _model: Any, args: Any, kwargs: Any) -> Any:
+    folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    if folder is not None:
+        finish_saves(Path(folder))
+        if kwargs.get("subfolder"):
+            finish_saves(Path(folder, kwargs["subfolder"]))
+    return load(*args, **kwargs)
+
+
+def of_weights(folder: Path, safe: bool, variant: str | None) -> list[str]:
+    """The files in a folder that hold one model's weights: those that a save of the same kind takes the place of.
+
+    They are the file that is named so, the index that is, and the shards that the index names; a model in another
+    serialization or variant stays, and so does all else.
+
+    Args:
+        folder: in which a model was saved, or none.
+        safe: in safetensors, else pickled.
+        variant: as the model was saved, such as "fp16".
+    """
+    index = _add_variant(SAFE_WEIGHTS_INDEX_NAME if safe else WEIGHTS_INDEX_NAME, variant)
+    names = {index, _add_variant(SAFETENSORS_WEIGHTS_NAME if safe else WEIGHTS_NAME, variant)}
+    # where there is none, or it is damaged, nobody knows its shards
+    with contextlib.suppress(OSError, NotJsonError, LookupError, TypeError, AttributeError):
+        names |= {name for name in read_json(folder / index)["weight_map"].values() if os.path.basename(name) == name}
+    return [name for name in sorted(names) if (folder / name).is_file()]
+
+
+def finish_saves(folder: Path) -> None:
+    """Before a model or a pipeline is loaded: put in order what a killed save has left in its folder, or in its parts'.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for part in (folder / PART, *folder.glob(f"*/{PART}")):
+        if part.is_dir():
+            finish_writing_into(part.parent)
