@@ -12,8 +12,8 @@ WORKERS ?= logical
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) \
 	--dist loadfile --no-loadscope-reorder
 
-# What every op, layer, plan and number must hold to; no kernel for a GPU, no pipeline, no whole analysis.
-QUICK := calibration conversion kernels nn numerics plans planning report
+# What every op, layer, plan and number must hold to; no kernel for a GPU, no compiled model, no analysis, no planner.
+QUICK := calibration conversion files kernels nn numerics ops plans
 
 # The interpreter of the GPU machine that `python -m benchmarks gpu` is run on.
 GPU_PYTHON ?= 3.12
@@ -28,7 +28,7 @@ test: $(VENV)/ready-test
 	$(PYTEST) python_tests
 
 quick: $(VENV)/ready-test
-	$(PYTEST) -m "not slow and not gpu_kernels" $(QUICK:%=python_tests/%) --ignore python_tests/planning/test_planner.py
+	$(PYTEST) -m "not slow and not gpu_kernels" $(QUICK:%=python_tests/%)
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

@@ -170,6 +170,7 @@ def test_the_hessian_is_taken_after_smoothing_in_the_order_of_the_weights_axes()
     assert torch.equal(layer.weight_scale, scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["w8a8-timestep", "w4a8-dynamic", "w8a16"])
 def test_compiled_without_graph_breaks_all_corrections_give_the_same(scheme: str) -> None:
     layer = made(linear(), scheme, smoothing=SMOOTHING, first_token=True, bias_correction=torch.randn(33))

@@ -222,6 +222,7 @@ def test_its_text_says_geometry_and_scheme():
     assert text.startswith("QuantConv2d(20, 20, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), w4a8-dynamic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", CONV_SCHEMES)
 @pytest.mark.parametrize("case", ["unet", "shortcut", "circular", "unbatched"])
 def test_compiled_without_graph_breaks_it_gives_the_same(scheme, case):

@@ -203,6 +203,7 @@ def test_its_text_says_shape_scheme_and_scale():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
 def test_compiled_without_graph_breaks_it_gives_the_same(scheme):
     layer = quantized(make(), scheme, smooth=scheme in INT8_SCHEMES)
