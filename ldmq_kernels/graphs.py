@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ldmq_kernels.tracing import is_exported
+
 M = TypeVar("M", bound=nn.Module)
 MOST_GRAPHS = 8  # each keeps its outputs and intermediate tensors
 WATCHED = 8  # tensors whose place is looked at in every call
@@ -55,7 +57,8 @@ class _Replayer:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _needs_grad((args, kwargs))):
+        is_traced = torch.compiler.is_dynamo_compiling() or is_exported()
+        if is_traced or (torch.is_grad_enabled() and _needs_grad((args, kwargs))):
             return self.forward(*args, **kwargs)
         if _addresses(self._watched) != self._addresses:
             raise CaptureError(

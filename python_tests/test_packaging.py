@@ -21,6 +21,7 @@ PACKAGE = ROOT / "ldmq_kernels"
 LEFT_OUT = (".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "demo_output")
 
 LAYERS = [
+    {"tracing"},
     {"chunks", "extras", "files", "graphs", "numerics", "progress", "timing", "version"},
     {"kernels"},
     {"ops"},

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmq_kernels import graphs
 from ldmq_kernels.nn.quantized import QuantizedLayer
+from ldmq_kernels.tracing import is_exported
 
 VARIABLE = "LDMQ_GUARD"
 
@@ -42,7 +43,7 @@ class Guard:
         Raises:
             RuntimeError: the model is compiled or captured, so that its ops cannot be seen.
         """
-        if torch.compiler.is_compiling() or graphs.is_captured(model):
+        if torch.compiler.is_dynamo_compiling() or is_exported() or graphs.is_captured(model):
             raise RuntimeError(
                 f"a guarded {type(model).__name__} runs in eager mode: remove the guard, or call the model itself and "
                 "not what torch.compile or ldmq.capture made of it"

@@ -19,6 +19,7 @@ from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.backend import Packer
 from ldmq_kernels.nn.dequantized import READ_ONLY, DequantizedWeight
 from ldmq_kernels.numerics.formats import FLOAT, Scheme
+from ldmq_kernels.tracing import is_exported
 
 PLAIN, PACKED = "quantized_weight", "packed_weight"
 
@@ -83,7 +84,8 @@ class PackedWeight(nn.Module):
         if stored["weight"].is_meta or any(tensor.is_meta for tensor in stored.values()):
             stored = {name: tensor.to("meta") for name, tensor in stored.items()}
         weight = self.from_channels_last(self._real(stored)).to(self.float_dtype).contiguous()
-        return weight if torch.compiler.is_compiling() else weight.as_subclass(DequantizedWeight)
+        is_traced = torch.compiler.is_dynamo_compiling() or is_exported()
+        return weight if is_traced else weight.as_subclass(DequantizedWeight)
 
     @weight.setter
     def weight(self, _value: Any) -> None:

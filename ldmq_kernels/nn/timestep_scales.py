@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldmq_kernels.tracing import is_exported
+
 
 @dataclass(frozen=True)
 class Place:
@@ -31,7 +33,7 @@ class Call:
     Attributes:
         own: (1, width) float32, the thread's, written by each of its calls; the first group's until one begins.
         views: each layer's scale and inverse scale in this call: of `own`, or of a row that is being recorded.
-        traced: (width,) the row while a compiler traces the call.
+        traced: (width,) the row while a compiler traces the call; None where it traces a part of the model alone.
     """
 
     def __init__(self, table: Tensor, places: Sequence[Place]) -> None:
@@ -81,7 +83,7 @@ class TimestepScales:
     def choose(self, timestep: Tensor) -> None:
         """Take the row of a timestep (1,) on this device, without waiting for it, for this thread's call."""
         row = torch.bucketize(timestep, self.edges, right=True)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() or is_exported():
             self.thread.call.traced = self.table.index_select(0, row)[0]
         elif self.table.is_cuda and torch.cuda.is_current_stream_capturing():
             # a thread's own row is written by later calls, which must not reach the replays of a graph
@@ -108,6 +110,6 @@ class TimestepScaleView:
 
     def _of_call(self) -> tuple[Tensor, Tensor]:
         call = self.scales.thread.call
-        if torch.compiler.is_compiling() and call.traced is not None:  # None where only a part of the model is traced
+        if call.traced is not None and (torch.compiler.is_dynamo_compiling() or is_exported()):
             return self.scales.places[self.index].of(call.traced)
         return call.views[self.index]

@@ -10,6 +10,7 @@ import torch
 from ldmq_kernels.kernels import dispatch, gradients, op_spec
 from ldmq_kernels.kernels.agreement import EXACT, Agreement
 from ldmq_kernels.kernels.op_spec import Arguments, CallShape, OpSpec
+from ldmq_kernels.tracing import is_compiled
 
 _LIBRARY = torch.library.Library("ldmq", "DEF")
 LDMQ = torch.ops.ldmq
@@ -20,7 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def _fake(spec: OpSpec, arguments: Arguments) -> Any:
     """The result's metadata, for calls without gradients: what a compiler traces has none."""
-    if torch.compiler.is_compiling() and torch.is_grad_enabled() and gradients.needed(spec, arguments):
+    if is_compiled() and torch.is_grad_enabled() and gradients.needed(spec, arguments):
         gradients.refuse_compiled(spec)
     return spec.fake(spec.call(*arguments))
 

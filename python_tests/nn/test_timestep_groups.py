@@ -205,6 +205,16 @@ def test_threads_that_share_a_model_are_each_at_their_own_time_step(by_group: li
                 assert torch.equal(out, wanted[timestep]), timestep
 
 
+def test_a_compilation_that_ends_in_another_thread_leaves_a_call_at_its_own_time_step(
+    by_group: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, flag = timestep_unet(), "_is_compiling_flag"  # of the process
+    unet.conv_in.register_forward_pre_hook(lambda *_: monkeypatch.setattr(torch.compiler, flag, False))
+    for timestep in TIMES:
+        monkeypatch.setattr(torch.compiler, flag, True)
+        assert torch.equal(run(unet, timestep), expected(by_group, timestep))
+
+
 class Seen(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -37,6 +37,7 @@ from ldmq_kernels.integrations.diffusers.fused.eligibility import is_unhooked, i
 from ldmq_kernels.integrations.diffusers.fused.resnet import FusedResnetBlock2D, TimeColumns, is_unwrapped_linear
 from ldmq_kernels.nn import QuantLinear
 from ldmq_kernels.nn.timestep_groups import attached
+from ldmq_kernels.tracing import is_exported
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ class TabulatedTimesteps(Timesteps):
         missing = len(self.steps) - 1
         position = torch.searchsorted(self.steps[:missing], wanted)
         is_there = self.steps[position] == wanted
-        if wanted.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(is_there.all()):
+        is_traced = torch.compiler.is_dynamo_compiling() or is_exported()
+        if wanted.device.type == "cpu" and not is_traced and not bool(is_there.all()):
             return super().forward(timesteps)
         return self.table.index_select(0, torch.where(is_there, position, missing))
 

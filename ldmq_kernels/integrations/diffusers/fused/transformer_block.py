@@ -20,6 +20,7 @@ from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     takes_int8,
 )
 from ldmq_kernels.integrations.diffusers.fused.merged import MergedLinears, can_merge, share_quantization
+from ldmq_kernels.tracing import is_exported
 
 FOUND = ("_shared", "_looked_at")  # what a block has looked up, and looks up again in a copy
 
@@ -111,7 +112,9 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
                 *args,
                 **kwargs,
             )
-        if self._looked_at != self._projections() and not _is_traced(hidden_states):
+        is_traced = torch.compiler.is_dynamo_compiling() or is_exported()
+        is_recorded = is_traced or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
+        if not is_recorded and self._looked_at != self._projections():
             self.find_shared()
         x = self._self_attention(hidden_states, attention_mask)
         if encoder_hidden_states is not None and self.attn2 is not None:
@@ -159,11 +162,6 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             return out.linear(x_q, scale, x.dtype, x)
         value, gate = hidden.chunk(2, dim=-1)
         return out(value * net[0].gelu(gate)) + x
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether a compiler or a CUDA graph records this call."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _is_plain(attention: Any) -> bool:
