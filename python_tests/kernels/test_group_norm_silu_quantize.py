@@ -74,17 +74,21 @@ def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor
     return x.to(dtype), torch.randn(shape[1]).to(dtype), torch.randn(shape[1]).to(dtype)
 
 
-@pytest.mark.parametrize(  # a dtype is only loaded: one a shape, and all on two
-    ("shape", "groups", "dtype"),
-    [
-        *(((2, 20, 17, 5), 4, dtype) for dtype in DTYPES),
-        *(((1, 4, 63, 2), 2, dtype) for dtype in DTYPES),
-        ((2, 320, 5, 1), 32, torch.float16),
-        ((1, 960, 3, 3), 32, torch.bfloat16),
-        ((1, 2560, 1, 2), 32, torch.float32),
-    ],
+SMALL = [((2, 20, 17, 5), 4), ((1, 4, 63, 2), 2)]
+WIDE = [
+    ((2, 320, 5, 1), 32, torch.float16, "inv_scales"),
+    ((1, 320, 5, 1), 32, torch.float16, "smoothed"),
+    ((1, 960, 3, 3), 32, torch.bfloat16, "one inv_scale"),
+    ((1, 960, 3, 1), 32, torch.bfloat16, "measured"),
+    ((1, 2560, 1, 2), 32, torch.float32, "inv_scales"),
+    ((1, 2560, 1, 2), 32, torch.float32, "measured"),
+]
+
+
+@pytest.mark.parametrize(  # a dtype is only loaded, and more channels are more of the same: all of both on small maps
+    ("shape", "groups", "dtype", "mode"),
+    [*((*small, dtype, mode) for small in SMALL for dtype in DTYPES for mode in MODES), *WIDE],
 )
-@pytest.mark.parametrize("mode", MODES)
 def test_is_the_definition(
     backend: Backend, dtype: torch.dtype, shape: tuple[int, ...], groups: int, mode: str
 ) -> None:
@@ -113,8 +117,8 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> Backend:
 @pytest.mark.parametrize(  # a dtype is only loaded: one a shape
     ("shape", "groups", "dtype"),
     [
-        ((2, 40, 17, 9), 4, torch.float16),
-        ((1, 320, 5, 5), 32, torch.bfloat16),
+        ((2, 20, 17, 9), 4, torch.float16),
+        ((1, 96, 5, 5), 32, torch.bfloat16),
         ((2, 4, 13, 7), 2, torch.float16),
         ((2, 192, 1, 1), 2, torch.float32),
     ],
@@ -133,7 +137,7 @@ def test_parts_of_a_map_are_merged(
 @needs_triton
 @pytest.mark.gpu_kernels
 def test_parts_of_a_small_variance_about_a_large_mean(in_parts: Backend) -> None:
-    check(in_parts, torch.randn(2, 40, 17, 9) + 512, 4, None, None, "measured", per_token=True, ties=0.2)
+    check(in_parts, torch.randn(2, 20, 17, 9) + 512, 4, None, None, "measured", per_token=True, ties=0.2)
 
 
 @pytest.mark.parametrize("size", [2, 63])

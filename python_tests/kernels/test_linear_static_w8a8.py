@@ -29,9 +29,15 @@ def quantized(x: Tensor, inv_scale: Tensor) -> Tensor:
     return torch.from_numpy(rounded_int8(x.float().numpy() * inv_scale.numpy()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("rows", "depth", "columns"), [(1, 4, 20), (17, 320, 63), (140, 96, 330), (3, 2560, 4), (130, 16, 700)]
+@pytest.mark.parametrize(  # a dtype is only loaded: one a shape, and all on two
+    ("rows", "depth", "columns", "dtype"),
+    [
+        *((1, 4, 20, dtype) for dtype in DTYPES),
+        *((17, 320, 63, dtype) for dtype in DTYPES),
+        (140, 96, 330, torch.float16),
+        (3, 2560, 4, torch.bfloat16),
+        (130, 16, 700, torch.float32),
+    ],
 )
 @pytest.mark.parametrize("smoothed", [False, True])
 def test_accumulator_is_exact(

@@ -20,7 +20,7 @@ from python_tests.kernels.operands import (
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 4, 20), (17, 960, 33), (63, 20, 320), (130, 192, 18)])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 4, 20), (17, 448, 33), (63, 20, 140), (130, 80, 18)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_rounds_once(
     backend: Backend, dtype: torch.dtype, rows: int, depth: int, columns: int, with_bias: bool

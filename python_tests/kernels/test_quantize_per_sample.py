@@ -20,8 +20,15 @@ def check(backend: Backend, x: Tensor, inv_smooth: Tensor | None) -> None:
     assert torch.equal(scale, wanted_scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 320, 4, 5), (2, 4, 17, 9), (1, 2560, 2, 1), (2, 20, 21, 3)])
+@pytest.mark.parametrize(  # a dtype is only loaded: one a shape, and all on two
+    ("shape", "dtype"),
+    [
+        *(((3, 320, 4, 5), dtype) for dtype in DTYPES),
+        *(((2, 4, 17, 9), dtype) for dtype in DTYPES),
+        ((1, 2560, 2, 1), torch.bfloat16),
+        ((2, 20, 21, 3), torch.float16),
+    ],
+)
 @pytest.mark.parametrize("smoothed", [False, True])
 def test_is_the_definition(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...], smoothed: bool) -> None:
     x = (torch.randn(shape) * torch.logspace(-2, 2, shape[0])[:, None, None, None]).to(dtype)

@@ -238,26 +238,18 @@ def test_a_call_costs_one_bucketize_and_one_gather_and_waits_for_nothing() -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_compiled_model_follows_the_time_step_without_a_graph_break(by_group: list[Any], backend: str) -> None:
     unet = timestep_unet()
     torch._dynamo.reset()
     compiled = torch.compile(unet, fullgraph=True, backend=backend)
-    for timestep in TIMES:
+    run(unet, 20)  # an earlier call, which is not compiled, leaves nothing behind
+    for timestep in reversed(TIMES):
         wanted, out = run(unet, timestep), run(compiled, torch.tensor(timestep))
         assert torch.equal(wanted, expected(by_group, timestep))
         torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3)
         others = [run(by_group[group], timestep) for group in range(4) if group != TIMES[timestep]]
         assert all(float((out - other).abs().mean()) > 4 * float((out - wanted).abs().mean()) for other in others)
-
-
-@pytest.mark.slow
-def test_a_compiled_model_takes_its_time_step_and_not_the_one_of_an_earlier_call(by_group: list[Any]) -> None:
-    unet = timestep_unet()
-    torch._dynamo.reset()
-    compiled = torch.compile(unet, fullgraph=True, backend="eager")
-    run(unet, 20)
-    assert torch.equal(run(compiled, torch.tensor(0)), expected(by_group, 0))
 
 
 @pytest.mark.slow
