@@ -12,8 +12,8 @@ WORKERS ?= logical
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) \
 	--dist loadfile --no-loadscope-reorder
 
-# What every op, layer, plan and number must hold to; no kernel for a GPU, no compiled model, no analysis, no planner.
-QUICK := calibration conversion files kernels nn numerics ops plans
+# What every op, layer, plan and number must hold to; no kernel for a GPU, no compiled model, no converted pipeline.
+QUICK := calibration kernels nn numerics ops plans
 
 # The interpreter of the GPU machine that `python -m benchmarks gpu` is run on.
 GPU_PYTHON ?= 3.12
