@@ -89,8 +89,7 @@ def blank_a_block(folder: Path, dice: random.Random) -> None:
 
 
 def cut_a_file(folder: Path, dice: random.Random) -> None:
-    """Not the index: diffusers reads it before this package is asked, and says of it that it is no JSON."""
-    file = dice.choice(sorted(path for path in folder.iterdir() if path.name != INDEX))
+    file = dice.choice(sorted(folder.iterdir()))
     content = file.read_bytes()
     file.write_bytes(content[: dice.randrange(len(content))])
 
@@ -250,8 +249,40 @@ def change_the_index(folder: Path, dice: random.Random) -> None:
     _edit_json(folder / INDEX, edit)
 
 
+def flip_a_bit_of_the_index(folder: Path, dice: random.Random) -> None:
+    content = bytearray((folder / INDEX).read_bytes())
+    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    (folder / INDEX).write_bytes(content)
+
+
+def spoil_the_index(folder: Path, dice: random.Random) -> None:
+    def edit(index: dict) -> None:
+        names = index["weight_map"]
+        file = dice.choice([None, 3, "", ".", "..", "../x.safetensors", "/etc/hostname", CONFIG, ["x"], "x" * 300])
+        names[dice.choice(sorted(names))] = file
+
+    def entry(index: dict) -> None:
+        index[dice.choice(sorted(index))] = dice.choice([None, [], "x", 1])
+
+    _edit_json(folder / INDEX, dice.choice([edit, edit, entry, dict.clear]))
+
+
+def say_a_tensor_twice(folder: Path, dice: random.Random) -> None:
+    lines = (folder / INDEX).read_text().splitlines()
+    tensors = [number for number, line in enumerate(lines) if line.endswith('.safetensors",')]
+    lines.insert(dice.choice(tensors), lines[dice.choice(tensors)])
+    (folder / INDEX).write_text("\n".join(lines))
+
+
 OF_ANY = (flip_a_bit_of_the_tensors, flip_a_bit_of_the_header, blank_a_block, cut_a_file, append_bytes)
-OF_SHARDS = (take_another_shard, remove_a_shard, change_the_index)
+OF_SHARDS = (
+    take_another_shard,
+    remove_a_shard,
+    change_the_index,
+    flip_a_bit_of_the_index,
+    spoil_the_index,
+    say_a_tensor_twice,
+)
 OF_ONE_FILE = (
     swap_tensors_of_one_shape,
     drop_a_tensor,

@@ -1,6 +1,6 @@
-"""A save over an older model: after a kill at any moment the folder holds the older model or the new one.
+"""The files of a model in a folder: saved over an older one as a whole, and shards read by an index that is whole.
 
-diffusers writes config.json, then the tensors, file after file over the older ones. Here it writes to a scratch folder
+diffusers saves config.json, then the tensors, file after file over the older ones. Here it writes to a scratch folder
 in the same one, from which the files are moved once all are there. What a kill leaves half moved is moved on by the
 next save or load.
 """
@@ -24,19 +24,29 @@ from diffusers.utils import (
     _add_variant,
 )
 
-from ldmq_kernels.files import PART, NotJsonError, finish_writing_into, read_json, write_into
+from ldmq_kernels.files import (
+    PART,
+    NotJsonError,
+    finish_writing_into,
+    printable,
+    read_json,
+    shortened,
+    write_into,
+)
+from ldmq_kernels.integrations.diffusers.integrity import MARK, SAVE_AGAIN, CheckpointError
 
 Call = Callable[..., Any]
 
 
 def wrap_models(module: ModuleType) -> None:
-    """Have every save of a quantized model be whole, and every load find whole saves.
+    """Have every save of a quantized model be whole, and every load find whole saves and read indices that are.
 
     Args:
         module: `diffusers.models.modeling_utils`, which is complete.
     """
     wrapt.wrap_function_wrapper(module, "ModelMixin.save_pretrained", _save_pretrained)
     wrapt.wrap_function_wrapper("diffusers.configuration_utils", "ConfigMixin.load_config", _load_config)
+    wrapt.wrap_function_wrapper(module, "_get_checkpoint_shard_files", _shard_files)
 
 
 def _save_pretrained(save: Call, model: Any, args: Any, kwargs: Any) -> Any:
@@ -67,6 +77,48 @@ def _load_config(load: Call, _model: Any, args: Any, kwargs: Any) -> Any:
         if kwargs.get("subfolder"):
             finish_saves(Path(folder, kwargs["subfolder"]))
     return load(*args, **kwargs)
+
+
+def _shard_files(find: Call, _none: object, args: Any, kwargs: Any) -> Any:
+    """What diffusers makes of an index; what is wrong with the index, in place of what reading it ends in."""
+    call = inspect.signature(find).bind(*args, **kwargs)
+    index = Path(call.arguments["index_filename"])
+    problem = _problem_of(index, Path(call.arguments["pretrained_model_name_or_path"]).is_dir())
+    try:
+        found = find(*args, **kwargs)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise problem or error from None
+    if problem is not None and _is_marked(index):
+        raise problem
+    return found
+
+
+def _problem_of(index: Path, is_local: bool) -> Exception | None:
+    """What is wrong with the index of a sharded checkpoint, whose files are there already where it is local."""
+    name = printable(index)
+    try:
+        content = read_json(index)
+    except NotJsonError as error:
+        return CheckpointError(f"the index of the shards is damaged: {error}: {SAVE_AGAIN}")
+    except OSError as error:
+        return error
+    if not isinstance(content, dict):
+        return CheckpointError(f"{name} is damaged: it holds no JSON object: {SAVE_AGAIN}")
+    for entry in ("metadata", "weight_map"):
+        if not isinstance(content.get(entry), dict):
+            return CheckpointError(f"{name} is damaged: its {entry} is no object: {SAVE_AGAIN}")
+    for tensor, file in content["weight_map"].items():
+        said = f"{name} says that {shortened(tensor)} is in {shortened(repr(file))}, and"
+        if not (isinstance(file, str) and file.endswith((".safetensors", ".bin")) and os.path.basename(file) == file):
+            return CheckpointError(f"{said} that is no name of a file of tensors beside it: {SAVE_AGAIN}")
+        if is_local and not os.path.exists(index.parent / file):
+            return FileNotFoundError(f"{said} there is no such file beside it: copy it there, or save the model again")
+    return None
+
+
+def _is_marked(index: Path) -> bool:
+    """Whether a quantized model was saved with an index, which may be damaged."""
+    return next(iter(MARK)).encode() in index.read_bytes()
 
 
 def of_weights(folder: Path, safe: bool, variant: str | None) -> list[str]:
