@@ -6,7 +6,7 @@ confidence interval can resample captions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -21,20 +21,14 @@ from benchmarks.study.samples import Samples
 from benchmarks.study.subjects import Subject
 from ldmq_kernels import demo
 from ldmq_kernels.calibration.calibrate import Calibration, calibrate
-from ldmq_kernels.calibration.trajectory import (
-    PROMPTS_AT_ONCE,
-    SamplingSettings,
-    Trajectory,
-    UNetCall,
-    denoiser,
-    record_trajectory,
-    run_pipeline,
-)
+from ldmq_kernels.calibration.denoisers import denoiser
+from ldmq_kernels.calibration.drawings import LATENT, PROMPTS_AT_ONCE, SamplingSettings, draw
+from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, record_trajectory
 from ldmq_kernels.demo import scenes
 from ldmq_kernels.demo.evaluator import Evaluator, attributes_right
 from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, calibration_captions, held_out_captions
 from ldmq_kernels.planning.planner import HELD_OUT_SEED
-from ldmq_kernels.planning.request import split_prompts
+from ldmq_kernels.planning.request import split_calls
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise
 
 TEST_SEED = 2_000_003  # of pictures, far from those of calibration and of the planner's check
@@ -124,7 +118,7 @@ class Evaluation:
         return Samples.stack([self._evaluate_set(model, seed_set) for seed_set in self.seed_sets])
 
     def _evaluate_set(self, model: nn.Module, seed_set: SeedSet) -> dict[str, np.ndarray]:
-        noise = output_noise(model, seed_set.trajectory, guidance_scale=seed_set.settings.guidance_scale)
+        noise = output_noise(model, seed_set.trajectory, by_sample=True)
         latents = with_unet(self.pipe, model, lambda: draw_latents(self.pipe, self._texts, seed_set.settings))
         exact = seed_set.trajectory.latents.double().cpu()
         error = latents.double().cpu() - exact
@@ -163,18 +157,9 @@ class Evaluation:
         return signal, error
 
 
-def _chunks(prompts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
-    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        yield start, prompts[start : start + PROMPTS_AT_ONCE]
-
-
 def draw_latents(pipe: Any, prompts: Sequence[str], settings: SamplingSettings) -> Tensor:
     """(N, 4, h, w) denoised latents; seeds count up from `settings.seed`."""
-    drawn = [
-        run_pipeline(pipe, chunk, replace(settings, seed=settings.seed + start), "latent")
-        for start, chunk in _chunks(prompts)
-    ]
-    return torch.cat(drawn)
+    return torch.cat(draw(pipe, prompts, settings, LATENT))
 
 
 @torch.no_grad()
@@ -199,7 +184,7 @@ def prepare(
     dtype = torch.float16 if device().type == "cuda" else torch.float32
     pipe = subject.load(dtype).to(device())
     sampling = SamplingSettings(steps, subject.guidance_scale, 0)
-    calibrated_on, verified_on = split_prompts(calibration_captions(CALIBRATION_PROMPTS))
+    calibrated_on, verified_on = split_calls(calibration_captions(CALIBRATION_PROMPTS))
     calibration = calibrate(pipe, calibrated_on, sampling, show=show)
     check = record_trajectory(pipe, verified_on, replace(sampling, seed=HELD_OUT_SEED), show=show)
     pairs = held_out_captions(captions)

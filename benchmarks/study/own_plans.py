@@ -43,8 +43,8 @@ def plan_of(model: nn.Module, choices: Mapping[str, LayerPlan], calibration: Cal
     plan = Plan(model_record(model), [], timestep_groups=list(calibration.timestep_groups))
     plan.calibration = {
         "mode": calibration.mode,
-        "prompts": len(calibration.prompts),
-        "texts": list(calibration.prompts),
+        "prompts": len(calibration.calls),
+        "texts": list(calibration.calls),
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
         "seed": settings.seed,

@@ -156,7 +156,7 @@ def _modelopt_smoothquant(mtq: Any) -> dict[str, Any]:
 def _draw_calibration(setup: Setup, model: nn.Module) -> None:
     """Draw the calibration's pictures with this UNet, as a tool's own calibration loop."""
     calibration = setup.calibration
-    with_unet(setup.pipe, model, lambda: draw_latents(setup.pipe, calibration.prompts, calibration.settings))
+    with_unet(setup.pipe, model, lambda: draw_latents(setup.pipe, calibration.calls, calibration.settings))
 
 
 def baselines() -> list[Quantization]:

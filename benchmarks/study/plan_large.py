@@ -30,11 +30,12 @@ from benchmarks.models.cpu import peak_bytes
 from benchmarks.models.definitions import SD15, SDXL
 from ldmq_kernels import demo
 from ldmq_kernels.calibration.calibrate import calibrate
-from ldmq_kernels.calibration.trajectory import SamplingSettings, record_trajectory
+from ldmq_kernels.calibration.drawings import SamplingSettings
+from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.demo.run import calibration_captions
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.planner import HELD_OUT_SEED
-from ldmq_kernels.planning.request import DEFAULT_FORMATS, split_prompts
+from ldmq_kernels.planning.request import DEFAULT_FORMATS, split_calls
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.sensitivity.analysis import analyze
@@ -100,7 +101,7 @@ def random_pipeline(model: str) -> Any:
 
 def measured(pipe: Any, prompts: list[str], target: Target, settings: SamplingSettings, work: Path) -> dict[str, Any]:
     """Seconds of each stage of `ldmq.plan` with its default formats, and what the plan is."""
-    calibrated_on, verified_on = split_prompts(prompts)
+    calibrated_on, verified_on = split_calls(prompts)
     marks = [time.perf_counter()]
 
     def mark(stage: str) -> None:

@@ -23,12 +23,12 @@ from benchmarks.harness.machine import device
 from benchmarks.harness.tables import markdown
 from ldmq_kernels import demo
 from ldmq_kernels.calibration.calibrate import Calibration, calibrate
+from ldmq_kernels.calibration.drawings import SamplingSettings
 from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, range_drift
-from ldmq_kernels.calibration.trajectory import SamplingSettings
 from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.planner import make_plan
-from ldmq_kernels.planning.request import PlanRequest, split_prompts
+from ldmq_kernels.planning.request import PlanRequest, split_calls
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.sensitivity.analysis import ALL, Analysis, analyze
 from ldmq_kernels.sensitivity.candidates import PLAIN, Method
@@ -173,7 +173,7 @@ def main(arguments: list[str]) -> None:
     dtype = torch.float16 if device().type == "cuda" else torch.float32
     pipe = demo.load_demo_pipeline(dtype, demo.WEIGHTS).to(device())
     prompts, settings = calibration_captions(CALIBRATION_PROMPTS), SamplingSettings(STEPS, GUIDANCE, 0)
-    calibrated_on, _ = split_prompts(prompts)
+    calibrated_on, _ = split_calls(prompts)
     schemes = parse_schemes(FORMATS)
     calibration = calibrate(pipe, calibrated_on, settings)
     analysis = analyze(pipe, calibration, schemes, exact=ALL, method=Method(gptq=False), show=True)

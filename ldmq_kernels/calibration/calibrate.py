@@ -1,4 +1,4 @@
-"""Calibration: one run of the full-precision pipeline over the user's prompts."""
+"""Calibration: one run of the full-precision pipeline over what the user will draw."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration import ranges
 from ldmq_kernels.calibration.concatenations import concatenated_inputs
+from ldmq_kernels.calibration.denoisers import denoiser
+from ldmq_kernels.calibration.drawings import Call, SamplingSettings
 from ldmq_kernels.calibration.ranges import FIRST_STEP, MODES, RangeObserver
-from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, denoiser, record_trajectory
+from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
 from ldmq_kernels.nn import QuantizedLayer
 
 
@@ -24,6 +26,7 @@ class Calibration:
         mode: which steps static scales come from: "first-step" (the paper's way), "sampled-steps" or "all-steps".
         absmax: layer -> (steps, C) float32.
         operations: layer -> multiply-accumulates in one call of the UNet.
+        calls: what was drawn: prompts, arguments of the pipeline's own call, or functions that run it.
         first_tokens: layer that reads the text -> (2, steps, C) float32, the range of the text's first token in each
             half of the prompts, which `absmax` and `absmax_by_fold` leave out.
         concatenations: layer -> channels of the first part, where the input is a concatenation of two.
@@ -34,7 +37,7 @@ class Calibration:
 
     mode: str
     settings: SamplingSettings
-    prompts: tuple[str, ...]
+    calls: tuple[Call, ...]
     trajectory: Trajectory
     absmax: dict[str, Tensor]
     operations: dict[str, int]
@@ -85,23 +88,26 @@ def _check(model: nn.Module) -> None:
 
 def calibrate(
     pipe: Any,
-    prompts: Sequence[str],
+    calls: Sequence[Call],
     settings: SamplingSettings,
     *,
     mode: str = FIRST_STEP,
     whole: bool = True,
     show: bool = False,
 ) -> Calibration:
-    """Run the pipeline once on the prompts and observe every linear and convolution of its UNet.
+    """Run the pipeline once on everything that is given and observe every linear and convolution of its UNet.
 
     Args:
+        calls: prompts, mappings of arguments of the pipeline's own call, or functions that take the pipeline and run
+            it once.
+        settings: of all prompts and calls; a call's own arguments come before them.
         mode: "first-step", "sampled-steps" or "all-steps": which steps make the static scales.
         whole: observe all steps in every mode, which an analysis needs, so that the drift can be measured. False
             stops the pipeline after the last step that the mode needs: one step instead of all.
 
     Raises:
-        ValueError: no prompts, an unknown mode, a model that is quantized or carries a LoRA, or values that are
-            not finite (naming the layer).
+        ValueError: nothing to draw, arguments that the pipeline does not take, an unknown mode, a model that is
+            quantized or carries a LoRA, or values that are not finite (naming the layer).
     """
     if mode not in MODES:
         raise ValueError(f"unknown calibration {mode!r}: choose {', '.join(MODES[:-1])} or {MODES[-1]}")
@@ -110,20 +116,19 @@ def calibrate(
     last = None if whole or mode != FIRST_STEP else 0
     observer = RangeObserver(model)
     try:
-        trajectory = record_trajectory(pipe, prompts, settings, last_step=last, show=show, on_call=observer.at_call)
+        trajectory = record_trajectory(pipe, calls, settings, last_step=last, show=show, on_call=observer.at_call)
     finally:
         observer.close()
-    first = trajectory.calls[0].of_prompts([0])
-    by_fold = observer.absmax()
+    by_fold = observer.absmax(trajectory.slots)
     return Calibration(
         mode,
         settings,
-        tuple(prompts),
+        tuple(calls),
         trajectory,
         {name: absmax.amax(0) for name, absmax in by_fold.items()},
         observer.operations,
-        observer.first_tokens(),
-        concatenated_inputs(model, first.args, first.kwargs),
+        observer.first_tokens(trajectory.slots),
+        concatenated_inputs(model, trajectory.calls[0].of_prompts(trajectory.calls[0].prompts[:1])),
         ranges.group_boundaries(trajectory.timesteps()),
-        by_fold if len(prompts) > 1 else {},
+        by_fold if len(calls) > 1 else {},
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
 
 
@@ -36,14 +37,14 @@ class _Concatenations(TorchFunctionMode):
 
 
 @torch.no_grad()
-def concatenated_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+def concatenated_inputs(model: nn.Module, call: UNetCall) -> dict[str, int]:
     """Layer -> channels of the first part, for every convolution of a block whose input is a concatenation.
 
     Normalization and activation between the concatenation and the layer keep the channels' order, so all
     convolutions of the block with as many input channels are named.
 
     Args:
-        args: of one call of the model, as `kwargs`; the model is run once.
+        call: of the model, which is run once.
     """
     layers = {n: m for n, m in quantizable_layers(model).items() if isinstance(m, nn.Conv2d)}
     mode = _Concatenations()
@@ -64,7 +65,7 @@ def concatenated_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     handles = [module.register_forward_pre_hook(look(name)) for name, module in model.named_modules() if name]
     try:
         with mode:
-            model(*args, **kwargs)
+            call.run(model)
     finally:
         for handle in handles:
             handle.remove()

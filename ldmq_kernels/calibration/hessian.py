@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory, replay
-from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
 ROWS_PER_CALL = 512
 
@@ -49,7 +50,7 @@ def input_hessians(
                 f"{name} is a grouped convolution, whose channels see different inputs: round it to nearest"
             )
     observers = {name: HessianObserver(name, known[name], rows_per_call) for name in layers}
-    handles = [known[name].register_forward_hook(observer) for name, observer in observers.items()]
+    handles = [known[name].register_forward_hook(observer, with_kwargs=True) for name, observer in observers.items()]
     try:
         for _ in replay(model, trajectory):
             pass
@@ -72,9 +73,9 @@ class HessianObserver:
         self._name, self._rows = name, rows
         self._random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
-    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Take the rows of one call, or a sample of them that stands for all."""
-        x = args[0].detach()
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Take the rows of one call, or a sample of them that stands for all; a forward hook with keywords."""
+        x = layer_input(args, kwargs).detach()
         channels = output.shape[-3 if isinstance(layer, nn.Conv2d) else -1]
         available = output.numel() // channels
         count = min(self._rows, available)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import folds_of_rows
 from ldmq_kernels.numerics.formats import Scheme
-from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
 FIRST_STEP = "first-step"
 SAMPLED_STEPS = "sampled-steps"
@@ -32,28 +33,34 @@ class RangeObserver:
     Attributes:
         step: the sampling step that the model is called for.
         prompts: the indices of the prompts that it is called for.
-        operations: layer -> multiply-accumulates in one call of the model, of the last call.
+        operations: layer -> multiply-accumulates in one call of the model, the last one that runs the layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.step = 0
         self.prompts: tuple[int, ...] = ()
         self.operations: dict[str, int] = {}
+        self._in_call: dict[str, int] = {}
+        self._batch = 0
         self._text: Tensor | None = None
         self._absmax: dict[str, list[Tensor]] = {}
         self._first_tokens: dict[str, list[Tensor]] = {}
         self._handles = [
-            layer.register_forward_hook(self._hook(name)) for name, layer in quantizable_layers(model).items()
+            layer.register_forward_hook(self._hook(name), with_kwargs=True)
+            for name, layer in quantizable_layers(model).items()
         ]
-        self._handles.append(model.register_forward_pre_hook(self._remember_text, with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
 
-    def _remember_text(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._in_call = {}
+        sample = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1), None)
+        self._batch = 0 if sample is None else sample.shape[0]
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         self._text = text if isinstance(text, Tensor) and text.dim() == 3 and text.shape[1] > 1 else None
 
     def _hook(self, name: str) -> Any:
-        def observe(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0]
+        def observe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = layer_input(args, kwargs)
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(f"{name}: its input holds NaN or infinite values at sampling step {self.step}")
             text = self._text
@@ -62,7 +69,8 @@ class RangeObserver:
                 x = x[:, 1:]
             self._note(self._absmax.setdefault(name, []), self._by_fold(layer, x))
             weight: Tensor = layer.weight  # type: ignore[assignment]
-            self.operations[name] = output.numel() * weight[0].numel()
+            self._in_call[name] = self._in_call.get(name, 0) + output.numel() * weight[0].numel()
+            self.operations[name] = self._in_call[name]
 
         return observe
 
@@ -73,7 +81,7 @@ class RangeObserver:
 
     def _by_fold(self, layer: nn.Module, x: Tensor) -> Tensor:
         """(2, C) float32, of the rows of each fold of prompts; of all rows twice where they belong to no prompt."""
-        rows = torch.tensor(folds_of_rows(x.shape[0], self.prompts), device=x.device)
+        rows = torch.tensor(folds_of_rows(x.shape[0], self.prompts, self._batch), device=x.device)
         if not rows.numel():
             return channel_absmax(layer, x).expand(2, -1).clone()
         absmax_of = {fold: channel_absmax(layer, x[rows == fold]) for fold in rows.unique().tolist()}
@@ -84,22 +92,31 @@ class RangeObserver:
         """Say which sampling step comes next, and for which prompts."""
         self.step, self.prompts = step, prompts
 
-    def absmax(self) -> dict[str, Tensor]:
+    def absmax(self, order: Sequence[int]) -> dict[str, Tensor]:
         """Layer -> (2, steps, C) float32, the largest absolute value of each input channel in each fold of prompts.
 
         Of layers that read the text, without its first token: the beginning of the text, whose values are far larger
         than the rest.
-        """
-        return {name: torch.stack(steps, 1) for name, steps in self._absmax.items()}
 
-    def first_tokens(self) -> dict[str, Tensor]:
+        Args:
+            order: for each sampling step, the number that `at_call` was told.
+        """
+        return {name: _in_order(seen, order) for name, seen in self._absmax.items()}
+
+    def first_tokens(self, order: Sequence[int]) -> dict[str, Tensor]:
         """Layer that reads the text -> (2, steps, C) float32, the range of the text's first token alone."""
-        return {name: torch.stack(steps, 1) for name, steps in self._first_tokens.items()}
+        return {name: _in_order(seen, order) for name, seen in self._first_tokens.items()}
 
     def close(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+
+
+def _in_order(seen: list[Tensor], order: Sequence[int]) -> Tensor:
+    """(2, steps, C) of what was seen by number; zeros at steps that the layer was not run at."""
+    nothing = torch.zeros_like(seen[0])
+    return torch.stack([seen[slot] if slot < len(seen) else nothing for slot in order], 1)
 
 
 def spread_steps(steps: int, count: int) -> list[int]:
@@ -125,11 +142,17 @@ def group_boundaries(timesteps: Sequence[float], groups: int = TIMESTEP_GROUPS) 
     """Descending timesteps between groups of equally many steps, midway between their neighbours.
 
     Args:
-        timesteps: of the sampling steps, descending.
+        timesteps: of the sampling steps; one may come several times, and all of them are then in one group.
     """
-    count = len(timesteps)
+    count, ordered = len(timesteps), sorted(timesteps, reverse=True)
     starts = sorted({round(count * group / groups) for group in range(1, groups)} - {0, count})
-    return tuple((timesteps[start - 1] + timesteps[start]) / 2 for start in starts)
+    boundaries: list[float] = []
+    for start in starts:
+        boundary = (ordered[start - 1] + ordered[start]) / 2
+        before = boundaries[-1] if boundaries else math.inf
+        if any(boundary <= t < before for t in ordered) and ordered[-1] < boundary:  # no group is empty
+            boundaries.append(boundary)
+    return tuple(boundaries)
 
 
 def group_of(timestep: float, boundaries: Sequence[float]) -> int:

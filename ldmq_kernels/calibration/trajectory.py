@@ -6,42 +6,23 @@ the noise of different layers can be added and compared.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ldmq_kernels.calibration.denoisers import denoiser
+from ldmq_kernels.calibration.drawings import LATENT, Call, Drawing, SamplingSettings, check_calls, drawings
+from ldmq_kernels.calibration.module_state import State, StateChanges, in_state
+from ldmq_kernels.calibration.outputs import output_tensor
+from ldmq_kernels.nn.timestep_groups import TIMESTEP_NAMES
 from ldmq_kernels.progress import track
 
-PROMPTS_AT_ONCE = 8
 OnCall = Callable[[int, tuple[int, ...]], None]
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """The settings of pictures drawn during calibration, as the user will draw them.
-
-    Raises:
-        ValueError: there is no step, a picture has no size, or the guidance is not finite.
-    """
-
-    num_inference_steps: int = 20
-    guidance_scale: float = 7.5
-    seed: int = 0
-    height: int | None = None  # pixels; None as the pipeline draws by default
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "height", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: give at least 1")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale is {self.guidance_scale}: give a finite number, such as 7.5")
 
 
 @dataclass(frozen=True)
@@ -49,8 +30,10 @@ class UNetCall:
     """One call: `step` counts sampling steps from 0 (the noisiest); tensors lie where the model does.
 
     Attributes:
-        prompts: the indices of the prompts drawn. With classifier-free guidance the batch is twice as many,
-            the unconditional half first.
+        prompts: the indices of the samples drawn: prompts, or one call of the pipeline with whatever it draws. With
+            classifier-free guidance the batch is twice as many, the unconditional half first.
+        guidance_scale: of classifier-free guidance, where the batch holds both of its halves; None elsewhere.
+        state: what the pipeline changes in the model from call to call, as it was in this one.
     """
 
     step: int
@@ -58,17 +41,27 @@ class UNetCall:
     kwargs: dict[str, Any]
     output: Tensor
     prompts: tuple[int, ...] = ()
+    guidance_scale: float | None = None
+    state: State = field(default_factory=dict, compare=False)
 
     @property
     def guided(self) -> bool:
         """Whether the batch holds both halves of classifier-free guidance."""
-        return self.output.shape[0] == 2 * len(self.prompts)
+        return self.guidance_scale is not None
 
     @property
     def timestep(self) -> float:
         """The timestep that the model was called with."""
-        value = self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
-        return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+        return timestep_of(self.args, self.kwargs)
+
+    def run(self, model: nn.Module) -> Tensor:
+        """Call the model as it is now with these arguments, and give its output.
+
+        Lists and dictionaries are new ones, since models take things out of those that they get.
+        """
+        args, kwargs = pytree.tree_map(lambda value: value, (self.args, self.kwargs))
+        with in_state(model, self.state):
+            return output_tensor(model(*args, **kwargs))
 
     def of_prompts(self, prompts: Sequence[int]) -> UNetCall:
         """The same call for some of its prompts only, both halves of each.
@@ -87,35 +80,65 @@ class UNetCall:
             return value[index.to(value.device)] if batched else value
 
         args, kwargs = pytree.tree_map(cut, (self.args, self.kwargs))
-        return UNetCall(self.step, args, kwargs, cut(self.output), tuple(self.prompts[place] for place in places))
+        kept = tuple(self.prompts[place] for place in places)
+        return replace(self, args=args, kwargs=kwargs, output=cut(self.output), prompts=kept)
 
 
-def folds_of_rows(rows: int, prompts: Sequence[int]) -> tuple[int, ...]:
+def timestep_of(args: Sequence[Any], kwargs: dict[str, Any]) -> float:
+    """The timestep among the arguments of a denoiser, of a batch that of its first row; 0 where there is none."""
+    name = next((name for name in TIMESTEP_NAMES if name in kwargs), None)
+    value = kwargs[name] if name is not None else args[1] if len(args) > 1 else 0.0
+    return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+
+
+def folds_of_rows(rows: int, prompts: Sequence[int], batch: int = 0) -> tuple[int, ...]:
     """0 or 1 for each row of a batch, by its prompt: what is fitted on one fold of the prompts is judged on the other.
 
     Args:
-        rows: of a tensor in a call for these prompts, both halves of guidance or one.
+        rows: of a tensor in a call for these prompts: both halves of guidance or one, frames or windows of a row
+            after each other.
+        batch: rows of the model's output in that call.
 
     Returns:
         Nothing where the rows are not those of the prompts.
     """
-    if not prompts or rows not in (len(prompts), 2 * len(prompts)):
+    count = len(prompts)
+    folds = {prompt % 2 for prompt in prompts}
+    if len(folds) == 1:
+        return tuple(folds) * rows
+    if not prompts or not rows:
         return ()
-    return tuple(prompts[row % len(prompts)] % 2 for row in range(rows))
+    if rows not in (count, 2 * count):
+        if not batch or batch % count or rows % batch:
+            return ()
+        return tuple(prompts[row * batch // rows % count] % 2 for row in range(rows))
+    return tuple(prompts[row % count] % 2 for row in range(rows))
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All calls of one or more runs of a pipeline, and the denoised latents at their ends."""
+    """All calls of one or more runs of a pipeline, and what they draw.
+
+    Attributes:
+        outputs: of each run, denoised latents where the pipeline gives them; nothing of runs that ended early.
+        steps: how many sampling steps there are.
+        slots: for each step, the number that observers were told while it was recorded.
+    """
 
     calls: list[UNetCall]
-    latents: Tensor
+    outputs: Sequence[Tensor]
     steps: int
+    slots: Sequence[int] = field(default=(), compare=False)
+
+    @property
+    def latents(self) -> Tensor:
+        """What the runs draw, together; runs of different sizes have nothing in common, and only `outputs`."""
+        return torch.cat(list(self.outputs)) if len(self.outputs) else torch.empty(0)
 
     def at_steps(self, steps: Sequence[int]) -> Trajectory:
         """Only the calls of some steps."""
         taken = set(steps)
-        return Trajectory([call for call in self.calls if call.step in taken], self.latents, self.steps)
+        return replace(self, calls=[call for call in self.calls if call.step in taken])
 
     @property
     def prompts(self) -> list[int]:
@@ -139,88 +162,75 @@ class Trajectory:
         return [next(call.timestep for call in self.calls if call.step == step) for step in range(self.steps)]
 
 
-def output_tensor(output: Any) -> Tensor:
-    """The tensor in what a UNet returns: a tensor, a tuple or an output object."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def denoiser(pipe: Any) -> nn.Module:
-    """The UNet (or transformer) of a pipeline.
-
-    Raises:
-        TypeError: the pipeline has neither.
-    """
-    for name in ("unet", "transformer"):
-        model = getattr(pipe, name, None)
-        if isinstance(model, nn.Module):
-            return model
-    raise TypeError(f"{type(pipe).__name__} has neither a unet nor a transformer: nothing to quantize")
-
-
 class _Enough(Exception):
     """Ends a pipeline's run before its last step."""
 
 
-def run_pipeline(pipe: Any, prompts: Sequence[str], settings: SamplingSettings, output_type: str) -> Any:
-    """Draw one picture for each prompt, its noise seeded by its index, and return `images`."""
-    generators = [torch.Generator().manual_seed(settings.seed + index) for index in range(len(prompts))]
-    size = {name: value for name in ("height", "width") if (value := getattr(settings, name)) is not None}
-    return pipe(
-        prompt=list(prompts),
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        generator=generators,
-        output_type=output_type,
-        **size,
-    ).images
+class _Steps:
+    """Numbers the sampling steps of runs, which may have different timesteps, as observers are told them."""
+
+    def __init__(self) -> None:
+        self._slots: dict[tuple[float, int], int] = {}
+        self._seen: Counter[float] = Counter()
+        self._first_run: int | None = None
+
+    def begin(self) -> None:
+        """A run begins."""
+        if self._first_run is None and self._slots:
+            self._first_run = len(self._slots)
+        self._seen.clear()
+
+    def slot(self, timestep: float) -> int:
+        """The number of the step at this timestep: a timestep that comes twice in a run has two."""
+        self._seen[timestep] += 1
+        return self._slots.setdefault((timestep, self._seen[timestep]), len(self._slots))
+
+    def order(self) -> list[int]:
+        """The numbers in the order of the steps: the first run's, and where others differ, by timestep."""
+        slots = list(self._slots)
+        if self._first_run in (None, len(slots)):
+            return list(range(len(slots)))
+        descending = slots[0][0] >= slots[self._first_run - 1][0]
+        keys = {slot: (-t if descending else t, nth) for (t, nth), slot in self._slots.items()}
+        return sorted(keys, key=lambda slot: keys[slot])
 
 
-def _detached(value: Any) -> Any:
+def _copied(value: Any) -> Any:
     return pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, value)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Prompts that are drawn together, and their place among all."""
-
-    first: int
-    prompts: Sequence[str]
-
-
-def _chunks(prompts: Sequence[str]) -> list[_Chunk]:
-    return [_Chunk(i, prompts[i : i + PROMPTS_AT_ONCE]) for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
-
-
 def _record(
-    pipe: Any, chunk: _Chunk, settings: SamplingSettings, last_step: int | None, on_call: OnCall
+    pipe: Any, drawing: Drawing, steps: _Steps, states: StateChanges, last_step: int | None, on_call: OnCall
 ) -> tuple[list[UNetCall], Tensor | None]:
-    """One run of the pipeline; the latents are None where it ended early."""
+    """One run of the pipeline; what it draws is None where it ended early."""
     calls: list[UNetCall] = []
-    indices = tuple(range(chunk.first, chunk.first + len(chunk.prompts)))
+    given: list[tuple[int, Any, Any]] = []
 
-    def before(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
-        on_call(len(calls), indices)
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        step = steps.slot(timestep_of(args, kwargs))
+        states.note(model)
+        given.append((step, *_copied((args, kwargs))))  # before the model takes anything out of them
+        on_call(step, drawing.samples)
 
-    def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
         tensor = output_tensor(output).detach().clone()
-        step = len(calls)
+        step, args, kwargs = given.pop()
         if not bool(torch.isfinite(tensor).all()):
-            wrong = ", ".join(repr(text) for text in chunk.prompts)
+            wrong = ", ".join(map(repr, drawing.names))
             raise ValueError(
-                f"the full-precision UNet's output is not finite at sampling step {step}, prompts {wrong}: "
+                f"the full-precision UNet's output is not finite at sampling step {len(calls)}, prompts {wrong}: "
                 "leave the prompt out, or run the pipeline in bfloat16 or float32"
             )
-        calls.append(UNetCall(step, _detached(args), _detached(kwargs), tensor, indices))
-        if step == last_step:
+        guidance = drawing.guidance_scale(pipe, tensor.shape[0])
+        calls.append(UNetCall(step, args, kwargs, tensor, drawing.samples, guidance))
+        if len(calls) - 1 == last_step:
             raise _Enough
 
     model = denoiser(pipe)
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True),
-    ]
+    handles = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+    steps.begin()
     try:
-        return calls, run_pipeline(pipe, chunk.prompts, replace(settings, seed=settings.seed + chunk.first), "latent")
+        return calls, drawing.run(pipe, LATENT)
     except _Enough:
         return calls, None
     finally:
@@ -231,7 +241,7 @@ def _record(
 @torch.no_grad()
 def record_trajectory(
     pipe: Any,
-    prompts: Sequence[str],
+    calls: Sequence[Call],
     settings: SamplingSettings,
     *,
     last_step: int | None = None,
@@ -241,29 +251,39 @@ def record_trajectory(
     """Run the pipeline and keep every call of its UNet.
 
     Args:
-        pipe: a diffusers text-to-image pipeline in full precision.
-        prompts: one picture each, seeds counting up from `settings.seed`.
-        last_step: stop after this sampling step, without pictures; None runs to the end.
-        on_call: called with the step and the indices of the prompts before each call of the UNet.
+        pipe: a diffusers pipeline in full precision, or a `PartOf` one.
+        calls: prompts, arguments of the pipeline's own call, or functions that take the pipeline and run it once;
+            seeds count up from `settings.seed`.
+        last_step: stop each run after this sampling step, without pictures; None runs to the end.
+        on_call: called with the step and the indices of the samples before each call of the UNet. Where runs have
+            different timesteps, these steps are numbered as they come, and `Trajectory.slots` puts them in order.
 
     Raises:
-        ValueError: there is no prompt, or the UNet's output is not finite.
+        ValueError: there is nothing to draw, the pipeline does not take what a call gives, it never calls its
+            denoiser, or the UNet's output is not finite.
     """
-    if not prompts:
-        raise ValueError("calibration needs at least one prompt")
-    calls: list[UNetCall] = []
-    latents: list[Tensor] = []
-    chunks = _chunks(prompts)
-    for chunk in track(chunks, "float trajectory", len(chunks), show=show):
-        recorded, images = _record(pipe, chunk, settings, last_step, on_call)
-        calls += recorded
-        latents += [] if images is None else [images]
-    steps = max(call.step for call in calls) + 1
-    return Trajectory(calls, torch.cat(latents) if latents else torch.empty(0), steps)
+    check_calls(pipe, calls, settings)
+    recorded: list[UNetCall] = []
+    outputs: list[Tensor] = []
+    steps, states = _Steps(), StateChanges()
+    runs = drawings(calls, settings)
+    for drawing in track(runs, "float trajectory", len(runs), show=show):
+        of_run, drawn = _record(pipe, drawing, steps, states, last_step, on_call)
+        if not of_run:
+            raise ValueError(f"{', '.join(map(repr, drawing.names))}: drawing it never calls the model that is planned")
+        recorded += of_run
+        outputs += [] if drawn is None else [drawn]
+    order = steps.order()
+    place = {slot: step for step, slot in enumerate(order)}
+    kept = [
+        replace(call, step=place[call.step], state=state)
+        for call, state in zip(recorded, states.of_calls(denoiser(pipe)), strict=True)
+    ]
+    return Trajectory(kept, outputs, len(order), order)
 
 
 @torch.no_grad()
 def replay(model: nn.Module, trajectory: Trajectory) -> Iterator[tuple[UNetCall, Tensor]]:
     """Call the model as it is now with the recorded inputs; gives each call and the new output."""
     for call in trajectory.calls:
-        yield call, output_tensor(model(*call.args, **call.kwargs))
+        yield call, call.run(model)

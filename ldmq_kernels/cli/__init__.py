@@ -18,6 +18,7 @@ from ldmq_kernels.cli.bench.command import bench as bench_command
 from ldmq_kernels.cli.options import (
     DEFAULT_FORMATS,
     Calibration,
+    Calls,
     DryRun,
     Dtype,
     Formats,
@@ -26,9 +27,9 @@ from ldmq_kernels.cli.options import (
     Hybrid,
     Model,
     OptionalPlan,
-    OptionalPrompts,
     OptionalTarget,
     Pareto,
+    Part,
     Prompts,
     Seed,
     Signals,
@@ -133,7 +134,8 @@ def demo(
 @app.command()
 def plan(
     model: Model,
-    prompts: Prompts,
+    prompts: Prompts = None,
+    calls: Calls = None,
     out: Annotated[
         Path | None,
         typer.Option(help="The plan file to write, over an older plan; with --pareto, a new folder.", callback=at_home),
@@ -148,8 +150,9 @@ def plan(
     hybrid: Hybrid = 0.0,
     formats: Formats = DEFAULT_FORMATS,
     calibration: Calibration = "first-step",
-    steps: Steps = 20,
-    guidance: Guidance = 7.5,
+    part: Part = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: Seed = 0,
     height: Height = None,
     width: Width = None,
@@ -164,8 +167,8 @@ def plan(
 
     With --dry-run nothing is measured: it prints what each format would make of the model.
     """
+    from ldmq_kernels.cli.calls import drawn
     from ldmq_kernels.cli.method import preview, run_pareto, run_plan, target_of
-    from ldmq_kernels.cli.models import read_prompts
     from ldmq_kernels.planning.request import PlanRequest
 
     limits = (target_sqnr, target_bytes, target_ms, target_layers)
@@ -174,11 +177,12 @@ def plan(
     target = None if pareto else target_of(*limits)
     place = require_out(out, dry_run=dry_run)
     request = PlanRequest(
-        read_prompts(prompts),
+        drawn(model, prompts, calls),
         target,
         formats=names_in(formats),
         calibration_mode=calibration,
-        settings=sampling(steps, guidance, seed, height, width),
+        settings=sampling(steps, guidance, seed, height, width, prompts),
+        part=part,
         signals=names_in(signals),
         hybrid=hybrid,
         time_layers=times,
@@ -201,12 +205,14 @@ def quantize(
         typer.Option(help="Folder for the quantized model; it must not hold anything yet.", callback=at_home),
     ] = None,
     plan: OptionalPlan = None,
-    prompts: OptionalPrompts = None,
+    prompts: Prompts = None,
+    calls: Calls = None,
     target_sqnr: OptionalTarget = None,
     formats: Formats = DEFAULT_FORMATS,
     calibration: Calibration = "first-step",
-    steps: Steps = 20,
-    guidance: Guidance = 7.5,
+    part: Part = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: Seed = 0,
     height: Height = None,
     width: Width = None,
@@ -219,26 +225,27 @@ def quantize(
     The result loads with diffusers' own from_pretrained after `import ldmq_kernels`. With --dry-run the
     plan is made all the same, and nothing is written.
     """
+    from ldmq_kernels.cli.calls import drawn
     from ldmq_kernels.cli.method import quantize_by_plan, quantize_by_prompts, target_of
-    from ldmq_kernels.cli.models import read_prompts
     from ldmq_kernels.planning.request import PlanRequest
 
     place = require_out(out, dry_run=dry_run)
     if plan is not None:
-        if prompts is not None or target_sqnr is not None:
-            raise typer.BadParameter("give either --plan, or --prompts and --target-sqnr")
+        if prompts is not None or calls is not None or target_sqnr is not None:
+            raise typer.BadParameter("give either --plan, or --prompts or --calls and --target-sqnr")
         if work is not None:
             raise typer.BadParameter("--work keeps an analysis, and --plan needs none: leave --work out")
         quantize_by_plan(model, plan, place, dtype, dry_run=dry_run)
         return
-    if prompts is None or target_sqnr is None:
-        raise typer.BadParameter("give --plan FILE, or --prompts FILE with --target-sqnr DB")
+    if (prompts is None and calls is None) or target_sqnr is None:
+        raise typer.BadParameter("give --plan FILE, or --prompts or --calls FILE with --target-sqnr DB")
     request = PlanRequest(
-        read_prompts(prompts),
+        drawn(model, prompts, calls),
         target_of(target_sqnr),
         formats=names_in(formats),
         calibration_mode=calibration,
-        settings=sampling(steps, guidance, seed, height, width),
+        settings=sampling(steps, guidance, seed, height, width, prompts),
+        part=part,
         work_dir=work,
         show=True,
     )
@@ -248,11 +255,12 @@ def quantize(
 @app.command()
 def analyze(
     model: Model,
-    prompts: Prompts,
     out: Annotated[
         Path,
         typer.Option(help="Folder for report.html and layers.csv; it must not hold anything yet.", callback=at_home),
     ],
+    prompts: Prompts = None,
+    calls: Calls = None,
     target_sqnr: Annotated[
         float, typer.Option(help="SQNR of the UNet output in dB that the plan on the page must reach.", metavar="DB")
     ] = 38.0,
@@ -261,8 +269,9 @@ def analyze(
     ] = False,
     formats: Formats = DEFAULT_FORMATS,
     calibration: Calibration = "first-step",
-    steps: Steps = 20,
-    guidance: Guidance = 7.5,
+    part: Part = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: Seed = 0,
     height: Height = None,
     width: Width = None,
@@ -270,16 +279,17 @@ def analyze(
     work: WorkDir = None,
 ) -> None:
     """Measure what quantizing each layer of MODEL does to its output, and show it on a page."""
+    from ldmq_kernels.cli.calls import drawn
     from ldmq_kernels.cli.method import run_analyze, target_of
-    from ldmq_kernels.cli.models import read_prompts
     from ldmq_kernels.planning.request import PlanRequest
 
     request = PlanRequest(
-        read_prompts(prompts),
+        drawn(model, prompts, calls),
         target_of(target_sqnr),
         formats=names_in(formats),
         calibration_mode=calibration,
-        settings=sampling(steps, guidance, seed, height, width),
+        settings=sampling(steps, guidance, seed, height, width, prompts),
+        part=part,
         work_dir=work,
         show=True,
     )

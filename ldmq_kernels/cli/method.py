@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,10 @@ import typer
 from rich.console import Console
 
 import ldmq_kernels
-from ldmq_kernels.calibration.trajectory import denoiser
+from ldmq_kernels.calibration.denoisers import chosen, denoiser
+from ldmq_kernels.calibration.drawings import described
 from ldmq_kernels.cli.fitted import say
-from ldmq_kernels.cli.models import load, load_pipeline, load_structure, to_stored_dtype
+from ldmq_kernels.cli.models import is_pipeline, load, load_pipeline, load_structure, to_stored_dtype
 from ldmq_kernels.conversion import quantize, summarize
 from ldmq_kernels.files import output_folder, printable, write_whole
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
@@ -63,8 +65,9 @@ def preview(model: Path, request: PlanRequest) -> None:
     from rich.text import Text
 
     schemes = [s for s in parse_schemes(request.schemes) if s.quantizes]
-    layers = quantizable_layers(load_structure(model)).values()
-    counted = f"weights of all quantizable layers, before planning on {len(request.prompts)} prompts"
+    layers = quantizable_layers(load_structure(model, request.part)).values()
+    what = "prompts" if all(isinstance(call, str) for call in request.drawn) else "calls"
+    counted = f"weights of all quantizable layers, before planning on {len(request.drawn)} {what}"
     table = Table(title=Text(f"{printable(model)}: {counted}"))
     table.add_column("every layer in")
     for column in ("convolutions", "linears", "bytes before", "bytes after"):
@@ -85,7 +88,7 @@ def run_plan(model: Path, request: PlanRequest, out: Path, dtype: str) -> None:
         pipe = load_pipeline(model, dtype)
         result = make_plan(pipe, request)
         write(result.plan)
-    console.print(summarize(denoiser(pipe), result.plan).table())
+    console.print(summarize(denoiser(chosen(pipe, request.part)), result.plan).table())
     say(f"{_reached(result.plan)}\nwritten to {printable(out)}")
 
 
@@ -142,7 +145,7 @@ def _reached(plan: Plan) -> str:
 def quantize_by_plan(model: Path, plan_file: Path, out: Path, dtype: str, *, dry_run: bool) -> None:
     """Quantize a pipeline or a model alone as a plan file says."""
     plan = Plan.load(plan_file)
-    structure = load_structure(model)
+    structure = load_structure(model, plan.model.get("part") if is_pipeline(model) else None)
     console.print(summarize(structure, plan).table())
     if dry_run:
         console.print("nothing was written")
@@ -161,7 +164,7 @@ def quantize_by_prompts(model: Path, request: PlanRequest, out: Path, dtype: str
         return
     with output_folder(out) as write:
         pipe, plan = _planned(model, request, dtype)
-        quantize(pipe, plan)
+        _quantize(pipe, request, plan)
         _save(pipe, model, out, write)
 
 
@@ -169,9 +172,15 @@ def _planned(model: Path, request: PlanRequest, dtype: str) -> tuple[Any, Plan]:
     """The float pipeline and its plan, which is shown."""
     pipe = load_pipeline(model, dtype)
     result = make_plan(pipe, request)
-    console.print(summarize(denoiser(pipe), result.plan).table())
+    console.print(summarize(denoiser(chosen(pipe, request.part)), result.plan).table())
     console.print(_reached(result.plan))
     return pipe, result.plan
+
+
+def _quantize(pipe: Any, request: PlanRequest, plan: Plan) -> None:
+    """Quantize by a plan that was just made, from what it was made from."""
+    calls = [call for call in request.drawn if isinstance(call, Mapping)]
+    quantize(pipe, plan, calls=calls or None)
 
 
 def _save(loaded: Any, model: Path, out: Path, write: Callable[[Fill], None]) -> None:
@@ -190,7 +199,7 @@ def run_analyze(model: Path, request: PlanRequest, out: Path, dtype: str, *, wit
     from ldmq_kernels.report.rows import layer_rows, schemes_of, to_csv
 
     def fill(folder: Path) -> None:
-        write_report(folder / "report.html", denoiser(pipe), report)
+        write_report(folder / "report.html", denoiser(planned), report)
         write_whole(folder / "layers.csv", to_csv(rows, schemes_of(analysis)))
         write_sqnr(folder / "sqnr.csv", analysis, measured)
         write_blocks(folder / "blocks.csv", *blocks)
@@ -199,18 +208,19 @@ def run_analyze(model: Path, request: PlanRequest, out: Path, dtype: str, *, wit
 
     with output_folder(out) as write:
         pipe = load_pipeline(model, dtype)
+        planned = chosen(pipe, request.part)
         session = open_session(pipe, request)
         analysis = session.analysis
         points = pareto_front(session, show=request.show) if with_pareto else []
-        blocks = noise_of_blocks(denoiser(pipe), analysis, show=request.show)
+        blocks = noise_of_blocks(denoiser(planned), analysis, show=request.show)
         report = _report(pipe, printable(model.resolve().name), session, request, points)
         plan = None if report.result is None else report.result.plan
         measured = []
         if report.result is not None and report.pictures is not None:
             settings = held_out_settings(request.settings)
-            whole = rows_of_plan(pipe, request.held_out_prompts, settings, report.result, session.held_out)
+            whole = rows_of_plan(pipe, request.held_out_calls, settings, report.result, session.held_out)
             measured = [*whole, *rows_of_pairs(report.pictures)]
-        rows = layer_rows(denoiser(pipe), analysis, plan)
+        rows = layer_rows(denoiser(planned), analysis, plan)
         write(fill)
     page = printable(out / "report.html")
     say(f"open {page} in a browser; the numbers are in layers.csv, sqnr.csv and blocks.csv beside it")
@@ -237,12 +247,13 @@ def _report(pipe: Any, name: str, session: Session, request: PlanRequest, points
         return replace(report, no_plan=f"With these formats there is none: {error}.")
     summary = summarize(unet, result.plan)
     timing = time_plan(unet, result.plan, held_out.calls[0])
-    prompts = request.held_out_prompts[:PICTURES]
-    before = draw_pictures(pipe, prompts, settings, "float pictures", show=request.show)
-    quantize(pipe, result.plan)
-    after = draw_pictures(pipe, prompts, settings, "quantized pictures", show=request.show)
-    seeds = range(settings.seed, settings.seed + len(prompts))
-    pairs = PicturePairs(prompts, seeds, before, after)
+    calls = request.held_out_calls[:PICTURES]
+    before = draw_pictures(pipe, calls, settings, "float pictures", show=request.show)
+    _quantize(pipe, request, result.plan)
+    after = draw_pictures(pipe, calls, settings, "quantized pictures", show=request.show)
+    each = before.shape[0] // len(calls)  # a call may draw several
+    named = [(described(call, place), settings.seed + place) for place, call in enumerate(calls) for _ in range(each)]
+    pairs = PicturePairs([name for name, _ in named], [seed for _, seed in named], before, after)
     facts = headline(summary.bytes_after / summary.bytes_before, result.held_out.mean_db, pairs, timing.speedup)
     return replace(report, result=result, summary=summary, facts=facts, pictures=pairs, timings=[timing])
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldmq_kernels.calibration.denoisers import DENOISERS
 from ldmq_kernels.cli.quiet import quiet_libraries
 from ldmq_kernels.files import NotJsonError, alias_in_ascii, printable, read_json
 
 PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
-DENOISERS = ("unet", "transformer")
 # str.splitlines parts lines at these too; a byte order mark is no letter
 _IN_A_LINE = {ord(mark): " " for mark in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"} | {0xFEFF: None}
 # a file of weights: plain, of a variant as model.fp16.safetensors, or a shard of either
@@ -62,8 +62,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def denoiser_folder(folder: Path) -> Path:
+def denoiser_folder(folder: Path, part_name: str | None = None) -> Path:
     """The folder of the UNet (or transformer) in a pipeline directory; the directory itself if it is one.
+
+    Args:
+        part_name: the denoiser that is meant, where the pipeline has several; the first one if None.
 
     Raises:
         ModelError: there is no such directory, it is not diffusers', or its UNet is quantized already.
@@ -76,7 +79,10 @@ def denoiser_folder(folder: Path) -> Path:
         )
     if (folder / PIPELINE_FILE).exists():
         parts = _read_config(folder / PIPELINE_FILE)
-        part = next((folder / name for name in DENOISERS if name in parts), None)
+        names = [name for name in DENOISERS if name in parts]
+        if part_name is not None and part_name not in names:
+            raise ModelError(f"{folder} has no denoiser {part_name!r}: choose {' or '.join(names) or 'none'}")
+        part = folder / (part_name or names[0]) if names else None
         if part is None:
             raise ModelError(
                 f"{folder} is a {parts.get('_class_name')}, with neither a unet nor a transformer to quantize"
@@ -109,14 +115,32 @@ def _model_class(folder: Path) -> Any:
     return kind
 
 
-def load_structure(folder: Path) -> nn.Module:
+def pipeline_class(folder: Path) -> Any:
+    """The class of the pipeline in a directory, of which nothing is loaded.
+
+    Raises:
+        ModelError: as `denoiser_folder`, or the directory holds a model alone or a pipeline that diffusers has not.
+    """
+    quiet_libraries()
+    import diffusers
+
+    if denoiser_folder(folder) == folder:
+        raise ModelError(f"{folder} is a model alone: calls are those of a whole pipeline's directory")
+    name = _read_config(folder / PIPELINE_FILE).get("_class_name")
+    kind = getattr(diffusers, str(name), None)
+    if not isinstance(kind, type):
+        raise ModelError(f"{folder / PIPELINE_FILE}: diffusers {diffusers.__version__} has no pipeline {name}")
+    return kind
+
+
+def load_structure(folder: Path, part_name: str | None = None) -> nn.Module:
     """The UNet of a directory with no weights in it, on the meta device.
 
     Raises:
         ModelError: as `denoiser_folder`, or diffusers cannot build it.
     """
     quiet_libraries()
-    part = denoiser_folder(folder)
+    part = denoiser_folder(folder, part_name)
     kind = _model_class(part)
     try:
         with torch.device("meta"):

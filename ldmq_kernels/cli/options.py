@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from ldmq_kernels.calibration.trajectory import SamplingSettings
+    from ldmq_kernels.calibration.drawings import SamplingSettings
 
 DEFAULT_FORMATS = "w8a8,w8a16,fp16"
 
@@ -29,8 +29,19 @@ Model = Annotated[Path, typer.Argument(help="A local diffusers directory.", meta
 _PROMPTS = typer.Option(
     help="Text file, one prompt a line, like those that the model will be used for.", callback=at_home
 )
-Prompts = Annotated[Path, _PROMPTS]
-OptionalPrompts = Annotated[Path | None, _PROMPTS]
+Prompts = Annotated[Path | None, _PROMPTS]
+Calls = Annotated[
+    Path | None,
+    typer.Option(
+        help="In place of --prompts: JSON Lines, an object a line with arguments of the pipeline's own call; pictures "
+        "by their paths.",
+        callback=at_home,
+    ),
+]
+Part = Annotated[
+    str | None,
+    typer.Option(help="The denoiser that is planned, such as transformer_2. [default: the first]", show_default=False),
+]
 OptionalPlan = Annotated[Path | None, typer.Option(help="A plan file that `ldmq plan` wrote.", callback=at_home)]
 OptionalTarget = Annotated[
     float | None,
@@ -99,8 +110,21 @@ Calibration = Annotated[
     Literal["first-step", "sampled-steps", "all-steps"],
     typer.Option(help="Sampling steps that static scales are taken from."),
 ]
-Steps = Annotated[int, typer.Option(help="Sampling steps of each picture.", min=1)]
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        help="Sampling steps of each picture. [default: 20 with --prompts, as the pipeline has it with --calls]",
+        min=1,
+        show_default=False,
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        help="Classifier-free guidance scale. [default: 7.5 with --prompts, as the pipeline has it with --calls]",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")]
 Height = Annotated[
     int | None, typer.Option(help="Of the pictures, in pixels. [default: the pipeline's]", min=8, show_default=False)
@@ -114,12 +138,13 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be qua
 
 
 def sampling(
-    steps: int, guidance: float, seed: int, height: int | None = None, width: int | None = None
+    steps: int | None, guidance: float | None, seed: int, height: int | None, width: int | None, prompts: Path | None
 ) -> SamplingSettings:
-    """The sampling options together."""
-    from ldmq_kernels.calibration.trajectory import SamplingSettings
+    """The sampling options together; calls, which are given without prompts, may say themselves what is left out."""
+    from ldmq_kernels.calibration.drawings import SamplingSettings, with_defaults
 
-    return SamplingSettings(steps, guidance, seed, height, width)
+    settings = SamplingSettings(steps, guidance, seed, height, width)
+    return settings if prompts is None else with_defaults(settings)
 
 
 def require_out(out: Path | None, *, dry_run: bool) -> Path:

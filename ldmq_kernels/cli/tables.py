@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, run_pipeline
+from ldmq_kernels.calibration.drawings import LATENT, Call, SamplingSettings, draw
+from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.files import write_csv
 from ldmq_kernels.numerics.sqnr import relative_noise_power
 from ldmq_kernels.planning.session import PlanResult
@@ -21,17 +22,18 @@ COLUMNS = ("block", "step", "scheme", "input_db", "own_db", "propagated_db", "to
 
 
 def rows_of_plan(
-    pipe: Any, prompts: Sequence[str], settings: SamplingSettings, result: PlanResult, held_out: Trajectory
+    pipe: Any, calls: Sequence[Call], settings: SamplingSettings, result: PlanResult, held_out: Trajectory
 ) -> Iterator[Row]:
     """The whole plan: at the UNet's output, of the denoised latents, of the pictures.
 
     Args:
         pipe: quantized by the plan.
-        prompts, settings: of the held-out trajectory.
+        calls, settings: of the held-out trajectory.
     """
     yield from rows_of_noise("unet", "", PLAN, result.held_out, held_out.timesteps())
-    latents = run_pipeline(pipe, prompts, settings, "latent")
-    yield from rows_of_pictures("latent", _by_picture(held_out.latents, latents))
+    latents = draw(pipe, calls, settings, LATENT)
+    runs = zip(held_out.outputs, latents, strict=True)
+    yield from rows_of_pictures("latent", [db for exact, test in runs for db in _by_picture(exact, test)])
 
 
 def rows_of_pairs(pairs: PicturePairs) -> Iterator[Row]:

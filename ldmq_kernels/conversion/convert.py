@@ -52,7 +52,7 @@ def convert(
     layer_plans = {name: p for name, p in plan.layers(model).items() if p.scheme.quantizes}
     if any(layer_plan.scheme.has_timestep_scales for layer_plan in layer_plans.values()):
         try:
-            timestep_groups.timestep_position(model)
+            timestep_groups.timestep_place(model)
         except ValueError as error:
             raise ConversionError(str(error)) from None
     hessian_of = hessians.get if isinstance(hessians, Mapping) else hessians

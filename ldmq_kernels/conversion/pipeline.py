@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-from ldmq_kernels.calibration.trajectory import denoiser
+from ldmq_kernels.calibration.denoisers import chosen, denoiser, denoisers
+from ldmq_kernels.calibration.drawings import given_calls
 from ldmq_kernels.conversion.convert import check_convertible, convert
 from ldmq_kernels.conversion.hessian import RecordedHessians
+from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.plan import Plan, PlanError, uniform_plan
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -35,6 +40,8 @@ def quantize(
     plan: Plan | str | Path | Mapping[str, Any] | None = None,
     *,
     scheme: str | None = None,
+    calls: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    forward_loop: Callable[[Any], Any] | Sequence[Callable[[Any], Any]] | None = None,
     show_progress: bool = True,
 ) -> T:
     """Quantize a pipeline's UNet (or transformer), or a model, in place.
@@ -43,7 +50,8 @@ def quantize(
         ldmq.quantize(model, scheme="w8a8-dynamic")
 
     Afterwards `save_pretrained` writes the quantized model, and `from_pretrained` gives it back. Where the plan
-    rounds weights by GPTQ, the pipeline first draws the plan's calibration prompts again. A plan that was made from
+    rounds weights by GPTQ, the pipeline first draws again what the plan was made from. A plan of one denoiser leaves
+    the pipeline's others in float, and says so; a scheme is given to all of them. A plan that was made from
     other weights of the same shapes is applied, with a warning.
 
     Args:
@@ -51,6 +59,8 @@ def quantize(
         plan: a plan, the path of its file, or its JSON object.
         scheme: in place of a plan, one scheme for all layers that can have it; it needs no calibration, so it is not
             static.
+        calls: what the plan was made from, as `ldmq.plan` was given it, where the plan rounds by GPTQ; a plan file
+            holds prompts alone. `forward_loop` alike.
         show_progress: show the calibration that GPTQ needs, on standard error.
 
     Returns:
@@ -67,14 +77,37 @@ def quantize(
         raise PlanError("give either a plan, or a scheme for all layers such as scheme='w8a8-dynamic'")
     if isinstance(plan, str) and plan in SCHEMES:
         raise PlanError(f"{plan!r} is a scheme and no plan file: call ldmq.quantize(..., scheme={plan!r})")
-    model = pipe if isinstance(pipe, nn.Module) else denoiser(pipe)
     if plan is None:
         assert scheme is not None
-        plan = uniform_plan(model, scheme)
+        models = [pipe] if isinstance(pipe, nn.Module) else _denoisers(pipe)
+        plans = {model: uniform_plan(model, scheme) for model in models}
+        for model in models:
+            check_convertible(model)  # all or none
+        for model, of_model in plans.items():
+            convert(model, of_model)
+        return pipe
     plan = as_plan(plan)
+    if isinstance(pipe, nn.Module):
+        convert(pipe, plan)
+        return pipe
+    planned = chosen(pipe, plan.model.get("part"))
+    model = denoiser(planned)
     hessian_of = None
-    if plan.needs_inputs and not isinstance(pipe, nn.Module):
+    if plan.needs_inputs:
         check_convertible(model)
-        hessian_of = RecordedHessians(pipe, plan, show=show_progress)
+        drawn = () if calls is None and forward_loop is None else given_calls(None, calls, forward_loop)
+        hessian_of = RecordedHessians(planned, plan, drawn, show=show_progress)
     convert(model, plan, hessian_of)
+    for name, other in denoisers(pipe).items():
+        if other is not model and not any(isinstance(m, QuantizedLayer) for m in other.modules()):
+            logger.warning(
+                "%s stays in float: plan it too, by ldmq.plan(pipe, ..., part=%r), before its pipeline is quantized",
+                name,
+                name,
+            )
     return pipe
+
+
+def _denoisers(pipe: Any) -> list[nn.Module]:
+    """All denoisers of a pipeline that has one at least."""
+    return [*denoisers(pipe).values()] or [denoiser(pipe)]

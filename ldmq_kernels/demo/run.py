@@ -23,7 +23,8 @@ from rich.table import Table
 from torch import nn
 
 import ldmq_kernels
-from ldmq_kernels.calibration.trajectory import SamplingSettings, record_trajectory
+from ldmq_kernels.calibration.drawings import SamplingSettings
+from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.conversion import Summary, quantize, summarize
 from ldmq_kernels.demo import WEIGHTS, load_demo_pipeline, load_evaluator, scenes
 from ldmq_kernels.demo.scoring import Scores, score

@@ -88,11 +88,12 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         """Whether someone has replaced `_conv_forward`, of this layer or of every nn.Conv2d."""
         return "_conv_forward" in self.__dict__ or nn.Conv2d._conv_forward is not CONVOLUTION
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Quantize the input as the scheme says, convolve in integers, scale back.
 
         Where `_conv_forward` is replaced, as tiling does, that is called with the dequantized weight.
         """
+        x = input  # which nn.Conv2d calls so, and some models pass by its name
         if not self.scheme.quantizes or self.has_own_convolution:
             return nn.Conv2d.forward(self, x)
         shape = x.shape

@@ -49,9 +49,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         """True."""
         return True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Quantize the input as the scheme says, multiply in integers, scale back."""
-        return self.project(x)
+        return self.project(input)
 
     def project(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same, and a residual (..., out_features) added: in the epilogue where activations are quantized."""

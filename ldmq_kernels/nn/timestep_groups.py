@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ldmq_kernels.nn.quantized import QuantizedLayer
 from ldmq_kernels.nn.timestep_scales import Place, ThreadCall, TimestepScales, TimestepScaleView
 
+TIMESTEP_NAMES = ("timestep", "timestep_ratio")  # how models call it; Stable Cascade's have the share of noise
 ALIGNMENT = 4  # floats: kernels read inverse scales in pieces of 16 bytes
 _FINDING = threading.Lock()  # the first calls of a model may begin in several threads
 
@@ -28,15 +29,16 @@ class TimestepGroups:
     """The hooks of a model that choose the scales of its timestep layers; see `attach`.
 
     Attributes:
+        name: of the model's argument that is its timestep, and `position` its place.
         is_recorded: a CUDA graph of the model has a row of its own, chosen in each replay: threads share the graph.
         devices: the scales on each device; None while the model's timestep layers are not found.
     """
 
     is_recorded = True
 
-    def __init__(self, boundaries: Sequence[float], position: int) -> None:
+    def __init__(self, boundaries: Sequence[float], name: str, position: int) -> None:
         self.boundaries = tuple(boundaries)
-        self.position = position
+        self.name, self.position = name, position
         self.handles: list[Any] = []
         self.devices: list[TimestepScales] | None = None
 
@@ -47,9 +49,9 @@ class TimestepGroups:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Choose the group of the timestep that the model is called with; of a batch, of its first element's."""
-        if "timestep" not in kwargs and len(args) <= self.position:
-            raise ValueError(f"{type(model).__name__} has timestep layers and must be called with a timestep")
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[self.position]
+        if self.name not in kwargs and len(args) <= self.position:
+            raise ValueError(f"{type(model).__name__} has timestep layers and must be called with a {self.name}")
+        timestep = kwargs[self.name] if self.name in kwargs else args[self.position]
         self.refresh(model)
         if self.is_stale:  # a compiler, which reads the tables only from here on, traces again once this is true
             raise RuntimeError(f"the timestep layers of {type(model).__name__} changed while their scales were read")
@@ -128,7 +130,7 @@ def attach(model: nn.Module, boundaries: Sequence[float]) -> None:
     attaching again.
 
     Args:
-        model: with a `timestep` among its forward's arguments.
+        model: with a `timestep` (or `timestep_ratio`) among its forward's arguments.
         boundaries: timesteps, descending: a call belongs to the group of as many as are above its timestep.
 
     Raises:
@@ -137,7 +139,7 @@ def attach(model: nn.Module, boundaries: Sequence[float]) -> None:
     detach(model)
     if not any(isinstance(m, QuantizedLayer) and m.scheme.has_timestep_scales for m in model.modules()):
         return
-    groups = TimestepGroups(boundaries, timestep_position(model))
+    groups = TimestepGroups(boundaries, *timestep_place(model))
     groups.find_layers(model)
     # the handles go with every copy: they keep the ids of later hooks from colliding with these
     groups.handles = [
@@ -146,19 +148,20 @@ def attach(model: nn.Module, boundaries: Sequence[float]) -> None:
     ]
 
 
-def timestep_position(model: nn.Module) -> int:
-    """Where a model's forward takes its `timestep`.
+def timestep_place(model: nn.Module) -> tuple[str, int]:
+    """The name and place of the timestep among the arguments of a model's forward.
 
     Raises:
         ValueError: it takes none.
     """
     parameters = list(inspect.signature(model.forward).parameters)
-    if "timestep" not in parameters:
+    name = next((name for name in TIMESTEP_NAMES if name in parameters), None)
+    if name is None:
         raise ValueError(
             f"a {type(model).__name__} is called without a timestep, which timestep layers need: give them a static "
             "or a dynamic scheme"
         )
-    return parameters.index("timestep")
+    return name, parameters.index(name)
 
 
 def detach(model: nn.Module) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from torch import nn
 
+from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.planning.rules import compress
 from ldmq_kernels.planning.target import Target
@@ -53,14 +55,21 @@ def build_plan(
         )
     plan.calibration = {
         "mode": calibration.mode,
-        "prompts": len(calibration.prompts),
-        "texts": list(calibration.prompts),
+        **_drawn(calibration),
         **asdict(calibration.settings),
         "analysed_steps": analysis.steps,
         "timestep_groups": list(calibration.timestep_groups),
         "formats": list(formats),
     }
     return plan
+
+
+def _drawn(calibration: Calibration) -> dict[str, Any]:
+    """What the plan says of what was drawn: the texts of prompts; of pipeline calls and functions how many."""
+    texts = [call for call in calibration.calls if isinstance(call, str)]
+    if len(texts) == len(calibration.calls):
+        return {"prompts": len(texts), "texts": texts}
+    return {"calls": len(calibration.calls)}
 
 
 def _alone(analysis: Analysis, name: str, scheme: str) -> float:

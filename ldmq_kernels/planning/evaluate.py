@@ -63,8 +63,7 @@ class PlanEvaluator:
             ValueError: the output is not finite.
         """
         with self._quantized(schemes):
-            guidance = self._analysis.calibration.settings.guidance_scale
-            return output_noise(self._model, trajectory, guidance_scale=guidance)
+            return output_noise(self._model, trajectory, by_sample=True)
 
     def structural_noise(self, schemes: Mapping[str, str], trajectory: Trajectory, decoder: Decoder) -> float:
         """1 - structural similarity of the pictures that a trajectory's middle step leads to."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from ldmq_kernels.calibration.calibrate import calibrate
+from ldmq_kernels.calibration.denoisers import chosen, denoiser, denoiser_name, denoisers
+from ldmq_kernels.calibration.drawings import SamplingSettings, check_calls, given_calls, with_defaults
 from ldmq_kernels.calibration.ranges import FIRST_STEP
-from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, denoiser, record_trajectory
+from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
@@ -27,11 +29,13 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 1_000_003  # far from the seeds that calibration counts up from
 HELD_OUT, SAME_PROMPTS = "held-out prompts", "the calibration's own prompt, from another seed"
+HELD_OUT_CALLS, SAME_CALL = "held-out calls", "the calibration's own call, from another seed"
 
 
 def measure_layers(model: nn.Module, analysis: Analysis, *, show: bool = False) -> LayerTimes:
     """Times of all layers for one picture, on the device that the model is on."""
-    call = analysis.calibration.trajectory.calls[0].of_prompts([0])
+    first = analysis.calibration.trajectory.calls[0]
+    call = first.of_prompts(first.prompts[:1])
     return measure_times(model, analysis, call, path=cache_file(call.output.device), show=show)
 
 
@@ -41,12 +45,16 @@ def held_out_settings(settings: SamplingSettings) -> SamplingSettings:
 
 
 def analyzed(pipe: Any, request: PlanRequest) -> tuple[Analysis, Trajectory, str]:
-    """Calibrate and analyse on most prompts, and record the float trajectory of the others.
+    """Calibrate and analyse on most prompts or calls, and record the float trajectory of the others.
 
     Returns:
         The analysis, the held-out trajectory, and in words what it was recorded on.
+
+    Raises:
+        ValueError: the pipeline does not take what a call gives, which is said before anything is drawn.
     """
-    calibrated_on, verified_on = request.calibration_prompts, request.held_out_prompts
+    calibrated_on, verified_on = request.calibration_calls, request.held_out_calls
+    check_calls(pipe, [*calibrated_on, *verified_on], request.settings)
     schemes, mode = parse_schemes(request.schemes), request.calibration_mode
     open_work(pipe, request.work_dir, calibrated_on, request.settings, mode, schemes)  # refused before the work
     calibration = calibrate(pipe, calibrated_on, request.settings, mode=mode, show=request.show)
@@ -59,14 +67,17 @@ def analyzed(pipe: Any, request: PlanRequest) -> tuple[Analysis, Trajectory, str
         show=request.show,
     )
     held_out = record_trajectory(pipe, verified_on, held_out_settings(request.settings), show=request.show)
-    if calibrated_on != verified_on:
-        return analysis, held_out, HELD_OUT
-    logger.warning("there is one prompt: the plan is verified on %s; give more prompts to tell more", SAME_PROMPTS)
-    return analysis, held_out, SAME_PROMPTS
+    of_prompts = all(isinstance(call, str) for call in (*calibrated_on, *verified_on))
+    if calibrated_on != verified_on if of_prompts else not request.has_one_call:
+        return analysis, held_out, HELD_OUT if of_prompts else HELD_OUT_CALLS
+    what, verified = ("prompt", SAME_PROMPTS) if of_prompts else ("call", SAME_CALL)
+    logger.warning("there is one %s: the plan is verified on %s; give more to tell more", what, verified)
+    return analysis, held_out, verified
 
 
 def open_session(pipe: Any, request: PlanRequest) -> Session:
     """Calibrate, analyse, and time the layers where the request needs it: all that plans for any target share."""
+    pipe = chosen(pipe, request.part)
     model = denoiser(pipe)
     analysis, held_out, verified_on = analyzed(pipe, request)
     return Session(
@@ -78,6 +89,7 @@ def open_session(pipe: Any, request: PlanRequest) -> Session:
         times=measure_layers(model, analysis, show=request.show) if request.needs_times else None,
         hybrid=request.hybrid,
         verified_on=verified_on,
+        part=None if denoiser_name(pipe) == next(iter(denoisers(pipe))) else denoiser_name(pipe),
     )
 
 
@@ -95,8 +107,11 @@ def make_plan(pipe: Any, request: PlanRequest) -> PlanResult:
 
 def plan(
     pipe: Any,
-    prompts: Sequence[str] | str,
+    prompts: Sequence[str] | str | None = None,
     *,
+    calls: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    forward_loop: Callable[[Any], Any] | Sequence[Callable[[Any], Any]] | None = None,
+    part: str | None = None,
     target_sqnr_db: float | None = None,
     target_bytes: int | None = None,
     target_milliseconds: float | None = None,
@@ -106,8 +121,8 @@ def plan(
     signals: Sequence[str] = (SQNR,),
     hybrid: float = 0.0,
     time_layers: bool = False,
-    num_inference_steps: int = 20,
-    guidance_scale: float = 7.5,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     seed: int = 0,
     height: int | None = None,
     width: int | None = None,
@@ -115,15 +130,26 @@ def plan(
     show_progress: bool = True,
     out: str | Path | None = None,
 ) -> Plan:
-    """Choose a precision for every linear and convolution of a pipeline's UNet.
+    """Choose a precision for every linear and convolution of a pipeline's UNet, or another of its denoisers.
+
+        ldmq.plan(pipe, ["a red cat", "a blue bowl"], target_sqnr_db=38)
+        ldmq.plan(pipe, calls=[dict(prompt="a red cat", image=sketch, strength=0.6), ...], target_sqnr_db=38)
+        ldmq.plan(pipe, forward_loop=[draw_a_cat, draw_a_bowl], target_sqnr_db=38)
+
+    What is drawn is given in one of three ways, and should be like what the pipeline will be used for. The last
+    quarter verifies the plan; one alone is verified on itself, from another seed.
 
     Targets may be combined: the first of noise, bytes and milliseconds that is not limited is made as small as
     the others allow.
 
     Args:
-        pipe: a diffusers text-to-image pipeline in full precision.
-        prompts: what the pipeline will be used for; the last quarter verifies the plan. A single one, which
-            may be given as a text, is verified on itself, from another seed.
+        pipe: a diffusers pipeline in full precision.
+        prompts: texts, of which several are drawn together; a single one may be given as it is.
+        calls: arguments of the pipeline's own call, each a mapping: `dict(prompt=..., image=..., timesteps=...)`. What
+            is random has a generator of its own, unless the call gives one.
+        forward_loop: functions that take the pipeline and run it once, where nothing else serves. What is random is
+            seeded for each.
+        part: which denoiser is planned where a pipeline has several, such as "transformer_2"; the first one if None.
         target_sqnr_db: least SQNR of the UNet output along the float trajectory, averaged over sampling steps.
         target_bytes: most bytes of the UNet's quantizable weights.
         target_milliseconds: most time of one UNet call for one picture on the pipeline's device.
@@ -135,6 +161,9 @@ def plan(
         hybrid: share of the noise whose blocks start with higher precision, as in the paper; 0 for none.
         time_layers: time the layers on the pipeline's device, as targets in milliseconds do: a layer that would get
             slower stays in 16 bit.
+        num_inference_steps: of all that is drawn and does not say itself; if None 20 for prompts, and for calls as
+            the pipeline has it by default. 7.5 is the `guidance_scale` of prompts alike.
+        seed: of the first one drawn; the others count up.
         height: of the pictures in pixels, as the pipeline draws by default if None; and `width` alike.
         work_dir: keeps the analysis, so that the same call goes on after a kill; it is made for its owner alone, and
             refused where others may read or write it, or where it holds the work of another model or other settings.
@@ -144,17 +173,22 @@ def plan(
         The verified plan.
 
     Raises:
-        ValueError: bad arguments, no prompts, a quantized model, values that are not finite.
+        ValueError: bad arguments, nothing to draw, arguments that the pipeline's call does not take, a quantized model,
+            values that are not finite.
+        TypeError: the pipeline has no such part.
         PlanError: the target cannot be met; the text says what can.
         OSError: `out` cannot be written, or is something else than a plan.
     """
+    drawn = given_calls(prompts, calls, forward_loop)
+    settings = SamplingSettings(num_inference_steps, guidance_scale, seed, height, width)
     request = PlanRequest(
-        prompts,
+        drawn,
         Target(target_sqnr_db, target_bytes, target_milliseconds, target_layers),
         formats=formats,
         calibration_mode=calibration_mode,
-        settings=SamplingSettings(num_inference_steps, guidance_scale, seed, height, width),
+        settings=settings if prompts is None else with_defaults(settings),
         signals=signals,
+        part=part,
         hybrid=hybrid,
         time_layers=time_layers,
         work_dir=None if work_dir is None else Path(work_dir).expanduser(),

@@ -75,6 +75,7 @@ class Session:
             (w8a16, fp16 or dynamic w8a8), whatever they cost; 0 leaves it to the knapsack, which by its own
             measure is never worse.
         verified_on: what the held-out trajectory was recorded on, in words; plans say it.
+        part: the name of the model in its pipeline, which plans say where it is not the pipeline's first denoiser.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class Session:
         times: LayerTimes | None = None,
         hybrid: float = 0.0,
         verified_on: str = "",
+        part: str | None = None,
     ) -> None:
         self.model, self.analysis, self.held_out, self.formats = model, analysis, held_out, list(formats)
-        self.times, self.verified_on = times, verified_on
+        self.times, self.verified_on, self.part = times, verified_on, part
         self.signals = [name for name in signals if name != SQNR]
         self.sensitive = sensitive_blocks(model, analysis, hybrid) if hybrid else []
         options = restricted(model, make_options(model, analysis, formats, signals, times), self.sensitive)
@@ -149,6 +151,8 @@ class Session:
             times=self.times,
             weights=self._weights,
         )
+        if self.part is not None:
+            plan.model["part"] = self.part
         plan.measured = {
             "held_out_sqnr_db": round(verified.db, 3),
             "predicted_sqnr_db": round(verified.predicted_db, 3),

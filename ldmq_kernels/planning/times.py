@@ -24,7 +24,7 @@ from ldmq_kernels.kernels import measurements
 from ldmq_kernels.kernels.gpu import cache_folder
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.knapsack import Option
-from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.plans.layers import kind_of, layer_input, layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, PlanError
 from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.analysis import Analysis, quantized_as
@@ -94,14 +94,15 @@ def _inputs(model: nn.Module, call: UNetCall) -> dict[str, _Input]:
     inputs: dict[str, _Input] = {}
 
     def note(name: str) -> Any:
-        def observe(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.setdefault(name, _Input.of(args[0]))
+        def observe(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.setdefault(name, _Input.of(layer_input(args, kwargs)))
 
         return observe
 
-    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in quantizable_layers(model).items()]
+    layers = quantizable_layers(model)
+    handles = [layer.register_forward_pre_hook(note(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        model(*call.args, **call.kwargs)
+        call.run(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -220,7 +221,7 @@ def measure_times(
         taken = _best(works, device, timer)
         known |= {key: round(ms, 6) for (_, key), ms in zip(group, taken, strict=True)}
         _keep(path, head, known)
-    whole = _best([lambda: model(*call.args, **call.kwargs)], device, timer)[0]
+    whole = _best([lambda: call.run(model)], device, timer)[0]
     times = {key: known[text] for key, text in keys.items()}
     in_layers = sum(taken for (_, scheme), taken in times.items() if scheme == str(FLOAT))
     return LayerTimes(times, max(0.0, whole - in_layers))

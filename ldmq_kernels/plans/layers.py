@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -15,6 +17,12 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def kind_of(layer: nn.Module) -> str:
     """ "linear" or "conv2d"."""
     return "linear" if isinstance(layer, nn.Linear) else "conv2d"
+
+
+def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a call of a layer, as a hook gets the arguments: some models pass it by its name."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
 
 
 def layer_shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:

@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.calibration.trajectory import (
-    PROMPTS_AT_ONCE,
-    SamplingSettings,
-    UNetCall,
-    output_tensor,
-    run_pipeline,
-)
+from ldmq_kernels.calibration.drawings import PICTURES, Call, SamplingSettings, draw
+from ldmq_kernels.calibration.outputs import as_pictures
+from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan
-from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.output_noise import swapped
 from ldmq_kernels.timing import Context, interleaved, wall_ms
 
@@ -72,15 +67,17 @@ class Timing:
 
 
 def draw_pictures(
-    pipe: Any, prompts: Sequence[str], settings: SamplingSettings, what: str, *, show: bool = False
+    pipe: Any, calls: Sequence[Call], settings: SamplingSettings, what: str, *, show: bool = False
 ) -> Tensor:
-    """(N, 3, H, W) float32 in [0, 1] on the CPU; seeds count up from `settings.seed`."""
-    starts = range(0, len(prompts), PROMPTS_AT_ONCE)
-    pictures = []
-    for start in track(starts, what, len(starts), show=show):
-        chunk = SamplingSettings(settings.num_inference_steps, settings.guidance_scale, settings.seed + start)
-        drawn = run_pipeline(pipe, prompts[start : start + PROMPTS_AT_ONCE], chunk, "pt")
-        pictures.append(drawn.float().cpu())
+    """(N, 3, H, W) float32 in [0, 1] on the CPU, one or more for each call; seeds count up from `settings.seed`.
+
+    Raises:
+        ValueError: the pipeline draws no pictures, or pictures of several sizes.
+    """
+    pictures = [as_pictures(drawn) for drawn in draw(pipe, calls, settings, PICTURES, what, show=show)]
+    sizes = {tuple(of_run.shape[1:]) for of_run in pictures}
+    if len(sizes) != 1:
+        raise ValueError(f"the pipeline draws pictures of {len(sizes)} sizes, and one is needed: {sorted(sizes)}")
     return torch.cat(pictures)
 
 
@@ -100,7 +97,7 @@ def time_plan(model: nn.Module, plan: Plan, call: UNetCall, *, rounds: int = 7) 
     }
 
     def run() -> None:
-        output_tensor(model(*call.args, **call.kwargs))
+        call.run(model)
 
     contexts: dict[str, Context] = {"before": nullcontext, "after": partial(swapped, model, quantized)}
     samples = interleaved(

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.conversion.summary import Summary
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.pareto import ParetoPoint
@@ -225,13 +226,19 @@ def footer(analysis: Analysis, notes: Sequence[str]) -> str:
     """The meaning of the figures, and where they were measured."""
     calibration = analysis.calibration
     settings = calibration.settings
+    guidance = "" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}, "
     analysed = ", ".join(str(step + 1) for step in analysis.steps)
     lines = [
         "SQNR = 10 log10(sum of squares of the float output / sum of squares of the error), over all elements of the "
         "batch, guidance halves pooled, along the float trajectory. A target in dB is the mean over sampling steps.",
-        f"Calibrated on {len(calibration.prompts)} prompts ({calibration.mode} scales), "
-        f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, seeds from {settings.seed}; "
+        f"Calibrated on {_drawn(calibration)} ({calibration.mode} scales), "
+        f"{settings.num_inference_steps or calibration.trajectory.steps} steps, {guidance}seeds from {settings.seed}; "
         f"noise measured at steps {analysed}.",
         *notes,
     ]
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _drawn(calibration: Calibration) -> str:
+    of_prompts = all(isinstance(call, str) for call in calibration.calls)
+    return f"{len(calibration.calls)} {'prompts' if of_prompts else 'calls of the pipeline'}"

@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from ldmq_kernels.calibration.calibrate import Calibration
+from ldmq_kernels.calibration.denoisers import denoiser
+from ldmq_kernels.calibration.drawings import Call, SamplingSettings, texts_of
 from ldmq_kernels.calibration.ranges import range_drift, spread_steps
-from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, denoiser
+from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.nn import timestep_groups
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.sensitivity.candidates import WHOLE, LayerCandidate, LayerSearch, Method
-from ldmq_kernels.sensitivity.identity import pipeline_identity
+from ldmq_kernels.sensitivity.identity import call_identity, pipeline_identity
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
 from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record
 from ldmq_kernels.sensitivity.similarity import (
@@ -107,7 +109,7 @@ def cross_validated_noise(
     for fold, trajectory in folds.items():
         quantized = {name: quantize_layer(name, modules[name], c.judged_on(fold)) for name, c in chosen.items()}
         with swapped(model, quantized), timestep_groups.following(model, calibration.timestep_groups):
-            noises.append(output_noise(model, trajectory, guidance_scale=calibration.settings.guidance_scale))
+            noises.append(output_noise(model, trajectory, by_sample=True))
     return pooled(noises)
 
 
@@ -134,9 +136,9 @@ class _TrialModel:
 def analysed_part(trajectory: Trajectory, steps: Sequence[int], prompts: int) -> Trajectory:
     """The calls of some steps, each with `prompts` of its prompts: others at each step, in turn."""
     part = trajectory.at_steps(steps)
-    drawn = sorted({prompt for call in part.calls for prompt in call.prompts})
     calls = []
     for place, step in enumerate(sorted({call.step for call in part.calls})):
+        drawn = sorted({prompt for call in part.calls if call.step == step for prompt in call.prompts})
         taken = {drawn[(place * prompts + i) % len(drawn)] for i in range(min(prompts, len(drawn)))}
         calls += [
             call.of_prompts(sorted(taken & set(call.prompts)))
@@ -224,7 +226,7 @@ def _similarity(
 def open_work(
     pipe: Any,
     work_dir: Path | None,
-    prompts: Sequence[str],
+    calls: Sequence[Call],
     sampling: SamplingSettings,
     mode: str,
     schemes: Sequence[Scheme],
@@ -235,18 +237,19 @@ def open_work(
     """The work of the analysis that these arguments ask for: also before hours, to see that the folder serves.
 
     Raises:
+        ValueError: a call is a function, of which no file can tell what it draws.
         WorkError: the folder is not private, or holds work of other weights, settings or versions.
     """
     if work_dir is None:
         return Work(None, {})
     settings = {
         "mode": mode,
-        "prompts": list(prompts),
+        "prompts": [call_identity(call) for call in calls],
         **asdict(sampling),
         "schemes": [str(scheme) for scheme in schemes if scheme.quantizes],
         "analysed_steps": analysed_steps,
         "method": asdict(method),
-        **pipeline_identity(pipe, prompts),
+        **pipeline_identity(pipe, texts_of(calls)),
     }
     return Work(work_dir, settings)
 
@@ -294,7 +297,7 @@ def analyze(
     work = open_work(
         pipe,
         work_dir,
-        calibration.prompts,
+        calibration.calls,
         calibration.settings,
         calibration.mode,
         tried,
@@ -311,7 +314,7 @@ def analyze(
     blocks = _blocks(trial, chosen, output, exact, work, show)
     decoder, similarity = None, {}
     if SSIM in signals:
-        decoder = Decoder(pipe, calibration.settings.guidance_scale)
+        decoder = Decoder(pipe)
         similarity = {SSIM: _similarity(trial, decoder, candidates, work, show)}
     return Analysis(calibration, steps, candidates, output, blocks, frozenset(keys), similarity, estimates, decoder)
 

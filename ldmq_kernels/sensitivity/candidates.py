@@ -208,7 +208,7 @@ class LayerSearch:
         for record, output in zip(self.reference.records, self.reference.outputs, strict=True):
             if record.fold not in observers:
                 observers[record.fold] = HessianObserver(self.name, self.layer, HESSIAN_ROWS)
-            observers[record.fold](self.layer, (record.x,), output)
+            observers[record.fold](self.layer, (record.x,), {}, output)
         return {fold: observer.total for fold, observer in observers.items()}
 
     def _quantized(self, recipe: _Recipe, layer_plan: LayerPlan, fold: int | None = None) -> QuantizedLayer:

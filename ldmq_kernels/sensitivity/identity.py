@@ -8,9 +8,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ldmq_kernels.calibration.trajectory import denoiser
+from ldmq_kernels.calibration.denoisers import denoiser, denoiser_name, whole_pipeline
+from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.numerics.checksum import checksum, combined
 from ldmq_kernels.version import __version__
 
@@ -46,6 +49,34 @@ def _weights(part: str, module: nn.Module) -> str:
     return combined({f"{name} {t.dtype} {tuple(t.shape)}": checksum(t) for name, t in tensors.items()})
 
 
+def call_identity(call: Call) -> Any:
+    """What a prompt or a call asks for, as JSON: texts and numbers as they are, all else by a digest.
+
+    Raises:
+        ValueError: it is a function.
+    """
+    if isinstance(call, str):
+        return call
+    if not isinstance(call, Mapping):
+        raise ValueError(
+            "no file can tell what a forward_loop draws, so that its work could not be told from another's: give "
+            "calls, or keep no work"
+        )
+    described = {str(name): pytree.tree_map(_value_identity, value) for name, value in call.items()}
+    return json.loads(json.dumps(described, default=str))
+
+
+def _value_identity(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, torch.Generator):
+        value = value.get_state()
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {checksum(value.cpu())}"
+    content = value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()  # a picture, an array
+    return f"{type(value).__name__} {getattr(value, 'size', '')} {hashlib.sha256(content).hexdigest()[:16]}"
+
+
 def pipeline_identity(pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
     """What the outputs of a pipeline depend on beside its sampling settings.
 
@@ -60,7 +91,8 @@ def pipeline_identity(pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
     model = denoiser(pipe)
     parts: Mapping[str, Any] = getattr(pipe, "components", None) or {"denoiser": model}
     identity: dict[str, Any] = {
-        "pipeline": type(pipe).__name__,
+        "pipeline": type(whole_pipeline(pipe)).__name__,
+        "part": denoiser_name(pipe),
         "dtype": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}),
         "versions": _versions(),
     }

@@ -17,7 +17,7 @@ PARTS = ("unconditional", "conditional", "guided")
 
 @dataclass(frozen=True)
 class SampleNoise:
-    """Sums of squares of one prompt's signal and error at one step.
+    """Sums of squares of one sample's signal and error at one step: of a prompt, or of all that one call draws.
 
     `part` is "unconditional" or "conditional", the halves of classifier-free guidance, "guided", what guidance
     makes of them, or "whole" where there is no guidance.
@@ -79,25 +79,32 @@ def summed(noises: Iterable[StepNoise]) -> StepNoise:
     return StepNoise(dict(sorted(total.items())))
 
 
-def _sample_noise(call: UNetCall, output: Tensor, guidance_scale: float) -> Iterator[SampleNoise]:
+def _sample_noise(call: UNetCall, output: Tensor) -> Iterator[SampleNoise]:
     error, signal = output.double() - call.output.double(), call.output.double()
     parts = [(error, signal, "whole")]
-    if call.guided:
+    if call.guidance_scale is not None:
         (error_u, error_c), (signal_u, signal_c) = error.chunk(2), signal.chunk(2)
-        guided_error = error_u + guidance_scale * (error_c - error_u)
-        guided_signal = signal_u + guidance_scale * (signal_c - signal_u)
+        guided_error = error_u + call.guidance_scale * (error_c - error_u)
+        guided_signal = signal_u + call.guidance_scale * (signal_c - signal_u)
         parts = [(error_u, signal_u, PARTS[0]), (error_c, signal_c, PARTS[1]), (guided_error, guided_signal, PARTS[2])]
     for error, signal, part in parts:
-        noises, signals = (value.flatten(1).square().sum(1).tolist() for value in (error, signal))
-        for prompt, power, of in zip(call.prompts, noises, signals, strict=False):
+        noises, signals = (_by_sample(value, len(call.prompts)) for value in (error, signal))
+        for prompt, power, of in zip(call.prompts, noises, signals, strict=True):
             yield SampleNoise(call.step, prompt, part, of, power)
 
 
-def output_noise(model: nn.Module, trajectory: Trajectory, *, guidance_scale: float | None = None) -> StepNoise:
+def _by_sample(value: Tensor, samples: int) -> list[float]:
+    """The sum of squares of each sample's rows; with several rows a sample, the samples follow each other again."""
+    of_rows = value.flatten(1).square().sum(1)
+    totals: list[float] = of_rows.reshape(-1, samples).sum(0).tolist()
+    return totals
+
+
+def output_noise(model: nn.Module, trajectory: Trajectory, *, by_sample: bool = False) -> StepNoise:
     """Replay the trajectory with the model as it is now and compare its outputs with the recorded ones.
 
     Args:
-        guidance_scale: of the trajectory: keep the noise of each prompt and half too. Sums are in float64.
+        by_sample: keep the noise of each prompt and half too. Sums are in float64.
 
     Raises:
         ValueError: the model's output is not finite.
@@ -112,8 +119,8 @@ def output_noise(model: nn.Module, trajectory: Trajectory, *, guidance_scale: fl
             raise ValueError(f"the quantized model's output is not finite at sampling step {call.step}")
         signal[call.step] = signal.get(call.step, 0.0) + float(exact.square().sum())
         noise[call.step] = noise.get(call.step, 0.0) + power
-        if guidance_scale is not None:
-            samples += _sample_noise(call, output, guidance_scale)
+        if by_sample:
+            samples += _sample_noise(call, output)
     return StepNoise({step: noise[step] / signal[step] for step in sorted(signal)}, tuple(samples))
 
 

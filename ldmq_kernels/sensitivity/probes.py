@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows, output_tensor
+from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows
 from ldmq_kernels.chunks import chunks_within
-from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
 MEMORY = 4 << 30  # bytes of inputs and gradients that are kept at a time
 PROBES = 2
@@ -34,6 +34,7 @@ class LayerRecord:
         signal: sum of squares of the UNet's output, over the batch.
         fold: 0 or 1: which half of the samples this is, where what is fitted on one is judged on the other.
         rows: the fold of each row, by its prompt; empty where that is not known.
+        call: the number of the model's call; a layer that runs several times in one has a record of each.
     """
 
     step: int
@@ -42,6 +43,7 @@ class LayerRecord:
     gradients: list[Tensor] = field(default_factory=list)
     fold: int = 0
     rows: tuple[int, ...] = ()
+    call: int = 0
 
     def folds(self) -> list[LayerRecord]:
         """The samples of each fold; every second one where their prompts are not known."""
@@ -50,9 +52,8 @@ class LayerRecord:
         for fold in sorted(set(of_rows)):
             mask = torch.tensor([row == fold for row in of_rows], device=self.x.device)
             share = of_rows.count(fold) / len(of_rows)
-            halves.append(
-                LayerRecord(self.step, self.x[mask], self.signal * share, [g[mask] for g in self.gradients], fold)
-            )
+            gradients = [g[mask] for g in self.gradients]
+            halves.append(LayerRecord(self.step, self.x[mask], self.signal * share, gradients, fold, call=self.call))
         return halves
 
 
@@ -65,21 +66,21 @@ class _Recorder:
     """Hooks that keep inputs, and the gradients of outputs, of some layers during a call."""
 
     def __init__(self, layers: dict[str, nn.Linear | nn.Conv2d], probes: int) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
+        self.inputs: list[tuple[str, Tensor]] = []  # a layer may run several times in a call
+        self.outputs: list[Tensor] = []
         self._probes = probes
-        self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
+        self._handles = [
+            layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in layers.items()
+        ]
 
     def _hook(self, name: str) -> Any:
-        def keep(_layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if name in self.inputs:
-                raise ValueError(f"{name} is called twice in one call of the model, which has no name for both")
-            self.inputs[name] = args[0].detach()
+        def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            self.inputs.append((name, layer_input(args, kwargs).detach()))
             if not self._probes:
                 return None
             if not output.requires_grad:  # none of the layers recorded comes before it: the graph begins here
                 output = output.detach().requires_grad_().clone()
-            self.outputs[name] = output
+            self.outputs.append(output)
             return output
 
         return keep
@@ -90,27 +91,27 @@ class _Recorder:
 
 
 def _call(
-    model: nn.Module, call: UNetCall, recorder: _Recorder, probes: int, seed: int, prompts: tuple[int, ...]
-) -> dict[str, LayerRecord]:
+    model: nn.Module, call: UNetCall, recorder: _Recorder, probes: int, index: int, prompts: tuple[int, ...]
+) -> list[tuple[str, LayerRecord]]:
     with torch.set_grad_enabled(probes > 0):
-        output = output_tensor(model(*call.args, **call.kwargs))
+        output = call.run(model)
         signal = float(output.detach().double().square().sum())
-        records = {
-            name: LayerRecord(call.step, x, signal, rows=folds_of_rows(x.shape[0], prompts))
-            for name, x in recorder.inputs.items()
-        }
-        names = list(recorder.outputs)
-        for probe in range(probes if names else 0):
+        batch = output.shape[0]
+        records = [
+            (name, LayerRecord(call.step, x, signal, rows=folds_of_rows(x.shape[0], prompts, batch), call=index))
+            for name, x in recorder.inputs
+        ]
+        for probe in range(probes if recorder.outputs else 0):
             gradients = torch.autograd.grad(
                 output,
-                [recorder.outputs[name] for name in names],
-                _rademacher(output.detach(), seed + probe),
+                recorder.outputs,
+                _rademacher(output.detach(), 1000 * index + probe),
                 retain_graph=probe + 1 < probes,
                 allow_unused=True,
             )
-            for name, gradient in zip(names, gradients, strict=True):
+            for (_, layer_record), gradient in zip(records, gradients, strict=True):
                 if gradient is not None:
-                    records[name].gradients.append(gradient.float())
+                    layer_record.gradients.append(gradient.float())
     recorder.inputs.clear()
     recorder.outputs.clear()
     return records
@@ -125,7 +126,8 @@ def record(
         probes: backward passes for each call; 0 records inputs alone.
 
     Returns:
-        layer -> one record a call. A layer whose output does not reach the UNet's has no gradients.
+        layer -> one record a call, or several of a layer that runs several times in one. A layer whose output does not
+        reach the UNet's has no gradients.
     """
     modules = quantizable_layers(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -136,7 +138,7 @@ def record(
             parameter.requires_grad_(False)
         for index, call in enumerate(trajectory.calls):
             prompts = call.prompts if len(trajectory.prompts) > 1 else ()
-            for name, layer_record in _call(model, call, recorder, probes, 1000 * index, prompts).items():
+            for name, layer_record in _call(model, call, recorder, probes, index, prompts):
                 records[name].append(layer_record)
     finally:
         recorder.close()
@@ -149,21 +151,20 @@ def chunks_of_layers(
     model: nn.Module, trajectory: Trajectory, layers: Sequence[str], probes: int = PROBES
 ) -> Iterator[list[str]]:
     """Cut the layers into runs whose records fit the memory; a layer that alone is larger gets its own."""
-    first = Trajectory(trajectory.calls[:1], trajectory.latents, trajectory.steps)
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = dict.fromkeys(layers, 0)
     modules = quantizable_layers(model)
 
     def note(name: str) -> Any:
-        def size(_layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            sizes[name] = args[0].numel() * args[0].element_size() + 4 * probes * output.numel()
+        def size(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = layer_input(args, kwargs)
+            sizes[name] += x.numel() * x.element_size() + 4 * probes * output.numel()
 
         return size
 
-    handles = [modules[name].register_forward_hook(note(name)) for name in layers]
+    handles = [modules[name].register_forward_hook(note(name), with_kwargs=True) for name in layers]
     try:
         with torch.no_grad():
-            for call in first.calls:
-                model(*call.args, **call.kwargs)
+            trajectory.calls[0].run(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, output_tensor
+from ldmq_kernels.calibration.outputs import output_tensor
+from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.progress import track
@@ -60,7 +61,7 @@ def _visits(model: nn.Module, call: UNetCall, names: list[str]) -> dict[str, _Vi
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in names]
     try:
-        model(*call.args, **call.kwargs)
+        call.run(model)
     finally:
         for handle in handles:
             handle.remove()

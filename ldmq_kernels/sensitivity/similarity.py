@@ -31,11 +31,11 @@ def middle_step(trajectory: Trajectory) -> Trajectory:
     return trajectory.at_steps([steps[len(steps) // 2]])
 
 
-def _predicted_latent(scheduler: Any, call: UNetCall, output: Tensor, guidance_scale: float) -> Tensor:
+def _predicted_latent(scheduler: Any, call: UNetCall, output: Tensor) -> Tensor:
     sample = call.args[0] if call.args else call.kwargs["sample"]
-    if call.guided:
+    if call.guidance_scale is not None:
         unconditional, conditional = output.chunk(2)
-        output, sample = unconditional + guidance_scale * (conditional - unconditional), sample.chunk(2)[0]
+        output, sample = unconditional + call.guidance_scale * (conditional - unconditional), sample.chunk(2)[0]
     alphas = scheduler.alphas_cumprod
     alpha = float(alphas[min(round(call.timestep), len(alphas) - 1)])
     kind = scheduler.config.prediction_type
@@ -56,17 +56,17 @@ class Decoder:
         TypeError: the pipeline lacks one of them.
     """
 
-    def __init__(self, pipe: Any, guidance_scale: float) -> None:
+    def __init__(self, pipe: Any) -> None:
         if not hasattr(getattr(pipe, "scheduler", None), "alphas_cumprod") or getattr(pipe, "vae", None) is None:
             raise TypeError(
                 f"structural similarity needs a VAE and a scheduler with alphas_cumprod, {type(pipe).__name__} has "
                 f"{type(getattr(pipe, 'scheduler', None)).__name__}: plan by SQNR alone"
             )
-        self._vae, self._scheduler, self._guidance_scale = pipe.vae, pipe.scheduler, guidance_scale
+        self._vae, self._scheduler = pipe.vae, pipe.scheduler
 
     def __call__(self, call: UNetCall, output: Tensor) -> Tensor:
         """(prompts, 3, H, W) in [0, 1]."""
-        latent = _predicted_latent(self._scheduler, call, output, self._guidance_scale)
+        latent = _predicted_latent(self._scheduler, call, output)
         config = self._vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         decoded = self._vae.decode((latent / config.scaling_factor + shift).to(self._vae.dtype)).sample

@@ -98,15 +98,32 @@ def estimated_output_noise(
     """Noise at the UNet's output by the recorded probes; None where there are none.
 
     Each sample and probe gives one draw of (v . J d)^2, so that the mean over n of them has a relative standard
-    deviation of about sqrt(2 / n).
+    deviation of about sqrt(2 / n). Where the layer runs several times in a call of the model, their effects are
+    added before they are squared.
     """
-    noise: dict[int, float] = {}
-    signal: dict[int, float] = {}
+    effects: dict[
+        tuple[int, int, int], list[list[Tensor]]
+    ] = {}  # by step, call, fold: (samples,) of each run and probe
+    signals: dict[tuple[int, int, int], float] = {}
     for record, output in zip(reference.records, reference.outputs, strict=True):
         if not record.gradients:
             return None
         error = layer_for(record)(record.x).float() - output
-        draws = [(error * g).flatten(1).sum(1, dtype=torch.float64).square() for g in record.gradients]
-        noise[record.step] = noise.get(record.step, 0.0) + float(sum(d.sum() for d in draws)) / len(draws)
-        signal[record.step] = signal.get(record.step, 0.0) + record.signal
+        key = record.step, record.call, record.fold
+        draws = [(error * g).flatten(1).sum(1, dtype=torch.float64) for g in record.gradients]
+        effects.setdefault(key, []).append(draws)
+        signals[key] = record.signal
+    noise: dict[int, float] = {}
+    signal: dict[int, float] = {}
+    for key, power in signals.items():
+        step = key[0]
+        of_probes = [_together(runs) for runs in zip(*effects[key], strict=True)]
+        noise[step] = noise.get(step, 0.0) + float(sum(d.square().sum() for d in of_probes)) / len(of_probes)
+        signal[step] = signal.get(step, 0.0) + power
     return StepNoise({step: noise[step] / signal[step] for step in sorted(signal)})
+
+
+def _together(runs: Sequence[Tensor]) -> Tensor:
+    """The effects of several runs of a layer for the same samples; of other numbers of rows, of all rows at once."""
+    same = len({run.shape for run in runs}) == 1
+    return torch.stack(list(runs)).sum(0) if same else torch.stack([run.sum() for run in runs]).sum(0, keepdim=True)

@@ -54,7 +54,7 @@ def _plan(
 
 
 @pytest.mark.parametrize("decibels", [20.0, 30.0, 40.0])
-def test_the_target_is_met_on_held_out_prompts_as_predicted(
+def test_the_target_is_met_on_held_out_calls_as_predicted(
     decibels: float, shallow_pipe: StableDiffusionPipeline, found: Found
 ) -> None:
     result = _plan(shallow_pipe, found, sqnr_db=decibels)

@@ -11,29 +11,29 @@ import pytest
 from ldmq_kernels.cli import options
 from ldmq_kernels.planning import planner
 from ldmq_kernels.planning.planner import plan
-from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest, split_prompts
+from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest, split_calls
 from ldmq_kernels.planning.target import Target
 
 
 def test_the_last_quarter_of_the_prompts_is_held_out() -> None:
-    assert split_prompts(list("abcdefgh")) == (list("abcdef"), ["g", "h"])
-    assert split_prompts(["a"]) == (["a"], ["a"])
+    assert split_calls(list("abcdefgh")) == (list("abcdef"), ["g", "h"])
+    assert split_calls(["a"]) == (["a"], ["a"])
     request = PlanRequest([" a ", "b", "", "c", "d"])
-    assert (request.calibration_prompts, request.held_out_prompts) == (["a", "b", "c"], ["d"])
+    assert (request.calibration_calls, request.held_out_calls) == (["a", "b", "c"], ["d"])
 
 
 def test_a_text_alone_is_one_prompt() -> None:
     request = PlanRequest("a red cat")
-    assert request.prompts == ("a red cat",)
-    assert request.calibration_prompts == request.held_out_prompts == ["a red cat"]
+    assert request.calls == ("a red cat",)
+    assert request.calibration_calls == request.held_out_calls == ["a red cat"]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prompts": []}, "there is no prompt"),
-        ({"prompts": ["", "  "]}, "there is no prompt"),
-        ({"prompts": " "}, "there is no prompt"),
+        ({"calls": []}, "there is no prompt"),
+        ({"calls": ["", "  "]}, "there is no prompt"),
+        ({"calls": " "}, "there is no prompt"),
         ({"signals": "sqnr"}, "signals is the text 'sqnr'"),
         ({"formats": ()}, "there is no format to choose among"),
         ({"formats": ["w3a8"]}, "w3a8"),
@@ -49,7 +49,7 @@ def test_a_text_alone_is_one_prompt() -> None:
 )
 def test_what_no_plan_can_be_made_from_is_refused_at_once(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        PlanRequest(**({"prompts": ["a dog"]} | changes))
+        PlanRequest(**({"calls": ["a dog"]} | changes))
 
 
 def test_a_format_stands_for_all_of_its_schemes() -> None:
@@ -81,6 +81,7 @@ def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPat
         "formats": ["w8a16"],
         "calibration_mode": "all-steps",
         "signals": ["sqnr", "ssim"],
+        "part": "transformer_2",
         "hybrid": 0.35,
         "time_layers": True,
         "num_inference_steps": 36,
@@ -91,7 +92,7 @@ def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPat
         "work_dir": "folder",
         "show_progress": False,
     }
-    assert set(given) == set(inspect.signature(plan).parameters) - {"pipe", "prompts", "out"}
+    assert set(given) == set(inspect.signature(plan).parameters) - {"pipe", "prompts", "calls", "forward_loop", "out"}
     requests: list[PlanRequest] = []
 
     def stop(_pipe: object, request: PlanRequest) -> None:
@@ -104,6 +105,7 @@ def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPat
     (request,) = requests
     assert request.target == Target(31.0, 32, 33.0, 34)
     assert dataclasses.astuple(request.settings) == (36, 37.0, 38, 39, 40)
-    assert (list(request.prompts), list(request.formats)) == (["a dog"], ["w8a16"])
+    assert (list(request.calls), list(request.formats)) == (["a dog"], ["w8a16"])
     assert (request.calibration_mode, list(request.signals), request.hybrid) == ("all-steps", ["sqnr", "ssim"], 0.35)
     assert (request.time_layers, str(request.work_dir), request.show) == (True, "folder", False)
+    assert request.part == "transformer_2"

@@ -167,11 +167,10 @@ def test_structural_noise_is_measured_of_cross_attention_and_feed_forward(outlie
 
 def test_folds_that_are_run_apart_pool_to_the_noise_of_one_run(outlier_pipe, analysis):
     calibration = analysis.calibration
-    guidance = calibration.settings.guidance_scale
     model = copy.deepcopy(outlier_pipe.unet)
     convert(model, uniform_plan(model, "w8a8-dynamic"))
-    whole = output_noise(model, calibration.trajectory, guidance_scale=guidance)
-    parts = [output_noise(model, part, guidance_scale=guidance) for part in calibration.trajectory.by_fold().values()]
+    whole = output_noise(model, calibration.trajectory, by_sample=True)
+    parts = [output_noise(model, part, by_sample=True) for part in calibration.trajectory.by_fold().values()]
     assert len(parts) == 2
     together = pooled(parts)
     assert len(together.samples) == len(whole.samples)

@@ -206,7 +206,7 @@ def float_pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def opened(pipe: Any, folder: Path, **changes: Any) -> None:
     settings = SamplingSettings(num_inference_steps=2)
-    arguments = {"prompts": PROMPTS, "sampling": settings, "mode": "first-step", "schemes": parse_schemes(["w8a16"])}
+    arguments = {"calls": PROMPTS, "sampling": settings, "mode": "first-step", "schemes": parse_schemes(["w8a16"])}
     open_work(pipe, folder, **(arguments | changes))
 
 
@@ -302,7 +302,7 @@ def test_work_of_other_settings_is_refused_in_a_short_line(float_pipe: Any, fold
         ({"sampling": SamplingSettings(num_inference_steps=3)}, r"num_inference_steps \(2, now 3\)"),
         ({"schemes": parse_schemes(["w4a16"])}, r"schemes \(\['w8a16'\], now \['w4a16'\]\)"),
         ({"mode": "all-steps"}, r"mode \('first-step', now 'all-steps'\)"),
-        ({"prompts": ["a red circle"] * 500}, "prompts"),
+        ({"calls": ["a red circle"] * 500}, "prompts"),
     ):
         with pytest.raises(WorkError, match=f"another {named}") as refused:
             opened(float_pipe, folder, **changes)

@@ -1,0 +1,347 @@
+"""What a pipeline draws while it is calibrated: prompts, its own calls with any arguments, or functions that run it.
+
+A prompt is a text; prompts are drawn several at a time. A call is a mapping of arguments of the pipeline's own
+`__call__`. A function takes the pipeline and runs it as it likes, once. Each of these is one sample: what is fitted
+on some is judged on others. All of them become drawings, which run the pipeline once and give what it draws.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
+from ldmq_kernels.calibration.outputs import output_of
+from ldmq_kernels.progress import track
+
+PROMPTS_AT_ONCE = 8
+LATENT, PICTURES = "latent", "pt"
+COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
+
+Call: TypeAlias = str | Mapping[str, Any] | Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The settings of pictures drawn during calibration, as the user will draw them.
+
+    What is None is as the pipeline has it by default. A call's own arguments come before these.
+
+    Raises:
+        ValueError: there is no step, a picture has no size, or the guidance is not finite.
+    """
+
+    num_inference_steps: int | None = 20
+    guidance_scale: float | None = 7.5
+    seed: int = 0
+    height: int | None = None  # pixels
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: give at least 1")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}: give a finite number, such as 7.5")
+
+    def arguments(self) -> dict[str, Any]:
+        """What they ask a pipeline for, beside the seed."""
+        names = ("num_inference_steps", "guidance_scale", "height", "width")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def with_defaults(settings: SamplingSettings) -> SamplingSettings:
+    """The settings of prompts: 20 steps with guidance by 7.5, where they do not say."""
+    plain, given = SamplingSettings(), settings.arguments()
+    return replace(
+        settings,
+        num_inference_steps=given.get("num_inference_steps", plain.num_inference_steps),
+        guidance_scale=given.get("guidance_scale", plain.guidance_scale),
+    )
+
+
+def given_calls(
+    prompts: Sequence[str] | str | None,
+    calls: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None,
+    forward_loop: Callable[[Any], Any] | Sequence[Callable[[Any], Any]] | None,
+) -> tuple[Call, ...]:
+    """What is drawn, as it was given in one of three ways.
+
+    Raises:
+        ValueError: it is given in none, or in several.
+    """
+    ways = {"prompts": prompts, "calls": calls, "forward_loop": forward_loop}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{' and '.join(given) or 'nothing'} given: give prompts, or calls=[dict(prompt=..., image=...), ...] with "
+            "arguments of the pipeline's own call, or a forward_loop that takes the pipeline and runs it"
+        )
+    value: Any = ways[given[0]]
+    return (value,) if isinstance(value, str | Mapping) or callable(value) else tuple(value)
+
+
+# -- what a pipeline accepts ----------------------------------------------------------------------------------
+
+
+def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters of a pipeline's call, by name; None where it takes any.
+
+    Args:
+        pipe: a pipeline, or its class.
+    """
+    pipe = whole_pipeline(pipe)
+    call = pipe.__call__ if isinstance(pipe, type) else type(pipe).__call__
+    parameters = dict(inspect.signature(call).parameters)
+    parameters.pop("self", None)
+    rest = [name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    if rest and not call.__module__.startswith("diffusers."):  # whose pipelines drop what they do not know
+        return None
+    return {name: parameter for name, parameter in parameters.items() if name not in rest}
+
+
+def check_arguments(pipe: Any, arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse a call that the pipeline cannot take, before it runs.
+
+    Args:
+        pipe: a pipeline, or its class.
+        where: what the error calls these arguments.
+
+    Raises:
+        ValueError: the pipeline knows one of the arguments not, or lacks one.
+    """
+    parameters = parameters_of(pipe)
+    if parameters is None:
+        return
+    pipe = whole_pipeline(pipe)
+    name = pipe.__name__ if isinstance(pipe, type) else type(pipe).__name__
+    unknown = next((key for key in arguments if key not in parameters), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(str(unknown), parameters, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{where}: {name} takes no {unknown!r}{hint}; it takes {', '.join(parameters)}")
+    needed = (key for key, parameter in parameters.items() if parameter.default is inspect.Parameter.empty)
+    lacking = [key for key in needed if key not in arguments]
+    if lacking:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}, which {name} needs; it takes {', '.join(parameters)}")
+
+
+def check_calls(pipe: Any, calls: Sequence[Call], settings: SamplingSettings) -> None:
+    """Refuse what a pipeline cannot draw, before it draws anything.
+
+    Raises:
+        ValueError: there is nothing to draw, something is neither a text, arguments nor a function, or the pipeline
+            knows one of the arguments not.
+    """
+    if not calls:
+        raise ValueError("calibration needs at least one prompt or call")
+    for index, call in enumerate(calls):
+        if not isinstance(call, str | Mapping) and not callable(call):
+            raise ValueError(
+                f"calls[{index}] is a {type(call).__name__}: give a mapping of the pipeline's arguments, such as "
+                "dict(prompt=..., image=...)"
+            )
+        if isinstance(call, Mapping) and not all(isinstance(key, str) for key in call):
+            raise ValueError(f"calls[{index}] has an argument whose name is no text: {', '.join(map(repr, call))}")
+    for drawing in drawings(calls, settings):
+        drawing.check(pipe)
+
+
+# -- drawings -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One run of a pipeline.
+
+    Attributes:
+        calls: prompts that are drawn together, or one call or function alone.
+        samples: their places among all that is drawn, one each.
+    """
+
+    calls: tuple[Call, ...]
+    samples: tuple[int, ...]
+    settings: SamplingSettings
+
+    @property
+    def names(self) -> list[str]:
+        """Each sample in words."""
+        return [described(call, sample) for call, sample in zip(self.calls, self.samples, strict=True)]
+
+    def _asked(self) -> dict[str, Any] | None:
+        """The arguments that the pipeline is called with, without seeds and kind of output; None for a function."""
+        first = self.calls[0]
+        if isinstance(first, str):
+            return {"prompt": list(self.calls), **self.settings.arguments()}
+        if isinstance(first, Mapping):
+            own = {key: value for key, value in first.items() if key not in ("output_type", "return_dict")}
+            return {**self.settings.arguments(), **pytree.tree_map(_again, own)}
+        return None
+
+    def check(self, pipe: Any) -> None:
+        """Refuse arguments that the pipeline does not take.
+
+        Raises:
+            ValueError: it knows one of them not, or lacks one.
+        """
+        asked = self._asked()
+        if asked is None:
+            if self.settings.arguments():
+                raise ValueError(
+                    f"a forward_loop draws as it is written: leave {', '.join(self.settings.arguments())} out, and "
+                    "have the function give them to the pipeline"
+                )
+            return
+        parameters = parameters_of(pipe)
+        if isinstance(self.calls[0], str) and parameters is not None and "prompt" not in parameters:
+            kind = type(whole_pipeline(pipe)).__name__
+            raise ValueError(
+                f"{kind} draws no prompts: give calls=[dict(...), ...] with what it takes: {', '.join(parameters)}"
+            )
+        where = f"calls[{self.samples[0]}]" if isinstance(self.calls[0], Mapping) else "drawing prompts"
+        check_arguments(pipe, asked, where)
+
+    def run(self, pipe: Any, output_type: str) -> Tensor | None:
+        """Run the pipeline, and give what it draws: None where that is no tensor and no picture.
+
+        Noise that comes from a generator has the seed of the first sample, `settings.seed` plus its place, each
+        further prompt the next one; whatever else is random has that of the first.
+
+        Args:
+            output_type: "latent", or "pt" for pictures; what a call says of it does not count. A pipeline that has no
+                such output gives its own.
+        """
+        asked, seed = self._asked(), self.settings.seed + self.samples[0]
+        with _seeded(denoiser(pipe).parameters(), seed):
+            if asked is None:
+                function = self.calls[0]
+                assert callable(function)
+                return output_of(function(whole_pipeline(pipe)))
+            parameters = parameters_of(pipe)
+            if "generator" not in asked and (parameters is None or "generator" in parameters):
+                generators = [torch.Generator().manual_seed(seed + place) for place in range(len(self.calls))]
+                asked["generator"] = generators if isinstance(self.calls[0], str) else generators[0]
+            if parameters is None or "output_type" in parameters:
+                asked["output_type"] = _possible_output(pipe, output_type)
+            return output_of(whole_pipeline(pipe)(**asked))
+
+    def guidance_scale(self, pipe: Any, rows: int) -> float | None:
+        """The scale of classifier-free guidance, where a batch of so many rows holds its two halves; None elsewhere."""
+        asked = self._asked()
+        if asked is None:
+            value = getattr(whole_pipeline(pipe), "guidance_scale", None)  # as the running pipeline has it
+            pictures = 1
+        else:
+            parameter = (parameters_of(pipe) or {}).get("guidance_scale")
+            value = asked.get("guidance_scale", None if parameter is None else parameter.default)
+            pictures = _pictures(asked)
+        if not isinstance(value, int | float) or isinstance(value, bool) or rows != 2 * pictures:
+            return None
+        return float(value)
+
+
+def drawings(calls: Sequence[Call], settings: SamplingSettings) -> list[Drawing]:
+    """The runs that draw all of the calls: prompts that follow each other together, all else alone."""
+    runs: list[Drawing] = []
+    for index, call in enumerate(calls):
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and isinstance(call, str)
+            and isinstance(last.calls[0], str)
+            and len(last.calls) < PROMPTS_AT_ONCE
+        ):
+            runs[-1] = replace(last, calls=(*last.calls, call), samples=(*last.samples, index))
+        else:
+            runs.append(Drawing((call,), (index,), settings))
+    return runs
+
+
+def draw(
+    pipe: Any,
+    calls: Sequence[Call],
+    settings: SamplingSettings,
+    output_type: str,
+    what: str = "",
+    *,
+    show: bool = False,
+) -> list[Tensor]:
+    """Run the pipeline as it is now on everything that is given.
+
+    Args:
+        output_type: "latent" or "pt", see `Drawing.run`.
+        what: is drawn, for the line of progress.
+
+    Returns:
+        What each run draws, in the pipeline's own layout; runs that draw no tensor and no picture are left out.
+
+    Raises:
+        ValueError: there is nothing to draw, or the pipeline does not take what a call gives.
+    """
+    check_calls(pipe, calls, settings)
+    runs = drawings(calls, settings)
+    drawn = [drawing.run(pipe, output_type) for drawing in track(runs, what, len(runs), show=show)]
+    return [output for output in drawn if output is not None]
+
+
+def described(call: Call, index: int) -> str:
+    """A sample in words: its prompt where it has one."""
+    if isinstance(call, str):
+        return call
+    prompt = call.get("prompt") if isinstance(call, Mapping) else None
+    if isinstance(prompt, list | tuple) and prompt:
+        prompt = prompt[0]
+    return prompt if isinstance(prompt, str) and prompt else f"call {index + 1}"
+
+
+def texts_of(calls: Sequence[Call]) -> list[str]:
+    """All texts that calls give to a pipeline."""
+    leaves = pytree.tree_leaves([dict(call) if isinstance(call, Mapping) else call for call in calls])
+    return [leaf for leaf in leaves if isinstance(leaf, str)]
+
+
+def _again(value: Any) -> Any:
+    """A generator from where it is, so that the next run of the same call draws the same."""
+    if isinstance(value, torch.Generator):
+        return torch.Generator(value.device).set_state(value.get_state())
+    return value
+
+
+@contextlib.contextmanager
+def _seeded(parameters: Iterator[Tensor], seed: int) -> Iterator[None]:
+    """Random numbers of this seed inside this block, those of a process afterwards as before."""
+    devices = sorted({parameter.device.index or 0 for parameter in parameters if parameter.is_cuda})
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _possible_output(pipe: Any, wanted: str) -> str:
+    """The output to ask a pipeline for: some know no latents, and say so when all is drawn."""
+    if wanted == PICTURES or isinstance(parameters_of(pipe), type(None)):
+        return wanted
+    call = inspect.unwrap(type(whole_pipeline(pipe)).__call__)
+    try:
+        source = inspect.getsource(call)
+    except (OSError, TypeError):
+        return wanted
+    return wanted if f'"{LATENT}"' in source else PICTURES
+
+
+def _pictures(asked: Mapping[str, Any]) -> int:
+    """How many pictures or videos one call asks for, as far as its arguments tell."""
+    prompts = asked.get("prompt", asked.get("prompt_embeds"))
+    count = len(prompts) if isinstance(prompts, list | tuple | Tensor) else 1
+    for name in COUNTS:
+        count *= asked[name] if isinstance(asked.get(name), int) else 1
+    return count
