@@ -22,6 +22,7 @@ from ldmq_kernels.numerics.formats import FLOAT, Scheme
 from ldmq_kernels.tracing import is_exported
 
 PLAIN, PACKED = "quantized_weight", "packed_weight"
+SAVED_NAME = "ldmq_layer"  # in the metadata of a state dict: what the layer is called in its model
 
 
 def buffer_name(stored: str) -> str:
@@ -49,6 +50,7 @@ class PackedWeight(nn.Module):
     """
 
     scheme: Scheme = FLOAT
+    name: str = ""  # in its model, for errors; empty where nobody gave one
     float_dtype: torch.dtype = torch.float32
     packer: Packer | None = None
     _packed_for_linear: bool = False
@@ -194,6 +196,8 @@ class PackedWeight(nn.Module):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         if self.scheme.quantizes:
             destination[prefix + "weight"] = self.plain_weight
+            if hasattr(destination, "_metadata"):  # whoever loads these says where they are from
+                destination._metadata[prefix[:-1]][SAVED_NAME] = self.name
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -32,7 +32,6 @@ class QuantizedLayer(PackedWeight, InputScale):
     bias: Any
     first_token: bool = False
     adds_bias: bool = False
-    name: str = ""  # in its model, for errors; empty where nobody gave one
     revision: int = 0  # of the buffers: grows whenever they are filled, loaded or moved
 
     # -- to be given by the layer ------------------------------------------------------------------
@@ -296,6 +295,12 @@ class QuantizedLayer(PackedWeight, InputScale):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if self.scheme.quantizes and isinstance(weight, Tensor) and weight.is_floating_point():
+            raise ValueError(
+                f"{prefix}weight is {weight.dtype}, {self.scheme.dtypes['weight']} is needed: the layer is quantized "
+                f"({self.scheme}), load this into the float model and quantize that with ldmq.quantize"
+            )
         for name in self.scheme.dtypes:
             try:
                 self.scheme.check(name, state_dict.get(prefix + name))

@@ -33,7 +33,7 @@ from ldmq_kernels.files import (
     shortened,
     write_into,
 )
-from ldmq_kernels.integrations.diffusers.integrity import MARK, SAVE_AGAIN, CheckpointError
+from ldmq_kernels.integrations.diffusers.integrity import MARK, SAVE_AGAIN, CheckpointError, refuse_marked
 
 Call = Callable[..., Any]
 
@@ -47,6 +47,7 @@ def wrap_models(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(module, "ModelMixin.save_pretrained", _save_pretrained)
     wrapt.wrap_function_wrapper("diffusers.configuration_utils", "ConfigMixin.load_config", _load_config)
     wrapt.wrap_function_wrapper(module, "_get_checkpoint_shard_files", _shard_files)
+    wrapt.wrap_function_wrapper(module, "ModelMixin._load_pretrained_model", _load_tensors)
 
 
 def _save_pretrained(save: Call, model: Any, args: Any, kwargs: Any) -> Any:
@@ -76,6 +77,14 @@ def _load_config(load: Call, _model: Any, args: Any, kwargs: Any) -> Any:
         finish_saves(Path(folder))
         if kwargs.get("subfolder"):
             finish_saves(Path(folder, kwargs["subfolder"]))
+    return load(*args, **kwargs)
+
+
+def _load_tensors(load: Call, _model: Any, args: Any, kwargs: Any) -> Any:
+    """Refuse the tensors of a quantized model for a config.json that says nothing of it, as of a float one."""
+    given = inspect.signature(load).bind(*args, **kwargs).arguments
+    if given.get("hf_quantizer") is None:
+        refuse_marked([str(file) for file in given["resolved_model_file"]])
     return load(*args, **kwargs)
 
 

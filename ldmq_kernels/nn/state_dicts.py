@@ -1,0 +1,68 @@
+"""The tensors of quantized layers are refused where float layers would take the integers for their weights.
+
+torch lets a layer refuse what is loaded into it, and not where its own tensors go. So `load_state_dict` is wrapped,
+once, when this package's layers are imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import wrapt
+from torch import Tensor, nn
+
+from ldmq_kernels.nn.packed import SAVED_NAME
+from ldmq_kernels.numerics.formats import FORMATS
+
+
+def watch_loading() -> None:
+    """Have torch's `load_state_dict` refuse what `refuse_integers` refuses."""
+    wrapt.wrap_function_wrapper("torch.nn", "Module.load_state_dict", _load_state_dict)
+
+
+def _load_state_dict(load: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    state_dict = args[0] if args else kwargs.get("state_dict")
+    if isinstance(state_dict, Mapping):
+        refuse_integers(module, state_dict)
+    return load(*args, **kwargs)
+
+
+def refuse_integers(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state dict that has the integers of a quantized layer where a module has a float one.
+
+    Args:
+        module: into which the state dict would be loaded.
+        state_dict: of any module.
+
+    Raises:
+        ValueError: it has; the text names the first such layer.
+    """
+    leaves = {leaf for format in FORMATS.values() for leaf in format.weight.buffers((1, 1))} - {"weight"}
+    for key in state_dict:
+        name, _, leaf = key.rpartition(".")
+        if leaf not in leaves:
+            continue
+        weight = state_dict.get(f"{name}.weight" if name else "weight")
+        if isinstance(weight, Tensor) and not weight.is_floating_point() and _is_float(_layer(module, name), leaf):
+            saved = getattr(state_dict, "_metadata", {}).get(name, {}).get(SAVED_NAME)
+            raise ValueError(
+                f"{saved or name or 'the layer'} is quantized in this state dict ({weight.dtype} and {leaf}) and a "
+                f"float layer in this {type(module).__name__}, which would take the integers for weights: make it from "
+                "the float model and quantize it then with ldmq.quantize, or load what was saved with from_pretrained"
+            )
+
+
+def _layer(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _is_float(layer: nn.Module | None, leaf: str) -> bool:
+    """Whether a layer holds a floating weight, and knows nothing of what another package may call as we do."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or layer._load_state_dict_pre_hooks:
+        return False
+    weight = layer._parameters.get("weight")
+    return weight is not None and weight.is_floating_point() and leaf not in {**layer._parameters, **layer._buffers}
