@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.machine import machine
+from ldmq_kernels.files import check_place
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -104,6 +105,15 @@ def keep(what: str, rows: list[Row], summary: dict[str, Any], record: dict[str, 
     return write(path_of(what, record or _machine()), rows, summary, record)
 
 
+def check_keep(what: str) -> None:
+    """Before anything is measured: refuse a place to which `keep` could not write.
+
+    Raises:
+        OSError: it cannot be written; its text says so.
+    """
+    check_place(path_of(what, _machine()))
+
+
 def collect(found: Iterable[dict[str, Any]]) -> list[Path]:
     """Write a file for each device, date and kind among rows as `read` gives them."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -143,8 +153,15 @@ class Output:
 
     @classmethod
     def of(cls, what: str, options: argparse.Namespace) -> Output:
-        """Do what the options of `add_options` say."""
-        return cls(what, options.json, options.rows, options.record)
+        """Do what the options of `add_options` say.
+
+        Raises:
+            OSError: a file that would be written cannot be.
+        """
+        output = cls(what, options.json, options.rows, options.record)
+        for path in output.files:
+            check_place(path)
+        return output
 
     @property
     def files(self) -> list[Path]:

@@ -105,6 +105,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets kernels: unset it, so that they are compiled")
+    if options.compile:
+        results.check_keep("compilations")
     rows = []
     for name in ("sd15", "sdxl"):
         for scheme in ("w8a8-static", "w8a8-dynamic"):

@@ -158,6 +158,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--target-sqnr", type=float, help="in dB; without it, the highest within 0.55 of fp16's bytes")
     options = parser.parse_args(arguments)
+    results.check_keep(f"plan_{options.model}")
     record = machine()
     pipe = random_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)

@@ -170,6 +170,7 @@ def table(data: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> None:
     """Measure all of it and write the results file."""
     argparse.ArgumentParser(prog="python -m benchmarks estimates", description=__doc__).parse_args(arguments)
+    results.check_keep("method")
     dtype = torch.float16 if device().type == "cuda" else torch.float32
     pipe = demo.load_demo_pipeline(dtype, demo.WEIGHTS).to(device())
     prompts, settings = calibration_captions(CALIBRATION_PROMPTS), SamplingSettings(STEPS, GUIDANCE, 0)

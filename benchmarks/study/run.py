@@ -35,6 +35,7 @@ from benchmarks.study.peers import OURS
 from benchmarks.study.questions import as_records
 from benchmarks.study.samples import Samples, interval, measures_of, value
 from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
+from ldmq_kernels.files import check_place
 from ldmq_kernels.nn import QuantizedLayer
 
 NOT_INSTALLED = "not installed: pip install --no-deps -r benchmarks/requirements-peers.txt"
@@ -187,6 +188,8 @@ def main(arguments: list[str]) -> None:
         "steps": QUICK_STEPS if options.quick else subject.steps,
     }
     options.rows.parent.mkdir(parents=True, exist_ok=True)
+    check_place(options.rows)
+    results.check_keep(subject.results)
     console = Console(stderr=True)
     study = Study(options.rows, settings | {"model": subject.name}, console)
     setup, evaluation = prepare(subject, **settings, show=console.is_terminal)

@@ -4,6 +4,7 @@ from ldmq_kernels.files.json_of_others import NotJsonError, read_json, shortened
 from ldmq_kernels.files.outputs import (
     Fill,
     MisplacedError,
+    check_place,
     finish_writing_into,
     output_file,
     output_folder,
@@ -20,6 +21,7 @@ __all__ = [
     "MisplacedError",
     "NotJsonError",
     "alias_in_ascii",
+    "check_place",
     "csv_bytes",
     "finish_writing_into",
     "output_file",

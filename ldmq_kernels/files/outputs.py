@@ -125,6 +125,18 @@ def write_whole(path: Path, content: bytes) -> None:
         _put_file(part, target, content)
 
 
+def check_place(path: Path) -> None:
+    """Refuse a place to which `write_whole` could not write, before the work whose results go there as they come.
+
+    Raises:
+        OSError: the place cannot be written, or is no file; its text says so.
+    """
+    _check_file(path)
+    target = _behind_links(path)
+    with _reserved(_beside(target), target, path):
+        pass
+
+
 @contextlib.contextmanager
 def output_file(path: Path, is_older: Callable[[Path], bool], kind: str) -> Iterator[Callable[[bytes], None]]:
     """Reserve the place of a file, and give the function that writes its content.

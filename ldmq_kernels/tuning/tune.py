@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ldmq_kernels import ops
-from ldmq_kernels.files import read_json, shortened, write_whole
+from ldmq_kernels.files import check_place, read_json, shortened, write_whole
 from ldmq_kernels.kernels import measurements
 from ldmq_kernels.kernels.backend import Backend, backends
 from ldmq_kernels.kernels.gpu import gpu_of
@@ -61,6 +61,7 @@ def tune(
 
     Raises:
         TuningError: there is no such GPU, or the file is damaged or was measured on another one.
+        OSError: the file cannot be written.
     """
     names = tuple(ops.specs()) if names is None else names
     served = [backend for backend in backends().values() if backend.is_raced and backend.serves(device)]
@@ -69,6 +70,7 @@ def tune(
         reasons = "; ".join(f"{backend.name} {backend.why_not(device)}" for backend in raced)
         raise TuningError(f"{device} is served by no backend whose kernels are measured: {reasons}")
     path = out or measurements.user_file(device)
+    check_place(path)
     found = _earlier(path, device, served)
     begin = time.monotonic()
     _warn_of_what_is_off(names, served, device)

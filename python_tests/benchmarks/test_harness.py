@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -117,3 +118,18 @@ def test_tables_keep_every_cell() -> None:
     header, lines = ["", "ms"], [["ldmq", "1.25"], ["fp16", "12.5"]]
     assert markdown(header, lines) == "|  | ms |\n| --- | --- |\n| ldmq | 1.25 |\n| fp16 | 12.5 |"
     assert aligned(header, lines, left=1) == "        ms\nldmq  1.25\nfp16  12.5"
+
+
+@pytest.mark.parametrize("option", ["--json", "--rows", "--record"])
+def test_results_that_could_not_be_written_are_refused_before_they_are_measured(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes").write_text("mine")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "notes")
+    parser = argparse.ArgumentParser()
+    results.add_options(parser)
+    given = parser.parse_args([option] if option == "--record" else [option, str(tmp_path / "notes" / "out")])
+    with pytest.raises(OSError, match=r"Not a directory|which is no folder"):
+        results.Output.of("linear_w8a8", given)
+    with pytest.raises(OSError, match=r"Not a directory|which is no folder"):
+        results.check_keep("method")

@@ -102,6 +102,20 @@ def test_no_time_measures_nothing_more(tmp_path: Path) -> None:
     assert not (tmp_path / "tiles.json").exists()
 
 
+@pytest.mark.parametrize(("place", "words"), [("", "is a folder"), ("notes/tiles.json", "Not a directory")])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    place: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").write_text("mine")
+
+    def timed(*_: object) -> float:
+        raise AssertionError("something is measured")
+
+    with pytest.raises(OSError, match=words):
+        tune(CPU, tmp_path / place, timer=timed, names=("linear_w8a8",), show=False)
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_a_tile_that_does_not_launch_is_noted_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ldmq_kernels.kernels.triton import (
         gemm_launch,
