@@ -16,6 +16,7 @@ COMMANDS = {
     "study": ("benchmarks.study.run", "formats, calibration, search, planners and other tools on the demo model"),
     "estimates": ("benchmarks.study.planner_estimates", "how well the planner's estimates hold on the demo model"),
     "plan": ("benchmarks.study.plan_large", "the method on a UNet of full size: minutes and memory"),
+    "breadth": ("benchmarks.breadth", "every kind of pipeline planned through its own calls, and quantized"),
     "cold-start": ("benchmarks.models.cold_start", "seconds to the first call with an empty Triton cache"),
     "compilations": ("benchmarks.models.compilations", "kernels that a first call compiles, counted without a GPU"),
     "shapes": ("benchmarks.models.shapes", "the models' layers, into the package's tuning/model_shapes.json"),

@@ -17,7 +17,8 @@ from ldmq_kernels.calibration.denoisers import chosen, denoiser
 from ldmq_kernels.calibration.drawings import described
 from ldmq_kernels.cli.fitted import say
 from ldmq_kernels.cli.models import is_pipeline, load, load_pipeline, load_structure, to_stored_dtype
-from ldmq_kernels.conversion import quantize, summarize
+from ldmq_kernels.conversion import Summary, quantize, summarize
+from ldmq_kernels.conversion.left_in_float import lines_of
 from ldmq_kernels.files import output_folder, printable, write_whole
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
 from ldmq_kernels.planning.assignment import MOST_DB
@@ -88,7 +89,7 @@ def run_plan(model: Path, request: PlanRequest, out: Path, dtype: str) -> None:
         pipe = load_pipeline(model, dtype)
         result = make_plan(pipe, request)
         write(result.plan)
-    console.print(summarize(denoiser(chosen(pipe, request.part)), result.plan).table())
+    _print_summary(summarize(denoiser(chosen(pipe, request.part)), result.plan))
     say(f"{_reached(result.plan)}\nwritten to {printable(out)}")
 
 
@@ -142,11 +143,18 @@ def _reached(plan: Plan) -> str:
     return words
 
 
+def _print_summary(summary: Summary) -> None:
+    """What is quantized, and by name what stays in float."""
+    console.print(summary.table())
+    for line in lines_of(summary.in_float):
+        say(line)
+
+
 def quantize_by_plan(model: Path, plan_file: Path, out: Path, dtype: str, *, dry_run: bool) -> None:
     """Quantize a pipeline or a model alone as a plan file says."""
     plan = Plan.load(plan_file)
     structure = load_structure(model, plan.model.get("part") if is_pipeline(model) else None)
-    console.print(summarize(structure, plan).table())
+    _print_summary(summarize(structure, plan))
     if dry_run:
         console.print("nothing was written")
         return
@@ -172,7 +180,7 @@ def _planned(model: Path, request: PlanRequest, dtype: str) -> tuple[Any, Plan]:
     """The float pipeline and its plan, which is shown."""
     pipe = load_pipeline(model, dtype)
     result = make_plan(pipe, request)
-    console.print(summarize(denoiser(chosen(pipe, request.part)), result.plan).table())
+    _print_summary(summarize(denoiser(chosen(pipe, request.part)), result.plan))
     console.print(_reached(result.plan))
     return pipe, result.plan
 

@@ -13,6 +13,7 @@ from ldmq_kernels.calibration.denoisers import chosen, denoiser, denoisers
 from ldmq_kernels.calibration.drawings import given_calls
 from ldmq_kernels.conversion.convert import check_convertible, convert
 from ldmq_kernels.conversion.hessian import RecordedHessians
+from ldmq_kernels.conversion.summary import summarize
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.plan import Plan, PlanError, uniform_plan
@@ -85,10 +86,12 @@ def quantize(
             check_convertible(model)  # all or none
         for model, of_model in plans.items():
             convert(model, of_model)
+            _say_what_has_no_scheme(model)
         return pipe
     plan = as_plan(plan)
     if isinstance(pipe, nn.Module):
         convert(pipe, plan)
+        _say_what_has_no_scheme(pipe)
         return pipe
     planned = chosen(pipe, plan.model.get("part"))
     model = denoiser(planned)
@@ -98,6 +101,7 @@ def quantize(
         drawn = () if calls is None and forward_loop is None else given_calls(None, calls, forward_loop)
         hessian_of = RecordedHessians(planned, plan, drawn, show=show_progress)
     convert(model, plan, hessian_of)
+    _say_what_has_no_scheme(model)
     for name, other in denoisers(pipe).items():
         if other is not model and not any(isinstance(m, QuantizedLayer) for m in other.modules()):
             logger.warning(
@@ -106,6 +110,21 @@ def quantize(
                 name,
             )
     return pipe
+
+
+def _say_what_has_no_scheme(model: nn.Module) -> None:
+    """Tell what of a model that is quantized now could not be, such as 3-D convolutions."""
+    summary = summarize(model)
+    for kind, modules in summary.without_scheme.items():
+        share = sum(module.bytes for module in modules) / summary.bytes_before
+        logger.warning(
+            "%d %s of this %s stay in float, %.1f %% of its bytes, since there is no scheme for them: %s",
+            len(modules),
+            kind,
+            type(model).__name__,
+            100 * share,
+            ", ".join(module.name for module in modules),
+        )
 
 
 def _denoisers(pipe: Any) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ldmq_kernels.conversion.left_in_float import InFloat, left_in_float
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.formats import FLOAT, FLOAT_BYTES, SCHEMES, Scheme
 from ldmq_kernels.plans.cost import layer_bytes, weight_bytes
@@ -34,10 +35,24 @@ class Summary:
 
     `schemes` has an entry by name for each scheme that occurs; what no layer of them holds
     (norms, biases) is in `other_bytes`, before as after.
+
+    Attributes:
+        in_float: every module with a weight that stays in float, with the reason; also those that no scheme is for,
+            such as 3-D convolutions.
     """
 
     schemes: dict[str, SchemeShare]
     other_bytes: int
+    in_float: tuple[InFloat, ...] = ()
+
+    @property
+    def without_scheme(self) -> dict[str, list[InFloat]]:
+        """The modules that no scheme is for, by their class."""
+        kinds: dict[str, list[InFloat]] = {}
+        for module in self.in_float:
+            if not module.has_scheme:
+                kinds.setdefault(module.kind, []).append(module)
+        return kinds
 
     def _layers(self, kind: str, quantized: bool) -> int:
         return sum(getattr(share, kind) for name, share in self.schemes.items() if name != str(FLOAT) or not quantized)
@@ -77,6 +92,10 @@ class Summary:
             f"{self.quantized_convolutions} of {self.convolutions} convolutions and {self.quantized_linears} of "
             f"{self.linears} linears quantized; {_megabytes(self.bytes_before)} in fp16, "
             f"{_megabytes(self.bytes_after)} now ({_ratio(self.bytes_before, self.bytes_after)})"
+            + "".join(
+                f"; {len(modules)} {kind} in float, {_megabytes(sum(m.bytes for m in modules))}"
+                for kind, modules in self.without_scheme.items()
+            )
         )
 
     def table(self) -> Table:
@@ -94,7 +113,12 @@ class Summary:
 
         for name, share in self.schemes.items():
             row(name, str(share.convolutions), str(share.linears), share.bytes_before, share.bytes_after)
-        row("biases, norms, other", "", "", self.other_bytes, self.other_bytes)
+        rest = self.other_bytes
+        for kind, modules in self.without_scheme.items():
+            size = sum(module.bytes for module in modules)
+            row(f"no scheme: {len(modules)} {kind}", "", "", size, size)
+            rest -= size
+        row("biases, norms, other", "", "", rest, rest)
         table.add_section()
         row(
             "all",
@@ -135,7 +159,7 @@ def summarize(model: nn.Module, plan: Plan | None = None) -> Summary:
     counted = {id(layer._parameters.get("weight")) for layer in layers.values()}
     counted |= {id(m.bias) for m in layers.values() if isinstance(m, QuantizedLayer) and m.adds_bias}
     other = sum(p.numel() for p in model.parameters() if id(p) not in counted)
-    return Summary(shares, FLOAT_BYTES * other)
+    return Summary(shares, FLOAT_BYTES * other, left_in_float(model, layer_plans))
 
 
 def _stored_bytes(layer: nn.Linear | nn.Conv2d) -> int:

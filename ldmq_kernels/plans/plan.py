@@ -320,9 +320,13 @@ def uniform_plan(model: nn.Module, scheme: str) -> Plan:
     """Every layer that can have it in one scheme, the others in float; for schemes that need no calibration.
 
     Raises:
-        PlanError: the scheme is unknown or static.
+        PlanError: the scheme is unknown or static, or the model has no layer that could be quantized.
     """
     check_uniform(scheme)
+    if not quantizable_layers(model):
+        raise PlanError(
+            f"this {type(model).__name__} has no linear and no 2-D convolution: nothing of it can be quantized"
+        )
     exceptions = {
         name: {"scheme": str(FLOAT), "reason": f"no {scheme} for a {kind_of(m)}"}
         for name, m in quantizable_layers(model).items()

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ldmq_kernels.conversion import convert, summarize
+from ldmq_kernels.conversion import convert, quantize, summarize
+from ldmq_kernels.conversion.left_in_float import lines_of
 from ldmq_kernels.plans.plan import PlanError, uniform_plan
 from python_tests.tiny import mixed_plan, tiny_unet
 
@@ -61,3 +62,35 @@ def test_the_table_says_what_the_summary_says():
 def test_a_plan_for_another_model_is_refused():
     with pytest.raises(PlanError, match="make a plan for this model"):
         summarize(tiny_unet(), uniform_plan(tiny_unet(block_out_channels=(32, 32)), "w8a16"))
+
+
+def test_whatever_stays_in_float_is_named_with_its_reason():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv3d(2, 3, 1), nn.Conv1d(4, 2, 3), nn.LayerNorm(4), nn.Embedding(9, 4))
+    model.append(nn.Linear(4, 2))
+    plan = uniform_plan(model, "w8a8-dynamic")
+    plan.exceptions["5"] = {"scheme": "fp16", "reason": "too noisy"}
+    predicted = summarize(model, plan)
+    assert [(module.name, module.kind, module.has_scheme, module.reason) for module in predicted.in_float] == [
+        ("1", "Conv3d", False, "there is no scheme for a Conv3d"),
+        ("2", "Conv1d", False, "there is no scheme for a Conv1d"),
+        ("5", "Linear", True, "too noisy"),
+    ]
+    assert "1 Conv3d in float, 0.00 MB; 1 Conv1d in float" in str(predicted)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(predicted.table())
+    assert "no scheme: 1 Conv3d" in console.export_text()
+    assert lines_of(predicted.in_float)[2] == "in float, too noisy: 5"
+    convert(model, plan)
+    assert summarize(model).in_float == predicted.in_float
+
+
+def test_quantizing_says_what_there_is_no_scheme_for(caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv3d(2, 3, 1), nn.Conv3d(2, 3, 1))
+    quantize(model, scheme="w8a16")
+    assert "2 Conv3d of this Sequential stay in float" in caplog.text
+    assert "1, 2" in caplog.text
+
+
+def test_a_model_without_any_layer_for_it_is_refused():
+    with pytest.raises(PlanError, match=r"Conv3d has no linear and no 2-D convolution"):
+        quantize(nn.Conv3d(2, 3, 1), scheme="w8a16")

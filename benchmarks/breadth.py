@@ -1,0 +1,135 @@
+"""Every pipeline planned through its own calls and quantized, kept as a results file: python -m benchmarks breadth
+
+One row a pipeline of `python_tests/breadth`: the real classes of diffusers on small random models. Each is planned by
+`ldmq.plan(pipe, calls=...)`, quantized, and called again from another seed. A row is ok where the plan holds what was
+asked for on its held-out call, and the quantized pipeline comes within 3 dB of it at calls of other seeds. Figures of
+random models tell that a path is right, and nothing of pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any
+
+from benchmarks.harness import results
+from benchmarks.harness.tables import markdown
+
+FORMATS = ("w8a8-static", "w8a8-dynamic", "fp16")
+TARGET_DB, OTHER_SEEDS_DB = 20.0, 3.0
+WHAT = "breadth"
+
+
+def measure(name: str) -> dict[str, Any]:
+    """One row of the results file, in a process of its own."""
+    import torch
+
+    from python_tests.breadth.matrix import all_rows
+    from python_tests.breadth.measure import measured
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    start = time.process_time()
+    row: dict[str, Any] = {"op": WHAT, "shape": name, "name": name}
+    try:
+        found = measured(all_rows()[name], TARGET_DB, FORMATS)
+    except Exception as error:
+        return row | {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+    summary = found.summary
+    kinds = {kind: len(modules) for kind, modules in summary.without_scheme.items()}
+    layers = [module for module in summary.in_float if module.has_scheme]
+    return row | {
+        "ok": found.held_out_db >= TARGET_DB and found.called_db >= TARGET_DB - OTHER_SEEDS_DB,
+        "convolutions": [summary.quantized_convolutions, summary.convolutions],
+        "linears": [summary.quantized_linears, summary.linears],
+        "share_of_fp16": summary.bytes_after / summary.bytes_before,
+        "held_out_db": found.held_out_db,
+        "called_db": found.called_db,
+        "drawn_db": found.drawn_db,
+        "in_float": kinds | ({"planned layers": len(layers)} if layers else {}),
+        "seconds": round(time.process_time() - start, 1),
+    }
+
+
+def _in_words(in_float: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in in_float.items()) or "nothing"
+
+
+def models_table(data: dict[str, Any]) -> str:
+    """The whole matrix as Markdown, for docs/models.md."""
+    lines = []
+    for row in sorted(data["rows"], key=lambda row: row["name"]):
+        if "error" in row:
+            lines.append([row["name"], "", "", "", "", f"fails: {row['error']}"])
+            continue
+        counts = [f"{done} of {total}" if total else "-" for done, total in (row["convolutions"], row["linears"])]
+        asked = "" if row["ok"] else ", below what was asked for"
+        lines.append(
+            [
+                row["name"],
+                *counts,
+                f"{row['held_out_db']:.1f}",
+                f"{row['called_db']:.1f}{asked}",
+                _in_words(row["in_float"]),
+            ]
+        )
+    return markdown(["pipeline", "convolutions", "linears", "held out, dB", "other seeds, dB", "in float"], lines)
+
+
+def table(data: dict[str, Any]) -> str:
+    """What the results file says in short."""
+    rows = data["rows"]
+    right = sum(row["ok"] for row in rows)
+    seconds = sum(row.get("seconds", 0.0) for row in rows)
+    return "\n\n".join(
+        [
+            f"**Pipelines planned through their own calls** ({TARGET_DB:g} dB asked of small random models; "
+            "[docs/models.md](models.md) has the rows)",
+            markdown(["rows", "right", "processor seconds"], [[str(len(rows)), str(right), f"{seconds:.0f}"]]),
+        ]
+    )
+
+
+def _each(names: list[str], workers: int) -> list[dict[str, Any]]:
+    """The rows in the order of their names."""
+    found: dict[str, dict[str, Any]] = {}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(_measured_by(), name): name for name in names}
+        for done in as_completed(waiting):
+            row = found[waiting[done]] = done.result()
+            told = row.get("error") or f"{row['called_db']:.1f} dB, {row['seconds']} s"
+            print(f"{len(found)} of {len(names)} {'ok   ' if row['ok'] else 'WRONG'} {row['name']}: {told}", flush=True)
+    return [found[name] for name in names]
+
+
+def _measured_by() -> Callable[[str], dict[str, Any]]:
+    """The function as a process that is spawned finds it, also where this module runs as a command."""
+    from benchmarks.breadth import measure as found
+
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Run the matrix, write the results file, and give 1 where a row is not right."""
+    from python_tests.breadth.matrix import all_rows
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks breadth", description=__doc__)
+    parser.add_argument("--row", action="append", help="only rows whose name holds this text; nothing is written")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, one thread each")
+    options = parser.parse_args(arguments)
+    wanted = [name for name in all_rows() if not options.row or any(text in name for text in options.row)]
+    wanted.sort(key=lambda name: all_rows()[name].is_large)
+    rows = _each(wanted, options.workers)
+    right = sum(row["ok"] for row in rows)
+    print(f"{right} of {len(rows)} rows ok")
+    if options.row:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(f"written: {results.keep(WHAT, rows, {'breadth/rows': len(rows), 'breadth/ok': right})}")
+    return int(right < len(rows))

@@ -1,0 +1,67 @@
+"""A row measured: its pipeline planned through its own calls, quantized, and called again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import ldmq_kernels as ldmq
+from ldmq_kernels.calibration.denoisers import chosen, denoiser
+from ldmq_kernels.calibration.drawings import LATENT, SamplingSettings, draw
+from ldmq_kernels.calibration.trajectory import record_trajectory
+from ldmq_kernels.conversion import summarize
+from ldmq_kernels.conversion.summary import Summary
+from ldmq_kernels.numerics.sqnr import relative_noise_power
+from ldmq_kernels.planning.session import mean_db
+from ldmq_kernels.plans.plan import Plan
+from ldmq_kernels.sensitivity.output_noise import finite_db, output_noise
+from python_tests.breadth.rows import Row
+
+OTHER_SEED = 500  # of the calls that are drawn again
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a row.
+
+    Attributes:
+        called_db: SQNR of the quantized model at the user's own calls, from another seed, mean over steps.
+        drawn_db: SQNR of what the pipeline draws there.
+    """
+
+    plan: Plan
+    summary: Summary
+    called_db: float
+    drawn_db: float
+
+    @property
+    def held_out_db(self) -> float:
+        """SQNR that the plan says."""
+        return float(self.plan.measured["held_out_sqnr_db"])
+
+
+@torch.no_grad()
+def measured(row: Row, target_db: float, formats: Sequence[str], calls: int = 3) -> Measured:
+    """Plan a row's pipeline, quantize it, and draw the same with both.
+
+    Args:
+        calls: how many of the row's calls are used.
+    """
+    pipe, every = row.build()
+    given: list[Mapping[str, Any]] = every[:calls]
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    plan = ldmq.plan(
+        pipe, calls=given, part=row.part, target_sqnr_db=target_db, formats=formats, seed=0, show_progress=False
+    )
+    model = denoiser(chosen(pipe, row.part))
+    settings = SamplingSettings(None, None, OTHER_SEED)
+    exact = record_trajectory(chosen(pipe, row.part), given, settings)
+    ldmq.quantize(pipe, plan, calls=given, show_progress=False)
+    noise = output_noise(model, exact)
+    drawn = draw(pipe, given, settings, LATENT)
+    power = sum(relative_noise_power(a, b) for a, b in zip(exact.outputs, drawn, strict=True)) / len(drawn)
+    return Measured(plan, summarize(model), mean_db(noise), finite_db(power))
