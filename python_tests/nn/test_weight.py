@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from diffusers.models.embeddings import HunyuanDiTAttentionPool
 from torch import nn
 
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
@@ -137,6 +138,18 @@ def test_attention_of_torch_reads_the_weight_of_its_projection() -> None:
         layer.self_attn.out_proj = quantized_projection(layer.self_attn.out_proj)
         layer.linear1, layer.linear2 = (quantized(linear, "w8a8-dynamic") for linear in (layer.linear1, layer.linear2))
         assert sqnr_db(exact, layer(x)) > 30
+
+
+def test_the_pooler_of_hunyuan_dit_reads_the_weights_of_all_its_projections() -> None:
+    """It calls none of its four linears; see `multi_head_attention_forward`."""
+    torch.manual_seed(0)
+    pooler = HunyuanDiTAttentionPool(spacial_dim=5, embed_dim=32, num_heads=4, output_dim=24).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        exact = pooler(x)
+        for name in ("q_proj", "k_proj", "v_proj", "c_proj"):
+            setattr(pooler, name, quantized(getattr(pooler, name), "w8a8-dynamic"))
+        assert sqnr_db(exact, pooler(x)) > 30
 
 
 def quantized_projection(projection: nn.Linear) -> QuantLinear:
