@@ -13,9 +13,11 @@ import json
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import results
@@ -34,11 +36,13 @@ def measure(name: str) -> dict[str, Any]:
     from python_tests.breadth.measure import measured
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     start = time.process_time()
     row: dict[str, Any] = {"op": WHAT, "shape": name, "name": name}
     try:
-        found = measured(all_rows()[name], TARGET_DB, FORMATS)
+        asked = all_rows()[name]
+        found = measured(asked, TARGET_DB, FORMATS, calls=2 if asked.is_large else 3)
     except Exception as error:
         return row | {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
     summary = found.summary
@@ -96,13 +100,16 @@ def table(data: dict[str, Any]) -> str:
     )
 
 
-def _each(names: list[str], workers: int) -> list[dict[str, Any]]:
-    """The rows in the order of their names."""
-    found: dict[str, dict[str, Any]] = {}
+def _each(names: list[str], workers: int, keep: Path | None) -> list[dict[str, Any]]:
+    """The rows in the order of their names; those that `keep` has are taken from it, and the others added to it."""
+    kept = [entry["row"] for entry in results.read(keep)] if keep is not None and keep.exists() else []
+    found: dict[str, dict[str, Any]] = {row["name"]: row for row in kept if row["name"] in names}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(_measured_by(), name): name for name in names}
+        waiting = {pool.submit(_measured_by(), name): name for name in names if name not in found}
         for done in as_completed(waiting):
             row = found[waiting[done]] = done.result()
+            if keep is not None:
+                results.append(keep, WHAT, row)
             told = row.get("error") or f"{row['called_db']:.1f} dB, {row['seconds']} s"
             print(f"{len(found)} of {len(names)} {'ok   ' if row['ok'] else 'WRONG'} {row['name']}: {told}", flush=True)
     return [found[name] for name in names]
@@ -121,11 +128,12 @@ def main(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks breadth", description=__doc__)
     parser.add_argument("--row", action="append", help="only rows whose name holds this text; nothing is written")
+    parser.add_argument("--keep", type=Path, help="JSON lines that rows are added to, and those that are there kept")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, one thread each")
     options = parser.parse_args(arguments)
     wanted = [name for name in all_rows() if not options.row or any(text in name for text in options.row)]
     wanted.sort(key=lambda name: all_rows()[name].is_large)
-    rows = _each(wanted, options.workers)
+    rows = _each(wanted, options.workers, options.keep)
     right = sum(row["ok"] for row in rows)
     print(f"{right} of {len(rows)} rows ok")
     if options.row:

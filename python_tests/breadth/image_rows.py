@@ -32,13 +32,13 @@ def _with_picture(index: int) -> dict[str, Any]:
 
 @row("sd15, its own timesteps")
 def _() -> Any:
-    pipe = StableDiffusionPipeline(**parts.stable_diffusion(scheduler=EulerDiscreteScheduler()))
+    pipe = StableDiffusionPipeline(**parts.stable_diffusion(scheduler=EulerDiscreteScheduler(steps_offset=1)))
     return pipe, three(prompt, timesteps=[900, 500, 100], **SIZE)
 
 
 @row("sd15, its own sigmas")
 def _() -> Any:
-    pipe = StableDiffusionPipeline(**parts.stable_diffusion(scheduler=EulerDiscreteScheduler()))
+    pipe = StableDiffusionPipeline(**parts.stable_diffusion(scheduler=EulerDiscreteScheduler(steps_offset=1)))
     return pipe, three(prompt, sigmas=[12.0, 3.0, 0.5], **SIZE)
 
 
@@ -71,7 +71,7 @@ def _() -> Any:
 
 @row("sd turbo, 1 step")
 def _() -> Any:
-    pipe = StableDiffusionPipeline(**parts.stable_diffusion(scheduler=EulerDiscreteScheduler()))
+    pipe = StableDiffusionPipeline(**parts.stable_diffusion(scheduler=EulerDiscreteScheduler(steps_offset=1)))
     return pipe, three(prompt, num_inference_steps=1, guidance_scale=0.0, **SIZE)
 
 
@@ -105,7 +105,7 @@ def _() -> Any:
 
 @row("sdxl turbo, 1 step")
 def _() -> Any:
-    pipe = StableDiffusionXLPipeline(**parts.stable_diffusion_xl(scheduler=EulerDiscreteScheduler()))
+    pipe = StableDiffusionXLPipeline(**parts.stable_diffusion_xl(scheduler=EulerDiscreteScheduler(steps_offset=1)))
     return pipe, three(prompt, num_inference_steps=1, guidance_scale=0.0, **SIZE)
 
 
