@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": ("benchmarks.study.plan_large", "the method on a UNet of full size: minutes and memory"),
     "breadth": ("benchmarks.breadth", "every kind of pipeline planned through its own calls, and quantized"),
     "cold-start": ("benchmarks.models.cold_start", "seconds to the first call with an empty Triton cache"),
+    "memory": ("benchmarks.models.memory", "memory of this process over many input sizes, by the backend that serves"),
     "compilations": ("benchmarks.models.compilations", "kernels that a first call compiles, counted without a GPU"),
     "shapes": ("benchmarks.models.shapes", "the models' layers, into the package's tuning/model_shapes.json"),
 }

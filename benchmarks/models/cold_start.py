@@ -59,10 +59,10 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if device().type != "cuda":
         parser.error("a cold start is measured on a GPU; `python -m benchmarks compilations` needs none")
+    output = results.Output.of("cold_start", options)
     with tempfile.TemporaryDirectory() as cache:
         cold, warm = seconds(cache), seconds(cache)
     summary = {"cold_start/seconds_to_first_call": cold}
     row = {"name": "cold start", "seconds": {"cold": cold, "warm": warm}, "summary": summary}
-    output = results.Output.of("cold_start", options)
     output.add(row)
     print(row, *output.files, sep="\n")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldmq_kernels.demo import models, scenes
 from ldmq_kernels.demo.evaluator import CLASSES, AttributeHeads, Evaluator, attribute_accuracy, attribute_loss, targets
+from ldmq_kernels.files import output_folder
 
 SEED = 20240
 LATENT_SCENES = 65_536
@@ -275,7 +276,15 @@ def unet(work: Work, steps: int = 4400, batch: int = 64, learning_rate: float = 
 
 @app.command()
 def export(work: Work, out: Annotated[Path, typer.Option(help="folder for the trained model")]) -> None:
-    """Write the trained parts as a StableDiffusionPipeline directory in float16, and the evaluator beside it."""
+    """Write the trained parts as a StableDiffusionPipeline directory in float16, and the evaluator beside it.
+
+    An earlier result is replaced, and no other folder.
+    """
+    with output_folder(out, lambda _, names: {"evaluator", "model_index.json"} <= set(names)) as write:
+        write(partial(_write_trained, work))
+
+
+def _write_trained(work: Path, folder: Path) -> None:
     tokenizer, encoder = _trained_text_encoder(work)
     autoencoder = _trained_vae(work)
     autoencoder.register_to_config(scaling_factor=float(_latents(work)["scale"]))
@@ -291,15 +300,11 @@ def export(work: Work, out: Annotated[Path, typer.Option(help="folder for the tr
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    pipeline.to(torch.float16).save_pretrained(part)
+    pipeline.to(torch.float16).save_pretrained(folder)
     state = torch.load(work / "evaluator.pt", map_location="cpu", weights_only=True)["model"]
-    (part / "evaluator").mkdir()
+    (folder / "evaluator").mkdir()
     halves = {k: v.half().contiguous() for k, v in state.items()}
-    save_file(halves, part / "evaluator" / "model.safetensors", {"attributes": ",".join(CLASSES)})
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
+    save_file(halves, folder / "evaluator" / "model.safetensors", {"attributes": ",".join(CLASSES)})
 
 
 if __name__ == "__main__":

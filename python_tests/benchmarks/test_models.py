@@ -16,7 +16,7 @@ from benchmarks.commands import all as every
 from benchmarks.commands import model as command
 from benchmarks.harness.baselines import TOOLS
 from benchmarks.machine import ceilings, host_time
-from benchmarks.models import cpu, gpu
+from benchmarks.models import cpu, gpu, memory
 from benchmarks.models.definitions import TOYS
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +32,14 @@ def test_a_model_is_measured(name: str) -> None:
     key = name if name == "vae_decoder" else f"unet_{name}"
     assert row["summary"][f"{key}/ms"] == row["ms"]["ldmq_eager"]
     assert "| ldmq_eager |" in gpu.table({"rows": [row]})
+
+
+def test_memory_is_told_after_the_first_size_and_after_every_so_many() -> None:
+    before = memory.resident_mb()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert 60 < memory.resident_mb() - before < 70
+    del block
+    assert [seen for seen, _ in memory.growth(7, 3)] == [1, 3, 6]
 
 
 def test_a_unet_is_measured_on_a_cpu_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

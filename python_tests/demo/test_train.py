@@ -73,3 +73,11 @@ def test_batches_follow_from_the_step_alone() -> None:
     captions, drawn = train.scenes_of_step(8, 11)
     assert (captions, drawn) == train.scenes_of_step(8, 11)
     assert captions != train.scenes_of_step(8, 12)[0]
+
+
+def test_a_folder_of_the_users_is_not_replaced_by_the_trained_model(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists already and is not empty"):
+        train.export(tmp_path / "work", tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""What oneDNN keeps for each shape is bounded, so that a server's memory stays flat over any number of sizes."""
+"""What oneDNN keeps for each shape is bounded; `python -m benchmarks memory` shows what that is in megabytes."""
 
 from __future__ import annotations
 
