@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -67,8 +68,22 @@ def _save_pretrained(save: Call, model: Any, args: Any, kwargs: Any) -> Any:
     def fill(place: Path) -> None:
         options["save_directory"] = str(place)
         save(*call.args, **call.kwargs)
+        for file in place.glob("*.safetensors"):
+            _order_metadata(file)
 
     write_into(folder, fill, lambda place: of_weights(place, options["safe_serialization"], options["variant"]))
+
+
+def _order_metadata(file: Path) -> None:
+    """Put the entries of a safetensors file's metadata in order, which come in a random one: one model, one file."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            opened.seek(8)
+            opened.write(text.ljust(size))
 
 
 def _load_config(load: Call, _model: Any, args: Any, kwargs: Any) -> Any:
