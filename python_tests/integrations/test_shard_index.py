@@ -109,3 +109,14 @@ def test_a_config_that_is_cut_is_named(shards: tuple[Path, dict]) -> None:
             Model.from_pretrained(folder, **options)
         with pytest.raises(ValueError, match=r"model/config\.json is not a JSON file"):
             load_structure(folder)
+
+
+def test_an_index_in_an_archive_is_left_to_diffusers(tmp_path: Path) -> None:
+    """As diffusers before 0.38 reads DDUF files; the names there are no files."""
+    from ldmq_kernels.integrations.diffusers.saving import _shard_files
+
+    def find(pretrained_model_name_or_path: str, index_filename: str) -> str:
+        return index_filename
+
+    archive = str(tmp_path / "model.dduf")
+    assert _shard_files(find, None, (archive, "unet/" + INDEX), {}) == "unet/" + INDEX

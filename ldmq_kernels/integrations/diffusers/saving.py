@@ -99,7 +99,7 @@ def _load_tensors(load: Call, _model: Any, args: Any, kwargs: Any) -> Any:
     """Refuse the tensors of a quantized model for a config.json that says nothing of it, as of a float one."""
     given = inspect.signature(load).bind(*args, **kwargs).arguments
     if given.get("hf_quantizer") is None:
-        refuse_marked([str(file) for file in given["resolved_model_file"]])
+        refuse_marked([str(file) for file in given["resolved_model_file"] if file and os.path.isfile(file)])
     return load(*args, **kwargs)
 
 
@@ -124,8 +124,8 @@ def _problem_of(index: Path, is_local: bool) -> Exception | None:
         content = read_json(index)
     except NotJsonError as error:
         return CheckpointError(f"the index of the shards is damaged: {error}: {SAVE_AGAIN}")
-    except OSError as error:
-        return error
+    except OSError:  # it is no file of its own, but in an archive
+        return None
     if not isinstance(content, dict):
         return CheckpointError(f"{name} is damaged: it holds no JSON object: {SAVE_AGAIN}")
     for entry in ("metadata", "weight_map"):
