@@ -99,6 +99,15 @@ def test_a_shard_that_is_not_there_is_named(shards: tuple[Path, dict]) -> None:
         Model.from_pretrained(folder, **options)
 
 
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_a_shard_that_is_cut_is_named(size: int, shards: tuple[Path, dict]) -> None:
+    folder, options = shards
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:size])
+    with pytest.raises((OSError, CheckpointError), match=shard.name):
+        Model.from_pretrained(folder, **options)
+
+
 def test_a_config_that_is_cut_is_named(shards: tuple[Path, dict]) -> None:
     """By diffusers, and by the command line, which reads it first."""
     folder, options = shards

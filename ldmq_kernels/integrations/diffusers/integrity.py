@@ -7,6 +7,7 @@ spread over files, and adapters such as LoRA, do not matter.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldmq_kernels.nn import QuantizedLayer
@@ -125,13 +126,18 @@ def refuse_marked(files: Sequence[str]) -> None:
         CheckpointError: one of the files says so in its metadata.
     """
     for file in files:
+        metadata: dict[str, str] = {}
         if file.endswith(".safetensors"):
-            with safe_open(file, "pt") as opened:
-                if MARK.items() <= (opened.metadata() or {}).items():
-                    raise CheckpointError(
-                        f"{Path(file).name} was saved with checksums in its config.json, this config.json has none: "
-                        f"it is damaged or of another save: {SAVE_AGAIN}"
-                    )
+            with (
+                contextlib.suppress(SafetensorError, OSError),
+                safe_open(file, "pt") as opened,
+            ):  # whoever loads it tells
+                metadata = opened.metadata() or {}
+        if MARK.items() <= metadata.items():
+            raise CheckpointError(
+                f"{Path(file).name} was saved with checksums in its config.json, this config.json has none: "
+                f"it is damaged or of another save: {SAVE_AGAIN}"
+            )
 
 
 class TensorChecks:

@@ -88,7 +88,7 @@ def _order_metadata(file: Path) -> None:
 
 def _load_config(load: Call, _model: Any, args: Any, kwargs: Any) -> Any:
     folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-    if folder is not None:
+    if isinstance(folder, str | os.PathLike):
         finish_saves(Path(folder))
         if kwargs.get("subfolder"):
             finish_saves(Path(folder, kwargs["subfolder"]))
