@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,19 @@ class Study:
         return row
 
 
+def fitting(planned: list[Case], patterns: list[str]) -> list[Case]:
+    """The cases whose configuration fits an fnmatch pattern.
+
+    Raises:
+        SystemExit: none does.
+    """
+    found = [case for case in planned if any(fnmatchcase(case.quantization.configuration, p) for p in patterns)]
+    if not found:
+        names = ", ".join(case.quantization.configuration for case in planned)
+        raise SystemExit(f"--only {' --only '.join(patterns)} fits no case: there are {names}")
+    return found
+
+
 def summary(found: list[dict[str, Any]]) -> dict[str, float | None]:
     """The figures that later measurements are compared with: SQNR of every case of this package."""
     return {
@@ -169,6 +183,7 @@ def main(arguments: list[str]) -> None:
     """Run what is not measured yet, then write the results and the pages."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks study", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SUBJECTS, default=DEMO, help="which model it is made on")
+    parser.add_argument("--only", action="append", metavar="PATTERN", help="cases whose words fit; may be repeated")
     parser.add_argument("--captions", type=int, default=CAPTIONS, help="held out; eights keep batches equal")
     parser.add_argument("--seed-sets", type=int, default=SEED_SETS, help="how often each caption is drawn")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where results go as they come")
@@ -180,6 +195,7 @@ def main(arguments: list[str]) -> None:
     if options.report:
         print("written: " + ", ".join(map(str, report.write(report.newest(subject), options.docs))))
         return
+    planned = fitting(quick_cases() if options.quick else cases(subject.name), options.only or ["*"])
     os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # the numbers are the same, and nothing is timed here
     captions = QUICK_CAPTIONS if options.quick else options.captions
     settings = {
@@ -193,7 +209,7 @@ def main(arguments: list[str]) -> None:
     console = Console(stderr=True)
     study = Study(options.rows, settings | {"model": subject.name}, console)
     setup, evaluation = prepare(subject, **settings, show=console.is_terminal)
-    found = list(study.run(quick_cases() if options.quick else cases(subject.name), setup, evaluation))
+    found = list(study.run(planned, setup, evaluation))
     path = write(subject, found, study.settings, evaluation.float_figures, study.key["commit"])
     pages = report.write(path, options.docs)
     print("written: " + ", ".join(map(str, (path, *pages))))

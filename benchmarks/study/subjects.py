@@ -52,7 +52,7 @@ SUBJECTS = {
         ),
         Subject(
             SECOND,
-            "The second model, a transformer of 2.9 million parameters trained by flow matching,",
+            "The second model, a transformer of 1.7 million parameters trained by flow matching,",
             second_model.load_pipeline,
             second_model.STEPS,
             second_model.GUIDANCE,

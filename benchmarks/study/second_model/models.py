@@ -1,7 +1,7 @@
 """The parts of the second model, in StableDiffusion3Pipeline layout.
 
 It draws the demo's scenes at 128x128 pixels: 16x16x4 latents of the demo's own autoencoder, captions read by the
-demo's own text encoder, and a transformer of 2.9 million parameters in between, in which patches of 2x2 latents and
+demo's own text encoder, and a transformer of 1.7 million parameters in between, in which patches of 2x2 latents and
 words attend to one another, as in Stable Diffusion 3.
 """
 
@@ -31,9 +31,9 @@ TRANSFORMER: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
     "num_layers": 5,
-    "num_attention_heads": 4,
+    "num_attention_heads": 3,
     "attention_head_dim": 32,
-    "caption_projection_dim": 128,
+    "caption_projection_dim": 96,
     "joint_attention_dim": TEXT_WIDTH,
     "pooled_projection_dim": TEXT_WIDTH,
     "pos_embed_max_size": LATENT_SIZE,
@@ -50,7 +50,7 @@ class ScenePipeline(StableDiffusion3Pipeline):
 
 
 def build_transformer() -> SD3Transformer2DModel:
-    """16x16x4 latents in 64 patches, 128 wide, five blocks; 2.9 million parameters."""
+    """16x16x4 latents in 64 patches, 96 wide, five blocks; 1.7 million parameters."""
     return SD3Transformer2DModel(**TRANSFORMER)
 
 

@@ -32,7 +32,7 @@ from ldmq_kernels.progress import track
 SCENES, AT_ONCE = 8192, 4  # few at once: the encoder's maps then fit a core's cache
 FIRST_SCENE = 2_000_000
 SPREAD = 1.2  # of the noise levels' logits
-STEPS, BATCH, LEARNING_RATE = 8000, 32, 1.5e-3
+STEPS, BATCH, LEARNING_RATE = 6000, 16, 1e-3
 
 
 @torch.no_grad()

@@ -231,6 +231,14 @@ def test_a_stopped_study_goes_on_where_it_was(
     assert built[4:] == ["one", "one"]
 
 
+def test_some_cases_are_chosen_by_their_words() -> None:
+    of_static, everything = (run.fitting(cases.cases(), patterns) for patterns in (["w8a8 static, all*plain"], ["*"]))
+    assert {case.quantization.configuration for case in of_static} == {cases.words("w8a8-static")}
+    assert [case.name for case in everything] == [case.name for case in cases.cases()]
+    with pytest.raises(SystemExit, match=r"w9a9.*there are w8a16, plain"):
+        run.fitting(cases.cases(), ["w9a9"])
+
+
 # -- answers and pages ---------------------------------------------------------------------------------------
 
 
