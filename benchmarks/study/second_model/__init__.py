@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 WEIGHTS = Path(__file__).parent / "weights"
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 20, 3.0
 ENLARGED = 2  # pixels a side for one of the demo's
 
 
