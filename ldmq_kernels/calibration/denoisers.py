@@ -9,7 +9,7 @@ from torch import nn
 
 from ldmq_kernels.nn.timestep_groups import TIMESTEP_NAMES
 
-# in the order in which pipelines with several call them; of Stable Cascade and Kandinsky the prior comes first
+# the first that a pipeline has is planned where none is named
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "prior_prior", "decoder")
 
 
@@ -49,17 +49,17 @@ def whole_pipeline(pipe: Any) -> Any:
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline by name, in the order in which it calls them."""
+    """The denoisers of a pipeline by name, the first one first."""
     found = {name: getattr(pipe, name, None) for name in DENOISERS}
     return {
         name: model
         for name, model in found.items()
-        if isinstance(model, nn.Module) and (name == "unet" or _takes_a_timestep(model))
+        if isinstance(model, nn.Module) and (name != "decoder" or _takes_a_timestep(model))
     }
 
 
 def _takes_a_timestep(model: nn.Module) -> bool:
-    """Whether it denoises: a VAE's decoder may have the name of a denoiser."""
+    """Whether it denoises: that of Stable Cascade does, that of an autoencoder has the same name."""
     return not {*TIMESTEP_NAMES}.isdisjoint(inspect.signature(model.forward).parameters)
 
 

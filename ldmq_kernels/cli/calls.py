@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import typer
 
 from ldmq_kernels.calibration.drawings import Call, check_arguments, parameters_of
 from ldmq_kernels.cli.models import pipeline_class, read_prompts
-from ldmq_kernels.files import printable
+from ldmq_kernels.files import parse_json, printable
 
 PICTURE_NAMES = ("image", "images", "mask", "video")  # how arguments end that pipelines annotate with nothing
 
@@ -61,12 +60,9 @@ def read_calls(path: Path, pipeline: Any) -> list[dict[str, Any]]:
 
 
 def _call(line: str, where: str, folder: Path, pipeline: Any) -> dict[str, Any]:
-    try:
-        call = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON: {error}") from None
+    call = parse_json(line, where, "a JSON object")
     if not isinstance(call, dict):
-        raise ValueError(f'{where} is no JSON object of arguments, such as {{"prompt": "a cat"}}')
+        raise ValueError(f'{where} is not a JSON object of arguments, such as {{"prompt": "a cat"}}')
     check_arguments(pipeline, call, where)
     parameters = parameters_of(pipeline) or {}
     return {

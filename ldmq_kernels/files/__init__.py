@@ -1,6 +1,6 @@
 """Files and folders that are written whole or not at all, and JSON of whatever origin."""
 
-from ldmq_kernels.files.json_of_others import NotJsonError, read_json, shortened
+from ldmq_kernels.files.json_of_others import NotJsonError, parse_json, read_json, shortened
 from ldmq_kernels.files.outputs import (
     Fill,
     MisplacedError,
@@ -26,6 +26,7 @@ __all__ = [
     "finish_writing_into",
     "output_file",
     "output_folder",
+    "parse_json",
     "printable",
     "read_json",
     "shortened",

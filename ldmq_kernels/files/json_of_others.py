@@ -83,8 +83,8 @@ def _check_parts(value: Any, name: str) -> None:
         inner = [child for child in children if isinstance(child, dict | list)]
 
 
-def _refuse(name: str, why: object) -> NoReturn:
-    raise NotJsonError(f"{name} is not a JSON file that this package takes: {why}") from None
+def _refuse(name: str, why: object, what: str = "a JSON file") -> NoReturn:
+    raise NotJsonError(f"{name} is not {what} that this package takes: {why}") from None
 
 
 def read_json(path: Path) -> Any:
@@ -112,13 +112,26 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         _refuse(name, f"it is not UTF-8, at byte {error.start}")
     del content
+    return parse_json(text, name)
+
+
+def parse_json(text: str, name: str, what: str = "a JSON file") -> Any:
+    """The value of a text in JSON.
+
+    Args:
+        name: what the error calls the text, and `what` it should be.
+
+    Raises:
+        NotJsonError: it is none, or deeper than any of this package; a number is out of range; an object has a name
+            twice.
+    """
     try:
         value = json.loads(text, parse_int=_integer, parse_float=_float, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        _refuse(name, error)
+        _refuse(name, error, what)
     except RecursionError:
-        _refuse(name, f"objects and lists in each other more than {MOST_LEVELS} deep")
+        _refuse(name, f"objects and lists in each other more than {MOST_LEVELS} deep", what)
     except _BadValue as error:
-        _refuse(name, f"{_place(text, error.literal)}{error}")
+        _refuse(name, f"{_place(text, error.literal)}{error}", what)
     _check_parts(value, name)
     return value

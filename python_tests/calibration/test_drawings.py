@@ -11,6 +11,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration import SamplingSettings, calibrate, record_trajectory
+from ldmq_kernels.calibration.denoisers import chosen, denoiser, denoisers
 from ldmq_kernels.calibration.drawings import drawings, given_calls, texts_of
 from ldmq_kernels.calibration.outputs import as_pictures, output_of
 from ldmq_kernels.calibration.trajectory import folds_of_rows, replay
@@ -214,3 +215,19 @@ def test_what_the_pipeline_switches_in_the_model_is_as_it_was_at_each_call() -> 
     assert len(list(replay(pipe.unet, trajectory))) == 2
     assert states == [(True, first)] * 2 + [(False, second)] * 2
     assert (pipe.unet.inner.enabled, pipe.unet.inner.processor) == (False, second)
+
+
+def test_denoisers_are_found_by_name_and_a_decoder_by_what_it_takes() -> None:
+    class Wrapped(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> None:
+            """As a compiled model takes its arguments."""
+
+    transformer, decoder = Wrapped(), Net()
+    pipe = SimpleNamespace(transformer=transformer, transformer_2=None, decoder=nn.Linear(2, 2), vae=nn.Linear(2, 2))
+    assert denoisers(pipe) == {"transformer": transformer}
+    pipe.decoder = decoder
+    assert denoisers(pipe) == {"transformer": transformer, "decoder": decoder}
+    assert denoiser(pipe) is transformer
+    assert denoiser(chosen(pipe, "decoder")) is decoder
+    with pytest.raises(TypeError, match="has neither a unet nor a transformer"):
+        denoiser(SimpleNamespace(vae=decoder))

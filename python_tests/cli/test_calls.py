@@ -45,8 +45,9 @@ def test_only_pictures_are_taken_for_pictures(pipeline: type) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"prompt": "a"', "line 2 is no JSON"),
-        ('["a"]', "line 2 is no JSON object"),
+        ('{"prompt": "a"', "line 2 is not a JSON object that this package takes: Expecting"),
+        ('["a"]', "line 2 is not a JSON object of arguments"),
+        ('{"prompt": "a", "prompt": "b"}', "line 2 is not a JSON object .*the name 'prompt' twice"),
         (
             '{"prompt": "a", "promt": 1}',
             r"line 2: .* takes no 'promt' \(did you mean prompt\?\); it takes prompt, image",
@@ -54,7 +55,7 @@ def test_only_pictures_are_taken_for_pictures(pipeline: type) -> None:
         ('{"image": "blue.png"}', r"line 2, image: there is no picture .*blue\.png"),
         ('{"image": ["red.png", "calls.jsonl"]}', r"line 2, image\[1\]: .*calls\.jsonl cannot be read as a picture"),
     ],
-    ids=["json", "object", "unknown", "missing", "no-picture"],
+    ids=["json", "object", "twice", "unknown", "missing", "no-picture"],
 )
 def test_a_mistake_is_named_by_its_line(tmp_path: Path, line: str, words: str) -> None:
     path = _written(tmp_path, '{"prompt": "fine"}', line)
