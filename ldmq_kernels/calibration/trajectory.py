@@ -69,19 +69,24 @@ class UNetCall:
         Raises:
             ValueError: the call draws none of them.
         """
-        places = [place for place, prompt in enumerate(self.prompts) if prompt in set(prompts)]
-        if not places:
+        taken = self.rows_of(prompts)
+        if not taken:
             raise ValueError(f"a call of prompts {self.prompts} draws none of {tuple(prompts)}")
-        rows, count = self.output.shape[0], len(self.prompts)
-        index = torch.tensor([place + half for half in range(0, rows, count) for place in places])
+        rows, index = self.output.shape[0], torch.tensor(taken)
 
         def cut(value: Any) -> Any:
             batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
             return value[index.to(value.device)] if batched else value
 
         args, kwargs = pytree.tree_map(cut, (self.args, self.kwargs))
-        kept = tuple(self.prompts[place] for place in places)
+        kept = tuple(prompt for prompt in self.prompts if prompt in set(prompts))
         return replace(self, args=args, kwargs=kwargs, output=cut(self.output), prompts=kept)
+
+    def rows_of(self, prompts: Sequence[int]) -> list[int]:
+        """The rows of the batch that belong to some of its prompts, both halves of each."""
+        places = [place for place, prompt in enumerate(self.prompts) if prompt in set(prompts)]
+        halves = range(0, self.output.shape[0], max(1, len(self.prompts)))
+        return [half + place for half in halves for place in places]
 
 
 def timestep_of(args: Sequence[Any], kwargs: dict[str, Any]) -> float:
@@ -91,8 +96,8 @@ def timestep_of(args: Sequence[Any], kwargs: dict[str, Any]) -> float:
     return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
 
 
-def folds_of_rows(rows: int, prompts: Sequence[int], batch: int = 0) -> tuple[int, ...]:
-    """0 or 1 for each row of a batch, by its prompt: what is fitted on one fold of the prompts is judged on the other.
+def prompts_of_rows(rows: int, prompts: Sequence[int], batch: int = 0) -> tuple[int, ...]:
+    """The prompt of each row of a batch.
 
     Args:
         rows: of a tensor in a call for these prompts: both halves of guidance or one, frames or windows of a row
@@ -103,16 +108,27 @@ def folds_of_rows(rows: int, prompts: Sequence[int], batch: int = 0) -> tuple[in
         Nothing where the rows are not those of the prompts.
     """
     count = len(prompts)
-    folds = {prompt % 2 for prompt in prompts}
-    if len(folds) == 1:
-        return tuple(folds) * rows
+    if count == 1:
+        return tuple(prompts) * rows
     if not prompts or not rows:
         return ()
     if rows not in (count, 2 * count):
         if not batch or batch % count or rows % batch:
             return ()
-        return tuple(prompts[row * batch // rows % count] % 2 for row in range(rows))
-    return tuple(prompts[row % count] % 2 for row in range(rows))
+        return tuple(prompts[row * batch // rows % count] for row in range(rows))
+    return tuple(prompts[row % count] for row in range(rows))
+
+
+def folds_of_rows(rows: int, prompts: Sequence[int], batch: int = 0) -> tuple[int, ...]:
+    """0 or 1 for each row of a batch, by its prompt: what is fitted on one fold of the prompts is judged on the other.
+
+    Args:
+        rows: see `prompts_of_rows`, and `batch`.
+    """
+    folds = {prompt % 2 for prompt in prompts}
+    if len(folds) == 1:
+        return tuple(folds) * rows
+    return tuple(prompt % 2 for prompt in prompts_of_rows(rows, prompts, batch))
 
 
 @dataclass(frozen=True)

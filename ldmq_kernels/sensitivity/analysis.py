@@ -21,10 +21,12 @@ from ldmq_kernels.nn import timestep_groups
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.sensitivity.adjoint import End, EndTrajectory
 from ldmq_kernels.sensitivity.candidates import WHOLE, LayerCandidate, LayerSearch, Method
+from ldmq_kernels.sensitivity.ends import calibrated_ends
 from ldmq_kernels.sensitivity.identity import call_identity, pipeline_identity
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
-from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record
+from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record, record_ends
 from ldmq_kernels.sensitivity.similarity import (
     SSIM,
     Decoder,
@@ -148,12 +150,33 @@ def analysed_part(trajectory: Trajectory, steps: Sequence[int], prompts: int) ->
     return replace(part, calls=calls)
 
 
-def _search(trial: _TrialModel, schemes: list[Scheme], method: Method, probes: int, work: Work, show: bool) -> Any:
+def _search(
+    trial: _TrialModel,
+    schemes: list[Scheme],
+    method: Method,
+    probes: int,
+    ends: EndTrajectory | None,
+    work: Work,
+    show: bool,
+) -> Any:
+    replays = [(trial.trajectory.calls, probes)]
+    if ends is not None:
+        replays.append(([of_call.call for of_call in ends.calls], len(ends.ends) * ends.probes))
+
     def search(names: list[str]) -> Iterator[tuple[str, list[LayerCandidate]]]:
-        for chunk in chunks_of_layers(trial.model, trial.trajectory, names, probes):
+        for chunk in chunks_of_layers(trial.model, replays, names):
             records = record(trial.model, trial.trajectory, chunk, probes)
+            end_records = {} if ends is None else record_ends(trial.model, ends, chunk)
             for name in chunk:
-                layer_search = LayerSearch(name, trial.modules[name], records.pop(name), trial.calibration, method)
+                layer_search = LayerSearch(
+                    name,
+                    trial.modules[name],
+                    records.pop(name),
+                    trial.calibration,
+                    method,
+                    ends,
+                    end_records.pop(name, ()),
+                )
                 yield name, layer_search.candidates(schemes)
 
     names = list(trial.calibration.absmax)
@@ -233,6 +256,7 @@ def open_work(
     *,
     analysed_steps: int = ANALYSED_STEPS,
     method: Method = WHOLE,
+    ends: Sequence[End] = (),
 ) -> Work:
     """The work of the analysis that these arguments ask for: also before hours, to see that the folder serves.
 
@@ -249,6 +273,7 @@ def open_work(
         "schemes": [str(scheme) for scheme in schemes if scheme.quantizes],
         "analysed_steps": analysed_steps,
         "method": asdict(method),
+        "ends": list(ends),
         **pipeline_identity(pipe, texts_of(calls)),
     }
     return Work(work_dir, settings)
@@ -264,6 +289,7 @@ def analyze(
     exact: str | int = AUTO,
     signals: Sequence[str] = ("sqnr",),
     method: Method = WHOLE,
+    ends: Sequence[End] = (),
     work_dir: Path | None = None,
     show: bool = False,
 ) -> Analysis:
@@ -277,6 +303,7 @@ def analyze(
             probes estimate to be the noisiest, "auto" for all of a small model and 24 of a large one.
         signals: "sqnr", and "ssim" for the structural similarity of pictures.
         method: parts of the search of each layer.
+        ends: where noise at the end of the trajectory is estimated too: "latent", "picture".
         work_dir: keeps results, so that the same call goes on after a kill.
 
     Raises:
@@ -303,8 +330,10 @@ def analyze(
         tried,
         analysed_steps=analysed_steps,
         method=method,
+        ends=ends,
     )
-    candidates = _search(trial, tried, method, PROBES, work, show)
+    at_end = calibrated_ends(pipe, calibration, ends, steps, show=show) if ends else None
+    candidates = _search(trial, tried, method, PROBES, at_end, work, show)
     estimates = {key: c.estimate for key, c in _by_key(candidates) if c.estimate is not None}
     keys = _exact_keys(estimates, candidates, exact)
     chosen = {key: {key[0]: c} for key, c in _by_key(candidates)}

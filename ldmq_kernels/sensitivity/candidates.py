@@ -25,9 +25,12 @@ from ldmq_kernels.numerics.formats import SCHEMES, Scheme
 from ldmq_kernels.numerics.smoothing import parts_vector, smoothing_vector
 from ldmq_kernels.plans.layers import kind_of
 from ldmq_kernels.plans.plan import LayerPlan
+from ldmq_kernels.sensitivity.adjoint import EndTrajectory
+from ldmq_kernels.sensitivity.end_noise import EndNoise, end_noise
 from ldmq_kernels.sensitivity.output_noise import StepNoise
-from ldmq_kernels.sensitivity.probes import LayerRecord
-from ldmq_kernels.sensitivity.trials import FloatReference, Outcome, estimated_output_noise, set_to_step, try_out
+from ldmq_kernels.sensitivity.probes import EndRecord, LayerRecord
+from ldmq_kernels.sensitivity.recipes import Recipe, Trial
+from ldmq_kernels.sensitivity.trials import FloatReference, estimated_output_noise, set_to_step, try_out
 
 SMOOTHING_ALPHAS = (0.25, 0.5, 0.75)
 PARTS = "parts"  # in place of an alpha: one factor for each part of a concatenation
@@ -65,6 +68,7 @@ class LayerCandidate:
         noise: relative noise power of the layer's own output, with float inputs, cross-validated.
         label: the parts that the search chose, such as "alpha 0.5, range 0.85, bias".
         estimate: noise at the UNet's output by backward probes; None without probes.
+        end: noise at the end of the trajectory, by the adjoint of the sampler; None where that was not asked for.
         quantized_layer: the quantized layer itself where the layer plan alone cannot make it again (GPTQ).
         judged: for each fold of the prompts the layer plan as the other fold alone makes it, on which the candidate is
             judged; empty where the layer plan takes nothing from a calibration.
@@ -74,6 +78,7 @@ class LayerCandidate:
     noise: float
     label: str
     estimate: StepNoise | None = None
+    end: EndNoise | None = None
     quantized_layer: QuantizedLayer | None = None
     judged: tuple[LayerPlan, ...] = ()
 
@@ -91,40 +96,13 @@ def _less_noisy(noise: float, than: float, worth_db: float) -> bool:
     return noise < than * 10 ** (-worth_db / 10)
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How to make a layer plan from any calibration: of all prompts, or of a fold.
+class LayerSearch:
+    """The search for one layer; `candidates` runs it.
 
     Attributes:
-        smoothing: an alpha, PARTS, or None.
-        widened: cover the range of all steps, where the calibrated one is smaller: a range that is too narrow costs far
-            more than one that is too wide.
-        share: of the range.
+        judges: of each candidate, by its scheme, the function that gives its quantized layer for a record, as the other
+            fold of the prompts makes it.
     """
-
-    scheme: Scheme
-    first_token: bool = False
-    smoothing: float | str | None = None
-    widened: bool = False
-    share: float = 1.0
-    rounding: str = "nearest"
-
-    @property
-    def takes_inputs(self) -> bool:
-        """Whether the layer plan depends on the calibration's inputs."""
-        return self.scheme.is_static or self.smoothing is not None or self.rounding == "gptq"
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A recipe that was tried."""
-
-    recipe: _Recipe
-    outcome: Outcome
-
-
-class LayerSearch:
-    """The search for one layer; `candidates` runs it."""
 
     def __init__(
         self,
@@ -133,8 +111,12 @@ class LayerSearch:
         records: list[LayerRecord],
         calibration: Calibration,
         method: Method,
+        ends: EndTrajectory | None = None,
+        end_records: Sequence[EndRecord] = (),
     ) -> None:
         self.name, self.layer, self.method = name, layer, method
+        self.ends, self.end_records = ends, end_records
+        self.judges: dict[str, Callable[[LayerRecord | EndRecord], QuantizedLayer]] = {}
         self.reference = FloatReference.of(layer, records)
         self.timesteps = calibration.trajectory.timesteps()
         kind: type[QuantizedLayer] = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
@@ -142,12 +124,12 @@ class LayerSearch:
         self.calibration = calibration
         self.whole = {True: calibration, False: calibration.with_first_token()}  # by whether the first token is apart
         self.other = {apart: [whole.of_fold(1 - fold) for fold in (0, 1)] for apart, whole in self.whole.items()}
-        self._weights: dict[tuple[_Recipe, int | None], QuantizedLayer] = {}
+        self._weights: dict[tuple[Recipe, int | None], QuantizedLayer] = {}
         self.smoothable = getattr(layer, "groups", 1) == 1 and bool((calibration.input_absmax(name) > 0).any())
 
     # -- from a recipe to a layer plan ------------------------------------------------------------------
 
-    def _vector(self, recipe: _Recipe, calibration: Calibration) -> Tensor | None:
+    def _vector(self, recipe: Recipe, calibration: Calibration) -> Tensor | None:
         """The smoothing vector of a recipe's ranges over all steps: which channels are large changes with them."""
         if recipe.smoothing is None:
             return None
@@ -157,7 +139,7 @@ class LayerSearch:
         return 1 / smoothing_vector(absmax, self.weight, recipe.smoothing)
 
     def _scale(
-        self, recipe: _Recipe, smoothing: Tensor | None, calibration: Calibration
+        self, recipe: Recipe, smoothing: Tensor | None, calibration: Calibration
     ) -> float | tuple[float, ...] | None:
         """The scale of a recipe; None where the scheme takes none, or the input is zero."""
         scheme = recipe.scheme
@@ -176,7 +158,7 @@ class LayerSearch:
             return None
         return tuple((largest if scale is None else scale) * recipe.share for scale in groups)
 
-    def _layer_plan(self, recipe: _Recipe, fold: int | None = None) -> LayerPlan | None:
+    def _layer_plan(self, recipe: Recipe, fold: int | None = None) -> LayerPlan | None:
         """The layer plan of a recipe by all prompts, or judged on a fold; None where a static scale has no range."""
         whole = self.whole[recipe.first_token]
         calibration = whole if fold is None else self.other[recipe.first_token][fold]
@@ -193,7 +175,7 @@ class LayerSearch:
             rounding=recipe.rounding,
         )
 
-    def _judged(self, recipe: _Recipe) -> tuple[LayerPlan, ...]:
+    def _judged(self, recipe: Recipe) -> tuple[LayerPlan, ...]:
         """The layer plan for each fold as the other fold makes it; one for both where it takes no inputs."""
         folds = (0, 1) if recipe.takes_inputs else (None,)
         layer_plans = [self._layer_plan(recipe, fold) for fold in folds]
@@ -211,7 +193,7 @@ class LayerSearch:
             observers[record.fold](self.layer, (record.x,), {}, output)
         return {fold: observer.total for fold, observer in observers.items()}
 
-    def _quantized(self, recipe: _Recipe, layer_plan: LayerPlan, fold: int | None = None) -> QuantizedLayer:
+    def _quantized(self, recipe: Recipe, layer_plan: LayerPlan, fold: int | None = None) -> QuantizedLayer:
         """The quantized layer of a layer plan, made for all prompts or to be judged on a fold.
 
         Its weight is rounded once for all ways to scale the activations.
@@ -241,8 +223,8 @@ class LayerSearch:
         return quantized
 
     def _quantized_layers(
-        self, recipe: _Recipe, judged: Sequence[LayerPlan]
-    ) -> Callable[[LayerRecord], QuantizedLayer]:
+        self, recipe: Recipe, judged: Sequence[LayerPlan]
+    ) -> Callable[[LayerRecord | EndRecord], QuantizedLayer]:
         """A function that gives for a record the layer as the other fold makes it, set to its step."""
         layers = [
             set_to_step(self._quantized(recipe, layer_plan, fold), self.timesteps, self.calibration.timestep_groups)
@@ -250,14 +232,14 @@ class LayerSearch:
         ]
         return lambda record: layers[record.fold % len(layers)](record)
 
-    def _try(self, recipe: _Recipe) -> _Trial:
-        return _Trial(recipe, try_out(self.reference, self._quantized_layers(recipe, self._judged(recipe))))
+    def _try(self, recipe: Recipe) -> Trial:
+        return Trial(recipe, try_out(self.reference, self._quantized_layers(recipe, self._judged(recipe))))
 
     # -- what is searched -----------------------------------------------------------------------------
 
-    def _plain(self, scheme: Scheme, sibling: _Recipe | None) -> _Trial | None:
+    def _plain(self, scheme: Scheme, sibling: Recipe | None) -> Trial | None:
         """Nothing but the calibrated range, without the first token of a text where that pays."""
-        plain = _Recipe(scheme, widened=self.method.ranges and scheme.activations.name == "static")
+        plain = Recipe(scheme, widened=self.method.ranges and scheme.activations.name == "static")
         if self._layer_plan(plain) is None:
             return None
         trial = self._try(plain)
@@ -271,7 +253,7 @@ class LayerSearch:
         other = self._try(apart)
         return other if _less_noisy(other.outcome.noise, trial.outcome.noise, WORTH_A_FIRST_TOKEN_DB) else trial
 
-    def _smoothings(self, scheme: Scheme, sibling: _Recipe | None) -> Iterator[float | str]:
+    def _smoothings(self, scheme: Scheme, sibling: Recipe | None) -> Iterator[float | str]:
         """Smoothings worth a trial: all of them, or the one that the same activations chose already."""
         searched = scheme.quantizes_activations and not scheme.is_split
         if not (self.method.smoothing and self.smoothable and searched):
@@ -284,7 +266,7 @@ class LayerSearch:
         if self.name in self.calibration.concatenations:
             yield PARTS
 
-    def _smoothed(self, scheme: Scheme, sibling: _Recipe | None) -> _Trial | None:
+    def _smoothed(self, scheme: Scheme, sibling: Recipe | None) -> Trial | None:
         best = unsmoothed = self._plain(scheme, sibling)
         if best is None or unsmoothed is None:
             return None
@@ -295,7 +277,7 @@ class LayerSearch:
         pays = _less_noisy(best.outcome.noise, unsmoothed.outcome.noise, WORTH_SMOOTHING_DB)
         return best if pays else unsmoothed
 
-    def _ranged(self, start: _Trial, sibling: _Recipe | None) -> _Trial:
+    def _ranged(self, start: Trial, sibling: Recipe | None) -> Trial:
         scheme = start.recipe.scheme
         if not (self.method.ranges and scheme.is_static) or scheme.is_split:
             return start
@@ -305,7 +287,7 @@ class LayerSearch:
         narrow = self._try(replace(start.recipe, share=NARROWER))
         return narrow if _less_noisy(narrow.outcome.noise, start.outcome.noise, WORTH_A_RANGE_DB) else start
 
-    def _times_calibrated(self, recipe: _Recipe) -> float:
+    def _times_calibrated(self, recipe: Recipe) -> float:
         """The range of a recipe over the calibrated one."""
         whole = self.whole[recipe.first_token]
         smoothing = self._vector(recipe, whole)
@@ -315,7 +297,7 @@ class LayerSearch:
             return ours / calibrated
         return recipe.share
 
-    def _rounded(self, start: _Trial) -> _Trial:
+    def _rounded(self, start: Trial) -> Trial:
         if not start.recipe.scheme.format.weight.is_coarse:
             return start
         if not self.method.gptq or getattr(self.layer, "groups", 1) != 1:
@@ -337,7 +319,7 @@ class LayerSearch:
             (s for s in schemes if s.quantizes and kind_of(self.layer) in s.format.layers),
             key=lambda s: (s.finer is not None, list(SCHEMES).index(str(s))),
         )
-        tried: dict[str, _Recipe] = {}
+        tried: dict[str, Recipe] = {}
         best: dict[str, LayerCandidate] = {}
         for scheme in order:
             sibling = tried.get(str(scheme.finer))
@@ -350,9 +332,13 @@ class LayerSearch:
             ranged = self._ranged(smoothed, sibling)
             tried[str(scheme)] = ranged.recipe
             best[str(scheme)] = self._candidate(self._rounded(ranged))
-        return [best[str(s)] for s in schemes if str(s) in best]
+        found = [best[str(s)] for s in schemes if str(s) in best]
+        if self.ends is None:
+            return found
+        noise = end_noise(self.layer, self.end_records, self.ends, self.judges)
+        return [replace(candidate, end=noise[str(candidate.scheme)]) for candidate in found]
 
-    def _candidate(self, trial: _Trial) -> LayerCandidate:
+    def _candidate(self, trial: Trial) -> LayerCandidate:
         recipe, outcome = trial.recipe, trial.outcome
         layer_plan, judged = self._layer_plan(recipe), self._judged(recipe)
         assert layer_plan is not None
@@ -367,14 +353,21 @@ class LayerSearch:
         quantized = None
         if recipe.rounding == "gptq":
             quantized = self._quantized(recipe, layer_plan)
-        estimate = estimated_output_noise(self.reference, self._quantized_layers(recipe, judged))
+        layer_for = self._quantized_layers(recipe, judged)
+        self.judges[str(recipe.scheme)] = layer_for
+        estimate = estimated_output_noise(self.reference, layer_for)
         differs = recipe.takes_inputs or layer_plan.bias_correction is not None
         label = ", ".join(words) or "plain"
         return LayerCandidate(
-            layer_plan, noise, label, estimate, quantized, judged if differs and len(judged) == 2 else ()
+            layer_plan,
+            noise,
+            label,
+            estimate,
+            quantized_layer=quantized,
+            judged=judged if differs and len(judged) == 2 else (),
         )
 
-    def _words(self, recipe: _Recipe) -> list[str]:
+    def _words(self, recipe: Recipe) -> list[str]:
         words = ["first token"] if recipe.first_token else []
         if recipe.smoothing is not None:
             words.append(recipe.smoothing if isinstance(recipe.smoothing, str) else f"alpha {recipe.smoothing}")

@@ -8,6 +8,7 @@ number of trials at the UNet's output is estimated from the layer's own inputs, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows
+from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows, prompts_of_rows
 from ldmq_kernels.chunks import chunks_within
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
+from ldmq_kernels.sensitivity.adjoint import EndTrajectory, frozen, rademacher
 
 MEMORY = 4 << 30  # bytes of inputs and gradients that are kept at a time
 PROBES = 2
@@ -57,9 +59,33 @@ class LayerRecord:
         return halves
 
 
-def _rademacher(like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
+@dataclass
+class EndRecord:
+    """The record of one call of one layer for some pictures.
+
+    Attributes:
+        step: the sampling step of the call.
+        x: the layer's input.
+        gradients: for each probe the weight of each value of the layer's output at the end, float32; empty where the
+            output does not reach the model's.
+        prompts: the prompt of each row; empty where rows are no pictures', such as a time embedding's for all.
+        fold: 0 or 1: the half of the prompts that this is.
+    """
+
+    step: int
+    x: Tensor
+    gradients: list[Tensor]
+    prompts: tuple[int, ...]
+    fold: int = 0
+
+    def folds(self) -> list[EndRecord]:
+        """The rows of each fold; all of them as fold 0 where they are no pictures'."""
+        found = []
+        for fold in sorted({prompt % 2 for prompt in self.prompts}):
+            rows = [row for row, prompt in enumerate(self.prompts) if prompt % 2 == fold]
+            prompts, index = tuple(self.prompts[row] for row in rows), torch.tensor(rows, device=self.x.device)
+            found.append(EndRecord(self.step, self.x[index], [g[index] for g in self.gradients], prompts, fold))
+        return found or [self]
 
 
 class _Recorder:
@@ -68,7 +94,7 @@ class _Recorder:
     def __init__(self, layers: dict[str, nn.Linear | nn.Conv2d], probes: int) -> None:
         self.inputs: list[tuple[str, Tensor]] = []  # a layer may run several times in a call
         self.outputs: list[Tensor] = []
-        self._probes = probes
+        self.probes = probes
         self._handles = [
             layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in layers.items()
         ]
@@ -76,7 +102,7 @@ class _Recorder:
     def _hook(self, name: str) -> Any:
         def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             self.inputs.append((name, layer_input(args, kwargs).detach()))
-            if not self._probes:
+            if not self.probes:
                 return None
             if not output.requires_grad:  # none of the layers recorded comes before it: the graph begins here
                 output = output.detach().requires_grad_().clone()
@@ -91,30 +117,30 @@ class _Recorder:
 
 
 def _call(
-    model: nn.Module, call: UNetCall, recorder: _Recorder, probes: int, index: int, prompts: tuple[int, ...]
-) -> list[tuple[str, LayerRecord]]:
-    with torch.set_grad_enabled(probes > 0):
+    model: nn.Module, call: UNetCall, recorder: _Recorder, vectors: Sequence[Tensor]
+) -> tuple[list[tuple[str, Tensor, list[Tensor]]], Tensor]:
+    """What ran of the recorded layers in one call, each with its input and gradients, and the model's output.
+
+    Args:
+        vectors: what the output is multiplied with before the gradients; each is a backward pass.
+    """
+    with torch.set_grad_enabled(recorder.probes > 0):
         output = call.run(model)
-        signal = float(output.detach().double().square().sum())
-        batch = output.shape[0]
-        records = [
-            (name, LayerRecord(call.step, x, signal, rows=folds_of_rows(x.shape[0], prompts, batch), call=index))
-            for name, x in recorder.inputs
-        ]
-        for probe in range(probes if recorder.outputs else 0):
-            gradients = torch.autograd.grad(
+        ran: list[tuple[str, Tensor, list[Tensor]]] = [(name, x, []) for name, x in recorder.inputs]
+        for probe, vector in enumerate(vectors if recorder.outputs else ()):
+            found = torch.autograd.grad(
                 output,
                 recorder.outputs,
-                _rademacher(output.detach(), 1000 * index + probe),
-                retain_graph=probe + 1 < probes,
+                vector.to(output.dtype),
+                retain_graph=probe + 1 < len(vectors),
                 allow_unused=True,
             )
-            for (_, layer_record), gradient in zip(records, gradients, strict=True):
+            for (_, _, gradients), gradient in zip(ran, found, strict=True):
                 if gradient is not None:
-                    layer_record.gradients.append(gradient.float())
+                    gradients.append(gradient.float())
     recorder.inputs.clear()
     recorder.outputs.clear()
-    return records
+    return ran, output.detach()
 
 
 def record(
@@ -129,44 +155,75 @@ def record(
         layer -> one record a call, or several of a layer that runs several times in one. A layer whose output does not
         reach the UNet's has no gradients.
     """
-    modules = quantizable_layers(model)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     records: dict[str, list[LayerRecord]] = {name: [] for name in layers}
-    recorder = _Recorder({name: modules[name] for name in layers}, probes)
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
+    with _recording(model, layers, probes) as recorder:
         for index, call in enumerate(trajectory.calls):
             prompts = call.prompts if len(trajectory.prompts) > 1 else ()
-            for name, layer_record in _call(model, call, recorder, probes, index, prompts):
-                records[name].append(layer_record)
+            vectors = [rademacher(call.output, 1000 * index + probe) for probe in range(probes)]
+            ran, output = _call(model, call, recorder, vectors)
+            signal = float(output.double().square().sum())
+            for name, x, gradients in ran:
+                rows = folds_of_rows(x.shape[0], prompts, output.shape[0])
+                records[name].append(LayerRecord(call.step, x, signal, gradients, rows=rows, call=index))
+    return records
+
+
+@contextlib.contextmanager
+def _recording(model: nn.Module, layers: Sequence[str], probes: int) -> Iterator[_Recorder]:
+    modules = quantizable_layers(model)
+    recorder = _Recorder({name: modules[name] for name in layers}, probes)
+    try:
+        with frozen(model):
+            yield recorder
     finally:
         recorder.close()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+
+
+def record_ends(model: nn.Module, ends: EndTrajectory, layers: Sequence[str]) -> dict[str, list[EndRecord]]:
+    """Replay the calls of some pictures in float and record these layers with what their outputs weigh at the end.
+
+    Returns:
+        layer -> records in the order of the calls, each of the rows of one fold of the prompts. A layer whose output
+        does not reach the UNet's has no gradients.
+    """
+    records: dict[str, list[EndRecord]] = {name: [] for name in layers}
+    with _recording(model, layers, len(ends.ends) * ends.probes) as recorder:
+        for of_call in ends.calls:
+            size = float(of_call.adjoints.abs().amax()) or 1.0  # gradients in 16 bit neither vanish nor overflow
+            ran, output = _call(model, of_call.call, recorder, list(of_call.adjoints / size))
+            for name, x, gradients in ran:
+                prompts = prompts_of_rows(x.shape[0], of_call.call.prompts, output.shape[0])
+                whole = EndRecord(of_call.call.step, x, [g * size for g in gradients], prompts)
+                records[name] += whole.folds()
     return records
 
 
 def chunks_of_layers(
-    model: nn.Module, trajectory: Trajectory, layers: Sequence[str], probes: int = PROBES
+    model: nn.Module, replays: Sequence[tuple[Sequence[UNetCall], int]], layers: Sequence[str]
 ) -> Iterator[list[str]]:
-    """Cut the layers into runs whose records fit the memory; a layer that alone is larger gets its own."""
+    """Cut the layers into runs whose records fit the memory; a layer that alone is larger gets its own.
+
+    Args:
+        replays: what is recorded: calls, and how many probes there are of each.
+    """
     sizes: dict[str, int] = dict.fromkeys(layers, 0)
     modules = quantizable_layers(model)
 
-    def note(name: str) -> Any:
+    def note(name: str, probes: int, calls: int) -> Any:
         def size(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = layer_input(args, kwargs)
-            sizes[name] += x.numel() * x.element_size() + 4 * probes * output.numel()
+            sizes[name] += calls * (x.numel() * x.element_size() + 4 * probes * output.numel())
 
         return size
 
-    handles = [modules[name].register_forward_hook(note(name), with_kwargs=True) for name in layers]
-    try:
-        with torch.no_grad():
-            trajectory.calls[0].run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    calls = len(trajectory.calls)
-    return chunks_within(layers, {name: size * calls for name, size in sizes.items()}, MEMORY)
+    for calls, probes in replays:
+        handles = [
+            modules[name].register_forward_hook(note(name, probes, len(calls)), with_kwargs=True) for name in layers
+        ]
+        try:
+            with torch.no_grad():
+                calls[0].run(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return chunks_within(layers, sizes, MEMORY)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, replay
+from ldmq_kernels.sensitivity.decoding import decoded
 
 SSIM = "ssim"  # the signal's name
 SCORED = (".attn2.", ".ff.")
@@ -66,11 +67,7 @@ class Decoder:
 
     def __call__(self, call: UNetCall, output: Tensor) -> Tensor:
         """(prompts, 3, H, W) in [0, 1]."""
-        latent = _predicted_latent(self._scheduler, call, output)
-        config = self._vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        decoded = self._vae.decode((latent / config.scaling_factor + shift).to(self._vae.dtype)).sample
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return decoded(self._vae, _predicted_latent(self._scheduler, call, output))
 
 
 @torch.no_grad()

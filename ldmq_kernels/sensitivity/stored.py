@@ -13,7 +13,9 @@ from ldmq_kernels.conversion.convert import quantized_class
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.plan import LayerPlan
+from ldmq_kernels.sensitivity.adjoint import End
 from ldmq_kernels.sensitivity.candidates import LayerCandidate
+from ldmq_kernels.sensitivity.end_noise import EndNoise
 from ldmq_kernels.sensitivity.output_noise import SampleNoise, StepNoise
 
 
@@ -49,6 +51,14 @@ def _noise(data: dict[str, Any]) -> StepNoise:
         {int(step): power for step, power in data["by_step"]},
         tuple(SampleNoise(*sample) for sample in data["samples"]),
     )
+
+
+def _end_data(noise: EndNoise) -> dict[str, Any]:
+    return {end: list(of_end.items()) for end, of_end in noise.by_picture.items()}
+
+
+def _end_noise(data: dict[End, Any]) -> EndNoise:
+    return EndNoise({end: {int(picture): power for picture, power in of_end} for end, of_end in data.items()})
 
 
 def store_noise(noise: StepNoise) -> Stored:
@@ -106,6 +116,7 @@ def store_candidates(candidates: Sequence[LayerCandidate]) -> Stored:
                 "noise": candidate.noise,
                 "label": candidate.label,
                 "estimate": None if candidate.estimate is None else _noise_data(candidate.estimate),
+                "end": None if candidate.end is None else _end_data(candidate.end),
                 "has_layer": candidate.quantized_layer is not None,
             }
         )
@@ -147,6 +158,7 @@ def candidates_of(stored: Stored, layer: nn.Linear | nn.Conv2d) -> list[LayerCan
                 entry["noise"],
                 entry["label"],
                 None if entry["estimate"] is None else _noise(entry["estimate"]),
+                None if entry["end"] is None else _end_noise(entry["end"]),
                 _quantized_layer(layer, layer_plan, tensors) if entry["has_layer"] else None,
                 tuple(judged),
             )

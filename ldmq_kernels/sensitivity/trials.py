@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldmq_kernels.calibration.ranges import group_of
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.sensitivity.output_noise import StepNoise
-from ldmq_kernels.sensitivity.probes import LayerRecord
+from ldmq_kernels.sensitivity.probes import EndRecord, LayerRecord
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def _channels_last(output: Tensor) -> Tensor:
 
 def set_to_step(
     layer: QuantizedLayer, timesteps: Sequence[float], boundaries: Sequence[float]
-) -> Callable[[LayerRecord], QuantizedLayer]:
+) -> Callable[[LayerRecord | EndRecord], QuantizedLayer]:
     """A function that gives the layer for a record, set to the timestep group of its step where it has such scales."""
 
-    def layer_for(record: LayerRecord) -> QuantizedLayer:
+    def layer_for(record: LayerRecord | EndRecord) -> QuantizedLayer:
         if layer.scheme.has_timestep_scales:
             layer.use_timestep_group(group_of(timesteps[record.step], boundaries))
         return layer

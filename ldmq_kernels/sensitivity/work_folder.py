@@ -30,7 +30,7 @@ from ldmq_kernels.sensitivity.stored import Stored
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # of the results: 1 had classes of other names, 2 was pickled
+FORMAT = 4  # of the results: 1 had classes of other names, 2 was pickled, 3 knew no ends of trajectories
 SETTINGS, LOCK = "settings.json", "lock"
 SHOWN = 80  # characters of a value in a message
 

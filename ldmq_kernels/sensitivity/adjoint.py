@@ -1,0 +1,275 @@
+"""The adjoint of the whole sampler: how much each value of each UNet output weighs in the end of the trajectory.
+
+A small error e of the UNet's output in call i moves the final latent by J_i e, J_i going through guidance, the
+scheduler and all later calls of the UNet. For a random v with independent entries of variance 1 at the end,
+lambda_i = J_i^T v has v . J_i e = lambda_i . e, and the mean of its square over v is |J_i e|^2. One pass from the
+end to the beginning gives the lambda of every call.
+
+The pipeline draws once more with its recorded outputs (`redrawn`). Then the calls are walked backwards, each computed
+again with gradients: the activations of one call are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
+from ldmq_kernels.calibration.drawings import LATENT as LATENTS
+from ldmq_kernels.calibration.drawings import Call, SamplingSettings, drawings
+from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
+from ldmq_kernels.progress import track
+from ldmq_kernels.sensitivity.decoding import decoded
+from ldmq_kernels.sensitivity.redrawn import NoAdjoint, Redrawn, frozen
+
+End = Literal["latent", "picture"]
+LATENT: End = "latent"
+PICTURE: End = "picture"
+
+
+@dataclass(frozen=True)
+class EndCall:
+    """One call of the UNet for some pictures, and what its output weighs at their ends.
+
+    Attributes:
+        adjoints: (probes, *output.shape) float32; probes of the first end come first.
+    """
+
+    call: UNetCall
+    adjoints: Tensor
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """What a step's contribution counts for, (probes,) float64: as an amplitude, and its square as a power."""
+
+    amplitude: Tensor
+    power: Tensor
+
+
+@dataclass(frozen=True)
+class EndTrajectory:
+    """The calls of a float trajectory for some of its pictures with their adjoints.
+
+    Attributes:
+        ends: where probes were drawn, in order: "latent", "picture"; `probes` of them each.
+        scale: end -> picture -> what a squared amplitude is divided by: the latent's sum of squares, so that noise is
+            relative, or a picture's number of values, so that it is the mean squared error.
+        step_weights: step -> for how much of all steps it stands.
+    """
+
+    calls: list[EndCall]
+    ends: tuple[End, ...]
+    probes: int
+    scale: dict[End, dict[int, float]]
+    step_weights: dict[int, StepWeights]
+
+    @property
+    def pictures(self) -> list[int]:
+        """The indices of the pictures' prompts, ascending."""
+        return sorted({prompt for of_call in self.calls for prompt in of_call.call.prompts})
+
+    def at_steps(self, steps: Sequence[int]) -> EndTrajectory:
+        """The calls of some steps, each standing for its share of all.
+
+        Contributions in between are interpolated, in proportion to the size of the adjoints, which are known of all
+        steps: the last steps' are several times larger than the ones before.
+        """
+        size = torch.zeros(len(self.step_weights), len(self.ends) * self.probes, dtype=torch.float64)
+        for of_call in self.calls:
+            size[of_call.call.step] += of_call.adjoints.double().square().flatten(1).sum(1).cpu()
+        size, every = size.sqrt(), np.arange(len(size))
+        weights = {}
+        for step, row in zip(steps, np.eye(len(steps)), strict=True):
+            share = torch.from_numpy(np.interp(every, steps, row))[:, None]
+            times = size / size[step]
+            weights[step] = StepWeights((share * times).sum(0), (share * times.square()).sum(0))
+        return replace(self, calls=[c for c in self.calls if c.call.step in weights], step_weights=weights)
+
+
+def rademacher(like: Tensor, seed: int) -> Tensor:
+    """A tensor of -1 and 1 at random, of another's shape, dtype and device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
+
+
+def _gradients(of: Sequence[Tensor], by: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    return list(torch.autograd.grad(list(of), list(by), list(weights), retain_graph=True, allow_unused=True))
+
+
+def _add(sums: list[Tensor | None], more: Sequence[Tensor | None]) -> None:
+    for index, value in enumerate(more):
+        if value is not None:
+            before = sums[index]
+            sums[index] = value if before is None else before + value
+
+
+def _through_the_model(
+    model: nn.Module, call: UNetCall, rows: Tensor, given: Sequence[Tensor], adjoints: Sequence[Tensor]
+) -> list[list[Tensor | None]]:
+    """For each probe the gradients by the floating tensors that a call was given, through the model computed again.
+
+    Args:
+        call: cut to some rows of the batch.
+        rows: which; the others have no gradient.
+        given: the whole tensors, as far as they are wanted.
+    """
+    leaves, form = pytree.tree_flatten((call.args, call.kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    wanted = [place for place, tensor in zip(places, given, strict=True) if tensor.requires_grad]
+    with torch.enable_grad():
+        for place in wanted:
+            leaves[place] = leaves[place].detach().clone().requires_grad_()
+        args, kwargs = pytree.tree_unflatten(leaves, form)
+        output = replace(call, args=args, kwargs=kwargs).run(model)
+        found = []
+        for probe, adjoint in enumerate(adjoints):
+            cut = torch.autograd.grad(
+                output,
+                [leaves[place] for place in wanted],
+                adjoint[rows].to(output.dtype),
+                retain_graph=probe + 1 < len(adjoints),
+                allow_unused=True,
+            )
+            found.append([_spread(g, t, rows) for g, t in zip(cut, _in_graph(given), strict=True)])
+    return found
+
+
+def _in_graph(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.requires_grad]
+
+
+def _spread(gradient: Tensor | None, whole: Tensor, rows: Tensor) -> Tensor | None:
+    """A gradient by some rows as that by the whole tensor."""
+    if gradient is None or gradient.shape == whole.shape:
+        return gradient
+    return torch.zeros_like(whole).index_copy(0, rows, gradient)
+
+
+def _walk_back(
+    model: nn.Module,
+    calls: Sequence[UNetCall],
+    rows: Sequence[Tensor],
+    run: Redrawn,
+    weights: Sequence[Tensor],
+    show: bool,
+) -> list[list[Tensor]]:
+    """For each call and probe the adjoint of its output.
+
+    Args:
+        calls: cut to the rows of the batch that are wanted.
+        weights: for each probe, the gradient at the latents.
+    """
+    adjoints = [_gradients([run.latents], run.outputs, [weight]) for weight in weights]  # as far as no call is between
+    for index in track(range(len(calls) - 1, -1, -1), "adjoint of the sampler", len(calls), show=show):
+        of_call = [of_probe[index] for of_probe in adjoints]
+        known = [adjoint for adjoint in of_call if adjoint is not None and bool((adjoint != 0).any())]
+        if len(known) < len(of_call):
+            raise NoAdjoint(f"no gradient runs from its latents to the output of call {index} of its model")
+        given = run.inputs[index]
+        if not _in_graph(given) or index == 0:
+            continue
+        for of_probe, gradients in zip(
+            adjoints, _through_the_model(model, calls[index], rows[index], given, known), strict=True
+        ):
+            pairs = [(t, g) for t, g in zip(_in_graph(given), gradients, strict=True) if g is not None]
+            if pairs:
+                _add(of_probe, _gradients([t for t, _ in pairs], run.outputs[:index], [g for _, g in pairs]))
+    return [[of_probe[index] for of_probe in adjoints] for index in range(len(calls))]  # type: ignore[misc]
+
+
+def _weights(
+    vae: Any, latents: Tensor, rows: Mapping[int, Sequence[int]], ends: Sequence[End], probes: int
+) -> tuple[list[Tensor], dict[End, dict[int, float]]]:
+    """The gradient at the latents of every probe, and the `scale` of each end and picture.
+
+    Args:
+        rows: picture -> its rows.
+    """
+    weights: list[Tensor] = []
+    scale: dict[End, dict[int, float]] = {}
+    for end in ends:
+        of_end = [torch.zeros_like(latents) for _ in range(probes)]
+        scale[end] = dict.fromkeys(rows, 0.0)
+        for picture, of_picture in rows.items():
+            for place, row in enumerate(of_picture):
+                seeds = [1_000_000 * picture + 1000 * place + 500 * (end == PICTURE) + i for i in range(probes)]
+                size, drawn = _probes(vae, latents[row : row + 1].detach(), end, seeds)
+                scale[end][picture] += size
+                for weight, value in zip(of_end, drawn, strict=True):
+                    weight[row] = value[0]
+        weights += of_end
+    return weights, scale
+
+
+def _probes(vae: Any, latent: Tensor, end: End, seeds: Sequence[int]) -> tuple[float, list[Tensor]]:
+    """What one picture adds to the scale, and the gradient by its latent of a probe for each seed."""
+    if end == LATENT:
+        return float(latent.double().square().sum()), [rademacher(latent, seed) for seed in seeds]
+    with torch.enable_grad():
+        picture = decoded(vae, latent.requires_grad_())
+    signs = [rademacher(picture.detach(), seed) for seed in seeds]
+    return float(picture.numel()), [torch.autograd.grad(picture, latent, v, retain_graph=True)[0] for v in signs]
+
+
+def sampler_adjoint(
+    pipe: Any,
+    trajectory: Trajectory,
+    calls: Sequence[Call],
+    settings: SamplingSettings,
+    pictures: Sequence[int],
+    *,
+    ends: Sequence[End] = (LATENT,),
+    probes: int,
+    show: bool = False,
+) -> EndTrajectory:
+    """The adjoint of every call of a recorded float trajectory, for some of its pictures.
+
+    Args:
+        pipe: the pipeline that the trajectory was recorded of, with `calls` and `settings`; it is left as it is.
+        pictures: places among `calls`; a call that draws several pictures counts as one.
+        ends: where noise counts: the final latent, the decoded picture, or both.
+        probes: random probes at each end; each is a backward pass of the model for every call.
+
+    Raises:
+        NoAdjoint: gradients do not run through the pipeline from its end to all calls of its model, such as where a
+            scheduler rounds or leaves torch; the pipeline draws other pictures from the same seeds; or it has no VAE
+            that its latents could be decoded with.
+    """
+    model, vae = denoiser(pipe), getattr(whole_pipeline(pipe), "vae", None)
+    if PICTURE in ends and vae is None:
+        raise NoAdjoint("it has no VAE that decodes its latents to pictures")
+    once = torch.ones(len(ends) * probes, dtype=torch.float64)
+    weights_of_steps = {step: StepWeights(once, once) for step in range(trajectory.steps)}
+    found = EndTrajectory([], tuple(ends), probes, {end: {} for end in ends}, weights_of_steps)
+    for drawing in drawings(calls, settings):
+        taken = [sample for sample in drawing.samples if sample in set(pictures)]
+        if not taken:
+            continue
+        recorded = [call for call in trajectory.calls if call.prompts == drawing.samples]
+        run = Redrawn(pipe, recorded, partial(drawing.run, pipe, LATENTS))
+        if PICTURE in ends and run.latents.dim() != 4:
+            raise NoAdjoint(f"its latents are {tuple(run.latents.shape)}, which its VAE does not decode as they are")
+        count = len(drawing.samples)
+        rows = {sample: range(drawing.samples.index(sample), run.latents.shape[0], count) for sample in taken}
+        with frozen(vae) if isinstance(vae, nn.Module) else contextlib.nullcontext():
+            weights, scale = _weights(vae, run.latents, rows, ends, probes)
+        for end in ends:
+            found.scale[end].update(scale[end])
+        cut = [call.of_prompts(taken) for call in recorded]
+        rows_of_calls = [torch.tensor(call.rows_of(taken), device=run.latents.device) for call in recorded]
+        with frozen(model):
+            adjoints = _walk_back(model, cut, rows_of_calls, run, weights, show)
+        found.calls.extend(
+            EndCall(call, torch.stack([adjoint[rows].float() for adjoint in of_call]))
+            for call, rows, of_call in zip(cut, rows_of_calls, adjoints, strict=True)
+        )
+    return found

@@ -1,0 +1,154 @@
+"""Noise at the end: what steps have alike adds as amplitudes, the rest as powers, and runs agree with what is said."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from scipy import stats
+from torch import Tensor, nn
+
+from ldmq_kernels.calibration import SamplingSettings, calibrate
+from ldmq_kernels.calibration.drawings import draw
+from ldmq_kernels.calibration.trajectory import UNetCall
+from ldmq_kernels.numerics.formats import parse_schemes
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.sensitivity import Analysis, analyze
+from ldmq_kernels.sensitivity import ends as ends_of_analysis
+from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, EndCall, EndTrajectory, StepWeights, rademacher
+from ldmq_kernels.sensitivity.analysis import quantized_as
+from ldmq_kernels.sensitivity.end_noise import EndNoise, end_noise
+from ldmq_kernels.sensitivity.output_noise import swapped
+from ldmq_kernels.sensitivity.probes import EndRecord
+from ldmq_kernels.sensitivity.stored import candidates_of, store_candidates
+from python_tests.tiny import PROMPTS
+
+SETTINGS = SamplingSettings(num_inference_steps=3, guidance_scale=2.0)
+STEPS, PICTURES = 21, 2
+
+
+class _Errs(nn.Module):
+    """Adds an error of its own to what it is given."""
+
+    def __init__(self, error: Tensor) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.error
+
+
+def _ends(steps: list[int], probes: int = 1) -> EndTrajectory:
+    output = torch.zeros(2 * PICTURES, 3)
+    calls = [
+        EndCall(UNetCall(step, (), {}, output, tuple(range(PICTURES))), torch.ones(probes, *output.shape))
+        for step in range(STEPS)
+    ]
+    once = torch.ones(probes, dtype=torch.float64)
+    scale = {LATENT: {0: 2.0, 1: 5.0}}
+    whole = EndTrajectory(calls, (LATENT,), probes, scale, dict.fromkeys(range(STEPS), StepWeights(once, once)))
+    return whole if len(steps) == STEPS else whole.at_steps(steps)
+
+
+def _noise(ends: EndTrajectory, errors: dict[int, Tensor]) -> EndNoise:
+    """Of a layer that makes an error in each step, with gradients of one everywhere, or of random signs."""
+    ones, records = torch.ones(4, 3), []
+    for step in ends.step_weights:
+        signs = [ones] if ends.probes == 1 else [rademacher(ones, 99 * step + probe) for probe in range(ends.probes)]
+        records += EndRecord(step, torch.zeros(4, 3), signs, (0, 1, 0, 1)).folds()
+    layers = {step: _Errs(error) for step, error in errors.items()}
+    return end_noise(nn.Identity(), records, ends, {"one": lambda record: layers[record.step]})["one"]
+
+
+ALIKE = {step: torch.full((2, 3), 0.25) for step in range(STEPS)}
+UNLIKE = {step: torch.full((2, 3), 0.25 * (-1) ** step) for step in range(STEPS)}
+
+
+def test_errors_that_are_alike_add_up_as_amplitudes_and_others_cancel() -> None:
+    every = list(range(STEPS))
+    amplitude = 6 * 0.25  # both halves of guidance
+    alike = (STEPS * amplitude) ** 2
+    assert _noise(_ends(every), ALIKE).by_picture == {LATENT: {0: alike / 2, 1: alike / 5}}
+    assert _noise(_ends(every), UNLIKE).by_picture[LATENT][1] == pytest.approx(amplitude**2 / 5)
+
+
+def test_some_steps_stand_for_all_with_errors_that_are_alike_and_with_random_ones() -> None:
+    some = [0, 5, 10, 15, 20]
+    assert sum(float(weights.amplitude) for weights in _ends(some).step_weights.values()) == pytest.approx(STEPS)
+    alike = _noise(_ends(some), ALIKE).mean(LATENT) / _noise(_ends(list(range(STEPS))), ALIKE).mean(LATENT)
+    assert -1.0 < 10 * math.log10(alike) <= 0
+    random = {step: torch.randn(2, 3, generator=torch.Generator().manual_seed(step)) for step in range(STEPS)}
+    whole, part = (_noise(_ends(steps, 200), random).mean(LATENT) for steps in (list(range(STEPS)), some))
+    assert part / whole == pytest.approx(1.0, abs=0.3)  # 5 without taking away what is not alike
+
+
+def test_a_row_for_all_pictures_counts_once_in_all() -> None:
+    ends = _ends(list(range(STEPS)))
+    record = EndRecord(0, torch.zeros(1, 3), [torch.ones(1, 3)], ())
+    assert record.folds() == [record]
+    noise = end_noise(nn.Identity(), [record], ends, {"one": lambda _: _Errs(torch.ones(1, 3))})["one"]
+    power = sum(noise.by_picture[LATENT][picture] * ends.scale[LATENT][picture] for picture in range(PICTURES))
+    assert power == pytest.approx(9.0)
+
+
+@pytest.fixture(scope="module")
+def analysis(shallow_pipe: StableDiffusionPipeline) -> Iterator[Analysis]:
+    calibration = calibrate(shallow_pipe, PROMPTS, SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ends_of_analysis, "PROBES", 16)  # of two pictures; more would be exact
+        yield analyze(shallow_pipe, calibration, parse_schemes(["w8a8-dynamic"]), ends=(LATENT, PICTURE), exact=0)
+
+
+def test_noise_in_the_latents_is_as_predicted(shallow_pipe: StableDiffusionPipeline, analysis: Analysis) -> None:
+    model, exact = shallow_pipe.unet, analysis.calibration.trajectory.latents
+    true, predicted = [], []
+    for name in list(analysis.candidates)[::3]:
+        (candidate,) = analysis.candidates[name]
+        with swapped(model, {name: quantized_as(name, quantizable_layers(model)[name], candidate)}), torch.no_grad():
+            latents = draw(shallow_pipe, PROMPTS, SETTINGS, "latent")[0]
+        by_picture = (latents - exact).square().flatten(1).sum(1) / exact.square().flatten(1).sum(1)
+        true.append(10 * math.log10(by_picture.mean()))
+        assert candidate.end is not None
+        predicted.append(10 * math.log10(candidate.end.mean(LATENT)))
+    assert stats.spearmanr(true, predicted).statistic > 0.9
+    assert abs(float(np.median(np.subtract(predicted, true)))) < 1.5
+
+
+def test_noise_at_the_end_is_kept_to_the_bit(shallow_pipe: StableDiffusionPipeline, analysis: Analysis) -> None:
+    layers = quantizable_layers(shallow_pipe.unet)
+    name, kept = next(iter(analysis.candidates.items()))
+    assert [c.end for c in candidates_of(store_candidates(kept), layers[name])] == [c.end for c in kept]
+    assert kept[0].end is not None
+    assert set(kept[0].end.by_picture) == {LATENT, PICTURE}
+
+
+def test_a_scheduler_without_gradients_is_named_and_the_output_decides(
+    shallow_pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Detaching(DDIMScheduler):
+        def step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().step(model_output.detach(), *args, **kwargs)
+
+    monkeypatch.setattr(shallow_pipe, "scheduler", Detaching.from_config(shallow_pipe.scheduler.config))
+    calibration = calibrate(shallow_pipe, PROMPTS, SETTINGS)
+    with caplog.at_level(logging.WARNING):
+        found = analyze(shallow_pipe, calibration, parse_schemes(["w8a16"]), ends=(LATENT,), exact=0)
+    assert "of this StableDiffusionPipeline with a Detaching, no gradient runs from its latents" in caplog.text
+    assert all(candidate.end is None for (candidate,) in found.candidates.values())
+
+
+def test_of_a_large_model_some_steps_of_two_pictures_count(
+    shallow_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = calibrate(shallow_pipe, [*PROMPTS, "a dog"], SETTINGS)
+    monkeypatch.setattr(ends_of_analysis, "WHOLE_MODEL", 10)
+    found = ends_of_analysis.calibrated_ends(shallow_pipe, calibration, (LATENT,), [0, 2], show=False)
+    assert found is not None
+    assert (found.pictures, found.probes, sorted(found.step_weights)) == ([0, 1], 1, [0, 2])
+    assert [of_call.call.step for of_call in found.calls] == [0, 2]
