@@ -31,6 +31,8 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "study": "study.report",
     "study_second": "study.report",
     "method": "study.planner_estimates",
+    "ends": "study.end_noise",
+    "end_plans": "study.end_plans",
     "plan_sd15": "study.plan_large",
     "plan_sdxl": "study.plan_large",
 }

@@ -35,8 +35,10 @@ from ldmq_kernels.cli.options import (
     Signals,
     Steps,
     TargetBytes,
+    TargetLatent,
     TargetLayers,
     TargetMs,
+    TargetPsnr,
     Times,
     Width,
     WorkDir,
@@ -141,6 +143,8 @@ def plan(
         typer.Option(help="The plan file to write, over an older plan; with --pareto, a new folder.", callback=at_home),
     ] = None,
     target_sqnr: OptionalTarget = None,
+    target_latent: TargetLatent = None,
+    target_psnr: TargetPsnr = None,
     target_bytes: TargetBytes = None,
     target_ms: TargetMs = None,
     target_layers: TargetLayers = None,
@@ -163,7 +167,8 @@ def plan(
     """Choose a precision for every layer of MODEL, verified on prompts that it was not made from.
 
     Targets may be combined. The first of noise, bytes and time that has no limit is made as small as the others
-    allow: with --target-sqnr the fewest bytes, with --target-bytes or --target-ms alone the highest SQNR.
+    allow: with a target in dB the fewest bytes, with --target-bytes or --target-ms alone the highest SQNR
+    of the UNet output, or of what --signals names.
 
     With --dry-run nothing is measured: it prints what each format would make of the model.
     """
@@ -171,7 +176,7 @@ def plan(
     from ldmq_kernels.cli.method import preview, run_pareto, run_plan, target_of
     from ldmq_kernels.planning.request import PlanRequest
 
-    limits = (target_sqnr, target_bytes, target_ms, target_layers)
+    limits = (target_sqnr, target_bytes, target_ms, target_layers, target_latent, target_psnr)
     if pareto and any(limit is not None for limit in limits):
         raise typer.BadParameter("give either --pareto or targets: a Pareto front holds plans for all of them")
     target = None if pareto else target_of(*limits)
@@ -208,6 +213,8 @@ def quantize(
     prompts: Prompts = None,
     calls: Calls = None,
     target_sqnr: OptionalTarget = None,
+    target_latent: TargetLatent = None,
+    target_psnr: TargetPsnr = None,
     formats: Formats = DEFAULT_FORMATS,
     calibration: Calibration = "first-step",
     part: Part = None,
@@ -230,18 +237,19 @@ def quantize(
     from ldmq_kernels.planning.request import PlanRequest
 
     place = require_out(out, dry_run=dry_run)
+    has_target = any(db is not None for db in (target_sqnr, target_latent, target_psnr))
     if plan is not None:
-        if prompts is not None or calls is not None or target_sqnr is not None:
-            raise typer.BadParameter("give either --plan, or --prompts or --calls and --target-sqnr")
+        if prompts is not None or calls is not None or has_target:
+            raise typer.BadParameter("give either --plan, or --prompts or --calls and --target-sqnr or the like")
         if work is not None:
             raise typer.BadParameter("--work keeps an analysis, and --plan needs none: leave --work out")
         quantize_by_plan(model, plan, place, dtype, dry_run=dry_run)
         return
-    if (prompts is None and calls is None) or target_sqnr is None:
-        raise typer.BadParameter("give --plan FILE, or --prompts or --calls FILE with --target-sqnr DB")
+    if (prompts is None and calls is None) or not has_target:
+        raise typer.BadParameter("give --plan FILE, or --prompts or --calls FILE with --target-sqnr DB or the like")
     request = PlanRequest(
         drawn(model, prompts, calls),
-        target_of(target_sqnr),
+        target_of(target_sqnr, latent_db=target_latent, psnr_db=target_psnr),
         formats=names_in(formats),
         calibration_mode=calibration,
         settings=sampling(steps, guidance, seed, height, width, prompts),

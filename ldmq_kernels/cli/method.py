@@ -22,11 +22,12 @@ from ldmq_kernels.conversion.left_in_float import lines_of
 from ldmq_kernels.files import output_folder, printable, write_whole
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
 from ldmq_kernels.planning.assignment import MOST_DB
+from ldmq_kernels.planning.drawn import spread_in_words
 from ldmq_kernels.planning.pareto import ParetoPoint, pareto_front
 from ldmq_kernels.planning.planner import held_out_settings, make_plan, open_session
 from ldmq_kernels.planning.request import PlanRequest
 from ldmq_kernels.planning.session import Session
-from ldmq_kernels.planning.target import Target
+from ldmq_kernels.planning.target import MEASURES, Measure, Target
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import kind_of, quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError, plan_output
@@ -45,19 +46,27 @@ console = Console()
 
 
 def target_of(
-    sqnr_db: float | None, size: int | None = None, milliseconds: float | None = None, layers: int | None = None
+    sqnr_db: float | None,
+    size: int | None = None,
+    milliseconds: float | None = None,
+    layers: int | None = None,
+    latent_db: float | None = None,
+    psnr_db: float | None = None,
 ) -> Target:
     """The target of the limits that were given.
 
     Raises:
-        typer.BadParameter: none was given.
+        typer.BadParameter: none was given, or several in dB.
     """
-    if all(limit is None for limit in (sqnr_db, size, milliseconds, layers)):
+    if all(limit is None for limit in (sqnr_db, size, milliseconds, layers, latent_db, psnr_db)):
         raise typer.BadParameter(
-            "give a target: --target-sqnr DB, --target-bytes N, --target-ms MS or --target-layers N, or several; "
-            "or --pareto for plans of all sizes"
+            "give a target: --target-sqnr, --target-latent or --target-psnr DB, --target-bytes N, --target-ms MS or "
+            "--target-layers N, or several; or --pareto for plans of all sizes"
         )
-    return Target(sqnr_db, size, milliseconds, layers)
+    try:
+        return Target(sqnr_db, size, milliseconds, layers, latent_db, psnr_db)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def preview(model: Path, request: PlanRequest) -> None:
@@ -107,7 +116,7 @@ def run_pareto(model: Path, request: PlanRequest, out: Path, dtype: str) -> None
         session = open_session(load_pipeline(model, dtype), request)
         points = pareto_front(session, axis="milliseconds" if request.time_layers else "bytes", show=request.show)
         write(fill)
-    console.print(_pareto_table(points, session.verified_on))
+    console.print(_pareto_table(points, session.measure, session.verified_on))
     say(f"plans, pareto.csv and pareto.svg are in {printable(out)}")
 
 
@@ -116,11 +125,11 @@ def plan_name(number: int) -> str:
     return f"plan_{number:02}.json"
 
 
-def _pareto_table(points: list[ParetoPoint], verified_on: str) -> Table:
+def _pareto_table(points: list[ParetoPoint], measure: Measure, verified_on: str) -> Table:
     from rich.table import Table
 
     timed = any("milliseconds" in point.result.plan.measured for point in points)
-    table = Table(title=f"SQNR of the UNet output, measured on {verified_on}")
+    table = Table(title=f"{MEASURES[measure]}, measured on {verified_on}")
     for column in ("plan", "bytes", "of fp16", *(["ms"] if timed else []), "predicted dB", "measured dB", ""):
         table.add_column(column, justify="left" if column in ("plan", "") else "right")
     for number, point in enumerate(points, 1):
@@ -135,7 +144,7 @@ def _pareto_table(points: list[ParetoPoint], verified_on: str) -> Table:
 
 def _reached(plan: Plan) -> str:
     measured = plan.measured
-    words = f"SQNR on {measured['verified_on']}: {measured['held_out_sqnr_db']:.2f} dB"
+    words = f"SQNR on {measured['verified_on']}: {measured['held_out_sqnr_db']:.2f} dB{spread_in_words(measured)}"
     if "milliseconds" in measured:
         words += (
             f"; one UNet call about {measured['milliseconds']:.2f} ms, float {measured['milliseconds_float']:.2f} ms"

@@ -47,6 +47,21 @@ OptionalTarget = Annotated[
     float | None,
     typer.Option(help="Least SQNR of the UNet output in dB, averaged over steps.", metavar="DB"),
 ]
+TargetLatent = Annotated[
+    float | None,
+    typer.Option(
+        help="Least SQNR of the final latents in dB, as drawn, averaged over pictures; in place of --target-sqnr.",
+        metavar="DB",
+    ),
+]
+TargetPsnr = Annotated[
+    float | None,
+    typer.Option(
+        help="Least PSNR of the pictures in dB against the float ones, as drawn, averaged over pictures; in place of "
+        "--target-sqnr.",
+        metavar="DB",
+    ),
+]
 TargetBytes = Annotated[
     int | None,
     typer.Option(
@@ -64,8 +79,9 @@ TargetLayers = Annotated[int | None, typer.Option(help="Most layers that may sta
 Signals = Annotated[
     str,
     typer.Option(
-        help='What a plan keeps: "sqnr", or "sqnr,ssim" for the structure of pictures too (cross-attention and '
-        "feed-forward layers, judged by decoded pictures)."
+        help='What a plan without a target in dB keeps: "sqnr" of the UNet output, "latent" or "psnr" of what is '
+        'drawn. "sqnr,ssim" keeps the structure of pictures too (cross-attention and feed-forward layers, judged by '
+        "decoded pictures)."
     ),
 ]
 Hybrid = Annotated[

@@ -1,6 +1,6 @@
 """The assignment of a scheme to each layer that meets a target, by noise as the analysis predicts it.
 
-The target in dB is a mean over sampling steps of the dB at each step, and noise powers add up at each step. The
+The target in dB is a mean of the dB at each sampling step, or in each picture, and there noise powers add up. The
 logarithm of a sum is not linear in the options, but lies below its tangents: the knapsack is solved with the tangent
 at the last solution until that no longer changes, and every solution on the way keeps the true limit.
 """
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from ldmq_kernels.numerics.sqnr import from_db
 from ldmq_kernels.planning.knapsack import EQUAL, Column, Infeasible, Limit, Option, Table
-from ldmq_kernels.planning.target import Target
+from ldmq_kernels.planning.target import Measure, Target
 from ldmq_kernels.plans.plan import PlanError
 
 TANGENTS = 5
 ENOUGH = 1e-3  # relative gain of a goal that is worth another solution
 LEAST_POWER = 1e-30  # stands for no noise at all: 300 dB
 MOST_DB = 200.0
-SQNR = "sqnr"
+SQNR: Measure = "sqnr"
 
 
 def step_weights(analysed: Sequence[int], steps: int) -> tuple[float, ...]:
@@ -40,7 +40,7 @@ class Assignment:
 
     Attributes:
         options: layer -> its option.
-        sum_db: SQNR in dB by the sum of the layers' noise.
+        sum_db: SQNR, or PSNR, in dB by the sum of the layers' noise.
     """
 
     options: dict[str, Option]
@@ -76,7 +76,7 @@ class Chooser:
 
     Args:
         options: the options of all layers.
-        weights: the weight of each step in the mean of dB; they add up to 1.
+        weights: the weight of each step, or picture, in the mean of dB; they add up to 1.
         signals: "sqnr", and names of signals that the options have.
         rest_milliseconds: the time of one call beside the layers; None where no times were measured.
     """
@@ -107,7 +107,7 @@ class Chooser:
         Raises:
             PlanError: the limits cannot be met together; the text says what can.
         """
-        asked = target.sqnr_db if sum_db is None else sum_db
+        asked = target.db if sum_db is None else sum_db
         limits = self._limits(target)
         try:
             if asked is None:

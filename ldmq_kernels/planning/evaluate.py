@@ -16,9 +16,11 @@ from ldmq_kernels.conversion.hessian import BYTES_AT_ONCE
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.nn.timestep_groups import following
 from ldmq_kernels.numerics.formats import FLOAT
+from ldmq_kernels.planning.drawn import Drawn, FloatEnds, together
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.sensitivity.analysis import Analysis, cross_validated_noise
+from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, swapped
 from ldmq_kernels.sensitivity.similarity import Decoder, float_pictures, middle_step, structural_noise
 
@@ -48,12 +50,42 @@ class PlanEvaluator:
             ValueError: the output is not finite, or GPTQ rounds one of the layers.
         """
         calibration = self._analysis.calibration
-        chosen = {
+        return cross_validated_noise(
+            self._model, self._candidates(schemes), calibration.trajectory.by_fold(), calibration
+        )
+
+    def _candidates(self, schemes: Mapping[str, str]) -> dict[str, LayerCandidate]:
+        return {
             name: candidate
             for name, scheme in schemes.items()
             if scheme != str(FLOAT) and (candidate := self._analysis.candidate(name, scheme)) is not None
         }
-        return cross_validated_noise(self._model, chosen, calibration.trajectory.by_fold(), calibration)
+
+    @torch.no_grad()
+    def cross_validated_drawing(self, schemes: Mapping[str, str], ends: FloatEnds) -> Drawn:
+        """The calibration's own pictures, each fold of its prompts drawn with what the other one makes.
+
+        Raises:
+            ValueError: a latent is not finite, or GPTQ rounds one of the layers.
+        """
+        calibration, layers = self._analysis.calibration, quantizable_layers(self._model)
+        prompts, parts = calibration.trajectory.prompts, []
+        for fold in sorted({prompt % 2 for prompt in prompts}):
+            quantized = {
+                n: quantize_layer(n, layers[n], c.judged_on(fold)) for n, c in self._candidates(schemes).items()
+            }
+            with swapped(self._model, quantized), following(self._model, calibration.timestep_groups):
+                parts.append(ends.compare([prompt for prompt in prompts if prompt % 2 == fold]))
+        return together(parts)
+
+    def drawn(self, schemes: Mapping[str, str], ends: FloatEnds) -> Drawn:
+        """Pictures drawn with every layer in the scheme that it is given, against the float ones.
+
+        Raises:
+            ValueError: a latent is not finite.
+        """
+        with self._quantized(schemes):
+            return ends.compare()
 
     @torch.no_grad()
     def noise(self, schemes: Mapping[str, str], trajectory: Trajectory) -> StepNoise:

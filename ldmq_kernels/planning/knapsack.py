@@ -60,7 +60,8 @@ class Option:
     """The costs of one way to have one layer.
 
     Attributes:
-        noise: relative noise power at the UNet's output, at each analysed step.
+        noise: relative noise power at the UNet's output, at each analysed step; or in each picture's final latent, or
+            each picture's mean squared error.
         milliseconds: time of one call, 0 where no times were measured.
         is_float: whether the layer stays in 16 bit.
         signals: other measures of loss that were asked for, by name.

@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
-from ldmq_kernels.planning.assignment import SQNR
+from ldmq_kernels.planning.assignment import SQNR, step_weights
 from ldmq_kernels.planning.knapsack import Option
+from ldmq_kernels.planning.target import Measure
 from ldmq_kernels.planning.times import LayerTimes
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.cost import layer_bytes, operation_cost, weight_bytes
 from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import PlanError
+from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, End
 from ldmq_kernels.sensitivity.analysis import Analysis
+from ldmq_kernels.sensitivity.candidates import LayerCandidate
+
+ENDS: dict[Measure, End] = {"latent": LATENT, "psnr": PICTURE}
+
+
+@dataclass(frozen=True)
+class NoiseColumns:
+    """The noise of each candidate, in a column for each analysed step at the UNet's output, or for each picture.
+
+    Attributes:
+        weights: of the columns in the mean of dB; they add up to 1.
+    """
+
+    of: Callable[[str, LayerCandidate], tuple[float, ...]]
+    weights: tuple[float, ...]
+
+
+def noise_columns(analysis: Analysis, measure: Measure) -> NoiseColumns:
+    """The noise that a measure adds up; at the UNet's output where the analysis knows none of the end."""
+    candidates = [candidate for of_layer in analysis.candidates.values() for candidate in of_layer]
+    end = ENDS.get(measure)
+    if end is not None and all(c.end is not None and end in c.end.by_picture for c in candidates):
+        pictures = sorted({picture for c in candidates if c.end is not None for picture in c.end.by_picture[end]})
+
+        def by_picture(_layer: str, candidate: LayerCandidate) -> tuple[float, ...]:
+            assert candidate.end is not None
+            return tuple(candidate.end.by_picture[end][picture] for picture in pictures)
+
+        return NoiseColumns(by_picture, (1 / len(pictures),) * len(pictures))
+
+    def by_step(layer: str, candidate: LayerCandidate) -> tuple[float, ...]:
+        noise = analysis.output[layer, str(candidate.scheme)].by_step
+        return tuple(noise[step] for step in analysis.steps)
+
+    return NoiseColumns(by_step, step_weights(analysis.steps, analysis.calibration.trajectory.steps))
 
 
 def make_options(
@@ -23,11 +61,15 @@ def make_options(
     formats: Sequence[str],
     signals: Sequence[str] = (SQNR,),
     times: LayerTimes | None = None,
+    columns: NoiseColumns | None = None,
 ) -> list[Option]:
-    """Every option of every layer: noise at the output, bytes, operations and time.
+    """Every option of every layer: noise, bytes, operations and time.
 
     A layer stays in 16 bit where the pipeline never runs it, and where no candidate fits it. With times, a
     candidate that is slower than the float layer is left out, if "fp16" is among the formats.
+
+    Args:
+        columns: the noise; at the UNet's output if None.
 
     Raises:
         PlanError: a signal that the analysis does not have.
@@ -36,7 +78,8 @@ def make_options(
         if name != SQNR and name not in analysis.signals:
             raise PlanError(f"the analysis has no signal {name!r}: analyse with it, or plan by {SQNR} alone")
     names = [name for name in signals if name != SQNR]
-    silent = (0.0,) * len(analysis.steps)
+    columns = columns or noise_columns(analysis, SQNR)
+    silent = (0.0,) * len(columns.weights)
     options = []
     for layer, module in quantizable_layers(model).items():
         size = weight_bytes(module, FLOAT)
@@ -51,7 +94,7 @@ def make_options(
                 Option(
                     layer,
                     key[1],
-                    tuple(analysis.output[key].by_step[step] for step in analysis.steps),
+                    columns.of(layer, candidate),
                     layer_bytes(module, candidate.layer_plan),
                     operation_cost(operations, candidate.scheme),
                     signals=tuple((name, max(0.0, analysis.signals[name].get(key, 0.0))) for name in names),

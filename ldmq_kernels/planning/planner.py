@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from ldmq_kernels.calibration.calibrate import calibrate
-from ldmq_kernels.calibration.denoisers import chosen, denoiser, denoiser_name, denoisers
+from ldmq_kernels.calibration.denoisers import chosen, denoiser, denoiser_name, denoisers, whole_pipeline
 from ldmq_kernels.calibration.drawings import SamplingSettings, check_calls, given_calls, with_defaults
 from ldmq_kernels.calibration.ranges import FIRST_STEP
 from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
+from ldmq_kernels.planning.drawn import EndCheck, FloatEnds, with_more_seeds
 from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
@@ -56,13 +57,16 @@ def analyzed(pipe: Any, request: PlanRequest) -> tuple[Analysis, Trajectory, str
     calibrated_on, verified_on = request.calibration_calls, request.held_out_calls
     check_calls(pipe, [*calibrated_on, *verified_on], request.settings)
     schemes, mode = parse_schemes(request.schemes), request.calibration_mode
-    open_work(pipe, request.work_dir, calibrated_on, request.settings, mode, schemes)  # refused before the work
+    open_work(
+        pipe, request.work_dir, calibrated_on, request.settings, mode, schemes, ends=request.ends
+    )  # refused first
     calibration = calibrate(pipe, calibrated_on, request.settings, mode=mode, show=request.show)
     analysis = analyze(
         pipe,
         calibration,
         schemes,
         signals=request.signals,
+        ends=request.ends,
         work_dir=request.work_dir,
         show=request.show,
     )
@@ -90,7 +94,25 @@ def open_session(pipe: Any, request: PlanRequest) -> Session:
         hybrid=request.hybrid,
         verified_on=verified_on,
         part=None if denoiser_name(pipe) == next(iter(denoisers(pipe))) else denoiser_name(pipe),
+        ends=end_check(pipe, request, analysis) if request.ends else None,
     )
+
+
+def end_check(pipe: Any, request: PlanRequest, analysis: Analysis) -> EndCheck:
+    """Draw in float what plans for the end of the trajectory are judged by.
+
+    Raises:
+        ValueError: the pipeline gives no latents, or the request is for PSNR and its latents cannot be decoded.
+    """
+    verified_on, calibration = with_more_seeds(request.held_out_calls), analysis.calibration
+    held_out = FloatEnds(pipe, verified_on, held_out_settings(request.settings), show=request.show)
+    if request.measure not in held_out.measures:
+        raise ValueError(
+            f"{type(whole_pipeline(pipe)).__name__} has no VAE that decodes its latents as they are: give a target for "
+            "the latents, target_latent_db"
+        )
+    calibrated = FloatEnds(pipe, calibration.calls, calibration.settings, calibration.trajectory.outputs)
+    return EndCheck(request.measure, held_out, calibrated)
 
 
 def make_plan(pipe: Any, request: PlanRequest) -> PlanResult:
@@ -113,6 +135,8 @@ def plan(
     forward_loop: Callable[[Any], Any] | Sequence[Callable[[Any], Any]] | None = None,
     part: str | None = None,
     target_sqnr_db: float | None = None,
+    target_latent_db: float | None = None,
+    target_psnr_db: float | None = None,
     target_bytes: int | None = None,
     target_milliseconds: float | None = None,
     target_layers: int | None = None,
@@ -151,13 +175,17 @@ def plan(
             seeded for each.
         part: which denoiser is planned where a pipeline has several, such as "transformer_2"; the first one if None.
         target_sqnr_db: least SQNR of the UNet output along the float trajectory, averaged over sampling steps.
+        target_latent_db: least SQNR of the final latents, in place of it: predicted by the adjoint of the sampler and
+            verified by drawing held-out prompts, averaged over pictures. The plan tells the median and the worst tenth.
+        target_psnr_db: least PSNR of the pictures against the float ones, alike.
         target_bytes: most bytes of the UNet's quantizable weights.
         target_milliseconds: most time of one UNet call for one picture on the pipeline's device.
         target_layers: most layers that may stay in 16 bit.
         formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic and split.
         calibration_mode: "first-step" (the paper's single sampling step), "sampled-steps" or "all-steps": which steps
             a static range starts from. The search widens it where the analysed trajectory shows more.
-        signals: "sqnr", and "ssim" to keep the structure of pictures too; see `planning.assignment.Chooser`.
+        signals: what a plan without a target in dB keeps: "sqnr" at the UNet's output, "latent" or "psnr" of what is
+            drawn; and "ssim" to keep the structure of pictures too, see `planning.assignment.Chooser`.
         hybrid: share of the noise whose blocks start with higher precision, as in the paper; 0 for none.
         time_layers: time the layers on the pipeline's device, as targets in milliseconds do: a layer that would get
             slower stays in 16 bit.
@@ -183,7 +211,7 @@ def plan(
     settings = SamplingSettings(num_inference_steps, guidance_scale, seed, height, width)
     request = PlanRequest(
         drawn,
-        Target(target_sqnr_db, target_bytes, target_milliseconds, target_layers),
+        Target(target_sqnr_db, target_bytes, target_milliseconds, target_layers, target_latent_db, target_psnr_db),
         formats=formats,
         calibration_mode=calibration_mode,
         settings=settings if prompts is None else with_defaults(settings),

@@ -10,11 +10,13 @@ from ldmq_kernels.calibration.drawings import Call, SamplingSettings
 from ldmq_kernels.calibration.ranges import FIRST_STEP, MODES
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
-from ldmq_kernels.planning.target import Target
+from ldmq_kernels.planning.options import ENDS
+from ldmq_kernels.planning.target import MEASURES, Measure, Target
+from ldmq_kernels.sensitivity.adjoint import End
 from ldmq_kernels.sensitivity.similarity import SSIM
 
 DEFAULT_FORMATS = ("w8a8", "w8a16", "fp16")
-SIGNALS = (SQNR, SSIM)
+SIGNALS = (*MEASURES, SSIM)
 
 
 def split_calls(calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
@@ -45,7 +47,8 @@ class PlanRequest:
             "all-steps".
         settings: how pictures are drawn, in calibration as later by the user.
         part: the denoiser that is planned, where the pipeline has several; its first one if None.
-        signals: what the plan keeps: "sqnr", and "ssim" for the structure of pictures too.
+        signals: what the plan keeps: "sqnr" of the UNet's output, or "latent" or "psnr" of what is drawn, where no
+            target in dB says which; and "ssim" for the structure of pictures too.
         hybrid: the share of the noise, 0 to 1, whose blocks start with higher precision; 0 for none.
         time_layers: whether the layers are timed on the pipeline's device, so that those that would get slower stay
             in 16 bit; a target in milliseconds times them in any case.
@@ -83,10 +86,29 @@ class PlanRequest:
         parse_schemes(tuple(self.formats))
         if self.calibration_mode not in MODES:
             raise ValueError(f"unknown calibration {self.calibration_mode!r}: choose one of {', '.join(MODES)}")
-        if SQNR not in self.signals or set(self.signals) - set(SIGNALS):
-            raise ValueError(f"the signals are {','.join(self.signals) or 'none'}: give {SQNR}, or {SQNR},{SSIM}")
+        kept = [name for name in self.signals if name in MEASURES]
+        if len(kept) != 1 or set(self.signals) - set(SIGNALS):
+            raise ValueError(
+                f"the signals are {','.join(self.signals) or 'none'}: give one of {', '.join(MEASURES)}, or one of "
+                f"them with {SSIM} after a comma"
+            )
+        asked = None if self.target is None else self.target.measure
+        if asked is not None and kept[0] not in (asked, SQNR):
+            raise ValueError(f"the signal is {kept[0]} and the target {self.target}: leave the signal out")
         if not 0 <= self.hybrid <= 1:
             raise ValueError(f"hybrid is {self.hybrid}: it is a share of the noise, from 0 to 1")
+
+    @property
+    def measure(self) -> Measure:
+        """What the plan keeps: where its target in dB is measured, or what the signals name."""
+        asked = None if self.target is None else self.target.measure
+        named: Measure = next(measure for measure in MEASURES if measure in self.signals)
+        return named if asked is None else asked
+
+    @property
+    def ends(self) -> tuple[End, ...]:
+        """The end of the trajectory that noise must be known at, if any."""
+        return (ENDS[self.measure],) if self.measure in ENDS else ()
 
     @property
     def schemes(self) -> list[str]:

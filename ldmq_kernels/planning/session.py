@@ -10,11 +10,12 @@ from torch import nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.numerics.formats import FLOAT
-from ldmq_kernels.planning.assignment import MOST_DB, SQNR, Assignment, Chooser, step_weights
+from ldmq_kernels.planning.assignment import MOST_DB, SQNR, Assignment, Chooser
 from ldmq_kernels.planning.build import build_plan
+from ldmq_kernels.planning.drawn import Drawn, EndCheck, spread_as_measured
 from ldmq_kernels.planning.evaluate import PlanEvaluator
-from ldmq_kernels.planning.options import make_options, restricted, sensitive_blocks
-from ldmq_kernels.planning.target import Target
+from ldmq_kernels.planning.options import make_options, noise_columns, restricted, sensitive_blocks
+from ldmq_kernels.planning.target import MEASURES, Measure, Target
 from ldmq_kernels.planning.times import LayerTimes
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -44,17 +45,19 @@ class PlanResult:
 
 @dataclass(frozen=True)
 class Verified:
-    """An assignment, its predicted SQNR along the held-out trajectory, and its noise there."""
+    """An assignment, what is predicted of it in dB, its noise along the held-out trajectory, and its pictures."""
 
     assignment: Assignment
     predicted_db: float
     noise: StepNoise
     losses: dict[str, float] = field(default_factory=dict, compare=False)  # of the other signals, as measured
+    drawn: Drawn | None = None
+    measure: Measure = SQNR
 
     @property
     def db(self) -> float:
-        """SQNR in dB as the mean over steps, 200 dB for no noise at all."""
-        return mean_db(self.noise)
+        """The measure in dB: the mean over steps, or over drawn pictures; 200 dB for no noise at all."""
+        return mean_db(self.noise) if self.drawn is None else self.drawn.mean_db(self.measure)
 
 
 def mean_db(noise: StepNoise) -> float:
@@ -76,6 +79,7 @@ class Session:
             measure is never worse.
         verified_on: what the held-out trajectory was recorded on, in words; plans say it.
         part: the name of the model in its pipeline, which plans say where it is not the pipeline's first denoiser.
+        ends: what plans for the latents or the pictures are judged by; None for plans for the UNet's output.
     """
 
     def __init__(
@@ -90,14 +94,18 @@ class Session:
         hybrid: float = 0.0,
         verified_on: str = "",
         part: str | None = None,
+        ends: EndCheck | None = None,
     ) -> None:
         self.model, self.analysis, self.held_out, self.formats = model, analysis, held_out, list(formats)
         self.times, self.verified_on, self.part = times, verified_on, part
-        self.signals = [name for name in signals if name != SQNR]
+        self.signals = [name for name in signals if name == SSIM]
+        self.ends, self.measure = ends, SQNR if ends is None else ends.measure
         self.sensitive = sensitive_blocks(model, analysis, hybrid) if hybrid else []
-        options = restricted(model, make_options(model, analysis, formats, signals, times), self.sensitive)
-        weights = step_weights(analysis.steps, analysis.calibration.trajectory.steps)
-        self.chooser = Chooser(options, weights, signals, rest_milliseconds=None if times is None else times.rest)
+        columns, kept, rest = noise_columns(analysis, self.measure), (SQNR, *self.signals), None
+        options = restricted(model, make_options(model, analysis, formats, kept, times, columns), self.sensitive)
+        if times is not None:
+            rest = times.rest
+        self.chooser = Chooser(options, columns.weights, kept, rest_milliseconds=rest)
         self._evaluator = PlanEvaluator(model, analysis)
         self._weights = weights_record(model)
         self._known: dict[tuple[tuple[str, str], ...], Verified] = {}
@@ -116,9 +124,15 @@ class Session:
         if any(self._is_rounded_for_calibration(*key) for key in assignment.schemes.items()):
             return assignment.sum_db
         if self.interaction_db is None:
-            together = mean_db(self._evaluator.cross_validated(assignment.schemes))
+            together = self._cross_validated_db(assignment)
             self.interaction_db = 0.0 if together >= MOST_DB else assignment.sum_db - together
         return min(MOST_DB, assignment.sum_db - self.interaction_db)
+
+    def _cross_validated_db(self, assignment: Assignment) -> float:
+        if self.ends is None:
+            return mean_db(self._evaluator.cross_validated(assignment.schemes))
+        drawn = self._evaluator.cross_validated_drawing(assignment.schemes, self.ends.calibrated)
+        return drawn.mean_db(self.measure)
 
     def _is_rounded_for_calibration(self, layer: str, scheme: str) -> bool:
         candidate = self.analysis.candidate(layer, scheme) if layer in self.analysis.candidates else None
@@ -133,7 +147,8 @@ class Session:
             if SSIM in self.signals and self.analysis.decoder is not None:
                 decoder = self.analysis.decoder
                 losses[SSIM] = self._evaluator.structural_noise(assignment.schemes, self.held_out, decoder)
-            self._known[key] = Verified(assignment, predicted, noise, losses)
+            drawn = None if self.ends is None else self._evaluator.drawn(assignment.schemes, self.ends.held_out)
+            self._known[key] = Verified(assignment, predicted, noise, losses, drawn, self.measure)
         return self._known[key]
 
     # -- plans ---------------------------------------------------------------------------------------------
@@ -154,12 +169,14 @@ class Session:
         if self.part is not None:
             plan.model["part"] = self.part
         plan.measured = {
-            "held_out_sqnr_db": round(verified.db, 3),
-            "predicted_sqnr_db": round(verified.predicted_db, 3),
+            "held_out_sqnr_db": round(mean_db(verified.noise), 3),
+            f"predicted_{self.measure}_db": round(verified.predicted_db, 3),
             "interaction_db": round(self.interaction_db or 0.0, 3),
             "weight_bytes": assignment.bytes,
             "weight_bytes_fp16": sum(weight_bytes(m, FLOAT) for m in quantizable_layers(self.model).values()),
         }
+        if verified.drawn is not None:
+            plan.measured |= spread_as_measured(verified.drawn)
         if self.verified_on:
             plan.measured["verified_on"] = self.verified_on
         if self.times is not None:
@@ -178,10 +195,12 @@ class Session:
         """
         if target.needs_times and self.times is None:
             raise PlanError(f"a target of {target} needs the layers' times: give them to the session")
+        if target.measure not in (None, self.measure):
+            raise PlanError(f"a target of {target} is not {MEASURES[self.measure]}, which this session plans for")
         first = self.chooser.choose(target)
-        if target.sqnr_db is None:
+        if target.db is None:
             return self.result(self.verified(first), target)
-        return self.result(self._reach(target, target.sqnr_db, first), target)
+        return self.result(self._reach(target, target.db, first), target)
 
     def _reach(self, target: Target, target_db: float, first: Assignment) -> Verified:
         """The cheapest assignment that reaches the target when it is run, of those that were run.

@@ -14,9 +14,10 @@ from torch import Tensor
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.conversion.summary import Summary
 from ldmq_kernels.numerics.formats import FLOAT
+from ldmq_kernels.planning.drawn import spread_in_words
 from ldmq_kernels.planning.pareto import ParetoPoint
 from ldmq_kernels.planning.session import PlanResult
-from ldmq_kernels.planning.target import Target
+from ldmq_kernels.planning.target import MEASURES, Target
 from ldmq_kernels.report.measure import IDENTICAL_DB, PicturePairs, Timing
 from ldmq_kernels.report.pareto import pareto_figure
 from ldmq_kernels.report.rows import LayerRow
@@ -138,6 +139,8 @@ def plan(result: PlanResult, summary: Summary, timings: Sequence[Timing]) -> str
     """The schemes of the plan, how large and how fast the model is before and after."""
     asked = Target(**result.plan.target)
     measured = result.plan.measured
+    kept = next(measure for measure in MEASURES if f"predicted_{measure}_db" in measured)
+    drawn = spread_in_words(measured)
     rows = "".join(
         f"<tr><td>{chip(name)}</td><td class=n>{share.convolutions}</td><td class=n>{share.linears}</td>"
         f"<td class=n>{megabytes(share.bytes_before)}</td><td class=n>{megabytes(share.bytes_after)}</td></tr>"
@@ -153,8 +156,8 @@ def plan(result: PlanResult, summary: Summary, timings: Sequence[Timing]) -> str
     )
     return section(
         "What the plan chose",
-        f"Asked for {asked}, it expected {measured['predicted_sqnr_db']:.1f} dB and reaches "
-        f"{measured['held_out_sqnr_db']:.1f} dB on prompts and seeds that it had not seen. "
+        f"Asked for {asked}, it expected {measured[f'predicted_{kept}_db']:.1f} dB and reaches "
+        f"{measured[f'held_out_{kept}_db']:.1f} dB on prompts and seeds that it had not seen{drawn}. "
         f"{summary.quantized_convolutions} of {summary.convolutions} convolutions and {summary.quantized_linears} of "
         f"{summary.linears} linears are quantized; {FLOAT} stands for a layer that stays as it was.",
         _bars([*_size_bars(summary), *(bar for timing in timings for bar in _time_bars(timing))]),

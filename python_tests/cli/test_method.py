@@ -91,7 +91,7 @@ def test_unknown_signals_are_refused_before_any_work(
 ) -> None:
     arguments = ("--target-sqnr", 15, "--signals", "beauty", "--out", tmp_path / "made.json")
     assert run("plan", model, "--prompts", prompts, *arguments) == 1
-    assert "give sqnr, or sqnr,ssim" in complaint(capsys)
+    assert "give one of sqnr, latent, psnr" in complaint(capsys)
 
 
 def test_an_analysis_can_show_a_pareto_front(model: Path, prompts: Path, tmp_path: Path) -> None:

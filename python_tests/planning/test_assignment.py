@@ -193,6 +193,7 @@ def test_the_first_missing_limit_is_the_goal() -> None:
     assert Target(sqnr_db=30.0, bytes=10).goal == "milliseconds"
     assert Target(layers=3).goal == "noise"
     assert Target(30.0, 10, 2.0).goal == "noise"
+    assert Target(latent_db=30.0).goal == Target(psnr_db=30.0).goal == "bytes"
     assert Target(sqnr_db=30.0, bytes=10).needs_times
     assert not Target(sqnr_db=30.0).needs_times
 
@@ -205,6 +206,8 @@ def test_the_first_missing_limit_is_the_goal() -> None:
         ({"bytes": 0}, "must be above 0"),
         ({"milliseconds": -1.0}, "must be above 0"),
         ({"layers": -1}, "0 or more"),
+        ({"latent_db": float("inf")}, "not a finite number"),
+        ({"sqnr_db": 30.0, "psnr_db": 40.0}, "30 dB, 40 dB of PSNR are targets of several places"),
     ],
 )
 def test_targets_without_meaning_are_refused(given: dict, words: str) -> None:

@@ -39,9 +39,11 @@ def test_a_text_alone_is_one_prompt() -> None:
         ({"formats": ["w3a8"]}, "w3a8"),
         ({"formats": "w8a8"}, "formats is the text 'w8a8'"),
         ({"calibration_mode": "last-step"}, "unknown calibration 'last-step'.*first-step"),
-        ({"signals": ["ssim"]}, "give sqnr, or sqnr,ssim"),
-        ({"signals": ["sqnr", "beauty"]}, "give sqnr, or sqnr,ssim"),
+        ({"signals": ["ssim"]}, "give one of sqnr, latent, psnr, or one of them with ssim"),
+        ({"signals": ["sqnr", "beauty"]}, "give one of sqnr, latent, psnr, or one of them with ssim"),
         ({"signals": []}, "the signals are none"),
+        ({"signals": ["latent", "psnr"]}, "the signals are latent,psnr"),
+        ({"signals": ["psnr"], "target": Target(latent_db=30.0)}, "the signal is psnr and the target 30 dB in the lat"),
         ({"hybrid": 1.5}, "hybrid is 1.5"),
         ({"hybrid": float("nan")}, "hybrid is nan"),
     ],
@@ -62,6 +64,13 @@ def test_a_format_stands_for_all_of_its_schemes() -> None:
     ]
 
 
+def test_what_a_plan_keeps_is_where_its_target_is_measured_or_what_the_signals_name() -> None:
+    assert (PlanRequest(["a"], Target(bytes=3)).measure, PlanRequest(["a"], Target(bytes=3)).ends) == ("sqnr", ())
+    assert PlanRequest(["a"], Target(latent_db=30.0)).ends == ("latent",)
+    assert PlanRequest(["a"], Target(psnr_db=30.0, bytes=3)).measure == "psnr"
+    assert PlanRequest(["a"], Target(bytes=3), signals=["psnr", "ssim"]).ends == ("picture",)
+
+
 def test_times_are_needed_by_a_target_in_milliseconds_or_on_demand() -> None:
     assert not PlanRequest(["a"], Target(sqnr_db=30.0)).needs_times
     assert PlanRequest(["a"], Target(milliseconds=3.0)).needs_times
@@ -75,6 +84,8 @@ def test_the_command_line_has_the_same_default_formats() -> None:
 def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
         "target_sqnr_db": 31.0,
+        "target_latent_db": None,
+        "target_psnr_db": None,
         "target_bytes": 32,
         "target_milliseconds": 33.0,
         "target_layers": 34,
@@ -106,6 +117,10 @@ def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPat
     assert request.target == Target(31.0, 32, 33.0, 34)
     assert dataclasses.astuple(request.settings) == (36, 37.0, 38, 39, 40)
     assert (list(request.calls), list(request.formats)) == (["a dog"], ["w8a16"])
+    for name in ("latent", "psnr"):
+        with pytest.raises(InterruptedError):
+            plan(None, ["a dog"], **{f"target_{name}_db": 35.0})
+        assert requests.pop().target == Target(**{f"{name}_db": 35.0})
     assert (request.calibration_mode, list(request.signals), request.hybrid) == ("all-steps", ["sqnr", "ssim"], 0.35)
     assert (request.time_layers, str(request.work_dir), request.show) == (True, "folder", False)
     assert request.part == "transformer_2"

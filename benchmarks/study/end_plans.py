@@ -1,0 +1,128 @@
+"""Plans for the pictures beside plans for the UNet's output, at equal bytes: python -m benchmarks end-plans
+
+One analysis of the demo model, from which plans are made within the same bytes, that keep the SQNR of the UNet's
+output, that of the final latents, or the PSNR of the pictures. Each is drawn on captions that neither the analysis nor
+the planner's own check saw, and compared with the float pictures: mean, median and worst tenth, beside what was
+predicted before anything was drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from benchmarks.harness import results
+from benchmarks.harness.machine import device
+from benchmarks.harness.tables import markdown
+from benchmarks.study.evaluation import TEST_SEED
+from ldmq_kernels import demo
+from ldmq_kernels.calibration.calibrate import calibrate
+from ldmq_kernels.calibration.denoisers import denoiser
+from ldmq_kernels.calibration.drawings import SamplingSettings
+from ldmq_kernels.calibration.trajectory import record_trajectory
+from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions, held_out_captions
+from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
+from ldmq_kernels.planning.drawn import EndCheck, FloatEnds, with_more_seeds
+from ldmq_kernels.planning.evaluate import PlanEvaluator
+from ldmq_kernels.planning.planner import held_out_settings
+from ldmq_kernels.planning.request import split_calls
+from ldmq_kernels.planning.session import Session
+from ldmq_kernels.planning.target import MEASURES, Measure, Target
+from ldmq_kernels.plans.cost import weight_bytes
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE
+from ldmq_kernels.sensitivity.analysis import Analysis, analyze
+
+INT8 = ("w8a8-static", "w8a8-timestep", "w8a8-dynamic")
+INT4 = ("w4a8-static", "w4a8-timestep", "w4a8-dynamic")
+CASES = {  # formats, and the share of fp16's bytes that they may take
+    "W8A8 and a tenth of the weights in fp16": ((*INT8, "fp16"), 0.55),
+    "W4A8 and W8A8": ((*INT4, *INT8), 0.32),
+}
+
+
+def _sessions(pipe: Any, analysis: Analysis, checks: dict[Measure, EndCheck | None], held_out: Any) -> dict[str, Any]:
+    """Case and measure -> a session on the candidates of the case alone."""
+    found: dict[str, Any] = {}
+    for case, (formats, _) in CASES.items():
+        few = {name: [c for c in of if str(c.scheme) in formats] for name, of in analysis.candidates.items()}
+        part = replace(analysis, candidates=few)
+        found[case] = {
+            measure: Session(denoiser(pipe), part, held_out, formats, ends=check) for measure, check in checks.items()
+        }
+    return found
+
+
+def measured(pipe: Any, captions: int) -> list[dict[str, Any]]:
+    """One row a case and measure."""
+    model, settings = denoiser(pipe), SamplingSettings(STEPS, GUIDANCE, 0)
+    calibrated_on, verified_on = split_calls(calibration_captions(CALIBRATION_PROMPTS))
+    calibration = calibrate(pipe, calibrated_on, settings)
+    schemes = parse_schemes(tuple(dict.fromkeys(s for formats, _ in CASES.values() for s in formats)))
+    began = time.perf_counter()
+    analysis = analyze(pipe, calibration, schemes, ends=(LATENT, PICTURE), show=True)
+    seconds = time.perf_counter() - began
+    others = held_out_settings(settings)
+    held_out = record_trajectory(pipe, verified_on, others)
+    drawn = FloatEnds(pipe, with_more_seeds(verified_on), others)
+    calibrated = FloatEnds(pipe, calibration.calls, settings, calibration.trajectory.outputs)
+    ends: tuple[Measure, ...] = ("latent", "psnr")
+    checks: dict[Measure, EndCheck | None] = {"sqnr": None, **{m: EndCheck(m, drawn, calibrated) for m in ends}}
+    test = FloatEnds(pipe, [text for text, _ in held_out_captions(captions)], replace(settings, seed=TEST_SEED))
+    full = sum(weight_bytes(layer, FLOAT) for layer in quantizable_layers(model).values())
+    evaluator, rows = PlanEvaluator(model, analysis), []
+    for case, sessions in _sessions(pipe, analysis, checks, held_out).items():
+        for measure, session in sessions.items():
+            plan = session.plan(Target(bytes=int(CASES[case][1] * full))).plan
+            choices = {name: str(layer_plan.scheme) for name, layer_plan in plan.layers(model).items()}
+            spread = {m: asdict(s) for m, s in evaluator.drawn(choices, test).spread.items()}
+            row = {"op": "plan", "case": case, "keeps": measure, "share_of_fp16": plan.measured["weight_bytes"] / full}
+            rows.append(row | {"drawn": spread, "measured": plan.measured, "analysis_seconds": seconds})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def table(data: dict[str, Any]) -> str:
+    """Plans at equal bytes, for the pages."""
+    lines = []
+    for row in data["rows"]:
+        psnr, latent = row["drawn"]["psnr"], row["drawn"]["latent"]
+        predicted, checked = (row["measured"][f"{word}_{row['keeps']}_db"] for word in ("predicted", "held_out"))
+        lines.append(
+            [
+                row["case"],
+                f"{row['share_of_fp16']:.3f}x",
+                MEASURES[row["keeps"]],
+                f"{psnr['mean']:.1f} / {psnr['median']:.1f} / {psnr['worst_tenth']:.1f}",
+                f"{latent['mean']:.1f} / {latent['median']:.1f} / {latent['worst_tenth']:.1f}",
+                f"{predicted:.1f} / {checked:.1f}",
+            ]
+        )
+    words = (
+        "**Plans for the pictures** (the demo model, equal bytes; held-out captions; mean, median and worst tenth of "
+        "pictures in dB)"
+    )
+    head = ["formats", "of fp16", "keeps", "PSNR", "latents' SQNR", "predicted / measured by the planner"]
+    return f"{words}\n\n" + markdown(head, lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and write the results file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks end-plans", description=__doc__.splitlines()[0])
+    parser.add_argument("--captions", type=int, default=16, help="held out, drawn with every plan")
+    options = parser.parse_args(arguments)
+    dtype = torch.float16 if device().type == "cuda" else torch.float32
+    pipe = demo.load_demo_pipeline(dtype, demo.WEIGHTS).to(device())
+    rows = measured(pipe, options.captions)
+    gains = [
+        ours["drawn"]["psnr"]["mean"] - base["drawn"]["psnr"]["mean"]
+        for base in rows
+        for ours in rows
+        if base["case"] == ours["case"] and (base["keeps"], ours["keeps"]) == ("sqnr", "psnr")
+    ]
+    summary = {"end_plans/least_gain_db": min(gains), "end_plans/most_gain_db": max(gains)}
+    print(f"written: {results.keep('end_plans', rows, summary)}")

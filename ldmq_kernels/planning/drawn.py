@@ -1,0 +1,190 @@
+"""How far pictures are off that a quantized model draws by the pipeline's own call, one by one."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmq_kernels.calibration.denoisers import whole_pipeline
+from ldmq_kernels.calibration.drawings import LATENT as LATENTS
+from ldmq_kernels.calibration.drawings import Call, SamplingSettings, drawings
+from ldmq_kernels.numerics.sqnr import to_db
+from ldmq_kernels.planning.assignment import MOST_DB
+from ldmq_kernels.planning.target import MEASURES, Measure
+from ldmq_kernels.progress import track
+from ldmq_kernels.sensitivity.decoding import decoded
+
+WORST = 10  # per cent
+PICTURES = 8  # that verify a plan at least: what is held out is drawn with further seeds
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Decibels over pictures: their mean, their median, and what all but the worst tenth of them reach."""
+
+    mean: float
+    median: float
+    worst_tenth: float
+
+    @classmethod
+    def of(cls, decibels: Sequence[float]) -> Spread:
+        """The spread of some."""
+        worst = float(np.percentile(decibels, WORST))
+        return cls(statistics.fmean(decibels), statistics.median(decibels), worst)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Drawn pictures against the float ones.
+
+    Attributes:
+        by_picture: for each measure the decibels of each picture, 200 where nothing differs: "latent" is the SQNR of
+            its final latent, "psnr" its PSNR against a peak of 1, which is there where latents could be decoded.
+    """
+
+    by_picture: Mapping[Measure, tuple[float, ...]]
+
+    def mean_db(self, measure: Measure) -> float:
+        """The mean over pictures."""
+        return statistics.fmean(self.by_picture[measure])
+
+    @property
+    def spread(self) -> dict[Measure, Spread]:
+        """Over pictures, of each measure."""
+        return {measure: Spread.of(decibels) for measure, decibels in self.by_picture.items()}
+
+
+def together(parts: Sequence[Drawn]) -> Drawn:
+    """Pictures that were drawn apart."""
+    return Drawn({measure: sum((part.by_picture[measure] for part in parts), ()) for measure in parts[0].by_picture})
+
+
+class FloatEnds:
+    """What a pipeline draws in float, to compare with.
+
+    Args:
+        pipe: the pipeline, still in full precision.
+        calls: what is drawn, seeds counting up from `settings.seed`.
+        outputs: the final latents of each run, where they were drawn before.
+
+    Raises:
+        ValueError: the pipeline gives no latents.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        pipe: Any,
+        calls: Sequence[Call],
+        settings: SamplingSettings,
+        outputs: Sequence[Tensor] | None = None,
+        *,
+        show: bool = False,
+    ) -> None:
+        self._pipe, self._runs = pipe, drawings(calls, settings)
+        self._vae = getattr(whole_pipeline(pipe), "vae", None)
+        if outputs is None:
+            runs = track(self._runs, "float pictures to compare with", len(self._runs), show=show)
+            outputs = [self._latents(run) for run in runs]
+        self._latents_of_runs = list(outputs)
+        decodes = self._vae is not None and all(latents.dim() == 4 for latents in self._latents_of_runs)
+        self._pictures = [self._decoded(latents) for latents in self._latents_of_runs] if decodes else []
+
+    def _latents(self, run: Any) -> Tensor:
+        latents = run.run(self._pipe, LATENTS)
+        if latents is None:
+            raise ValueError(
+                f"{type(whole_pipeline(self._pipe)).__name__} gives no latents to compare: plan by the SQNR of its "
+                "model's output, target_sqnr_db"
+            )
+        return latents
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return torch.cat([decoded(self._vae, latent) for latent in latents.split(1)])
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What pictures can be compared by."""
+        return ("latent", "psnr") if self._pictures else ("latent",)
+
+    @torch.no_grad()
+    def compare(self, samples: Collection[int] | None = None) -> Drawn:
+        """Draw with the pipeline as it is now, and compare.
+
+        Args:
+            samples: places among the calls; all of them if None.
+
+        Raises:
+            ValueError: a latent is not finite.
+        """
+        found: dict[Measure, list[float]] = {measure: [] for measure in self.measures}
+        for index, run in enumerate(self._runs):
+            taken = [place for place, sample in enumerate(run.samples) if samples is None or sample in samples]
+            if not taken:
+                continue
+            exact, latents = self._latents_of_runs[index], self._latents(run)
+            rows = [row for row in range(len(exact)) if row % len(run.samples) in taken]
+            error = latents[rows].double() - exact[rows].double()
+            power = error.flatten(1).square().sum(1) / exact[rows].double().flatten(1).square().sum(1)
+            if not bool(torch.isfinite(power).all()):
+                raise ValueError(f"the quantized model draws latents that are not finite of {', '.join(run.names)}")
+            found["latent"] += [_db(value) for value in power.tolist()]
+            if self._pictures:
+                off = self._decoded(latents[rows]).double() - self._pictures[index][rows].double()
+                found["psnr"] += [_db(value) for value in off.square().flatten(1).mean(1).tolist()]
+        return Drawn({measure: tuple(decibels) for measure, decibels in found.items()})
+
+
+def _db(power: float) -> float:
+    return min(MOST_DB, to_db(power)) if power > 0 else MOST_DB
+
+
+@dataclass(frozen=True)
+class EndCheck:
+    """What plans for the end of the trajectory are judged by.
+
+    Attributes:
+        measure: "latent" or "psnr".
+        held_out: what verifies them.
+        calibrated: what was calibrated on, by which the prediction is corrected for what layers do together.
+    """
+
+    measure: Measure
+    held_out: FloatEnds
+    calibrated: FloatEnds
+
+
+def with_more_seeds(calls: Sequence[Call]) -> list[Call]:
+    """The calls again and again, until there are enough pictures to tell of the worst of them."""
+    times = -(-PICTURES // len(calls))
+    return list(calls) * times
+
+
+def spread_as_measured(drawn: Drawn) -> dict[str, float]:
+    """What a plan file says of drawn pictures."""
+    found: dict[str, float] = {"held_out_pictures": len(next(iter(drawn.by_picture.values())))}
+    for measure, spread in drawn.spread.items():
+        found[f"held_out_{measure}_db"] = round(spread.mean, 3)
+        found[f"held_out_{measure}_db_median"] = round(spread.median, 3)
+        found[f"held_out_{measure}_db_worst_tenth"] = round(spread.worst_tenth, 3)
+    return found
+
+
+def spread_in_words(measured: Mapping[str, Any]) -> str:
+    """The same as a plan file has it, after other words; nothing where no pictures were drawn."""
+    words = ""
+    for measure, of in MEASURES.items():
+        name = f"held_out_{measure}_db"
+        if f"{name}_median" in measured:
+            words += (
+                f"; {of} {measured[name]:.2f} dB in the mean of {measured['held_out_pictures']}, "
+                f"{measured[f'{name}_median']:.2f} dB in the median, {measured[f'{name}_worst_tenth']:.2f} dB for the "
+                "worst tenth"
+            )
+    return words
