@@ -151,7 +151,7 @@ def trials(count: int, seed: int, names: Sequence[str] = (*COMMANDS, *SAVES)) ->
             if name not in whole:
                 whole[name] = _undisturbed_save(name, saves) if name in SAVES else _undisturbed(name, commands)
             drawn = random.Random(number)
-            chosen = SIGNALS[(number + number // len(SIGNALS)) % len(SIGNALS)]
+            chosen = SIGNALS[(number + number // len(names)) % len(SIGNALS)]
             delay = drawn.uniform(0, whole[name].seconds)
             if name in SAVES:
                 right, text = saves.trial(name, chosen, delay)
