@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,15 +155,16 @@ def _search(
     schemes: list[Scheme],
     method: Method,
     probes: int,
-    ends: EndTrajectory | None,
+    find_ends: Callable[[], EndTrajectory | None],
     work: Work,
     show: bool,
 ) -> Any:
-    replays = [(trial.trajectory.calls, probes)]
-    if ends is not None:
-        replays.append(([of_call.call for of_call in ends.calls], len(ends.ends) * ends.probes))
-
     def search(names: list[str]) -> Iterator[tuple[str, list[LayerCandidate]]]:
+        if not names:
+            return
+        ends, replays = find_ends(), [(trial.trajectory.calls, probes)]
+        if ends is not None:
+            replays.append(([of_call.call for of_call in ends.calls], len(ends.ends) * ends.probes))
         for chunk in chunks_of_layers(trial.model, replays, names):
             records = record(trial.model, trial.trajectory, chunk, probes)
             end_records = {} if ends is None else record_ends(trial.model, ends, chunk)
@@ -332,8 +333,11 @@ def analyze(
         method=method,
         ends=ends,
     )
-    at_end = calibrated_ends(pipe, calibration, ends, steps, show=show) if ends else None
-    candidates = _search(trial, tried, method, PROBES, at_end, work, show)
+
+    def find_ends() -> EndTrajectory | None:
+        return calibrated_ends(pipe, calibration, ends, steps, show=show) if ends else None
+
+    candidates = _search(trial, tried, method, PROBES, find_ends, work, show)
     estimates = {key: c.estimate for key, c in _by_key(candidates) if c.estimate is not None}
     keys = _exact_keys(estimates, candidates, exact)
     chosen = {key: {key[0]: c} for key, c in _by_key(candidates)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from ldmq_kernels.sensitivity.end_noise import EndNoise, end_noise
 from ldmq_kernels.sensitivity.output_noise import swapped
 from ldmq_kernels.sensitivity.probes import EndRecord
 from ldmq_kernels.sensitivity.stored import candidates_of, store_candidates
+from ldmq_kernels.sensitivity.work_folder import WorkError
 from python_tests.tiny import PROMPTS
 
 SETTINGS = SamplingSettings(num_inference_steps=3, guidance_scale=2.0)
@@ -126,6 +128,19 @@ def test_noise_at_the_end_is_kept_to_the_bit(shallow_pipe: StableDiffusionPipeli
     assert [c.end for c in candidates_of(store_candidates(kept), layers[name])] == [c.end for c in kept]
     assert kept[0].end is not None
     assert set(kept[0].end.by_picture) == {LATENT, PICTURE}
+
+
+def test_what_is_kept_in_a_folder_needs_no_adjoint_again(
+    shallow_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calibration, schemes = calibrate(shallow_pipe, PROMPTS, SETTINGS), parse_schemes(["w8a16"])
+    options: dict[str, Any] = {"exact": 0, "work_dir": tmp_path / "work"}
+    first = analyze(shallow_pipe, calibration, schemes, ends=(LATENT,), **options)
+    monkeypatch.setattr(ends_of_analysis, "sampler_adjoint", None)
+    again = analyze(shallow_pipe, calibration, schemes, ends=(LATENT,), **options)
+    assert [c.end for (c,) in again.candidates.values()] == [c.end for (c,) in first.candidates.values()]
+    with pytest.raises(WorkError, match="ends"):
+        analyze(shallow_pipe, calibration, schemes, **options)
 
 
 def test_a_scheduler_without_gradients_is_named_and_the_output_decides(
