@@ -309,6 +309,15 @@ def test_the_pages_tell_every_case_and_what_did_not_help(tmp_path: Path) -> None
     assert b"sdnq, as it comes" in written[0][1]
 
 
+def test_one_seed_set_has_no_distance_to_another() -> None:
+    data = _data([cases.own_name(cases.words("w8a8-static"))])
+    assert "## Seeds" in report.text(data)
+    data["settings"]["seed_sets"] = 1
+    page = report.text(data)
+    assert "## Seeds" not in page
+    assert "in 1 set of seeds" in page
+
+
 def test_no_results_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     with pytest.raises(FileNotFoundError, match="python -m benchmarks study"):
