@@ -30,6 +30,7 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "host_time": "machine.host_time",
     "study": "study.report",
     "study_second": "study.report",
+    "robustness": "study.robustness",
     "method": "study.planner_estimates",
     "ends": "study.end_noise",
     "end_plans": "study.end_plans",

@@ -7,7 +7,7 @@ list stands.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -28,7 +28,6 @@ from benchmarks.study.own_plans import (
 from benchmarks.study.peers import MODELOPT_SKIPS, OURS, Quantization, baselines, own_beside, own_planned_beside
 from benchmarks.study.subjects import DEMO, SECOND
 from ldmq_kernels.calibration.calibrate import calibrate
-from ldmq_kernels.calibration.drawings import SamplingSettings
 from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, SAMPLED_STEPS
 from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.sensitivity.candidates import Method
@@ -162,7 +161,7 @@ def _formats() -> list[Case]:
 def _with_seed(plans: OwnPlans, seed: int) -> OwnPlans:
     """Plans of the same pipeline, calibrated from other noise."""
     setup, old = plans.setup, plans.setup.calibration
-    settings = SamplingSettings(old.settings.num_inference_steps, old.settings.guidance_scale, 1000 * seed)
+    settings = replace(old.settings[0], seed=1000 * seed)
     calibration = calibrate(setup.pipe, old.calls, settings)
     return OwnPlans(Setup(setup.pipe, calibration, setup.held_out))
 

@@ -26,8 +26,9 @@ from benchmarks.harness.tables import markdown
 from ldmq_kernels import demo
 from ldmq_kernels.calibration.calibrate import Calibration, calibrate
 from ldmq_kernels.calibration.denoisers import denoiser
-from ldmq_kernels.calibration.drawings import SamplingSettings, draw
+from ldmq_kernels.calibration.drawings import draw
 from ldmq_kernels.calibration.ranges import spread_steps
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions
 from ldmq_kernels.nn import timestep_groups

@@ -22,7 +22,7 @@ from benchmarks.study.evaluation import TEST_SEED
 from ldmq_kernels import demo
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.denoisers import denoiser
-from ldmq_kernels.calibration.drawings import SamplingSettings
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions, held_out_captions
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes

@@ -22,7 +22,8 @@ from benchmarks.study.subjects import Subject
 from ldmq_kernels import demo
 from ldmq_kernels.calibration.calibrate import Calibration, calibrate
 from ldmq_kernels.calibration.denoisers import denoiser
-from ldmq_kernels.calibration.drawings import LATENT, PROMPTS_AT_ONCE, SamplingSettings, draw
+from ldmq_kernels.calibration.drawings import LATENT, PROMPTS_AT_ONCE, draw
+from ldmq_kernels.calibration.settings import SamplingSettings, Settings
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, record_trajectory
 from ldmq_kernels.demo import scenes
 from ldmq_kernels.demo.evaluator import Evaluator, attributes_right
@@ -157,7 +158,7 @@ class Evaluation:
         return signal, error
 
 
-def draw_latents(pipe: Any, prompts: Sequence[str], settings: SamplingSettings) -> Tensor:
+def draw_latents(pipe: Any, prompts: Sequence[str], settings: Settings) -> Tensor:
     """(N, 4, h, w) denoised latents; seeds count up from `settings.seed`."""
     return torch.cat(draw(pipe, prompts, settings, LATENT))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.study.evaluation import Setup, with_unet
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.ranges import ALL_STEPS, static_scale
+from ldmq_kernels.calibration.settings import recorded
 from ldmq_kernels.conversion import quantize
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme, parse_schemes
 from ldmq_kernels.numerics.smoothing import smoothing_vector
@@ -39,15 +40,12 @@ def quantized(setup: Setup, plan: Plan) -> nn.Module:
 
 def plan_of(model: nn.Module, choices: Mapping[str, LayerPlan], calibration: Calibration) -> Plan:
     """A plan that says of each layer what `choices` do; a layer that is not among them stays in float."""
-    settings = calibration.settings
     plan = Plan(model_record(model), [], timestep_groups=list(calibration.timestep_groups))
     plan.calibration = {
         "mode": calibration.mode,
         "prompts": len(calibration.calls),
         "texts": list(calibration.calls),
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "seed": settings.seed,
+        **recorded(calibration.settings),
     }
     for name, choice in choices.items():
         plan.set(name, choice)

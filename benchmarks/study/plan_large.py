@@ -30,7 +30,7 @@ from benchmarks.models.cpu import peak_bytes
 from benchmarks.models.definitions import SD15, SDXL
 from ldmq_kernels import demo
 from ldmq_kernels.calibration.calibrate import calibrate
-from ldmq_kernels.calibration.drawings import SamplingSettings
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.demo.run import calibration_captions
 from ldmq_kernels.numerics.formats import parse_schemes

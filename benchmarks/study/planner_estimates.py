@@ -23,8 +23,8 @@ from benchmarks.harness.machine import device
 from benchmarks.harness.tables import markdown
 from ldmq_kernels import demo
 from ldmq_kernels.calibration.calibrate import Calibration, calibrate
-from ldmq_kernels.calibration.drawings import SamplingSettings
 from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, range_drift
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.planner import make_plan

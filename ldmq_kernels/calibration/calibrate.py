@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ldmq_kernels.calibration import ranges
 from ldmq_kernels.calibration.concatenations import concatenated_inputs
 from ldmq_kernels.calibration.denoisers import denoiser
-from ldmq_kernels.calibration.drawings import Call, SamplingSettings
+from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.calibration.ranges import FIRST_STEP, MODES, RangeObserver
+from ldmq_kernels.calibration.settings import SamplingSettings, Settings, each_of
 from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
 from ldmq_kernels.nn import QuantizedLayer
 
@@ -24,6 +25,7 @@ class Calibration:
 
     Attributes:
         mode: which steps static scales come from: "first-step" (the paper's way), "sampled-steps" or "all-steps".
+        settings: one or several, at each of which everything was drawn.
         absmax: layer -> (steps, C) float32.
         operations: layer -> multiply-accumulates in one call of the UNet.
         calls: what was drawn: prompts, arguments of the pipeline's own call, or functions that run it.
@@ -36,7 +38,7 @@ class Calibration:
     """
 
     mode: str
-    settings: SamplingSettings
+    settings: tuple[SamplingSettings, ...]
     calls: tuple[Call, ...]
     trajectory: Trajectory
     absmax: dict[str, Tensor]
@@ -89,7 +91,7 @@ def _check(model: nn.Module) -> None:
 def calibrate(
     pipe: Any,
     calls: Sequence[Call],
-    settings: SamplingSettings,
+    settings: Settings,
     *,
     mode: str = FIRST_STEP,
     whole: bool = True,
@@ -100,7 +102,8 @@ def calibrate(
     Args:
         calls: prompts, mappings of arguments of the pipeline's own call, or functions that take the pipeline and run
             it once.
-        settings: of all prompts and calls; a call's own arguments come before them.
+        settings: of all prompts and calls, or several, at each of which all are drawn; a call's own arguments come
+            before them.
         mode: "first-step", "sampled-steps" or "all-steps": which steps make the static scales.
         whole: observe all steps in every mode, which an analysis needs, so that the drift can be measured. False
             stops the pipeline after the last step that the mode needs: one step instead of all.
@@ -122,7 +125,7 @@ def calibrate(
     by_fold = observer.absmax(trajectory.slots)
     return Calibration(
         mode,
-        settings,
+        each_of(settings),
         tuple(calls),
         trajectory,
         {name: absmax.amax(0) for name, absmax in by_fold.items()},

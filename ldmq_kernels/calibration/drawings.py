@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -21,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
 from ldmq_kernels.calibration.outputs import output_of
+from ldmq_kernels.calibration.schedulers import check_scheduler, scheduled
+from ldmq_kernels.calibration.settings import SamplingSettings, Settings, each_of, sample_number
 from ldmq_kernels.progress import track
 
 PROMPTS_AT_ONCE = 8
@@ -28,46 +29,6 @@ LATENT, PICTURES = "latent", "pt"
 COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 
 Call: TypeAlias = str | Mapping[str, Any] | Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """The settings of pictures drawn during calibration, as the user will draw them.
-
-    What is None is as the pipeline has it by default. A call's own arguments come before these.
-
-    Raises:
-        ValueError: there is no step, a picture has no size, or the guidance is not finite.
-    """
-
-    num_inference_steps: int | None = 20
-    guidance_scale: float | None = 7.5
-    seed: int = 0
-    height: int | None = None  # pixels
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "height", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: give at least 1")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale is {self.guidance_scale}: give a finite number, such as 7.5")
-
-    def arguments(self) -> dict[str, Any]:
-        """What they ask a pipeline for, beside the seed."""
-        names = ("num_inference_steps", "guidance_scale", "height", "width")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-def with_defaults(settings: SamplingSettings) -> SamplingSettings:
-    """The settings of prompts: 20 steps with guidance by 7.5, where they do not say."""
-    plain, given = SamplingSettings(), settings.arguments()
-    return replace(
-        settings,
-        num_inference_steps=given.get("num_inference_steps", plain.num_inference_steps),
-        guidance_scale=given.get("guidance_scale", plain.guidance_scale),
-    )
 
 
 def given_calls(
@@ -136,12 +97,12 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any], where: str) -> None
         raise ValueError(f"{where} lacks {', '.join(lacking)}, which {name} needs; it takes {', '.join(parameters)}")
 
 
-def check_calls(pipe: Any, calls: Sequence[Call], settings: SamplingSettings) -> None:
+def check_calls(pipe: Any, calls: Sequence[Call], settings: Settings) -> None:
     """Refuse what a pipeline cannot draw, before it draws anything.
 
     Raises:
         ValueError: there is nothing to draw, something is neither a text, arguments nor a function, or the pipeline
-            knows one of the arguments not.
+            knows one of the arguments not, or cannot have a scheduler of the settings.
     """
     if not calls:
         raise ValueError("calibration needs at least one prompt or call")
@@ -153,6 +114,8 @@ def check_calls(pipe: Any, calls: Sequence[Call], settings: SamplingSettings) ->
             )
         if isinstance(call, Mapping) and not all(isinstance(key, str) for key in call):
             raise ValueError(f"calls[{index}] has an argument whose name is no text: {', '.join(map(repr, call))}")
+    for one in each_of(settings):
+        check_scheduler(pipe, one.scheduler)
     for drawing in drawings(calls, settings):
         drawing.check(pipe)
 
@@ -166,7 +129,7 @@ class Drawing:
 
     Attributes:
         calls: prompts that are drawn together, or one call or function alone.
-        samples: their places among all that is drawn, one each.
+        samples: their numbers among all that is drawn, one each, see `sample_number`.
     """
 
     calls: tuple[Call, ...]
@@ -214,22 +177,22 @@ class Drawing:
     def run(self, pipe: Any, output_type: str) -> Tensor | None:
         """Run the pipeline, and give what it draws: None where that is no tensor and no picture.
 
-        Noise that comes from a generator has the seed of the first sample, `settings.seed` plus its place, each
-        further prompt the next one; whatever else is random has that of the first.
+        Noise that comes from a generator has the seed of the first sample, `settings.seed` plus its number, each
+        further prompt its own; whatever else is random has that of the first.
 
         Args:
             output_type: "latent", or "pt" for pictures; what a call says of it does not count. A pipeline that has no
                 such output gives its own.
         """
         asked, seed = self._asked(), self.settings.seed + self.samples[0]
-        with _seeded(denoiser(pipe).parameters(), seed):
+        with scheduled(pipe, self.settings.scheduler), _seeded(denoiser(pipe).parameters(), seed):
             if asked is None:
                 function = self.calls[0]
                 assert callable(function)
                 return output_of(function(whole_pipeline(pipe)))
             parameters = parameters_of(pipe)
             if "generator" not in asked and (parameters is None or "generator" in parameters):
-                generators = [torch.Generator().manual_seed(seed + place) for place in range(len(self.calls))]
+                generators = [torch.Generator().manual_seed(self.settings.seed + sample) for sample in self.samples]
                 asked["generator"] = generators if isinstance(self.calls[0], str) else generators[0]
             if parameters is None or "output_type" in parameters:
                 asked["output_type"] = _possible_output(pipe, output_type)
@@ -250,27 +213,27 @@ class Drawing:
         return float(value)
 
 
-def drawings(calls: Sequence[Call], settings: SamplingSettings) -> list[Drawing]:
-    """The runs that draw all of the calls: prompts that follow each other together, all else alone."""
+def drawings(calls: Sequence[Call], settings: Settings) -> list[Drawing]:
+    """The runs that draw all calls at each of the settings: prompts that follow each other together, all else alone."""
     runs: list[Drawing] = []
-    for index, call in enumerate(calls):
-        last = runs[-1] if runs else None
-        if (
-            last is not None
-            and isinstance(call, str)
-            and isinstance(last.calls[0], str)
-            and len(last.calls) < PROMPTS_AT_ONCE
-        ):
-            runs[-1] = replace(last, calls=(*last.calls, call), samples=(*last.samples, index))
-        else:
-            runs.append(Drawing((call,), (index,), settings))
+    each = each_of(settings)
+    for setting, one in enumerate(each):
+        together = False  # whether the last run can take another prompt
+        for index, call in enumerate(calls):
+            sample = sample_number(index, setting, len(each))
+            if together and isinstance(call, str) and len(runs[-1].calls) < PROMPTS_AT_ONCE:
+                last = runs[-1]
+                runs[-1] = replace(last, calls=(*last.calls, call), samples=(*last.samples, sample))
+            else:
+                runs.append(Drawing((call,), (sample,), one))
+            together = isinstance(call, str)
     return runs
 
 
 def draw(
     pipe: Any,
     calls: Sequence[Call],
-    settings: SamplingSettings,
+    settings: Settings,
     output_type: str,
     what: str = "",
     *,

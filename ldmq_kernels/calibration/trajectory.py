@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ldmq_kernels.calibration.denoisers import denoiser
-from ldmq_kernels.calibration.drawings import LATENT, Call, Drawing, SamplingSettings, check_calls, drawings
+from ldmq_kernels.calibration.drawings import LATENT, Call, Drawing, check_calls, drawings
 from ldmq_kernels.calibration.module_state import State, StateChanges, in_state
 from ldmq_kernels.calibration.outputs import output_tensor
+from ldmq_kernels.calibration.settings import Settings
 from ldmq_kernels.nn.timestep_groups import TIMESTEP_NAMES
 from ldmq_kernels.progress import track
 
@@ -258,7 +259,7 @@ def _record(
 def record_trajectory(
     pipe: Any,
     calls: Sequence[Call],
-    settings: SamplingSettings,
+    settings: Settings,
     *,
     last_step: int | None = None,
     show: bool = False,
@@ -270,6 +271,7 @@ def record_trajectory(
         pipe: a diffusers pipeline in full precision, or a `PartOf` one.
         calls: prompts, arguments of the pipeline's own call, or functions that take the pipeline and run it once;
             seeds count up from `settings.seed`.
+        settings: one, or several at each of which all is drawn; `sample_number` numbers the samples.
         last_step: stop each run after this sampling step, without pictures; None runs to the end.
         on_call: called with the step and the indices of the samples before each call of the UNet. Where runs have
             different timesteps, these steps are numbered as they come, and `Trajectory.slots` puts them in order.

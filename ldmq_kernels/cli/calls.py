@@ -43,26 +43,41 @@ def read_calls(path: Path, pipeline: Any) -> list[dict[str, Any]]:
         ValueError: there is no such file, it is not text, or it holds no call; or a line is no JSON object, has an
             argument that the pipeline does not know, lacks one, or names a picture that cannot be read.
     """
+    objects = json_lines(path, "call", '{"prompt": "a cat"}')
+    return [_call(call, where, path.parent, pipeline) for where, call in objects]
+
+
+def json_lines(path: Path, what: str, example: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON Lines file, each with the words for its place.
+
+    Args:
+        what: the file holds, in the singular.
+        example: of an object, for errors.
+
+    Raises:
+        ValueError: there is no such file, it is not text, it is empty, or a line is no JSON object.
+    """
     shown = printable(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ValueError(f"there is no file of calls {shown}: write one JSON object a line into it") from None
+        raise ValueError(f"there is no file of {what}s {shown}: write one JSON object a line into it") from None
     except (UnicodeDecodeError, IsADirectoryError):
         raise ValueError(f"{shown} is not a text file in UTF-8: it must hold one JSON object a line") from None
-    calls = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            calls.append(_call(line, f"{shown}, line {number}", path.parent, pipeline))
-    if not calls:
-        raise ValueError(f'{shown} holds no call: write one JSON object a line into it, such as {{"prompt": "a cat"}}')
-    return calls
+    lines = [(f"{shown}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{shown} holds no {what}: write one JSON object a line into it, such as {example}")
+    return [(where, _object(line, where, example)) for where, line in lines]
 
 
-def _call(line: str, where: str, folder: Path, pipeline: Any) -> dict[str, Any]:
-    call = parse_json(line, where, "a JSON object")
-    if not isinstance(call, dict):
-        raise ValueError(f'{where} is not a JSON object of arguments, such as {{"prompt": "a cat"}}')
+def _object(line: str, where: str, example: str) -> dict[str, Any]:
+    value = parse_json(line, where, "a JSON object")
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not a JSON object of arguments, such as {example}")
+    return value
+
+
+def _call(call: dict[str, Any], where: str, folder: Path, pipeline: Any) -> dict[str, Any]:
     check_arguments(pipeline, call, where)
     parameters = parameters_of(pipeline) or {}
     return {

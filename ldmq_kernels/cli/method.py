@@ -250,7 +250,7 @@ def _report(pipe: Any, name: str, session: Session, request: PlanRequest, points
 
     analysis, held_out, unet = session.analysis, session.held_out, session.model
     assert request.target is not None
-    settings = held_out_settings(request.settings)
+    settings = held_out_settings(request.settings)[0]  # of the pictures on the page
     report = Report(
         f"{name}: quantized, measured",
         f"What quantizing each layer of its {type(unet).__name__} does to the output, and the plan that follows.",

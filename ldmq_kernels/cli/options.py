@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from ldmq_kernels.calibration.drawings import SamplingSettings
+    from ldmq_kernels.calibration.settings import SamplingSettings
 
 DEFAULT_FORMATS = "w8a8,w8a16,fp16"
 
@@ -146,6 +146,23 @@ Height = Annotated[
     int | None, typer.Option(help="Of the pictures, in pixels. [default: the pipeline's]", min=8, show_default=False)
 ]
 Width = Annotated[int | None, typer.Option(help="As --height.", min=8, show_default=False)]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Class of diffusers that the pipeline draws with, such as DPMSolverMultistepScheduler, with the "
+        "configuration of its own one. [default: its own]",
+        show_default=False,
+    ),
+]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--settings",
+        help="JSON Lines, an object a line with num_inference_steps, guidance_scale, scheduler, height and width, as "
+        "far as they differ from these options: the plan is made for all of these settings at once.",
+        callback=at_home,
+    ),
+]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"],
     typer.Option(help="What to compute in; the result is stored in the dtype that MODEL is stored in."),
@@ -154,13 +171,31 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be qua
 
 
 def sampling(
-    steps: int | None, guidance: float | None, seed: int, height: int | None, width: int | None, prompts: Path | None
-) -> SamplingSettings:
-    """The sampling options together; calls, which are given without prompts, may say themselves what is left out."""
-    from ldmq_kernels.calibration.drawings import SamplingSettings, with_defaults
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+    height: int | None,
+    width: int | None,
+    prompts: Path | None,
+    scheduler: str | None = None,
+    file: Path | None = None,
+) -> tuple[SamplingSettings, ...]:
+    """The sampling options together; calls, which are given without prompts, may say themselves what is left out.
 
-    settings = SamplingSettings(steps, guidance, seed, height, width)
-    return settings if prompts is None else with_defaults(settings)
+    Args:
+        file: of several settings, each with what differs from the options.
+
+    Raises:
+        ValueError: the file does not hold settings.
+    """
+    from ldmq_kernels.calibration.settings import SamplingSettings, changed, each_of, with_defaults
+    from ldmq_kernels.cli.calls import json_lines
+
+    settings = SamplingSettings(steps, guidance, seed, height, width, scheduler)
+    base = settings if prompts is None else with_defaults(settings)
+    if file is None:
+        return each_of(base)
+    return changed(base, [change for _, change in json_lines(file, "setting", '{"num_inference_steps": 4}')])
 
 
 def require_out(out: Path | None, *, dry_run: bool) -> Path:

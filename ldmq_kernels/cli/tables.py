@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldmq_kernels.calibration.drawings import LATENT, Call, SamplingSettings, draw
+from ldmq_kernels.calibration.drawings import LATENT, Call, draw
+from ldmq_kernels.calibration.settings import Settings
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.files import write_csv
 from ldmq_kernels.numerics.sqnr import relative_noise_power
@@ -22,7 +23,7 @@ COLUMNS = ("block", "step", "scheme", "input_db", "own_db", "propagated_db", "to
 
 
 def rows_of_plan(
-    pipe: Any, calls: Sequence[Call], settings: SamplingSettings, result: PlanResult, held_out: Trajectory
+    pipe: Any, calls: Sequence[Call], settings: Settings, result: PlanResult, held_out: Trajectory
 ) -> Iterator[Row]:
     """The whole plan: at the UNet's output, of the denoised latents, of the pictures.
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ldmq_kernels.calibration.denoisers import denoiser
-from ldmq_kernels.calibration.drawings import Call, SamplingSettings
+from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.calibration.hessian import hessian_bytes, input_hessians
+from ldmq_kernels.calibration.settings import of_record
 from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.chunks import chunks_within
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -17,7 +18,6 @@ from ldmq_kernels.plans.plan import Plan, PlanError
 from ldmq_kernels.progress import track
 
 BYTES_AT_ONCE = 2 << 30
-SETTINGS = ("num_inference_steps", "guidance_scale", "seed", "height", "width")
 
 
 class RecordedHessians:
@@ -57,9 +57,8 @@ class RecordedHessians:
                 f"the plan rounds {names[0]} by GPTQ, but holds no calibration texts to run again: plan again with "
                 "`ldmq plan`, or set the rounding to nearest in its details"
             )
-        recorded = {key: plan.calibration[key] for key in SETTINGS if key in plan.calibration}
         chunks = list(chunks_within(names, {name: hessian_bytes(layers[name]) for name in names}, bytes_at_once))
-        self._trajectory = record_trajectory(pipe, drawn, SamplingSettings(**recorded), show=show)
+        self._trajectory = record_trajectory(pipe, drawn, of_record(plan.calibration), show=show)
         self._chunks = iter(track(chunks, "inputs for GPTQ rounding", len(chunks), show=show))
         self._held: dict[str, Tensor] = {}
 

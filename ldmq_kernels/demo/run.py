@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 import ldmq_kernels
-from ldmq_kernels.calibration.drawings import SamplingSettings
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.conversion import Summary, quantize, summarize
 from ldmq_kernels.demo import WEIGHTS, load_demo_pipeline, load_evaluator, scenes

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ldmq_kernels.calibration.calibrate import Calibration
+from ldmq_kernels.calibration.settings import recorded
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.planning.rules import compress
 from ldmq_kernels.planning.target import Target
@@ -56,7 +57,7 @@ def build_plan(
     plan.calibration = {
         "mode": calibration.mode,
         **_drawn(calibration),
-        **asdict(calibration.settings),
+        **recorded(calibration.settings),
         "analysed_steps": analysis.steps,
         "timestep_groups": list(calibration.timestep_groups),
         "formats": list(formats),

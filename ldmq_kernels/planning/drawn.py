@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ldmq_kernels.calibration.denoisers import whole_pipeline
 from ldmq_kernels.calibration.drawings import LATENT as LATENTS
-from ldmq_kernels.calibration.drawings import Call, SamplingSettings, drawings
+from ldmq_kernels.calibration.drawings import Call, drawings
+from ldmq_kernels.calibration.settings import Settings
 from ldmq_kernels.numerics.sqnr import to_db
 from ldmq_kernels.planning.assignment import MOST_DB
 from ldmq_kernels.planning.target import MEASURES, Measure
@@ -82,7 +83,7 @@ class FloatEnds:
         self,
         pipe: Any,
         calls: Sequence[Call],
-        settings: SamplingSettings,
+        settings: Settings,
         outputs: Sequence[Tensor] | None = None,
         *,
         show: bool = False,

@@ -13,8 +13,9 @@ from torch import nn
 
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.denoisers import chosen, denoiser, denoiser_name, denoisers, whole_pipeline
-from ldmq_kernels.calibration.drawings import SamplingSettings, check_calls, given_calls, with_defaults
+from ldmq_kernels.calibration.drawings import check_calls, given_calls
 from ldmq_kernels.calibration.ranges import FIRST_STEP
+from ldmq_kernels.calibration.settings import SamplingSettings, Settings, changed, each_of, with_defaults
 from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
@@ -40,9 +41,9 @@ def measure_layers(model: nn.Module, analysis: Analysis, *, show: bool = False) 
     return measure_times(model, analysis, call, path=cache_file(call.output.device), show=show)
 
 
-def held_out_settings(settings: SamplingSettings) -> SamplingSettings:
+def held_out_settings(settings: Settings) -> tuple[SamplingSettings, ...]:
     """The settings that held-out pictures are drawn with: seeds that calibration never reaches."""
-    return replace(settings, seed=settings.seed + HELD_OUT_SEED)
+    return tuple(replace(one, seed=one.seed + HELD_OUT_SEED) for one in each_of(settings))
 
 
 def analyzed(pipe: Any, request: PlanRequest) -> tuple[Analysis, Trajectory, str]:
@@ -150,6 +151,8 @@ def plan(
     seed: int = 0,
     height: int | None = None,
     width: int | None = None,
+    scheduler: str | None = None,
+    settings: Sequence[Mapping[str, Any]] | None = None,
     work_dir: str | Path | None = None,
     show_progress: bool = True,
     out: str | Path | None = None,
@@ -193,6 +196,11 @@ def plan(
             the pipeline has it by default. 7.5 is the `guidance_scale` of prompts alike.
         seed: of the first one drawn; the others count up.
         height: of the pictures in pixels, as the pipeline draws by default if None; and `width` alike.
+        scheduler: the class of diffusers that the pipeline draws with, such as "DPMSolverMultistepScheduler", with the
+            configuration of its own one; its own if None.
+        settings: several settings to plan for at once, each with what differs from the arguments above:
+            `[dict(num_inference_steps=4, guidance_scale=1.0), dict(scheduler="EulerAncestralDiscreteScheduler")]`.
+            Everything is drawn at each of them, scales cover all, and the worst must keep `target_sqnr_db`.
         work_dir: keeps the analysis, so that the same call goes on after a kill; it is made for its owner alone, and
             refused where others may read or write it, or where it holds the work of another model or other settings.
         out: where to write the plan file, which is tried before anything else; an older plan there is replaced.
@@ -208,13 +216,14 @@ def plan(
         OSError: `out` cannot be written, or is something else than a plan.
     """
     drawn = given_calls(prompts, calls, forward_loop)
-    settings = SamplingSettings(num_inference_steps, guidance_scale, seed, height, width)
+    plain = SamplingSettings(num_inference_steps, guidance_scale, seed, height, width, scheduler)
+    base = plain if prompts is None else with_defaults(plain)
     request = PlanRequest(
         drawn,
         Target(target_sqnr_db, target_bytes, target_milliseconds, target_layers, target_latent_db, target_psnr_db),
         formats=formats,
         calibration_mode=calibration_mode,
-        settings=settings if prompts is None else with_defaults(settings),
+        settings=base if settings is None else changed(base, settings),
         signals=signals,
         part=part,
         hybrid=hybrid,

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ldmq_kernels.calibration.drawings import Call, SamplingSettings
+from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.calibration.ranges import FIRST_STEP, MODES
+from ldmq_kernels.calibration.settings import SamplingSettings, Settings, each_of
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.options import ENDS
@@ -45,7 +46,8 @@ class PlanRequest:
         formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic and split.
         calibration_mode: the sampling steps that static ranges start from: "first-step", "sampled-steps" or
             "all-steps".
-        settings: how pictures are drawn, in calibration as later by the user.
+        settings: how pictures are drawn, in calibration as later by the user: one, or several, at each of which all
+            is drawn, and of which the worst must keep the target.
         part: the denoiser that is planned, where the pipeline has several; its first one if None.
         signals: what the plan keeps: "sqnr" of the UNet's output, or "latent" or "psnr" of what is drawn, where no
             target in dB says which; and "ssim" for the structure of pictures too.
@@ -64,7 +66,7 @@ class PlanRequest:
     target: Target | None = None
     formats: Sequence[str] = DEFAULT_FORMATS
     calibration_mode: str = FIRST_STEP
-    settings: SamplingSettings = field(default_factory=SamplingSettings)
+    settings: Settings = field(default_factory=SamplingSettings)
     signals: Sequence[str] = (SQNR,)
     part: str | None = None
     hybrid: float = 0.0
@@ -80,6 +82,7 @@ class PlanRequest:
             if isinstance(values, str):
                 raise ValueError(f"{name} is the text {values!r}: give a list of texts, such as [{values!r}]")
             object.__setattr__(self, name, tuple(values))
+        object.__setattr__(self, "settings", each_of(self.settings))
         split_calls(self.drawn)
         if not self.formats:
             raise ValueError(f"there is no format to choose among: leave formats out for {', '.join(DEFAULT_FORMATS)}")
@@ -95,6 +98,11 @@ class PlanRequest:
         asked = None if self.target is None else self.target.measure
         if asked is not None and kept[0] not in (asked, SQNR):
             raise ValueError(f"the signal is {kept[0]} and the target {self.target}: leave the signal out")
+        if self.ends and len(self.drawn_at) > 1:
+            raise ValueError(
+                f"there are {len(self.drawn_at)} settings, and a plan for the {kept[0] if asked is None else asked} "
+                "knows one: give one, or target_sqnr_db for the worst of several"
+            )
         if not 0 <= self.hybrid <= 1:
             raise ValueError(f"hybrid is {self.hybrid}: it is a share of the noise, from 0 to 1")
 
@@ -120,6 +128,12 @@ class PlanRequest:
         """Everything that is drawn."""
         assert isinstance(self.calls, tuple)
         return self.calls
+
+    @property
+    def drawn_at(self) -> tuple[SamplingSettings, ...]:
+        """The settings that everything is drawn at."""
+        assert isinstance(self.settings, tuple)
+        return self.settings
 
     @property
     def has_one_call(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ldmq_kernels.calibration.settings import recorded
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.assignment import MOST_DB, SQNR, Assignment, Chooser
@@ -22,7 +23,7 @@ from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, PlanError
 from ldmq_kernels.plans.weights import weights_record
 from ldmq_kernels.sensitivity.analysis import Analysis
-from ldmq_kernels.sensitivity.output_noise import StepNoise
+from ldmq_kernels.sensitivity.output_noise import StepNoise, by_setting
 from ldmq_kernels.sensitivity.similarity import SSIM
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,17 @@ class Verified:
     losses: dict[str, float] = field(default_factory=dict, compare=False)  # of the other signals, as measured
     drawn: Drawn | None = None
     measure: Measure = SQNR
+    settings: int = 1  # that the held-out trajectory was drawn at
+
+    @property
+    def db_by_setting(self) -> list[float]:
+        """SQNR in dB at each of the settings, as the mean over steps, 200 dB for no noise at all."""
+        return [mean_db(noise) for noise in by_setting(self.noise, self.settings)]
 
     @property
     def db(self) -> float:
-        """The measure in dB: the mean over steps, or over drawn pictures; 200 dB for no noise at all."""
-        return mean_db(self.noise) if self.drawn is None else self.drawn.mean_db(self.measure)
+        """The measure in dB: the mean over steps at the worst of the settings, or over drawn pictures."""
+        return min(self.db_by_setting) if self.drawn is None else self.drawn.mean_db(self.measure)
 
 
 def mean_db(noise: StepNoise) -> float:
@@ -148,7 +155,8 @@ class Session:
                 decoder = self.analysis.decoder
                 losses[SSIM] = self._evaluator.structural_noise(assignment.schemes, self.held_out, decoder)
             drawn = None if self.ends is None else self._evaluator.drawn(assignment.schemes, self.ends.held_out)
-            self._known[key] = Verified(assignment, predicted, noise, losses, drawn, self.measure)
+            settings = len(self.analysis.calibration.settings)
+            self._known[key] = Verified(assignment, predicted, noise, losses, drawn, self.measure, settings)
         return self._known[key]
 
     # -- plans ---------------------------------------------------------------------------------------------
@@ -177,6 +185,12 @@ class Session:
         }
         if verified.drawn is not None:
             plan.measured |= spread_as_measured(verified.drawn)
+        settings = self.analysis.calibration.settings
+        if len(settings) > 1:
+            plan.measured["by_settings"] = [
+                recorded(one) | {"held_out_sqnr_db": round(db, 3)}
+                for one, db in zip(settings, verified.db_by_setting, strict=True)
+            ]
         if self.verified_on:
             plan.measured["verified_on"] = self.verified_on
         if self.times is not None:

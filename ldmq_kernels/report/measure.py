@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.calibration.drawings import PICTURES, Call, SamplingSettings, draw
+from ldmq_kernels.calibration.drawings import PICTURES, Call, draw
 from ldmq_kernels.calibration.outputs import as_pictures
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.plans.layers import quantizable_layers

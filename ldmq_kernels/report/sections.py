@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldmq_kernels.calibration.calibrate import Calibration
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.conversion.summary import Summary
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.drawn import spread_in_words
@@ -228,18 +229,23 @@ def layers(rows: Sequence[LayerRow], schemes: Sequence[str]) -> str:
 def footer(analysis: Analysis, notes: Sequence[str]) -> str:
     """The meaning of the figures, and where they were measured."""
     calibration = analysis.calibration
-    settings = calibration.settings
-    guidance = "" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}, "
     analysed = ", ".join(str(step + 1) for step in analysis.steps)
     lines = [
         "SQNR = 10 log10(sum of squares of the float output / sum of squares of the error), over all elements of the "
         "batch, guidance halves pooled, along the float trajectory. A target in dB is the mean over sampling steps.",
         f"Calibrated on {_drawn(calibration)} ({calibration.mode} scales), "
-        f"{settings.num_inference_steps or calibration.trajectory.steps} steps, {guidance}seeds from {settings.seed}; "
-        f"noise measured at steps {analysed}.",
+        f"{'; and with '.join(_settings(calibration, one) for one in calibration.settings)}; noise measured at steps "
+        f"{analysed}.",
         *notes,
     ]
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _settings(calibration: Calibration, settings: SamplingSettings) -> str:
+    guidance = "" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}, "
+    scheduler = "" if settings.scheduler is None else f"{settings.scheduler}, "
+    steps = settings.num_inference_steps or calibration.trajectory.steps
+    return f"{steps} steps, {guidance}{scheduler}seeds from {settings.seed}"
 
 
 def _drawn(calibration: Calibration) -> str:

@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
 from ldmq_kernels.calibration.drawings import LATENT as LATENTS
-from ldmq_kernels.calibration.drawings import Call, SamplingSettings, drawings
+from ldmq_kernels.calibration.drawings import Call, drawings
+from ldmq_kernels.calibration.settings import Settings
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
 from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.decoding import decoded
@@ -224,7 +225,7 @@ def sampler_adjoint(
     pipe: Any,
     trajectory: Trajectory,
     calls: Sequence[Call],
-    settings: SamplingSettings,
+    settings: Settings,
     pictures: Sequence[int],
     *,
     ends: Sequence[End] = (LATENT,),

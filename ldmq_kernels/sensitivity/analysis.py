@@ -13,8 +13,9 @@ from torch import nn
 
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser
-from ldmq_kernels.calibration.drawings import Call, SamplingSettings, texts_of
+from ldmq_kernels.calibration.drawings import Call, texts_of
 from ldmq_kernels.calibration.ranges import range_drift, spread_steps
+from ldmq_kernels.calibration.settings import Settings, recorded
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.nn import timestep_groups
@@ -251,7 +252,7 @@ def open_work(
     pipe: Any,
     work_dir: Path | None,
     calls: Sequence[Call],
-    sampling: SamplingSettings,
+    sampling: Settings,
     mode: str,
     schemes: Sequence[Scheme],
     *,
@@ -270,7 +271,7 @@ def open_work(
     settings = {
         "mode": mode,
         "prompts": [call_identity(call) for call in calls],
-        **asdict(sampling),
+        **recorded(sampling),
         "schemes": [str(scheme) for scheme in schemes if scheme.quantizes],
         "analysed_steps": analysed_steps,
         "method": asdict(method),

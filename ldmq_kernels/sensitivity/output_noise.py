@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ldmq_kernels.calibration.settings import setting_of
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, replay
 from ldmq_kernels.numerics.sqnr import to_db
 
@@ -134,6 +135,16 @@ def pooled(noises: Sequence[StepNoise]) -> StepNoise:
             signal[sample.step] = signal.get(sample.step, 0.0) + sample.signal
             noise[sample.step] = noise.get(sample.step, 0.0) + sample.noise
     return StepNoise({step: noise[step] / signal[step] for step in sorted(signal)}, samples)
+
+
+def by_setting(noise: StepNoise, settings: int) -> list[StepNoise]:
+    """The noise at each of several settings that its samples were drawn at; as it is where there is one."""
+    if settings == 1:
+        return [noise]
+    parts: list[list[SampleNoise]] = [[] for _ in range(settings)]
+    for sample in noise.samples:
+        parts[setting_of(sample.prompt, settings)].append(sample)
+    return [pooled([StepNoise({}, tuple(part))]) for part in parts]
 
 
 def finite_db(power: float) -> float:

@@ -10,7 +10,8 @@ import torch
 
 import ldmq_kernels as ldmq
 from ldmq_kernels.calibration.denoisers import chosen, denoiser
-from ldmq_kernels.calibration.drawings import LATENT, SamplingSettings, draw
+from ldmq_kernels.calibration.drawings import LATENT, draw
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.conversion import summarize
 from ldmq_kernels.conversion.summary import Summary

@@ -100,6 +100,8 @@ def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPat
         "seed": 38,
         "height": 39,
         "width": 40,
+        "scheduler": "DDIMScheduler",
+        "settings": [{}, {"seed": 41, "scheduler": "PNDMScheduler"}],
         "work_dir": "folder",
         "show_progress": False,
     }
@@ -115,7 +117,10 @@ def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPat
         plan(None, ["a dog"], **given)  # type: ignore[arg-type]
     (request,) = requests
     assert request.target == Target(31.0, 32, 33.0, 34)
-    assert dataclasses.astuple(request.settings) == (36, 37.0, 38, 39, 40)
+    assert [dataclasses.astuple(one) for one in request.drawn_at] == [
+        (36, 37.0, 38, 39, 40, "DDIMScheduler"),
+        (36, 37.0, 41, 39, 40, "PNDMScheduler"),
+    ]
     assert (list(request.calls), list(request.formats)) == (["a dog"], ["w8a16"])
     for name in ("latent", "psnr"):
         with pytest.raises(InterruptedError):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmq_kernels.calibration.drawings import PROMPTS_AT_ONCE, SamplingSettings
+from ldmq_kernels.calibration.drawings import PROMPTS_AT_ONCE
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.report.measure import PicturePairs, draw_pictures, time_plan
 from python_tests.tiny import mixed_plan, run_unet, tiny_pipeline, tiny_unet, unet_inputs

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldmq_kernels.calibration.calibrate import Calibration
-from ldmq_kernels.calibration.drawings import SamplingSettings
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.numerics.sqnr import relative_noise_power

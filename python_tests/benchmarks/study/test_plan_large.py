@@ -1,7 +1,7 @@
 """The benchmark of full-size planning, on a small pipeline."""
 
 from benchmarks.study import plan_large
-from ldmq_kernels.calibration.drawings import SamplingSettings
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.planning.target import Target
 from python_tests.tiny import PROMPTS
 

@@ -24,8 +24,8 @@ from benchmarks.study.peers import OURS, Quantization
 from benchmarks.study.samples import MEASURES, interval, value
 from benchmarks.study.subjects import DEMO, SUBJECTS
 from ldmq_kernels.calibration.calibrate import calibrate
-from ldmq_kernels.calibration.drawings import SamplingSettings
 from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.demo.models import build_unet
 from ldmq_kernels.numerics.formats import SCHEMES

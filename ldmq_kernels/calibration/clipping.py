@@ -1,0 +1,197 @@
+"""What a plan's calibrated ranges cut off where a pipeline is used in another way than the plan was made for.
+
+The float pipeline draws once; on the way every layer that has a static, split or timestep scale is told how much of
+its input lies beyond the range of that scale, and what that does to the input's SQNR. Nothing is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmq_kernels.calibration.denoisers import chosen, denoiser
+from ldmq_kernels.calibration.drawings import Call
+from ldmq_kernels.calibration.ranges import group_of
+from ldmq_kernels.calibration.settings import Settings, recorded
+from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory, timestep_of
+from ldmq_kernels.numerics.split import LOW_STEPS
+from ldmq_kernels.numerics.sqnr import to_db
+from ldmq_kernels.plans.layers import layer_input, quantizable_layers
+from ldmq_kernels.plans.plan import LayerPlan, Plan
+
+CLIPS_DB = 1.0  # of the input's SQNR, from which a range is said to clip: less, a search may have found worth it
+
+
+@dataclass(frozen=True)
+class LayerClipping:
+    """How one layer's calibrated range fits its inputs.
+
+    Attributes:
+        share: of the input's values that lie beyond the range.
+        largest: the largest value over the range's end, by timestep group; one number for a static or split scale, 0
+            for a group that no call was in.
+        sqnr_db: of the input as it is quantized, in dB.
+        unclipped_db: of the input as the same step of integers without an end would quantize it.
+    """
+
+    layer: str
+    scheme: str
+    share: float
+    largest: tuple[float, ...]
+    sqnr_db: float
+    unclipped_db: float
+
+    @property
+    def lost_db(self) -> float:
+        """What the end of the range costs the input, in dB of SQNR."""
+        return self.unclipped_db - self.sqnr_db
+
+    @property
+    def clips(self) -> bool:
+        """Whether that is worth a wider range."""
+        return self.lost_db >= CLIPS_DB
+
+
+class _Sums:
+    """What is added up of one layer's inputs, in float64."""
+
+    def __init__(self, groups: int) -> None:
+        self.values, self.beyond = 0, 0
+        self.signal, self.noise, self.unclipped = 0.0, 0.0, 0.0
+        self.largest = [0.0] * groups
+
+    def add(self, y: Tensor, scale: float, group: int, layer_plan: LayerPlan) -> None:
+        """One input, as it is smoothed: float32 of any shape."""
+        if not y.numel():
+            return
+        largest = layer_plan.scheme.activations.largest
+        step = scale / LOW_STEPS if layer_plan.scheme.is_split else scale
+        end = largest * scale + (step * largest if layer_plan.scheme.is_split else 0.0)
+        rounding = (y / step).round_().mul_(step).sub_(y)
+        error = torch.where(y.abs() > end, y.abs() - end, rounding)
+        self.values += y.numel()
+        self.beyond += int((y.abs() > end + step / 2).sum())
+        self.signal += float(y.double().square().sum())
+        self.noise += float(error.double().square().sum())
+        self.unclipped += float(rounding.double().square().sum())
+        self.largest[group] = max(self.largest[group], float(y.abs().amax()) / end)
+
+    def found(self, layer: str, scheme: str) -> LayerClipping:
+        """The layer's figures."""
+        decibels = [to_db(noise / self.signal) if self.signal else 200.0 for noise in (self.noise, self.unclipped)]
+        decibels = [min(db, 200.0) for db in decibels]
+        return LayerClipping(layer, scheme, self.beyond / max(1, self.values), tuple(self.largest), *decibels)
+
+
+class ClippingObserver:
+    """Hooks on the layers of a float model whose inputs a plan would quantize with calibrated scales.
+
+    Args:
+        model: in full precision, that the plan is for.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._boundaries, self._group = plan.timestep_groups, 0
+        self._watched = {name: p for name, p in plan.layers(model).items() if p.scheme.is_static}
+        self._sums = {name: _Sums(len(p.scales)) for name, p in self._watched.items()}
+        layers = quantizable_layers(model)
+        self._handles = [
+            layers[name].register_forward_pre_hook(self._hook(name), with_kwargs=True) for name in self._sums
+        ]
+        self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+
+    def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._group = group_of(timestep_of(args, kwargs), self._boundaries)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        layer_plan, sums = self._watched[name], self._sums[name]
+
+        def observe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            y = layer_input(args, kwargs).detach().float()
+            if layer_plan.first_token and y.dim() == 3:
+                y = y[:, 1:]
+            if layer_plan.smoothing is not None:
+                axis = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+                y = y * layer_plan.smoothing.to(y.device).reshape(axis)
+            group = min(self._group, len(layer_plan.scales) - 1)
+            sums.add(y, layer_plan.scales[group], group, layer_plan)
+
+        return observe
+
+    def found(self) -> list[LayerClipping]:
+        """Every layer with a calibrated scale, the one that loses most first; without those that were never run."""
+        each = [sums.found(name, str(self._watched[name].scheme)) for name, sums in self._sums.items() if sums.values]
+        return sorted(each, key=lambda one: -one.lost_db)
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def observe_clipping(
+    pipe: Any, plan: Plan, calls: Sequence[Call], settings: Settings, *, show: bool = False
+) -> tuple[list[LayerClipping], Trajectory]:
+    """Draw with the float pipeline and see which ranges of a plan clip there.
+
+    Args:
+        pipe: a diffusers pipeline in full precision, that the plan is for.
+        calls: prompts, mappings of arguments of the pipeline's own call, or functions that run it.
+        settings: that it draws at: one, or several.
+
+    Returns:
+        All layers that have a calibrated scale, the one that loses most first, and the float trajectory.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        ValueError: as `record_trajectory`.
+    """
+    pipe = chosen(pipe, plan.model.get("part"))
+    observer = ClippingObserver(denoiser(pipe), plan)
+    try:
+        trajectory = record_trajectory(pipe, calls, settings, show=show)
+    finally:
+        observer.close()
+    return observer.found(), trajectory
+
+
+def widen(plan: Plan, clipping: Iterable[LayerClipping], settings: Settings) -> Plan:
+    """The plan with ranges that cover what clips: of each such layer, and of a timestep scale in each group.
+
+    What the plan says of its measurements is left out: they were of the narrower ranges.
+
+    Args:
+        clipping: of layers of this plan, which may come several times; those that do not clip stay as they are.
+        settings: that they were observed at, which the new plan says.
+    """
+    wider = replace(
+        plan,
+        exceptions=dict(plan.exceptions),
+        input_scales=dict(plan.input_scales),
+        smoothing=dict(plan.smoothing),
+        bias_correction=dict(plan.bias_correction),
+        details=dict(plan.details),
+        calibration=dict(plan.calibration),
+        measured={},
+    )
+    largest: dict[str, tuple[float, ...]] = {}
+    for found in clipping:
+        if found.clips:
+            before = largest.get(found.layer, (1.0,) * len(found.largest))
+            largest[found.layer] = tuple(map(max, before, found.largest))
+    for name, times in largest.items():
+        layer_plan = plan.layer(name)
+        scales = tuple(scale * more for scale, more in zip(layer_plan.scales, times, strict=True))
+        scale = scales if isinstance(layer_plan.input_scale, tuple) else scales[0]
+        reason = f"{layer_plan.reason}; range widened {max(times):.2f}x"
+        wider.set(name, replace(layer_plan, input_scale=scale, reason=reason))
+    wider.calibration["widened"] = {"layers": list(largest), **recorded(settings)}
+    return wider
