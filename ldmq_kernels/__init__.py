@@ -20,6 +20,7 @@ from ldmq_kernels.integrations import hooks
 from ldmq_kernels.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from ldmq_kernels.calibration.clipping import clipping, widen
     from ldmq_kernels.conversion import quantize
     from ldmq_kernels.graphs import capture, release
     from ldmq_kernels.integrations.diffusers.step_cache import cache_time_embeddings, uncache_time_embeddings
@@ -37,6 +38,7 @@ _EXPORTS = {
     "QuantLinear": "nn",
     "cache_time_embeddings": "integrations.diffusers.step_cache",
     "capture": "graphs",
+    "clipping": "calibration.clipping",
     "dispatch_report": "kernels.dispatch",
     "guard": "nn.guard",
     "plan": "planning.planner",
@@ -45,6 +47,7 @@ _EXPORTS = {
     "sqnr_db": "numerics.sqnr",
     "uncache_time_embeddings": "integrations.diffusers.step_cache",
     "use_backend": "kernels.dispatch",
+    "widen": "calibration.clipping",
 }
 __all__ = [
     "Plan",
@@ -53,6 +56,7 @@ __all__ = [
     "QuantLinear",
     "cache_time_embeddings",
     "capture",
+    "clipping",
     "dispatch_report",
     "guard",
     "plan",
@@ -61,6 +65,7 @@ __all__ = [
     "sqnr_db",
     "uncache_time_embeddings",
     "use_backend",
+    "widen",
 ]
 
 

@@ -82,8 +82,8 @@ def make_plans(pipe: Any, base: SamplingSettings, settings: list[SamplingSetting
         kept = {n: [c for c in found if str(c.scheme) == scheme] for n, found in analysis.candidates.items()}
         plans[name] = Session(denoiser(pipe), replace(analysis, candidates=kept), held_out, [scheme]).plan(most).plan
     plans[MIXED] = Session(denoiser(pipe), analysis, held_out, names).plan(Target(sqnr_db=TARGET_DB)).plan
-    seen, _ = observe_clipping(pipe, plans[STATIC], calibrated_on[:CAPTIONS], settings, show=show)
-    plans[WIDENED] = widen(plans[STATIC], seen, settings)
+    found = observe_clipping(pipe, plans[STATIC], calibrated_on[:CAPTIONS], settings, show=show)
+    plans[WIDENED] = widen(plans[STATIC], found)
     return plans
 
 

@@ -77,7 +77,12 @@ class Calibration:
         return ranges.grouped_absmax(self.absmax[layer], self.trajectory.timesteps(), self.timestep_groups)
 
 
-def _check(model: nn.Module) -> None:
+def check_full_precision(model: nn.Module) -> None:
+    """Refuse a model that is not as plans speak of it.
+
+    Raises:
+        ValueError: it is quantized, or carries a LoRA.
+    """
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and module.scheme.quantizes:
             raise ValueError("the model is quantized already: calibrate and plan on the full-precision model")
@@ -115,7 +120,7 @@ def calibrate(
     if mode not in MODES:
         raise ValueError(f"unknown calibration {mode!r}: choose {', '.join(MODES[:-1])} or {MODES[-1]}")
     model = denoiser(pipe)
-    _check(model)
+    check_full_precision(model)
     last = None if whole or mode != FIRST_STEP else 0
     observer = RangeObserver(model)
     try:

@@ -6,17 +6,18 @@ its input lies beyond the range of that scale, and what that does to the input's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldmq_kernels.calibration.calibrate import check_full_precision
 from ldmq_kernels.calibration.denoisers import chosen, denoiser
-from ldmq_kernels.calibration.drawings import Call
+from ldmq_kernels.calibration.drawings import Call, given_calls
 from ldmq_kernels.calibration.ranges import group_of
-from ldmq_kernels.calibration.settings import Settings, recorded
+from ldmq_kernels.calibration.settings import SamplingSettings, Settings, changed, each_of, of_record, recorded
 from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory, timestep_of
 from ldmq_kernels.numerics.split import LOW_STEPS
 from ldmq_kernels.numerics.sqnr import to_db
@@ -54,6 +55,26 @@ class LayerClipping:
     def clips(self) -> bool:
         """Whether that is worth a wider range."""
         return self.lost_db >= CLIPS_DB
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """How a plan's calibrated ranges fit what was drawn.
+
+    Attributes:
+        layers: all that have a calibrated scale and were run, the one that loses most first.
+        settings: that everything was drawn at.
+        trajectory: of the float pipeline.
+    """
+
+    layers: list[LayerClipping]
+    settings: tuple[SamplingSettings, ...]
+    trajectory: Trajectory = field(repr=False, compare=False)
+
+    @property
+    def clipped(self) -> list[LayerClipping]:
+        """The layers whose ranges clip."""
+        return [layer for layer in self.layers if layer.clips]
 
 
 class _Sums:
@@ -136,41 +157,66 @@ class ClippingObserver:
             handle.remove()
 
 
-@torch.no_grad()
-def observe_clipping(
-    pipe: Any, plan: Plan, calls: Sequence[Call], settings: Settings, *, show: bool = False
-) -> tuple[list[LayerClipping], Trajectory]:
-    """Draw with the float pipeline and see which ranges of a plan clip there.
+def clipping(
+    pipe: Any,
+    plan: Plan,
+    prompts: Sequence[str] | str | None = None,
+    *,
+    calls: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    settings: Sequence[Mapping[str, Any]] = ({},),
+    show_progress: bool = True,
+) -> Clipping:
+    """Find which layers' calibrated ranges clip where a pipeline is used in another way than the plan was made for.
+
+        found = ldmq.clipping(pipe, plan, prompts, settings=[dict(guidance_scale=12.0), dict(num_inference_steps=4)])
+        plan = ldmq.widen(plan, found)
+
+    The float pipeline draws everything once at each of the settings; nothing is quantized.
 
     Args:
         pipe: a diffusers pipeline in full precision, that the plan is for.
-        calls: prompts, mappings of arguments of the pipeline's own call, or functions that run it.
-        settings: that it draws at: one, or several.
-
-    Returns:
-        All layers that have a calibrated scale, the one that loses most first, and the float trajectory.
+        prompts: texts; or `calls`, arguments of the pipeline's own call, each a mapping.
+        settings: what differs from the settings that the plan was made at: any of num_inference_steps, guidance_scale,
+            seed, height, width and scheduler, the name of a class of diffusers.
 
     Raises:
         PlanError: the plan does not fit the model.
-        ValueError: as `record_trajectory`.
+        ValueError: nothing to draw, unknown settings, arguments that the pipeline does not take, a quantized model.
+    """
+    drawn = given_calls(prompts, calls, None)
+    base = of_record(plan.calibration)[0]
+    return observe_clipping(pipe, plan, drawn, changed(base, settings), show=show_progress)
+
+
+@torch.no_grad()
+def observe_clipping(pipe: Any, plan: Plan, calls: Sequence[Call], settings: Settings, *, show: bool) -> Clipping:
+    """Do what `clipping` does, at settings that are given in full.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        ValueError: as `clipping`.
     """
     pipe = chosen(pipe, plan.model.get("part"))
+    check_full_precision(denoiser(pipe))
     observer = ClippingObserver(denoiser(pipe), plan)
     try:
         trajectory = record_trajectory(pipe, calls, settings, show=show)
     finally:
         observer.close()
-    return observer.found(), trajectory
+    return Clipping(observer.found(), each_of(settings), trajectory)
 
 
-def widen(plan: Plan, clipping: Iterable[LayerClipping], settings: Settings) -> Plan:
-    """The plan with ranges that cover what clips: of each such layer, and of a timestep scale in each group.
+def widen(plan: Plan, found: Clipping) -> Plan:
+    """Give a plan ranges that cover what clips: of each such layer, and of a timestep scale in each group.
 
-    What the plan says of its measurements is left out: they were of the narrower ranges.
+    Layers that do not clip stay as they are. What the plan says of its measurements is left out, since they were of
+    the narrower ranges.
 
     Args:
-        clipping: of layers of this plan, which may come several times; those that do not clip stay as they are.
-        settings: that they were observed at, which the new plan says.
+        found: of this plan, see `clipping`; the new plan says at which settings.
+
+    Returns:
+        A new plan; `plan` stays as it is.
     """
     wider = replace(
         plan,
@@ -182,16 +228,12 @@ def widen(plan: Plan, clipping: Iterable[LayerClipping], settings: Settings) -> 
         calibration=dict(plan.calibration),
         measured={},
     )
-    largest: dict[str, tuple[float, ...]] = {}
-    for found in clipping:
-        if found.clips:
-            before = largest.get(found.layer, (1.0,) * len(found.largest))
-            largest[found.layer] = tuple(map(max, before, found.largest))
-    for name, times in largest.items():
-        layer_plan = plan.layer(name)
-        scales = tuple(scale * more for scale, more in zip(layer_plan.scales, times, strict=True))
+    for layer in found.clipped:
+        layer_plan = plan.layer(layer.layer)
+        scales = tuple(s * max(1.0, more) for s, more in zip(layer_plan.scales, layer.largest, strict=True))
         scale = scales if isinstance(layer_plan.input_scale, tuple) else scales[0]
-        reason = f"{layer_plan.reason}; range widened {max(times):.2f}x"
-        wider.set(name, replace(layer_plan, input_scale=scale, reason=reason))
-    wider.calibration["widened"] = {"layers": list(largest), **recorded(settings)}
+        reason = f"{layer_plan.reason}; range widened {max(layer.largest):.2f}x"
+        wider.set(layer.layer, replace(layer_plan, input_scale=scale, reason=reason))
+    widened = {"layers": [layer.layer for layer in found.clipped], **recorded(found.settings)}
+    wider.calibration["widened"] = widened
     return wider

@@ -312,6 +312,37 @@ def analyze(
     run_analyze(model, request, out, dtype, with_pareto=pareto)
 
 
+@app.command()
+def check(
+    model: Model,
+    plan: Annotated[Path, typer.Option(help="The plan file that is checked.", callback=at_home)],
+    prompts: Prompts = None,
+    calls: Calls = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write the plan with wider ranges, over an older plan.", callback=at_home),
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    height: Height = None,
+    width: Width = None,
+    scheduler: Scheduler = None,
+    settings: SettingsFile = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Find which layers' calibrated ranges clip where MODEL draws at other settings than --plan was made for.
+
+    The float model draws the prompts once at these settings. Printed is each layer that loses 1 dB or more of its
+    input, and the SQNR of the UNet's output with the plan, and with ranges that cover what was seen.
+    """
+    from ldmq_kernels.cli.calls import drawn
+    from ldmq_kernels.cli.clipping import run_check
+
+    given = sampling(steps, guidance, seed, height, width, prompts, scheduler, settings)
+    run_check(model, plan, drawn(model, prompts, calls), given, out, dtype)
+
+
 app.command("bench")(bench_command)
 
 

@@ -141,7 +141,7 @@ def measure_plan(
     trajectory: Trajectory,
     hessians: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None,
 ) -> StepNoise:
-    """Noise at the output of the whole quantized model along a float trajectory; the model stays float.
+    """Noise at the output of the whole quantized model along a float trajectory, by sample too; the model stays float.
 
     Args:
         hessians: the Hessians of the layers that the plan rounds by GPTQ, as `convert` takes them.
@@ -159,4 +159,4 @@ def measure_plan(
             hessian = hessian_of(name) if hessian_of is not None and layer_plan.rounding == "gptq" else None
             quantized[name] = quantize_layer(name, layers[name], layer_plan, hessian)
     with swapped(model, quantized), following(model, plan.timestep_groups):
-        return output_noise(model, trajectory)
+        return output_noise(model, trajectory, by_sample=True)

@@ -24,7 +24,7 @@ def made_up_analysis(model: nn.Module) -> Analysis:
     layers = quantizable_layers(model)
     calibration = Calibration(
         "first-step",
-        SamplingSettings(8, 4.0, 0),
+        (SamplingSettings(8, 4.0, 0),),
         ("a prompt",),
         Trajectory([], torch.zeros(1, 4, 8, 8), 8),
         {name: torch.rand(8, layer_shape(layer)[1]) + 0.5 for name, layer in layers.items()},

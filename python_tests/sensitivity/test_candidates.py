@@ -22,7 +22,7 @@ def calibration_of(inputs: list[torch.Tensor], axis: int, *, text=(), parts=None
     absmax = torch.stack([x.abs().movedim(axis, -1).flatten(0, -2).amax(0) for x in inputs])
     return Calibration(
         mode,
-        SamplingSettings(STEPS, 1.0, 0),
+        (SamplingSettings(STEPS, 1.0, 0),),
         ("a",),
         Trajectory(calls, torch.empty(0), STEPS),
         {"layer": absmax},
