@@ -177,7 +177,7 @@ class Session:
         if self.part is not None:
             plan.model["part"] = self.part
         plan.measured = {
-            "held_out_sqnr_db": round(mean_db(verified.noise), 3),
+            "held_out_sqnr_db": round(min(verified.db_by_setting), 3),
             f"predicted_{self.measure}_db": round(verified.predicted_db, 3),
             "interaction_db": round(self.interaction_db or 0.0, 3),
             "weight_bytes": assignment.bytes,
