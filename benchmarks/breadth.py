@@ -56,7 +56,7 @@ def measure(name: str) -> dict[str, Any]:
         "held_out_db": found.held_out_db,
         "called_db": found.called_db,
         "drawn_db": found.drawn_db,
-        "in_float": kinds | ({"planned layers": len(layers)} if layers else {}),
+        "in_float": kinds | ({"by the plan": len(layers)} if layers else {}),
         "seconds": round(time.process_time() - start, 1),
     }
 

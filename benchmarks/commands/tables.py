@@ -1,4 +1,4 @@
-"""docs/results.md and the README's table, from the newest results files: python -m benchmarks tables
+"""docs/results.md, and tables in README.md and docs/models.md, from the newest results: python -m benchmarks tables
 
 Every benchmark has a `table` that turns its results into Markdown; of each kind and device the newest file counts.
 """
@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import breadth
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
 
 PAGE, README = results.ROOT / "docs" / "results.md", results.ROOT / "README.md"
+MODELS = results.ROOT / "docs" / "models.md"
 START, END = "<!-- measured -->", "<!-- /measured -->"
 Table = Callable[[dict[str, Any]], str]
 
@@ -36,6 +38,7 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "end_plans": "study.end_plans",
     "plan_sd15": "study.plan_large",
     "plan_sdxl": "study.plan_large",
+    "breadth": "breadth",
 }
 INTRODUCTION = """# Results
 
@@ -106,8 +109,15 @@ def readme_table() -> str:
     return "\n\n".join([markdown(["", "size", "SQNR of the UNet's output, or speed"], lines), *sources])
 
 
+def models_table() -> str:
+    """Every pipeline that was planned, of the newest file."""
+    path = max((path for (what, _), path in results.newest().items() if what == "breadth"), key=lambda path: path.name)
+    data = json.loads(path.read_text())
+    return f"{breadth.models_table(data)}\n\n{source(path, data, MODELS.parent)}"
+
+
 def with_table(readme: str, table: str) -> str:
-    """The README's text with a table between its two marks.
+    """The text of the README, or of another page, with a table between its two marks.
 
     Raises:
         ValueError: the marks are not there, once each and in this order.
@@ -115,13 +125,14 @@ def with_table(readme: str, table: str) -> str:
     before, start, others = readme.partition(START)
     _, end, after = others.partition(END)
     if not start or not end:
-        raise ValueError(f"{README.name} has no place for the table: put {START} and {END} around it")
+        raise ValueError(f"the page has no place for the table: put {START} and {END} around it")
     return f"{before}{START}\n{table}\n{END}{after}"
 
 
 def main(arguments: list[str]) -> None:
-    """Write both."""
+    """Write all three."""
     argparse.ArgumentParser(prog="python -m benchmarks tables", description=__doc__).parse_args(arguments)
     PAGE.write_text(page())
     README.write_text(with_table(README.read_text(), readme_table()))
-    print(PAGE, README, sep="\n")
+    MODELS.write_text(with_table(MODELS.read_text(), models_table()))
+    print(PAGE, README, MODELS, sep="\n")
