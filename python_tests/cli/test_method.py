@@ -142,3 +142,11 @@ def test_dry_runs_count_layers_and_write_nothing(
     assert run("plan", model, "--prompts", prompts, "--target-sqnr", 30, "--dry-run") == 0
     assert str(convolutions) in capsys.readouterr().out
     assert what_is_in(tmp_path) == before
+
+
+def test_targets_in_decibels_of_two_places_are_refused_before_any_work(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = ("--target-sqnr", 30, "--target-psnr", 40)
+    assert run("plan", model, "--prompts", prompts, *limits, "--out", tmp_path / "made.json") == 2
+    assert "30 dB, 40 dB of PSNR are targets of several places" in " ".join(capsys.readouterr().err.split())
