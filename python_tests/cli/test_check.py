@@ -53,3 +53,21 @@ def test_a_plan_that_is_not_there_is_named(
 ) -> None:
     assert run("check", model, "--plan", tmp_path / "none.json", "--prompts", prompts) == 1
     assert "there is no plan file" in complaint(capsys)
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize", "analyze", "check"])
+def test_settings_that_are_none_are_refused_before_the_model_is_loaded(
+    command: str, model: Path, prompts: Path, narrow_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tmp_path / "settings.jsonl"
+    settings.write_text('{"num_inference_steps": 4}\n{"steps": 4}\n')
+    asked = {
+        "plan": ("--target-sqnr", 30),
+        "quantize": ("--target-sqnr", 30),
+        "analyze": (),
+        "check": ("--plan", narrow_plan),
+    }[command]
+    asked = (command, model, "--prompts", prompts, "--settings", settings, "--out", tmp_path / "out", *asked)
+    assert run(*asked) == 1
+    assert "settings[1] has 'steps': it is a mapping with any of num_inference_steps, " in complaint(capsys)
+    assert not (tmp_path / "out").exists()
