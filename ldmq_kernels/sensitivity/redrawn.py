@@ -38,7 +38,7 @@ class _WithGradients(TorchFunctionMode):
         self.begun = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.begun:
+        if not self.begun or func is torch._C._set_grad_enabled:  # a block that ends gives back what held before it
             return func(*args, **(kwargs or {}))
         with torch.enable_grad():
             return func(*args, **(kwargs or {}))

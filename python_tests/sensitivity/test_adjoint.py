@@ -90,6 +90,10 @@ def test_the_adjoint_is_what_errors_do_to_the_latents_whatever_the_scheduler(nam
     recorded = record_trajectory(pipe, PROMPTS, SETTINGS)
     _agrees(pipe, recorded, _adjoint(pipe, recorded, probes=1))
     assert pipe.scheduler is scheduler
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        _adjoint(pipe, recorded, probes=1)
+        assert not torch.is_grad_enabled()
     assert "forward" not in vars(pipe.unet) | vars(pipe.text_encoder)
     assert torch.equal(draw(pipe, PROMPTS, SETTINGS, "latent")[0], recorded.latents)
 
