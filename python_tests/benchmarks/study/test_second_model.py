@@ -18,7 +18,9 @@ from benchmarks.study import cases, report, run, second_model
 from benchmarks.study.evaluation import with_unet
 from benchmarks.study.second_model import models, train
 from benchmarks.study.subjects import DEMO, SECOND, SUBJECTS
-from ldmq_kernels.calibration.trajectory import SamplingSettings, Trajectory, denoiser, record_trajectory
+from ldmq_kernels.calibration.denoisers import denoiser
+from ldmq_kernels.calibration.settings import SamplingSettings
+from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
 from ldmq_kernels.conversion import quantize
 from ldmq_kernels.demo import scenes
 from ldmq_kernels.demo import train as demo_train
