@@ -16,7 +16,7 @@ class Row:
     Attributes:
         build: makes the pipeline and three calls of it, of which the last one verifies the plan.
         part: which of its denoisers is planned; the first one if None.
-        is_large: whether its models are too large for a test of every day.
+        is_large: whether its models are large, so that two calls are enough for the matrix.
     """
 
     name: str

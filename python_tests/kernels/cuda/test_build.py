@@ -16,6 +16,8 @@ import pybind11
 import pytest
 import torch
 
+from python_tests.kernels.kept_builds import build_key, kept_build
+
 ROOT = Path(__file__).resolve().parents[3]
 PLACE = "lib/ldmq_kernels/kernels/cuda"
 
@@ -324,11 +326,23 @@ def other_python() -> tuple[str, str, str]:
 @pytest.mark.slow
 def test_the_same_library_serves_a_module_of_another_python(build_folder: Path, tmp_path: Path) -> None:
     python, headers, suffix = other_python()
-    shutil.copy2(build_folder / PLACE / "libldmq_kernels.so", tmp_path)
-    includes = [f"-I{pybind11.get_include()}", f"-I{headers}"]
-    linked = [f"-L{tmp_path}", "-lldmq_kernels", "-Wl,-rpath,$ORIGIN", "-o", str(tmp_path / f"_binding{suffix}")]
-    sources = sorted(str(path) for path in (ROOT / "csrc").glob("binding*.cpp"))
-    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", *includes, *sources, *linked], check=True)
+    library = build_folder / PLACE / "libldmq_kernels.so"
+
+    def build(folder: Path) -> None:
+        includes = [f"-I{pybind11.get_include()}", f"-I{headers}"]
+        linked = [
+            f"-L{library.parent}",
+            "-lldmq_kernels",
+            "-Wl,-rpath,$ORIGIN",
+            "-o",
+            str(folder / f"_binding{suffix}"),
+        ]
+        sources = sorted(str(path) for path in (ROOT / "csrc").glob("binding*.cpp"))
+        subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", *includes, *sources, *linked], check=True)
+
+    with kept_build("other_python", lambda: build_key(f"{python} {suffix}", [ROOT / "csrc"]), build) as folder:
+        for file in (library, folder / f"_binding{suffix}"):
+            shutil.copy2(file, tmp_path)
     call = f"import _binding; _binding.quantize_per_token(**{TOKENS | {'device': 99}})"
     refused = subprocess.run([python, "-c", call], cwd=tmp_path, capture_output=True, text=True, check=False).stderr
     why = r"RuntimeError: ldmq cuda quantize_per_token of float16 \(rows=3, channels=320\) on cuda:99 failed: "
