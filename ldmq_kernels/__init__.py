@@ -20,7 +20,7 @@ from ldmq_kernels.integrations import hooks
 from ldmq_kernels.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ldmq_kernels.calibration.clipping import clipping, widen
+    from ldmq_kernels.calibration.clipping import clipping, unclip
     from ldmq_kernels.conversion import quantize
     from ldmq_kernels.graphs import capture, release
     from ldmq_kernels.integrations.diffusers.step_cache import cache_time_embeddings, uncache_time_embeddings
@@ -47,7 +47,7 @@ _EXPORTS = {
     "sqnr_db": "numerics.sqnr",
     "uncache_time_embeddings": "integrations.diffusers.step_cache",
     "use_backend": "kernels.dispatch",
-    "widen": "calibration.clipping",
+    "unclip": "calibration.clipping",
 }
 __all__ = [
     "Plan",
@@ -65,7 +65,7 @@ __all__ = [
     "sqnr_db",
     "uncache_time_embeddings",
     "use_backend",
-    "widen",
+    "unclip",
 ]
 
 

@@ -2,8 +2,8 @@
 
 Plans are made at the demo's own settings. Each is then drawn with other guidance, numbers of steps, schedulers and
 another size, beside the float pictures of the same settings; and at each setting it is counted which layers'
-calibrated ranges clip. The widened plan has wider ranges where the static one clips at any of the settings, as the
-calibration's captions show it.
+calibrated ranges clip. The unclipped plan measures its scales in each call where the static one clips at any of the settings,
+as the calibration's captions show it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.study.evaluation import TEST_SEED, Setup, decode, draw_latents, 
 from benchmarks.study.own_plans import quantized
 from benchmarks.study.subjects import DEMO, SUBJECTS
 from ldmq_kernels.calibration.calibrate import calibrate
-from ldmq_kernels.calibration.clipping import ClippingObserver, LayerClipping, observe_clipping, widen
+from ldmq_kernels.calibration.clipping import ClippingObserver, LayerClipping, observe_clipping, unclip
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.settings import SamplingSettings, changed, recorded
 from ldmq_kernels.calibration.trajectory import record_trajectory
@@ -40,10 +40,10 @@ from ldmq_kernels.sensitivity.analysis import analyze
 WHAT = "robustness"
 CAPTIONS = 4
 MOST_DB = 100.0
-STATIC, WIDENED = "static", "static, widened"
+STATIC, UNCLIPPED = "static", "static, unclipped"
 UNIFORM = {STATIC: "w8a8-static", "timestep": "w8a8-timestep", "dynamic": "w8a8-dynamic"}
 MIXED = "mixed"
-PLANS = (*UNIFORM, MIXED, WIDENED)
+PLANS = (*UNIFORM, MIXED, UNCLIPPED)
 SETTINGS: dict[str, dict[str, Any]] = {
     "as planned": {},
     "guidance 1": {"guidance_scale": 1.0},
@@ -69,7 +69,7 @@ class Drawn:
 
 
 def make_plans(pipe: Any, base: SamplingSettings, settings: list[SamplingSettings], *, show: bool) -> dict[str, Plan]:
-    """The plans of one analysis at the base settings, by name; the widened one knows the other settings too."""
+    """The plans of one analysis at the base settings, by name; the unclipped one knows the other settings too."""
     calibrated_on, verified_on = split_calls(calibration_captions(CALIBRATION_PROMPTS))
     calibration = calibrate(pipe, calibrated_on, base, show=show)
     schemes = parse_schemes(DEFAULT_FORMATS)
@@ -83,7 +83,7 @@ def make_plans(pipe: Any, base: SamplingSettings, settings: list[SamplingSetting
         plans[name] = Session(denoiser(pipe), replace(analysis, candidates=kept), held_out, [scheme]).plan(most).plan
     plans[MIXED] = Session(denoiser(pipe), analysis, held_out, names).plan(Target(sqnr_db=TARGET_DB)).plan
     found = observe_clipping(pipe, plans[STATIC], calibrated_on[:CAPTIONS], settings, show=show)
-    plans[WIDENED] = widen(plans[STATIC], found)
+    plans[UNCLIPPED] = unclip(plans[STATIC], found)
     return plans
 
 

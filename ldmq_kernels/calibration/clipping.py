@@ -53,7 +53,7 @@ class LayerClipping:
 
     @property
     def clips(self) -> bool:
-        """Whether that is worth a wider range."""
+        """Whether that is worth another scale."""
         return self.lost_db >= CLIPS_DB
 
 
@@ -169,7 +169,7 @@ def clipping(
     """Find which layers' calibrated ranges clip where a pipeline is used in another way than the plan was made for.
 
         found = ldmq.clipping(pipe, plan, prompts, settings=[dict(guidance_scale=12.0), dict(num_inference_steps=4)])
-        plan = ldmq.widen(plan, found)
+        plan = ldmq.unclip(plan, found)
 
     The float pipeline draws everything once at each of the settings; nothing is quantized.
 
@@ -206,11 +206,11 @@ def observe_clipping(pipe: Any, plan: Plan, calls: Sequence[Call], settings: Set
     return Clipping(observer.found(), each_of(settings), trajectory)
 
 
-def widen(plan: Plan, found: Clipping) -> Plan:
-    """Give a plan ranges that cover what clips: of each such layer, and of a timestep scale in each group.
+def unclip(plan: Plan, found: Clipping) -> Plan:
+    """Mend a plan where its ranges clip: each such layer measures its scale in each call, a split one gets a wider range.
 
-    Layers that do not clip stay as they are. What the plan says of its measurements is left out, since they were of
-    the narrower ranges.
+    A split activation has no scheme with a measured scale, and steps so fine that a wider range costs it little. Layers
+    that do not clip stay as they are. What the plan says of its measurements is left out, since they were of the ranges.
 
     Args:
         found: of this plan, see `clipping`; the new plan says at which settings.
@@ -218,7 +218,7 @@ def widen(plan: Plan, found: Clipping) -> Plan:
     Returns:
         A new plan; `plan` stays as it is.
     """
-    wider = replace(
+    mended = replace(
         plan,
         exceptions=dict(plan.exceptions),
         input_scales=dict(plan.input_scales),
@@ -229,11 +229,17 @@ def widen(plan: Plan, found: Clipping) -> Plan:
         measured={},
     )
     for layer in found.clipped:
-        layer_plan = plan.layer(layer.layer)
-        scales = tuple(s * max(1.0, more) for s, more in zip(layer_plan.scales, layer.largest, strict=True))
+        mended.set(layer.layer, _unclipped(plan.layer(layer.layer), max(layer.largest)))
+    mended.calibration["unclipped"] = {"layers": [layer.layer for layer in found.clipped], **recorded(found.settings)}
+    return mended
+
+
+def _unclipped(layer_plan: LayerPlan, largest: float) -> LayerPlan:
+    """A layer's plan without the end of its range, beyond which it met values `largest` times as large."""
+    dynamic = layer_plan.scheme.with_activations("dynamic")
+    if layer_plan.scheme.is_split or dynamic is None:
+        scales = tuple(scale * largest for scale in layer_plan.scales)
         scale = scales if isinstance(layer_plan.input_scale, tuple) else scales[0]
-        reason = f"{layer_plan.reason}; range widened {max(layer.largest):.2f}x"
-        wider.set(layer.layer, replace(layer_plan, input_scale=scale, reason=reason))
-    widened = {"layers": [layer.layer for layer in found.clipped], **recorded(found.settings)}
-    wider.calibration["widened"] = widened
-    return wider
+        return replace(layer_plan, input_scale=scale, reason=f"{layer_plan.reason}; range widened {largest:.2f}x")
+    reason = f"{layer_plan.reason}; measured scale, its range clipped {largest:.2f}x"
+    return replace(layer_plan, scheme=dynamic, input_scale=None, bias_correction=None, reason=reason)

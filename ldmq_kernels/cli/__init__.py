@@ -320,7 +320,7 @@ def check(
     calls: Calls = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to write the plan with wider ranges, over an older plan.", callback=at_home),
+        typer.Option(help="Where to write the plan that does not clip, over an older plan.", callback=at_home),
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -334,7 +334,8 @@ def check(
     """Find which layers' calibrated ranges clip where MODEL draws at other settings than --plan was made for.
 
     The float model draws the prompts once at these settings. Printed is each layer that loses 1 dB or more of its
-    input, and the SQNR of the UNet's output with the plan, and with ranges that cover what was seen.
+    input, and the SQNR of the UNet's output with the plan, and with a scale that is measured in
+    each call for these layers.
     """
     from ldmq_kernels.cli.calls import drawn
     from ldmq_kernels.cli.clipping import run_check

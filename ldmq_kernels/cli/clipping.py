@@ -1,4 +1,4 @@
-"""`ldmq check`: which ranges of a plan clip at other settings, what that costs, and a plan with wider ones."""
+"""`ldmq check`: which ranges of a plan clip at other settings, what that costs, and a plan without them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldmq_kernels.calibration.clipping import Clipping, observe_clipping, widen
+from ldmq_kernels.calibration.clipping import Clipping, observe_clipping, unclip
 from ldmq_kernels.calibration.denoisers import chosen, denoiser
 from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.calibration.settings import SamplingSettings, recorded
@@ -29,22 +29,22 @@ def run_check(
     out: Path | None,
     dtype: str,
 ) -> None:
-    """Print what clips, and the SQNR of the plan at each setting; with `out`, write the widened plan, measured too."""
+    """Print what clips, and the SQNR of the plan at each setting; with `out`, write the plan that does not clip, measured too."""
     plan = Plan.load(plan_file)
     with contextlib.nullcontext() if out is None else plan_output(out) as write:
         pipe = load_pipeline(model, dtype)
         found = observe_clipping(pipe, plan, drawn, settings, show=True)
         _print(found)
-        wider = widen(plan, found)
+        mended = unclip(plan, found)
         entries = [recorded(one) for one in found.settings]
-        before, after = (_decibels(pipe, one, found) for one in (plan, wider))
-        for entry, narrow, wide in zip(entries, before, after, strict=True):
+        before, after = (_decibels(pipe, one, found) for one in (plan, mended))
+        for entry, clipped, unclipped in zip(entries, before, after, strict=True):
             words = ", ".join(f"{name} {value}" for name, value in entry.items() if value is not None)
-            say(f"SQNR at {words}: {narrow:.2f} dB, with wider ranges {wide:.2f} dB")
+            say(f"SQNR at {words}: {clipped:.2f} dB, without clipping {unclipped:.2f} dB")
         if write is not None and out is not None:
             by_settings = [e | {"sqnr_db": round(db, 3)} for e, db in zip(entries, after, strict=True)]
-            wider.measured = {"by_settings": by_settings}
-            write(wider)
+            mended.measured = {"by_settings": by_settings}
+            write(mended)
             say(f"written to {printable(out)}")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration import SamplingSettings
-from ldmq_kernels.calibration.clipping import LayerClipping, clipping, observe_clipping, widen
+from ldmq_kernels.calibration.clipping import LayerClipping, clipping, observe_clipping, unclip
 from ldmq_kernels.calibration.settings import recorded
 from ldmq_kernels.conversion import quantize
 from ldmq_kernels.numerics.formats import SCHEMES
@@ -134,32 +134,45 @@ def test_a_first_token_that_is_computed_apart_has_no_range() -> None:
     assert found.largest == pytest.approx((float(y.abs().max()) / (127 * SCALE),), rel=1e-5)
 
 
-def test_wider_ranges_cover_all_that_was_seen_and_no_more() -> None:
+def test_layers_that_clip_measure_their_scales_and_the_others_stay() -> None:
     pipe = Pipe()
     plan = _plan(
         pipe,
-        one=LayerPlan(SCHEMES["w8a8-static"], "alone", SCALE),
+        one=LayerPlan(SCHEMES["w8a8-static"], "alone", SCALE, smoothing=torch.ones(64), bias_correction=torch.ones(64)),
         other=LayerPlan(SCHEMES["w8a8-timestep"], "", (1.0, SCALE)),
         conv=LayerPlan(SCHEMES["w8a8-static"], "", 1.0),
     )
     before = plan.to_dict()
-    wider = widen(plan, observe_clipping(pipe, plan, CALLS, SETTINGS, show=False))
+    mended = unclip(plan, observe_clipping(pipe, plan, CALLS, SETTINGS, show=False))
     assert plan.to_dict() == before
-    after = _found(pipe, wider)
-    assert not any(found.clips for found in after.values())
-    assert max(after["one"].largest) == pytest.approx(1.0, rel=1e-5)
-    assert wider.input_scales["other"][0] == 1.0  # type: ignore[index]
-    assert wider.input_scales["conv"] == 1.0
-    assert wider.layer("one").reason.startswith("alone; range widened ")
-    assert wider.measured == {}
-    assert set(wider.calibration["widened"]["layers"]) == {"one", "other"}
-    assert Plan.from_dict(wider.to_dict()).input_scales == wider.input_scales
+    assert {name: str(mended.layer(name).scheme) for name in ("one", "other", "conv")} == {
+        "one": "w8a8-dynamic",
+        "other": "w8a8-dynamic",
+        "conv": "w8a8-static",
+    }
+    assert mended.input_scales == {"conv": 1.0}
+    assert set(mended.smoothing) == {"one"}
+    assert not mended.bias_correction  # of the errors of a scale that is no more
+    assert mended.layer("one").reason.startswith("alone; measured scale, its range clipped ")
+    assert mended.measured == {}
+    assert set(mended.calibration["unclipped"]["layers"]) == {"one", "other"}
+    assert Plan.from_dict(mended.to_dict()).exceptions == mended.exceptions
+
+
+def test_a_split_range_that_clips_covers_all_that_was_seen_and_no_more() -> None:
+    pipe = Pipe()
+    plan = _plan(pipe, one=LayerPlan(SCHEMES["w8a8x2"], "", SCALE))
+    mended = unclip(plan, observe_clipping(pipe, plan, CALLS, SETTINGS, show=False))
+    found = _found(pipe, mended)["one"]
+    assert found.scheme == "w8a8x2"
+    assert not found.clips
+    assert found.largest == pytest.approx((1.0,), rel=1e-5)
 
 
 def test_a_plan_that_clips_nowhere_keeps_its_numbers() -> None:
     pipe = Pipe()
     plan = _plan(pipe, one=LayerPlan(SCHEMES["w8a8-static"], "", 1.0))
-    assert widen(plan, clipping(pipe, plan, calls=CALLS)).input_scales == plan.input_scales
+    assert unclip(plan, clipping(pipe, plan, calls=CALLS)).input_scales == plan.input_scales
 
 
 def test_settings_say_what_differs_from_the_plans_own() -> None:
@@ -168,7 +181,7 @@ def test_settings_say_what_differs_from_the_plans_own() -> None:
     plan.calibration["seed"] = 5
     found = clipping(pipe, plan, calls=CALLS, settings=[{"seed": 6}, {}], show_progress=False)
     assert [one.seed for one in found.settings] == [6, 5]
-    assert widen(plan, found).calibration["widened"]["settings"][1]["seed"] == 5
+    assert unclip(plan, found).calibration["unclipped"]["settings"][1]["seed"] == 5
 
 
 def test_a_quantized_model_is_refused() -> None:

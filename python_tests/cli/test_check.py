@@ -24,24 +24,24 @@ def narrow_plan(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_layers_that_clip_are_named_and_get_wider_ranges(
+def test_layers_that_clip_are_named_and_measure_their_scales(
     model: Path, prompts: Path, narrow_plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings, wider = tmp_path / "settings.jsonl", tmp_path / "wider.json"
+    settings, mended = tmp_path / "settings.jsonl", tmp_path / "mended.json"
     settings.write_text('{"num_inference_steps": 1}\n{"scheduler": "EulerAncestralDiscreteScheduler"}\n')
     asked = ("check", model, "--plan", narrow_plan, "--prompts", prompts, "--steps", 2, "--settings", settings)
-    assert run(*asked, "--out", wider) == 0
+    assert run(*asked, "--out", mended) == 0
     told = capsys.readouterr().out
     assert "1 of 2 layers with calibrated ranges clip" in told
     assert NARROW in told
     assert WIDE not in told
-    measured = Plan.load(wider).measured["by_settings"]
+    measured = Plan.load(mended).measured["by_settings"]
     assert [entry["num_inference_steps"] for entry in measured] == [1, 2]
     for entry in measured:
-        assert f"with wider ranges {entry['sqnr_db']:.2f} dB" in told
+        assert f"without clipping {entry['sqnr_db']:.2f} dB" in told
         assert entry["sqnr_db"] > 20
-    assert run("check", model, "--plan", wider, *asked[4:]) == 0
-    assert "0 of 2 layers with calibrated ranges clip" in capsys.readouterr().out
+    assert run("check", model, "--plan", mended, *asked[4:]) == 0
+    assert "0 of 1 layers with calibrated ranges clip" in capsys.readouterr().out
 
 
 def test_without_prompts_nothing_is_checked(model: Path, narrow_plan: Path) -> None:
