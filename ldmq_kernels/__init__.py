@@ -64,8 +64,8 @@ __all__ = [
     "release",
     "sqnr_db",
     "uncache_time_embeddings",
-    "use_backend",
     "unclip",
+    "use_backend",
 ]
 
 

@@ -2,8 +2,8 @@
 
 Plans are made at the demo's own settings. Each is then drawn with other guidance, numbers of steps, schedulers and
 another size, beside the float pictures of the same settings; and at each setting it is counted which layers'
-calibrated ranges clip. The unclipped plan measures its scales in each call where the static one clips at any of the settings,
-as the calibration's captions show it.
+calibrated ranges clip. The unclipped plan measures its scales in each call where the static one clips at any of the
+settings, as the calibration's captions show it.
 """
 
 from __future__ import annotations

@@ -207,10 +207,10 @@ def observe_clipping(pipe: Any, plan: Plan, calls: Sequence[Call], settings: Set
 
 
 def unclip(plan: Plan, found: Clipping) -> Plan:
-    """Mend a plan where its ranges clip: each such layer measures its scale in each call, a split one gets a wider range.
+    """Mend a plan where its ranges clip: such a layer measures its scale in each call, a split one gets a wider range.
 
     A split activation has no scheme with a measured scale, and steps so fine that a wider range costs it little. Layers
-    that do not clip stay as they are. What the plan says of its measurements is left out, since they were of the ranges.
+    that do not clip stay as they are. What the plan says of its measurements is left out: they were of other scales.
 
     Args:
         found: of this plan, see `clipping`; the new plan says at which settings.

@@ -29,7 +29,7 @@ def run_check(
     out: Path | None,
     dtype: str,
 ) -> None:
-    """Print what clips, and the SQNR of the plan at each setting; with `out`, write the plan that does not clip, measured too."""
+    """Print what clips, and the SQNR of the plan at each setting; with `out`, write the mended plan, measured too."""
     plan = Plan.load(plan_file)
     with contextlib.nullcontext() if out is None else plan_output(out) as write:
         pipe = load_pipeline(model, dtype)
