@@ -81,16 +81,10 @@ def check_full_precision(model: nn.Module) -> None:
     """Refuse a model that is not as plans speak of it.
 
     Raises:
-        ValueError: it is quantized, or carries a LoRA.
+        ValueError: it is quantized.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) and module.scheme.quantizes:
-            raise ValueError("the model is quantized already: calibrate and plan on the full-precision model")
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            raise ValueError(
-                f"{name} carries a LoRA, and a plan names the layers of the model without it: call "
-                "pipe.fuse_lora() and pipe.unload_lora_weights() first, or load the LoRA after quantizing"
-            )
+    if any(isinstance(module, QuantizedLayer) and module.scheme.quantizes for module in model.modules()):
+        raise ValueError("the model is quantized already: calibrate and plan on the full-precision model")
 
 
 def calibrate(

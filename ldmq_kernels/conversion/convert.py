@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, name_layers, timestep_groups
 from ldmq_kernels.nn.guard import guard_if_asked
 from ldmq_kernels.nn.quant_conv2d import CONVOLUTION
-from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.layers import ADAPTED, modules_below_adapters, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.plans.weights import WeightsCheck
 
@@ -32,8 +32,8 @@ def convert(
 ) -> None:
     """Replace every layer that the plan quantizes, in place; the others stay as they are, but frozen.
 
-    Nothing of a model that rounds activations can be trained, and trainable parameters would make every call build
-    a graph: `requires_grad_` thaws what gradients reach, such as adapters on weights-only layers.
+    Trainable parameters would make every call build a graph: `requires_grad_` thaws what is to be trained. Adapters,
+    such as LoRA, stay upon the layers, and as trainable as they are.
 
     All quantized layers are built before the first one is put in, so an error leaves the model untouched. A plan that
     was made from other weights is applied with an `OtherWeightsWarning`.
@@ -44,8 +44,8 @@ def convert(
 
     Raises:
         PlanError: the plan does not fit the model.
-        ConversionError: the model is quantized already, has adapters on its layers, is not called with the time
-            step that timestep layers need, or one of its layers cannot be quantized.
+        ConversionError: the model is quantized already, has adapters fused that are not unloaded, is not called with
+            the time step that timestep layers need, or one of its layers cannot be quantized.
     """
     check_convertible(model)
     layers = quantizable_layers(model)
@@ -66,7 +66,9 @@ def convert(
     check.finish()
     replace_modules(model, built)
     name_layers(model)
-    model.requires_grad_(False)
+    for module in {module: None for _, module in modules_below_adapters(model)}:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
     timestep_groups.attach(model, plan.timestep_groups)
     guard_if_asked(model)
     for listener in _listeners:
@@ -74,16 +76,16 @@ def convert(
 
 
 def check_convertible(model: nn.Module) -> None:
-    """Refuse a model that this package or another one has quantized, or whose layers have adapters on them.
+    """Refuse a model that this package or another one has quantized, or whose adapters are fused and still there.
 
     Raises:
-        ConversionError: it is quantized, or PEFT has wrapped a layer.
+        ConversionError: it is.
     """
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "base_layer", None), nn.Module):
+        if isinstance(module._modules.get(ADAPTED), nn.Module) and getattr(module, "merged_adapters", None):
             raise ConversionError(
-                f"{name} has an adapter on it, such as LoRA: unload it with `pipe.unload_lora_weights()`, after "
-                "`pipe.fuse_lora()` if its weights are to stay, then quantize; it can be loaded again afterwards"
+                f"{name} has an adapter fused into its weight, which could not be taken out of the integers again: "
+                "call `pipe.unload_lora_weights()` to keep it fused, or `pipe.unfuse_lora()`, then quantize"
             )
         if isinstance(module, QuantizedLayer) and module.scheme.quantizes:
             raise ConversionError(

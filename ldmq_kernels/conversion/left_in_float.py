@@ -9,7 +9,7 @@ from torch import nn
 
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.formats import FLOAT_BYTES
-from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.layers import modules_below_adapters, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan
 
 LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)  # no product: rows are read
@@ -40,7 +40,7 @@ def left_in_float(model: nn.Module, layer_plans: Mapping[str, LayerPlan]) -> tup
     """
     layers = quantizable_layers(model)
     found = []
-    for name, module in model.named_modules():
+    for name, module in modules_below_adapters(model):
         if name in layers:
             plan = layer_plans.get(name)
             is_quantized = plan.scheme.quantizes if plan else _quantizes(module)

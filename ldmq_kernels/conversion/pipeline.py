@@ -70,8 +70,8 @@ def quantize(
     Raises:
         PlanError: neither or both of plan and scheme are given, the plan is damaged or made for another model, or the
             scheme is unknown or static.
-        ConversionError: the model is quantized already or has adapters on it, one of its layers cannot be quantized,
-            or the plan needs the pipeline and has only the model; it is unchanged.
+        ConversionError: the model is quantized already or has adapters fused into it, one of its layers cannot be
+            quantized, or the plan needs the pipeline and has only the model; it is unchanged.
         TypeError: the pipeline has neither a UNet nor a transformer.
     """
     if (plan is None) == (scheme is None):

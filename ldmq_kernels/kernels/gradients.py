@@ -2,7 +2,7 @@
 
 A rounded activation passes no gradient on, and an int8 tensor cannot say that one was lost. So an op that rounds
 refuses an input that requires gradients. A bias that does is taken, as layers whose bias is trainable are called for
-inference too, and the backward pass refuses it.
+inference too, and the backward pass refuses it. Layers pass gradients straight through (`nn.straight_through`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from ldmq_kernels.kernels.op_spec import Arguments, OpSpec
 
 REMEDY = (
-    "call the model under torch.no_grad(), freeze what needs no gradients (model.requires_grad_(False)), or give "
-    "layers that gradients must pass through a weights-only scheme (w8a16, w4a16)"
+    "call it under torch.no_grad(), detach the input, or call a QuantLinear or QuantConv2d, which passes gradients "
+    "straight through to its input"
 )
 
 

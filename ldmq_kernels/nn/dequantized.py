@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 READ_ONLY = (
-    "the weight of a quantized layer of ldmq_kernels is made of its integers and cannot be written to. To fuse LoRA or "
-    "another adapter, do so in full precision and quantize then: load the float pipeline and the adapter, "
-    "`pipe.fuse_lora()`, `pipe.unload_lora_weights()`, `ldmq.quantize(pipe, plan)`. Adapters also run unfused on the "
-    "quantized model"
+    "the weight of a quantized layer of ldmq_kernels is made of its integers and cannot be written to: change the "
+    "float model and quantize that with ldmq.quantize, or add to it by an adapter of PEFT, such as LoRA, which may be "
+    "fused"
 )
 
 

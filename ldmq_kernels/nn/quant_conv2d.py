@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from ldmq_kernels import ops
 from ldmq_kernels.nn.quantized import ACTIVATION_DTYPES, QuantizedLayer
+from ldmq_kernels.nn.straight_through import is_differentiated, straight_through
 
 GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
 CONVOLUTION = nn.Conv2d._conv_forward
@@ -30,6 +33,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """
 
     kind = "conv2d"
+    channel_axis = -3
 
     @staticmethod
     def to_channels_last(weight: Tensor) -> Tensor:
@@ -103,12 +107,24 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return straight_through(self, x) if is_differentiated(self, x) else self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The convolution by its integers, of an input (N, C, H, W) that is padded where padding is not of zeros."""
         if not self.scheme.quantizes_activations:
             product = getattr(ops, self.scheme.format.products["conv2d"])
             return product(x, self.plain_weight, *self.operands(), self.bias, *self.geometry())
         x_q, x_scale = self.quantize(x)
         low = self.convolve(self.low_part(x, x_q, 1), None, x.dtype, second=True) if self.scheme.is_split else None
         return self.convolve(x_q, x_scale, x.dtype, residual=low)
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """(N, K, P, Q) to (N, C, H, W)."""
+        top, bottom, left, right = self.zero_padding
+        size = (*shape[:2], shape[2] + top + bottom, shape[3] + left + right)
+        geometry = _pair(self.stride), (0, 0), _pair(self.dilation), self.groups
+        padded = conv2d_input(size, weight, gradient, *geometry)
+        return padded[:, :, top : size[2] - bottom, left : size[3] - right]
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (N, C, H, W) as the scheme says: int8, and the scales of a dynamic one, (N, H, W) where pointwise."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
 from ldmq_kernels.nn.quantized import ACTIVATION_DTYPES, FIRST_TOKEN, QuantizedLayer
+from ldmq_kernels.nn.straight_through import is_differentiated, straight_through
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -51,7 +53,17 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Quantize the input as the scheme says, multiply in integers, scale back."""
+        if self.scheme.quantizes and is_differentiated(self, input):
+            return straight_through(self, input)
         return self.project(input)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """`project`."""
+        return self.project(x)
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """(..., out_features) to (..., in_features)."""
+        return gradient @ weight
 
     def project(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same, and a residual (..., out_features) added: in the epilogue where activations are quantized."""

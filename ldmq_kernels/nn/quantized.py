@@ -29,6 +29,7 @@ class QuantizedLayer(PackedWeight, InputScale):
     """
 
     kind: str
+    channel_axis: int = -1  # of the output
     bias: Any
     first_token: bool = False
     adds_bias: bool = False
@@ -45,6 +46,20 @@ class QuantizedLayer(PackedWeight, InputScale):
     def structure_of(cls, module: Any) -> Self:
         """A float layer of this class on the meta device, shaped as `module`."""
         raise TypeError("a quantized layer knows its float layer")
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The layer's output by its integers, without gradients."""
+        raise TypeError("a quantized layer computes")
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of the input of `compute`, of this shape, from that of its output.
+
+        Args:
+            gradient: of the output's shape, floating.
+            weight: as the float layer has it, of the gradient's dtype.
+            shape: of the input.
+        """
+        raise TypeError("a quantized layer has gradients")
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -209,6 +224,38 @@ class QuantizedLayer(PackedWeight, InputScale):
             added = shared.detach().float() + added
         self.bias = nn.Parameter(added.to(like.dtype), requires_grad=shared is not None and shared.requires_grad)
 
+    def requantize(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Hold another weight, rounded to the nearest integers as the layer is: its scheme, input scales and smoothing.
+
+        Args:
+            weight: of the float layer's shape, floating.
+            bias: (out,) floating, None where the layer has none.
+
+        Raises:
+            ValueError: the weight is not finite; the layer holds what it held.
+        """
+        module = self.structure_of(self)
+        module.weight, module.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        made = self.from_float(
+            module,
+            self.scheme,
+            input_scale=self.input_scale,
+            smoothing=self.smoothing,
+            first_token=self.first_token,
+        )
+        self.refill(made.stored_tensors(), bias)
+
+    def refill(self, stored: dict[str, Tensor], bias: Tensor | None) -> None:
+        """Take the tensors of the layer's checkpoint, see `stored_tensors`, and a bias."""
+        self.unpack()
+        device = self._buffers[PLAIN].device  # type: ignore[union-attr]
+        for name, tensor in stored.items():
+            self.fill(name, tensor.to(device))
+        if bias is not None:
+            shared = self.bias
+            self.bias = nn.Parameter(bias.to(device, shared.dtype), requires_grad=shared.requires_grad)
+        self.finish()
+
     def finish(self) -> None:
         """Derive what is not stored and pack for the device, once all buffers are filled."""
         self.revision += 1
@@ -344,7 +391,7 @@ class QuantizedLayer(PackedWeight, InputScale):
 
 
 def name_layers(model: nn.Module) -> None:
-    """Tell each quantized layer of a model what it is called there."""
+    """Tell each quantized layer of a model what it is called there, adapters of PEFT upon it aside."""
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLayer):
-            layer.name = name
+            layer.name = name.removesuffix(".base_layer")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldmq_kernels.calibration.settings import setting_of
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, replay
 from ldmq_kernels.numerics.sqnr import to_db
+from ldmq_kernels.plans.layers import place_of
 
 PARTS = ("unconditional", "conditional", "guided")
 
@@ -61,14 +62,15 @@ class StepNoise:
 @contextlib.contextmanager
 def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put other modules in place of some of a model's, by name, inside this block."""
-    originals = {name: model.get_submodule(name) for name in layers}
+    places = {place_of(model, name): layer for name, layer in layers.items()}
+    originals = {place: model.get_submodule(place) for place in places}
     try:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
+        for place, layer in places.items():
+            model.set_submodule(place, layer)
         yield
     finally:
-        for name, layer in originals.items():
-            model.set_submodule(name, layer)
+        for place, layer in originals.items():
+            model.set_submodule(place, layer)
 
 
 def summed(noises: Iterable[StepNoise]) -> StepNoise:

@@ -176,12 +176,16 @@ def test_inputs_that_are_concatenations_are_found_with_the_place_of_the_cut(shar
     assert found["up_blocks.0.resnets.0.conv1"] == 64  # the middle's channels; the skip's follow
 
 
-def test_a_model_with_a_lora_is_refused_with_the_way_out(pipe):
+def test_layers_below_a_lora_are_calibrated_under_their_own_names_with_what_it_makes_of_their_inputs(pipe):
     from peft import LoraConfig
 
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match=r"to_q carries a LoRA.*unload_lora_weights"):
-        calibrate(pipe, PROMPTS, SETTINGS)
+    plain = calibrate(pipe, PROMPTS, SETTINGS)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    adapted = calibrate(pipe, PROMPTS, SETTINGS)
+    assert list(adapted.absmax) == list(plain.absmax)
+    assert adapted.concatenations == plain.concatenations
+    assert torch.equal(adapted.absmax["conv_in"][0], plain.absmax["conv_in"][0])  # the same noise
+    assert not torch.equal(adapted.absmax["conv_out"], plain.absmax["conv_out"])
 
 
 def test_the_prompt_that_gives_nan_is_named(pipe):

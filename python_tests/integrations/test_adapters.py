@@ -100,46 +100,6 @@ def test_it_does_so_on_int4_linears_of_16_bit_activations(method: str) -> None:
         assert sqnr_db(exact, test) > 60
 
 
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-def test_merging_it_into_integers_is_refused_and_changes_nothing(method: str, safe: bool) -> None:
-    made, _, x = quantized_two("w8a8-dynamic")
-    wrapped = adapted(made, method)
-    layers = [module for module in wrapped.modules() if hasattr(module, "merge")]
-    with torch.no_grad():
-        before, state = wrapped(x), {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
-        assert len(layers) == len(TARGETS.get(method, LAYERS))
-        for layer in layers:
-            with pytest.raises(RuntimeError, match=r"made of its integers.*fuse_lora.*ldmq\.quantize"):
-                layer.merge(safe_merge=safe)
-        assert torch.equal(wrapped(x), before)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in wrapped.state_dict().items())
-
-
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-def test_a_model_that_refused_to_fuse_draws_as_before(dora: bool) -> None:
-    """Some of its layers are floating, and could be fused."""
-    unet = tiny_unet(**SHALLOW)
-    plan = uniform_plan(unet, "w8a8-dynamic")
-    plan.rules.insert(0, {"pattern": "*.to_q", "scheme": "fp16"})
-    ldmq.quantize(unet, plan)
-    before = run_unet(unet)
-    unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_k"], use_dora=dora))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in sorted(unet.named_parameters()):
-            if "lora_A" in name or "lora_B" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    unet.eval()
-    adapted_output = run_unet(unet)
-    with pytest.raises(RuntimeError, match="fuse_lora"):
-        unet.fuse_lora()
-    assert sqnr_db(adapted_output, run_unet(unet)) > 80
-    unet.unfuse_lora()
-    unet.unload_lora()
-    assert sqnr_db(before, run_unet(unet)) > 80
-
-
 def test_fused_projections_compute_what_the_single_ones_did() -> None:
     unet = tiny_unet(**SHALLOW)
     ldmq.quantize(unet, uniform_plan(unet, "w8a16"))

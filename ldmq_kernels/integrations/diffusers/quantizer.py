@@ -42,7 +42,7 @@ class LdmqQuantizer(DiffusersQuantizer):
     quantization_config: LdmqConfig
     use_keep_in_fp32_modules = True
     is_serializable = True
-    is_trainable = False
+    is_trainable = True  # adapters; not the weights
     is_compileable = True
     supports_parallel_loading = False  # a layer is replaced when its weight comes, its bias may come in another shard
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
@@ -26,6 +27,19 @@ def takes_int8(layer: Any) -> bool:
     if kind is QuantConv2d and layer.has_own_convolution:
         return False
     return kind in (QuantLinear, QuantConv2d) and is_unwrapped(layer, kind) and layer.takes_int8
+
+
+def wants_gradients(module: nn.Module, *tensors: Tensor | None) -> bool:
+    """Whether autograd follows a call: integers between fused ops carry no gradients, so layer after layer runs then.
+
+    Args:
+        module: whose parameters, of adapters too, may be trained.
+        tensors: what goes in.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    given = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return given or any(parameter.requires_grad for parameter in module.parameters())
 
 
 def is_inactive(dropout: Any) -> bool:

@@ -9,7 +9,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
-from ldmq_kernels.integrations.diffusers.fused.eligibility import is_inactive, is_unwrapped, quantized_norm, takes_int8
+from ldmq_kernels.integrations.diffusers.fused.eligibility import (
+    is_inactive,
+    is_unwrapped,
+    quantized_norm,
+    takes_int8,
+    wants_gradients,
+)
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
 
 
@@ -35,7 +41,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Take and return what the forward of ResnetBlock2D does; `temb` is (N, E), or rows of a step table."""
         vector = self._tabulated(temb)
-        if args or kwargs or not (self.can_add_vector() and (vector is not None or self._has_fused_convolution())):
+        is_fusible = self.can_add_vector() and (vector is not None or self._has_fused_convolution())
+        if args or kwargs or not is_fusible or wants_gradients(self, input_tensor, temb):
             return super().forward(input_tensor, self._embedding(temb), *args, **kwargs)
         if vector is None and self.time_emb_proj is not None and temb is not None:
             vector = self.project_time(self._embedding(temb))

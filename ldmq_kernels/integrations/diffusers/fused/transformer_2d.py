@@ -7,7 +7,12 @@ from typing import Any
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from ldmq_kernels.integrations.diffusers.fused.eligibility import is_unwrapped, quantized_norm, takes_int8
+from ldmq_kernels.integrations.diffusers.fused.eligibility import (
+    is_unwrapped,
+    quantized_norm,
+    takes_int8,
+    wants_gradients,
+)
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
 
 
@@ -20,7 +25,8 @@ class FusedTransformer2DModel(Transformer2DModel):
     """Transformer2DModel whose projections take their input from a fused norm and add the skip in their epilogue."""
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        if not (_is_product(self.proj_in) and is_unwrapped(self.norm, nn.GroupNorm)):
+        is_fusible = _is_product(self.proj_in) and is_unwrapped(self.norm, nn.GroupNorm)
+        if not is_fusible or wants_gradients(self.proj_in, hidden_states, self.norm.weight, self.norm.bias):
             return super()._operate_on_continuous_inputs(hidden_states)
         x_q, scale = quantized_norm(self.norm, hidden_states, self.proj_in, silu=False, per_token=True)
         batch = hidden_states.shape[0]
@@ -34,7 +40,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
         layer = self.proj_out
-        if not _is_product(layer):
+        if not _is_product(layer) or wants_gradients(layer, hidden_states, residual):
             return super()._get_output_for_continuous_inputs(
                 hidden_states=hidden_states,
                 residual=residual,

@@ -18,6 +18,7 @@ from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     is_unwrapped,
     quantized_layer_norm,
     takes_int8,
+    wants_gradients,
 )
 from ldmq_kernels.integrations.diffusers.fused.merged import MergedLinears, can_merge, share_quantization
 from ldmq_kernels.tracing import is_exported
@@ -101,7 +102,9 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
     ) -> Tensor:
         """Take and return what the forward of BasicTransformerBlock does."""
         knows = not (args or cross_attention_kwargs or hidden_states.dim() != 3)
-        if not knows or (self.attn2 is not None and encoder_hidden_states is None) or not self._is_fusible():
+        lacks_context = self.attn2 is not None and encoder_hidden_states is None
+        is_fusible = knows and not lacks_context and self._is_fusible()
+        if not is_fusible or wants_gradients(self, hidden_states, encoder_hidden_states, attention_mask):
             return super().forward(
                 hidden_states,
                 attention_mask,
