@@ -40,6 +40,7 @@ OPS = (
     "group_norm_silu_quantize",
     "layer_norm_quantize",
     "geglu_quantize",
+    "gelu_quantize",
     "linear_w4a8",
     "quantize_per_token",
     "quantize_static",

@@ -26,7 +26,7 @@ from ldmq_kernels.cli import op_speed
 from ldmq_kernels.cli.fitted import Column, output_console, print_fitted
 from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.backend import DEFINITION, backends
-from ldmq_kernels.ops.operands import EVERY_OPTION, Shape, example
+from ldmq_kernels.ops.operands import EVERY_OPTION, MODULATION, Shape, example
 from ldmq_kernels.progress import track
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "accelerate", "scipy")
@@ -40,6 +40,7 @@ SHAPES = (
     Shape(145, 352, 168, (2, 9, 7), 3, options=EVERY_OPTION, scale_per_row=True),
     Shape(63, 96, 40, (1, 5, 6), 3, stride=2, prefers_picture=True),
     Shape(63, 320, 68, (1, 6, 5), per_token=True, prefers_picture=True),
+    Shape(34, 64, 72, (1, 6, 5), options=EVERY_OPTION | MODULATION, scale_per_row=True),
 )
 
 

@@ -186,7 +186,7 @@ def server(op: str) -> Callable[..., Any]:
     def serve(*arguments: Any) -> Any:
         if torch.is_grad_enabled():
             for index in floating:
-                if (tensor := arguments[index]) is not None and tensor.requires_grad:
+                if index < len(arguments) and (tensor := arguments[index]) is not None and tensor.requires_grad:
                     return differentiated(arguments)
         device = arguments[0].device
         forced = _override.get() or environment.get("LDMQ_BACKEND")

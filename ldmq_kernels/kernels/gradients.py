@@ -23,7 +23,7 @@ REMEDY = (
 
 def needed(spec: OpSpec, arguments: Arguments) -> list[Tensor]:
     """The arguments that require gradients."""
-    given = (arguments[index] for index in spec.floating)
+    given = (arguments[index] for index in spec.floating if index < len(arguments))
     return [tensor for tensor in given if tensor is not None and tensor.requires_grad]
 
 

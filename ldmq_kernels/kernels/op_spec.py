@@ -182,6 +182,12 @@ class OpSpec:
         return {name for name in self.arguments if self.function.__annotations__.get(name) == "Tensor | None"}
 
     @functools.cached_property
+    def may_be_left_out(self) -> set[str]:
+        """The last arguments, which are None where a call does not give them; torch leaves out what is None there."""
+        parameters = inspect.signature(self.function).parameters
+        return {name for name, parameter in parameters.items() if parameter.default is None}
+
+    @functools.cached_property
     def floating(self) -> list[int]:
         """The places of the arguments that may require gradients."""
         integers = {"x_q", "weight", "multiplier"}
@@ -207,12 +213,14 @@ class OpSpec:
                 raise ValueError(f"{self.name}: {name} is {found}, must be one of {', '.join(SCHEMA_TYPES)}")
         if annotations.get("return") not in RETURN_TYPES:
             raise ValueError(f"{self.name}: its result must be annotated as one of {', '.join(RETURN_TYPES)}")
-        arguments = ", ".join(f"{SCHEMA_TYPES[annotations[name]]} {name}" for name in self.arguments)
+        default = {name: "=None" if name in self.may_be_left_out else "" for name in self.arguments}
+        arguments = ", ".join(f"{SCHEMA_TYPES[annotations[name]]} {name}{default[name]}" for name in self.arguments)
         return f"{self.name}({arguments}) -> {RETURN_TYPES[annotations['return']]}"
 
     def call(self, *arguments: Any) -> SimpleNamespace:
         """Arguments by name."""
-        return SimpleNamespace(**dict(zip(self.arguments, arguments, strict=True)))
+        left_out = (None,) * (len(self.arguments) - len(arguments))
+        return SimpleNamespace(**dict(zip(self.arguments, arguments + left_out, strict=True)))
 
     def shape_text(self, arguments: Arguments) -> str:
         """The shapes of a call as the file of measurements has them: "8192x640 to 5120" for a linear of so many rows.

@@ -65,15 +65,20 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         """(..., out_features) to (..., in_features)."""
         return gradient @ weight
 
-    def project(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The same, and a residual (..., out_features) added: in the epilogue where activations are quantized."""
+    def project(self, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        """The same times a gate, and a residual added: in the epilogue where activations are quantized.
+
+        Args:
+            x: (..., in_features) floating.
+            residual: (..., out_features) floating.
+            gate: (G, ..., out_features) floating, that broadcasts to the output.
+        """
         if not self.scheme.quantizes_activations:
-            out = self._project_float(x)
-            return out if residual is None else out + residual
-        out = self._project_quantized(x, residual)
+            return _gated(self._project_float(x), residual, gate)
+        out = self._project_quantized(x, residual, gate)
         if self.first_token:
             first = self._project_first_token(x)
-            out[:, :1] = first if residual is None else first + residual[:, :1]
+            out[:, :1] = _gated(first, *(None if term is None else term[:, :1] for term in (residual, gate)))
         return out
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -85,20 +90,21 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             return getattr(ops, activations.quantize_static)(x, self.input_inv_scale, -1), None
         return getattr(ops, activations.quantize_per_token)(x, self.smoothing)
 
-    def _project_quantized(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _project_quantized(self, x: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         scheme = self.scheme
         if scheme.is_split:
             x_q, _ = self.quantize(x)
-            residual = self.linear(self.low_part(x, x_q, -1), None, x.dtype, residual, second=True)
-            return self.linear(x_q, None, x.dtype, residual)
+            residual = self.linear(self.low_part(x, x_q, -1), None, x.dtype, residual, second=True, gate=gate)
+            return self.linear(x_q, None, x.dtype, residual, gate=gate)
         if scheme.is_static and scheme.format.fused_linear is not None:
             if x.shape[-1] != self.in_features or x.dtype not in ACTIVATION_DTYPES:
                 self.refuse(x, self.in_features)
             product = getattr(ops, scheme.format.fused_linear)
             weight, operands = self.kernel_weight(True), self.operands()
-            return product(x, self.input_inv_scale, self.call_scale, weight, *operands, self.bias, residual)
+            gated = () if gate is None else (gate,)
+            return product(x, self.input_inv_scale, self.call_scale, weight, *operands, self.bias, residual, *gated)
         x_q, x_scale = self.quantize(x)
-        return self.linear(x_q, x_scale, x.dtype, residual)
+        return self.linear(x_q, x_scale, x.dtype, residual, gate=gate)
 
     def _project_first_token(self, x: Tensor) -> Tensor:
         """(B, 1, out_features) from the first token's 16-bit values and the same weight."""
@@ -126,6 +132,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         residual: Tensor | None = None,
         *,
         second: bool = False,
+        gate: Tensor | None = None,
     ) -> Tensor:
         """The integer product alone, of an input that is quantized already.
 
@@ -134,8 +141,16 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             x_scale: (...) float32; not needed by a static scheme.
             out_dtype: float16, bfloat16 or float32.
             residual: (..., out_features) floating, added in the epilogue.
+            gate: (G, ..., out_features) floating, that the product with its bias is multiplied by, in the epilogue.
             second: these are the second values of pairs: scaled down, and without the bias.
         """
         scale, bias = self.scale_and_bias(x_scale, second)
         product = getattr(ops, self.scheme.format.products["linear"])
-        return product(x_q, scale, self.kernel_weight(True), *self.operands(), bias, residual, out_dtype)
+        gated = () if gate is None else (gate,)
+        return product(x_q, scale, self.kernel_weight(True), *self.operands(), bias, residual, out_dtype, *gated)
+
+
+def _gated(out: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
+    """out * gate + residual, as far as there are such."""
+    out = out if gate is None else (out * gate).to(out.dtype)
+    return out if residual is None else out + residual

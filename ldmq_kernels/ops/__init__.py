@@ -8,7 +8,13 @@ operands. What computes an op is chosen when it runs, by `kernels.dispatch`, amo
 from ldmq_kernels.kernels.op_spec import spec_of, specs
 from ldmq_kernels.ops.conv2d import conv2d_w4a8, conv2d_w8a8, conv2d_w8a16
 from ldmq_kernels.ops.linear import linear_static_w8a8, linear_w4a8, linear_w4a16, linear_w8a8, linear_w8a16
-from ldmq_kernels.ops.norms import geglu_quantize, group_norm_silu_quantize, layer_norm_quantize, silu_quantize
+from ldmq_kernels.ops.norms import (
+    geglu_quantize,
+    gelu_quantize,
+    group_norm_silu_quantize,
+    layer_norm_quantize,
+    silu_quantize,
+)
 from ldmq_kernels.ops.quantize import quantize_per_sample, quantize_per_token, quantize_static
 
 __all__ = [
@@ -16,6 +22,7 @@ __all__ = [
     "conv2d_w8a8",
     "conv2d_w8a16",
     "geglu_quantize",
+    "gelu_quantize",
     "group_norm_silu_quantize",
     "layer_norm_quantize",
     "linear_static_w8a8",

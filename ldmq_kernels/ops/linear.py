@@ -1,8 +1,8 @@
 """Linear layers on quantized weights.
 
-The epilogue, in float32, is rounded once: out = accumulator * x_scale * weight_scale + bias + residual. int4
-weights hold
-two values to a byte along the last axis, low nibble first. A weight may also be in the packed layout of a backend.
+The epilogue, in float32, is rounded once: out = (accumulator * x_scale * weight_scale + bias) * gate + residual. int4
+weights hold two values to a byte along the last axis, low nibble first. A weight may also be in the packed layout of a
+backend.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ def linear_w8a8(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on int8 activations and int8 weights.
 
-    out = (x_q @ weight^T) * x_scale * weight_scale + bias + residual, the product in exact integers.
+    out = ((x_q @ weight^T) * x_scale * weight_scale + bias) * gate + residual, the product in exact integers.
 
     Args:
         x_q: (..., K) int8.
@@ -41,6 +42,8 @@ def linear_w8a8(
         bias: (N,) floating.
         residual: (..., N) floating, added last.
         out_dtype: float16, bfloat16 or float32.
+        gate: (G, ..., N) floating, what each product with its bias is multiplied by before the residual is added: one
+            row of N for each of G equal runs of rows, such as (samples, 1, N).
 
     Returns:
         (..., N) of `out_dtype`.
@@ -48,7 +51,7 @@ def linear_w8a8(
     Raises:
         RuntimeError: no backend takes these arguments; the text says why each of them refused.
     """
-    return LDMQ.linear_w8a8.default(x_q, x_scale, weight, weight_scale, bias, residual, out_dtype)
+    return LDMQ.linear_w8a8.default(x_q, x_scale, weight, weight_scale, bias, residual, out_dtype, gate)
 
 
 @op(fake=lambda call: _metadata(call.x_q, call.weight_scale, call.out_dtype), shape=LinearShape(), example=of_tokens)
@@ -61,10 +64,11 @@ def linear_w4a8(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on int8 activations and two-level int4 weights.
 
-    out = (x_q @ (weight * multiplier)^T) * x_scale * weight_scale + bias + residual, in exact integers.
+    out = ((x_q @ (weight * multiplier)^T) * x_scale * weight_scale + bias) * gate + residual, in exact integers.
 
     Args:
         x_q: (..., K) int8.
@@ -75,6 +79,8 @@ def linear_w4a8(
         bias: (N,) floating.
         residual: (..., N) floating, added last.
         out_dtype: float16, bfloat16 or float32.
+        gate: (G, ..., N) floating, what each product with its bias is multiplied by before the residual is added: one
+            row of N for each of G equal runs of rows, such as (samples, 1, N).
 
     Returns:
         (..., N) of `out_dtype`.
@@ -82,7 +88,7 @@ def linear_w4a8(
     Raises:
         RuntimeError: no backend takes these arguments; the text says why each of them refused.
     """
-    return LDMQ.linear_w4a8.default(x_q, x_scale, weight, multiplier, weight_scale, bias, residual, out_dtype)
+    return LDMQ.linear_w4a8.default(x_q, x_scale, weight, multiplier, weight_scale, bias, residual, out_dtype, gate)
 
 
 @op(fake=lambda call: _metadata(call.x, call.weight_scale, call.x.dtype), shape=LinearShape(), example=of_tokens)
@@ -94,10 +100,11 @@ def linear_static_w8a8(
     weight_scale: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer that quantizes its input with a calibrated scale and multiplies int8 by int8.
 
-    out = (quantize_static(x) @ weight^T) * x_scale * weight_scale + bias + residual, in exact integers.
+    out = ((quantize_static(x) @ weight^T) * x_scale * weight_scale + bias) * gate + residual, in exact integers.
 
     Args:
         x: (..., K) floating.
@@ -107,6 +114,8 @@ def linear_static_w8a8(
         weight_scale: (N,) float32.
         bias: (N,) floating.
         residual: (..., N) floating, added last.
+        gate: (G, ..., N) floating, what each product with its bias is multiplied by before the residual is added: one
+            row of N for each of G equal runs of rows, such as (samples, 1, N).
 
     Returns:
         (..., N) of x's dtype.
@@ -114,7 +123,7 @@ def linear_static_w8a8(
     Raises:
         RuntimeError: no backend takes these arguments; the text says why each of them refused.
     """
-    return LDMQ.linear_static_w8a8.default(x, inv_scale, x_scale, weight, weight_scale, bias, residual)
+    return LDMQ.linear_static_w8a8.default(x, inv_scale, x_scale, weight, weight_scale, bias, residual, gate)
 
 
 @op(

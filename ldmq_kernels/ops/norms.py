@@ -88,10 +88,12 @@ def layer_norm_quantize(
     eps: float,
     inv_scale: Tensor | None,
     inv_smooth: Tensor | None,
+    modulation_scale: Tensor | None = None,
+    modulation_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Layer normalization over the last axis and the quantization of the result.
+    """Layer normalization over the last axis, its modulation where there is one, and the quantization of the result.
 
-    q = quantize(layer_norm(x)), in float32 up to the int8 rounding.
+    q = quantize(layer_norm(x) * (1 + modulation_scale) + modulation_shift), in float32 up to the int8 rounding.
 
     Args:
         x: (..., C) floating.
@@ -101,6 +103,9 @@ def layer_norm_quantize(
         inv_scale: (1,) or (C,) float32, the inverse smoothing vector over a calibrated scale; None measures the
             scale.
         inv_smooth: (C,) float32 inverse smoothing vector, multiplied in where the scale is measured.
+        modulation_scale: (G, ..., C) floating, what is added to one to multiply the norm's output: one row of C for
+            each of G equal runs of rows, such as (samples, 1, C).
+        modulation_shift: as modulation_scale, and added after.
 
     Returns:
         (..., C) int8 and the scales (...) float32, or (0,) with an `inv_scale`.
@@ -108,7 +113,9 @@ def layer_norm_quantize(
     Raises:
         RuntimeError: no backend takes these arguments; the text says why each of them refused.
     """
-    return LDMQ.layer_norm_quantize.default(x, norm_weight, norm_bias, eps, inv_scale, inv_smooth)
+    return LDMQ.layer_norm_quantize.default(
+        x, norm_weight, norm_bias, eps, inv_scale, inv_smooth, modulation_scale, modulation_shift
+    )
 
 
 @op(
@@ -169,3 +176,35 @@ def silu_quantize(
         RuntimeError: no backend takes these arguments; the text says why each of them refused.
     """
     return LDMQ.silu_quantize.default(x, inv_scale, inv_smooth)
+
+
+@op(
+    fake=lambda call: _metadata(call, call.x.shape[-1]),
+    shape=ProducerShape(),
+    example=of_tokens,
+    agreement=AFTER_FLOAT_SUMS,
+)
+def gelu_quantize(
+    x: Tensor,
+    tanh: bool,
+    inv_scale: Tensor | None,
+    inv_smooth: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """GELU and the quantization of its result.
+
+    q = quantize(gelu(x)), in float32 up to the int8 rounding.
+
+    Args:
+        x: (..., C) floating.
+        tanh: whether GELU is its approximation by the hyperbolic tangent, and not by the error function.
+        inv_scale: (1,) or (C,) float32, the inverse smoothing vector over a calibrated scale; None measures the
+            scale.
+        inv_smooth: (C,) float32 inverse smoothing vector, multiplied in where the scale is measured.
+
+    Returns:
+        (..., C) int8 and the scales (...) float32, or (0,) with an `inv_scale`.
+
+    Raises:
+        RuntimeError: no backend takes these arguments; the text says why each of them refused.
+    """
+    return LDMQ.gelu_quantize.default(x, tanh, inv_scale, inv_smooth)

@@ -13,6 +13,7 @@ from ldmq_kernels.kernels.op_spec import OpSpec, spec_of
 from ldmq_kernels.numerics.formats.int4 import group_count
 
 EVERY_OPTION = frozenset({"bias", "sample_bias", "residual", "inv_scale", "inv_smooth", "norm_weight", "norm_bias"})
+MODULATION = frozenset({"gate", "modulation_scale", "modulation_shift"})
 NORM = frozenset({"norm_weight", "norm_bias"})
 
 
@@ -80,6 +81,10 @@ class Operands:
             "bias": lambda *_: self.floating(shape.out),
             "sample_bias": lambda *_: self.floating(shape.picture[0], shape.out),
             "residual": lambda _, is_picture: self._residual(is_picture),
+            "gate": lambda *_: self.floating(self._samples(), shape.out),
+            "modulation_scale": lambda *_: self.floating(self._samples(), shape.channels),
+            "modulation_shift": lambda *_: self.floating(self._samples(), shape.channels),
+            "tanh": lambda *_: True,
             "norm_weight": lambda *_: self.floating(shape.channels),
             "norm_bias": lambda *_: self.floating(shape.channels),
             "num_groups": lambda *_: shape.norm_groups,
@@ -147,6 +152,10 @@ class Operands:
     def _laid_out(self, values: Tensor, is_picture: bool) -> Tensor:
         layout = torch.channels_last if is_picture else torch.contiguous_format
         return values.to(self.device).contiguous(memory_format=layout)
+
+    def _samples(self) -> int:
+        """Runs of tokens that a modulation has rows for."""
+        return 2 if self.shape.tokens % 2 == 0 else 1
 
     def _scales(self, spec: OpSpec, is_picture: bool) -> int:
         if not self.shape.scale_per_row or "inv_scale" in spec.arguments:

@@ -156,7 +156,7 @@ def producer(op: str, shape: tuple[int, ...], mode: str, device: torch.device, d
         return Call(op, (x, vector, 1 if len(shape) == 4 else -1))
     if op.startswith("quantize_per"):
         return Call(op, (x, vector))
-    parameters: tuple[Any, ...] = ()
+    parameters: tuple[Any, ...] = (True,) if op == "gelu_quantize" else ()
     if op == "layer_norm_quantize":
         parameters = (normal(device, channels, dtype=dtype), normal(device, channels, dtype=dtype), 1e-5)
     return Call(op, (x, *parameters, *((vector, None) if mode == "static" else (None, vector))))
@@ -226,6 +226,8 @@ CALLS: dict[str, Maker] = {
     "layer_norm_quantize": partial(producer, "layer_norm_quantize", TOKENS, "measured"),
     "geglu_quantize": partial(producer, "geglu_quantize", PAIRS, "measured"),
     "geglu_quantize static": partial(producer, "geglu_quantize", PAIRS, "static"),
+    "gelu_quantize": partial(producer, "gelu_quantize", PAIRS, "measured"),
+    "gelu_quantize static": partial(producer, "gelu_quantize", PAIRS, "static"),
     "silu_quantize": partial(producer, "silu_quantize", (2, 1280), "measured"),
     **{name: partial(product, name) for name in (*LINEARS, *CONVOLUTIONS)},
 }

@@ -20,7 +20,7 @@ CHANNELS = (20, 320, 960, 2560)
 PIXELS = {17: (1, 17), 63: (7, 9), 4097: (17, 241)}  # by number of rows
 DTYPE = dict(zip(PIXELS, DTYPES, strict=True))  # also by number of rows
 INT8_LINEARS = ("linear_w8a8", "linear_w4a8", "linear_static_w8a8")
-PRODUCERS = ("layer_norm_quantize", "geglu_quantize", "silu_quantize")
+PRODUCERS = ("layer_norm_quantize", "geglu_quantize", "gelu_quantize", "silu_quantize")
 FLIPPED = 0.01  # the largest share of values near a tie
 
 

@@ -15,18 +15,31 @@ NORM_EPS = 1e-5
 
 
 def check(
-    backend: Backend, x: Tensor, weight: Tensor | None, bias: Tensor | None, mode: str, ties: float = TIES
+    backend: Backend,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mode: str,
+    ties: float = TIES,
+    modulation: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> None:
     exact = x.double()
     mean, variance = exact.mean(-1, keepdim=True), exact.var(-1, unbiased=False, keepdim=True)
     multiplier = (variance + NORM_EPS).rsqrt() * (1 if weight is None else weight.double())
     shift = torch.zeros(()) if bias is None else bias.double()
+    if modulation is not None:
+        rows = [None if m is None else m.double().reshape(-1, m.shape[-1]) for m in modulation]
+        scale, added = (
+            None if r is None else r.repeat_interleave(x[..., 0].numel() // len(r), 0).reshape(x.shape) for r in rows
+        )
+        multiplier = multiplier * (1 if scale is None else 1 + scale)
+        shift = shift * (1 if scale is None else 1 + scale) + (0 if added is None else added)
     y = (exact - mean) * multiplier + shift
     # the mean is itself a float32, so x - mean is off by its rounding
     error = 8 * EPS * ((exact.abs() + mean.abs()) * multiplier.abs() + y.abs() + shift.abs())
     error = error + rounding(backend, x.dtype, y, shift)
     given_factors = factors(mode, y)
-    results = backend.call("layer_norm_quantize", x, weight, bias, NORM_EPS, *given_factors)
+    results = backend.call("layer_norm_quantize", x, weight, bias, NORM_EPS, *given_factors, *(modulation or ()))
     assert_quantized(backend, *results, y, error, *given_factors, ties=ties)
 
 
@@ -44,6 +57,25 @@ def test_is_the_definition(backend: Backend, dtype: torch.dtype, shape: tuple[in
 def test_parameters_may_be_wider_than_the_activations(backend: Backend) -> None:
     x, weight, bias = torch.randn(3, 320).half(), torch.rand(320) + 0.5, torch.randn(320)
     check(backend, x, weight, bias if backend.name != "cpu" else bias.half(), "measured")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("runs", [(3, 1), (1, 1), (3, 5)], ids=["of samples", "one", "of tokens"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_modulation_has_a_row_for_each_run_of_tokens(
+    backend: Backend, dtype: torch.dtype, runs: tuple[int, int], mode: str
+) -> None:
+    x = (torch.randn(3, 5, 320) * 2 + 0.5).to(dtype)
+    scale, shift = (torch.randn(*runs, 320).to(dtype) for _ in range(2))
+    check(backend, x, None, None, mode, modulation=(scale, shift))
+    check(backend, x, torch.randn(320), torch.randn(320), mode, modulation=(scale.float(), None))
+    check(backend, scrambled(x), None, None, mode, modulation=(None, scrambled(shift)))
+
+
+def test_a_modulation_whose_runs_do_not_divide_the_rows_is_refused(backend: Backend) -> None:
+    for modulation in (torch.randn(2, 20), torch.randn(3, 19)):
+        with pytest.raises(RuntimeError):
+            backend.call("layer_norm_quantize", torch.randn(3, 20), None, None, NORM_EPS, None, None, modulation, None)
 
 
 @pytest.mark.parametrize("channels", [20, 960])

@@ -67,6 +67,16 @@ def test_epilogue_rounds_once(backend: Backend, rows: int, columns: int) -> None
     assert_rounded_once(out, *exact_epilogue(accumulator, x_scale, weight_scale, terms=(bias, residual)))
 
 
+def test_a_gate_multiplies_before_the_residual_is_added(backend: Backend) -> None:
+    x, weight, inv_scale = torch.randn(2, 5, 64), random_int8(72, 64), torch.rand(1) * 40
+    x_scale, weight_scale, bias = random_scale(1), random_scale(72), torch.randn(72)
+    residual, gate = torch.randn(2, 5, 72), torch.randn(2, 1, 72)
+    given = x, inv_scale, x_scale, weight, weight_scale, bias
+    plain = backend.call("linear_static_w8a8", *given, None)
+    out = backend.call("linear_static_w8a8", *given, residual, gate)
+    assert torch.allclose(out, plain * gate + residual, rtol=1e-6, atol=1e-6)
+
+
 def test_ties_round_to_even_and_values_clamp(backend: Backend) -> None:
     x = torch.tensor(
         [[0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, -128.0, 1e30, -torch.inf, 0.0, -0.49999997, 3, 4, 5, 6]]

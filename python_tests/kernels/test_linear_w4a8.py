@@ -72,6 +72,15 @@ def test_epilogue_rounds_once(backend: Backend, dtype: torch.dtype, per_token: b
     assert_rounded_once(backend.call("linear_w4a8", *arguments), *exact)
 
 
+def test_a_gate_multiplies_before_the_residual_is_added(backend: Backend) -> None:
+    x, weight, multiplier = random_int8(2, 5, 64), random_int4(72, 64), random_multiplier(72, 64)
+    given = random_scale(2, 5), pack_int4(weight), multiplier, random_scale(72), torch.randn(72)
+    residual, gate = torch.randn(2, 5, 72), torch.randn(2, 1, 72)
+    plain = backend.call("linear_w4a8", x, *given, None, torch.float32)
+    out = backend.call("linear_w4a8", x, *given, residual, torch.float32, gate)
+    assert torch.allclose(out, plain * gate + residual, rtol=1e-6, atol=1e-6)
+
+
 @FEW_EXAMPLES
 @given(batch=st.lists(st.integers(0, 5), max_size=3), depth=st.integers(1, 150), columns=st.integers(1, 150))
 def test_any_shape(backend: Backend, batch: list[int], depth: int, columns: int) -> None:

@@ -75,6 +75,30 @@ def test_epilogue_rounds_once(
     assert_rounded_once(out, *exact_epilogue(exact_linear(x, weight), *factors, terms=(bias, residual)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gates", [(2, 1), (1, 1), (2, 17)], ids=["of samples", "one", "of tokens"])
+def test_a_gate_multiplies_before_the_residual_is_added(
+    backend: Backend, dtype: torch.dtype, gates: tuple[int, int]
+) -> None:
+    x, weight = random_int8(2, 17, 320), random_int8(72, 320)
+    x_scale, weight_scale, bias = random_scale(2, 17), random_scale(72), torch.randn(72).to(dtype)
+    residual, gate = torch.randn(2, 17, 72).to(dtype), scrambled(torch.randn(*gates, 72))
+    for added in (residual, None):
+        out = backend.call("linear_w8a8", x, x_scale, weight, weight_scale, bias, added, dtype, gate)
+        product, magnitude = exact_epilogue(exact_linear(x, weight), x_scale.unsqueeze(-1), weight_scale, terms=(bias,))
+        exact, magnitude = product * gate.double(), magnitude * gate.double().abs()
+        if added is not None:
+            exact, magnitude = exact + added.double(), magnitude + added.double().abs()
+        assert_rounded_once(out, exact, magnitude, steps=6)
+
+
+def test_a_gate_of_other_rows_is_refused(backend: Backend) -> None:
+    x, weight = random_int8(3, 32), random_int8(16, 32)
+    for gate in (torch.randn(2, 16), torch.randn(3, 15)):
+        with pytest.raises(RuntimeError):
+            backend.call("linear_w8a8", x, ONE, weight, torch.ones(16), None, None, torch.float32, gate)
+
+
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 3, 5), (2, 1, 3, 2)])
 def test_tokens_may_have_any_number_of_axes(backend: Backend, batch: tuple[int, ...]) -> None:
     x, weight, weight_scale = random_int8(*batch, 32), random_int8(20, 32), random_scale(20)

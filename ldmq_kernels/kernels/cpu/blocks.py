@@ -41,9 +41,14 @@ def quantize_rows(x: Tensor, factors: tuple[Tensor, ...], out: Tensor, *, is_sta
 
 
 def finish_rows(
-    accumulator: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor
+    accumulator: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    gate: Tensor | None = None,
 ) -> None:
-    """out = accumulator * scale + shift + residual in float32, rounded once. Overwrites the accumulator.
+    """out = (accumulator * scale + shift) * gate + residual in float32, rounded once. Overwrites the accumulator.
 
     Args:
         accumulator: (M, N) float32.
@@ -51,7 +56,9 @@ def finish_rows(
         shift: (N,) float32.
         residual: (M, N) floating.
         out: (M, N) of the output's dtype.
+        gate: (G, N) floating, each row of it for M / G rows.
     """
+    gate_rows = 1 if gate is None else max(1, len(out) // len(gate))
     per_row = scale is not None and scale.dim() == 2
     for block in row_blocks(*accumulator.shape):
         y = accumulator[block]
@@ -59,6 +66,8 @@ def finish_rows(
             y.mul_(scale[block] if per_row else scale)
         if shift is not None:
             y.add_(shift)
+        if gate is not None:
+            y.mul_(gate[torch.arange(block.start, block.start + len(y), device=gate.device) // gate_rows])
         if residual is not None:
             y.add_(residual[block])
         out[block].copy_(y)

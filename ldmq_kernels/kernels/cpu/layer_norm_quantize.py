@@ -1,4 +1,4 @@
-"""q = quantize(layer_norm(x))."""
+"""q = quantize(layer_norm(x) * (1 + modulation_scale) + modulation_shift)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.producers import in_dtype_of, quantize_tokens
+from ldmq_kernels.kernels.reference.producers import modulated
 
 
 def layer_norm_quantize(
@@ -15,8 +16,12 @@ def layer_norm_quantize(
     eps: float,
     inv_scale: Tensor | None,
     inv_smooth: Tensor | None,
+    modulation_scale: Tensor | None = None,
+    modulation_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Layer normalization over the last axis and the quantization of the result."""
+    """Layer normalization over the last axis, its modulation where there is one, and the quantization of the result."""
     weight, bias = in_dtype_of(x, norm_weight), in_dtype_of(x, norm_bias)
     normed = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if modulation_scale is not None or modulation_shift is not None:
+        normed = modulated(normed, modulation_scale, modulation_shift)
     return quantize_tokens(normed, inv_scale, inv_smooth)

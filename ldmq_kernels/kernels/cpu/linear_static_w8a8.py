@@ -1,4 +1,4 @@
-"""out = (quantize_static(x) @ weight^T) * x_scale * weight_scale + bias + residual, in exact integers."""
+"""out = ((quantize_static(x) @ weight^T) * x_scale * weight_scale + bias) * gate + residual, in exact integers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def linear_static_w8a8(
     weight_scale: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer that quantizes its input with a calibrated scale and multiplies int8 by int8."""
-    return linear_w8a8(quantize_static(x, inv_scale, -1), x_scale, weight, weight_scale, bias, residual, x.dtype)
+    return linear_w8a8(quantize_static(x, inv_scale, -1), x_scale, weight, weight_scale, bias, residual, x.dtype, gate)

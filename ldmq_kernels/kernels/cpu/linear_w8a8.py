@@ -1,4 +1,4 @@
-"""out = (x_q @ weight^T) * x_scale * weight_scale + bias + residual, the product in oneDNN's int8."""
+"""out = ((x_q @ weight^T) * x_scale * weight_scale + bias) * gate + residual, the product in oneDNN's int8."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def linear_w8a8(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on int8 activations and int8 weights.
 
@@ -35,10 +36,11 @@ def linear_w8a8(
         raise Unsupported(f"the input has {rows.shape[1]} channels, the weight {packed.shape[0]}")
     shift = None if bias is None else bias.float()
     is_static = x_scale.numel() == 1
-    if is_static and residual is None and out_dtype in WRITTEN_BY_ONEDNN:
+    if is_static and residual is None and gate is None and out_dtype in WRITTEN_BY_ONEDNN:
         return onednn.linear(rows, float(x_scale), packed, weight_scale, shift, out_dtype).view(shape)
     accumulator = onednn.linear(rows, 1.0, packed, weight_scale, None, torch.float32)
     out = torch.empty_like(accumulator, dtype=out_dtype)
     row_scale = x_scale.reshape(1) if is_static else x_scale.reshape(-1, 1)
-    finish_rows(accumulator, row_scale, shift, None if residual is None else residual.reshape(out.shape), out)
+    added = None if residual is None else residual.reshape(out.shape)
+    finish_rows(accumulator, row_scale, shift, added, out, None if gate is None else gate.reshape(-1, out.shape[1]))
     return out.view(shape)

@@ -49,6 +49,7 @@ class Epilogue(NamedTuple):
         residual: the output's shape and dtype.
         sample_bias: (samples, N) of the output's dtype.
         out_inv_scale: (1,) or (N,) float32, the inverse scale of an int8 output.
+        gate: refused: the kernels do not multiply by one.
     """
 
     x_scale: Tensor
@@ -57,6 +58,7 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
     sample_bias: Tensor | None = None
     out_inv_scale: Tensor | None = None
+    gate: Tensor | None = None
 
     def checked(self, op: str, x: Tensor, out: Tensor, units: int) -> Epilogue:
         """The same operands beside x, of the dtypes that the kernels take, contiguous in the output's order.
@@ -70,6 +72,8 @@ class Epilogue(NamedTuple):
         Raises:
             Unsupported: another dtype, device or count; the text names op and operand.
         """
+        if self.gate is not None:
+            raise Unsupported(f"{op}: there is no gate in the epilogue")
         n = self.weight_scale.numel()
         inv_scale, bias = self.out_inv_scale, self.bias
         if bias is not None:

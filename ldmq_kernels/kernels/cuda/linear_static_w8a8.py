@@ -16,6 +16,7 @@ def linear_static_w8a8(
     weight_scale: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on floating activations with a calibrated scale.
 
@@ -26,4 +27,4 @@ def linear_static_w8a8(
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
     x_q = quantize_static(x.contiguous(), inv_scale, -1)
-    return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, x.dtype)
+    return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, x.dtype, gate)

@@ -19,6 +19,7 @@ def linear_w4a8(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on int8 activations and two-level int4 weights.
 
@@ -35,5 +36,5 @@ def linear_w4a8(
     multiplier = plain(multiplier, torch.uint8, (n, group_count(k)))
     x = int8(x_q).reshape(-1, k).contiguous()
     out = torch.empty((*x_q.shape[:-1], n), dtype=out_dtype, device=x.device)
-    epilogue = gemm.Epilogue(x_scale, weight_scale, bias, residual)
+    epilogue = gemm.Epilogue(x_scale, weight_scale, bias, residual, gate=gate)
     return gemm.run("linear_w4a8", x, weight, multiplier, epilogue, out, channels=k)

@@ -1,4 +1,4 @@
-"""out = (x_q @ weight^T) * x_scale * weight_scale + bias + residual, the GEMM in exact int32; csrc/gemm.cu."""
+"""out = ((x_q @ weight^T) * x_scale * weight_scale + bias) * gate + residual, the GEMM in exact int32; csrc/gemm.cu."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def linear_w8a8(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    gate: Tensor | None = None,
     out_inv_scale: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on int8 activations and int8 weights.
@@ -35,5 +36,5 @@ def linear_w8a8(
     weight = plain(weight, torch.int8, (n, k))
     x = int8(x_q).reshape(-1, k).contiguous()
     out = torch.empty((*x_q.shape[:-1], n), dtype=out_dtype, device=x.device)
-    epilogue = gemm.Epilogue(x_scale, weight_scale, bias, residual, out_inv_scale=out_inv_scale)
+    epilogue = gemm.Epilogue(x_scale, weight_scale, bias, residual, out_inv_scale=out_inv_scale, gate=gate)
     return gemm.run("linear_w8a8", x, weight, None, epilogue, out, channels=k)

@@ -19,7 +19,8 @@ def linear_w4a8(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on int8 activations and two-level int4 weights."""
     weight = fold_multiplier(unpack_int4(weight, x_q.shape[-1]), multiplier)
-    return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, out_dtype)
+    return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, out_dtype, gate)

@@ -1,4 +1,4 @@
-"""out = (x_q @ weight^T) * x_scale * weight_scale + bias + residual, the product in exact integers."""
+"""out = ((x_q @ weight^T) * x_scale * weight_scale + bias) * gate + residual, the product in exact integers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def linear_w8a8(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on int8 activations and int8 weights."""
     # float64 holds sums of int8 products exactly, and every device multiplies it
@@ -21,6 +22,9 @@ def linear_w8a8(
     out = accumulator * (x_scale if x_scale.numel() == 1 else x_scale.unsqueeze(-1)) * weight_scale
     if bias is not None:
         out = out + bias.float()
+    if gate is not None:
+        rows = gate.reshape(-1, 1, gate.shape[-1])
+        out = (out.reshape(len(rows), -1, out.shape[-1]) * rows.float()).reshape(out.shape)
     if residual is not None:
         out = out + residual.float()
     return out.to(out_dtype)

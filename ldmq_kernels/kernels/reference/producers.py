@@ -19,3 +19,13 @@ def quantize_tokens(y: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | No
     if inv_scale is not None:
         return quantize_static(y, inv_scale, -1), no_scale(y)
     return quantize_per_token(y, inv_smooth)
+
+
+def modulated(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """y * (1 + scale) + shift in float32, where there are such: (..., C) each, one row for an equal run of y's."""
+    rows = [None if term is None else term.float().reshape(-1, 1, term.shape[-1]) for term in (scale, shift)]
+    for term, is_factor in zip(rows, (True, False), strict=True):
+        if term is not None:
+            runs = y.reshape(len(term), -1, y.shape[-1])
+            y = (runs * (1 + term) if is_factor else runs + term).reshape(y.shape)
+    return y

@@ -23,6 +23,7 @@ class Epilogue(NamedTuple):
         bias: (n,) floating.
         sample_bias: (samples, n) floating.
         residual: floating, of the output's shape.
+        gate: (..., n) floating, each row of n for an equal run of the output's rows.
     """
 
     x_scale: Tensor | None
@@ -30,6 +31,7 @@ class Epilogue(NamedTuple):
     bias: Tensor | None = None
     sample_bias: Tensor | None = None
     residual: Tensor | None = None
+    gate: Tensor | None = None
 
     def expanded(self, units: int, n: int, out_shape: Sequence[int], is_image: bool = False) -> Epilogue:
         """The same operands in the kernels' sizes, contiguous.
@@ -41,7 +43,8 @@ class Epilogue(NamedTuple):
             is_image: whether the output is channels_last.
 
         Raises:
-            Unsupported: there are neither one activation scale nor `units` of them.
+            Unsupported: there are neither one activation scale nor `units` of them, or the gate's rows do not divide
+                them.
         """
         return Epilogue(
             None if self.x_scale is None else _activation_scale(self.x_scale, units),
@@ -49,12 +52,17 @@ class Epilogue(NamedTuple):
             _expanded(self.bias, (n,)),
             _expanded(self.sample_bias, (units, n)),
             _expanded(self.residual, out_shape, torch.channels_last if is_image else torch.contiguous_format),
+            None if self.gate is None else _gate(self.gate, units, n),
         )
 
     @property
     def has_one_scale(self) -> bool:
         """Whether one activation scale holds for all rows."""
         return self.x_scale is not None and self.x_scale.numel() == 1
+
+    def gate_rows(self, m: int) -> int:
+        """How many of m rows share a row of the gate."""
+        return 1 if self.gate is None else m // self.gate.shape[0]
 
     def finish(self, partial: Tensor, out: Tensor, m: int, n: int, unit_rows: int) -> None:
         """Reduce the partial sums (split_k, m, n) into `out`; nothing where the kernel stored `out` itself.
@@ -76,6 +84,7 @@ class Epilogue(NamedTuple):
             m,
             n,
             unit_rows,
+            self.gate_rows(m),
             ONE_SCALE=self.has_one_scale,
             SPLIT_K=partial.shape[0],
             BLOCK_M=16,
@@ -101,3 +110,9 @@ def _activation_scale(x_scale: Tensor, count: int) -> Tensor:
     if x_scale.numel() not in (1, count):
         raise Unsupported(f"{x_scale.numel()} activation scales; one is taken, or one for each of {count}")
     return x_scale.reshape(-1).contiguous()
+
+
+def _gate(gate: Tensor, rows: int, n: int) -> Tensor:
+    if gate.shape[-1] != n or rows % max(1, gate.numel() // n):
+        raise Unsupported(f"a gate of shape {tuple(gate.shape)} for {rows} rows of {n}")
+    return gate.reshape(-1, n).contiguous()

@@ -10,32 +10,13 @@ from ldmq_kernels.kernels.triton.launch import floating, on_device
 from ldmq_kernels.kernels.triton.producers import (
     elementwise_tile,
     factors,
+    gelu,
     programs,
     row_tile,
     store_quantized,
     tile_start,
     token_outputs,
 )
-
-# half of the coefficients of erfc(z) = t (a + t (b + ...)) exp(-z^2), t = 1 / (1 + 0.3275911 z), z >= 0, within
-# 1.5e-7: Abramowitz and Stegun, 7.1.26. libdevice's erf has two branches, and takes longer than memory does
-COEFFICIENTS = tl.constexpr((0.127414796, -0.142248368, 0.7107068705, -0.7265760135, 0.5307027145))
-PER_SQRT_2 = tl.constexpr(0.3275911 * 0.7071067811865476)
-HALF_LOG2_E = tl.constexpr(0.7213475204444817)
-
-
-@triton.jit
-def _gelu(x: tl.tensor) -> tl.tensor:
-    """x * (1 + erf(x / sqrt(2))) / 2, within float32's rounding of the sum in brackets."""
-    magnitude = tl.abs(x)
-    one = tl.full(x.shape, 1.0, tl.float32)
-    root = tl.rsqrt(tl.fma(magnitude, tl.full(x.shape, PER_SQRT_2, tl.float32), one))
-    t = root * root
-    tail = tl.full(x.shape, COEFFICIENTS[4], tl.float32)
-    for i in tl.static_range(4):
-        tail = tl.fma(tail, t, tl.full(x.shape, COEFFICIENTS[3 - i], tl.float32))
-    tail = tail * t * tl.exp2(x * x * -HALF_LOG2_E)
-    return tl.fma(-magnitude, tail, tl.maximum(x, 0.0))
 
 
 @triton.jit
@@ -59,7 +40,7 @@ def _geglu_quantize(
     value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(pointers + channels, mask=mask, other=0.0).to(tl.float32)
     store_quantized(
-        value * _gelu(gate),
+        value * gelu(gate),
         factor_ptr,
         out_ptr + first_row * channels,
         scale_ptr + first_row,

@@ -1,4 +1,4 @@
-"""out = (quantize_static(x) @ weight^T) * x_scale * weight_scale + bias + residual, in exact int32.
+"""out = ((quantize_static(x) @ weight^T) * x_scale * weight_scale + bias) * gate + residual, in exact int32.
 
 For inputs whose producer cannot quantize them. Where few tiles share a row of x, the GEMM's main loop quantizes x on
 its way to the tensor cores; where many would each do that again, a launch of its own does.
@@ -28,6 +28,7 @@ def linear_static_w8a8(
     weight_scale: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer that quantizes its input with a calibrated scale and multiplies int8 by int8.
 
@@ -38,7 +39,7 @@ def linear_static_w8a8(
     weight = plain(weight, torch.int8, (n, k))
     if inv_scale.numel() not in (1, k):
         raise Unsupported(f"{inv_scale.numel()} inverse scales for {k} channels")
-    epilogue = Epilogue(x_scale, weight_scale, bias, residual=residual)
+    epilogue = Epilogue(x_scale, weight_scale, bias, residual=residual, gate=gate)
     if n > MAX_N and x.numel() > SMALL_M * k:
         return gemm("linear_w8a8", quantize_static(x, inv_scale, -1), None, weight, epilogue, x.dtype)
     return gemm("linear_static_w8a8", floating(x), inv_scale.contiguous(), weight, epilogue, x.dtype)

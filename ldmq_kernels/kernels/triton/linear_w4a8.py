@@ -28,12 +28,14 @@ def _linear_w4a8(
     weight_scale_ptr: tl.tensor,  # (n,) float32
     bias_ptr: tl.tensor,  # (n,) floating, or None
     residual_ptr: tl.tensor,  # (m, n) floating, or None
+    gate_ptr: tl.tensor,  # (gates, n) floating, or None
     out_ptr: tl.tensor,  # (m, n) floating, or (SPLIT_K, m, n) int32
     m: tl.tensor,
     n: tl.tensor,
     k: tl.tensor,
     row_bytes: tl.tensor,
     groups: tl.tensor,
+    gate_rows: tl.tensor,
     ONE_SCALE: tl.constexpr,
     TILED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -58,7 +60,7 @@ def _linear_w4a8(
     row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, None, residual_ptr)
     tile = tl.trans(accumulator)
-    store_tile(tile, terms, out_ptr, m, n, row, row, row < m, first_column, n, ONE_SCALE, SPLIT_K)
+    store_tile(tile, terms, out_ptr, m, n, row, row, row < m, first_column, n, ONE_SCALE, SPLIT_K, gate_ptr, gate_rows)
 
 
 def linear_w4a8(
@@ -70,6 +72,7 @@ def linear_w4a8(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on int8 activations and two-level int4 weights.
 
@@ -91,14 +94,16 @@ def linear_w4a8(
             terms.weight_scale,
             terms.bias,
             terms.residual,
+            terms.gate,
             call.out,
             *call.sizes,
             row_bytes,
             groups,
+            terms.gate_rows(call.sizes[0]),
             ONE_SCALE=terms.has_one_scale,
             SPLIT_K=call.tile.split_k,
             **call.options,
         )
 
-    epilogue = Epilogue(x_scale, weight_scale, bias, residual=residual)
+    epilogue = Epilogue(x_scale, weight_scale, bias, residual=residual, gate=gate)
     return linear("linear_w4a8", int8(x_q), weight, epilogue, out_dtype, launch)

@@ -1,4 +1,4 @@
-"""out = (x_q @ weight^T) * x_scale * weight_scale + bias + residual, the GEMM in exact int32.
+"""out = ((x_q @ weight^T) * x_scale * weight_scale + bias) * gate + residual, the GEMM in exact int32.
 
 A tile of the output is BLOCK_M x BLOCK_N; N = 160 is two accumulators, 128 and 32 wide, over one tile of x, which
 divides the widths of latent diffusion models (320, 640, 1280) evenly over 132 multiprocessors. Both operands reach
@@ -47,10 +47,12 @@ def _linear_w8a8(
     weight_scale_ptr: tl.tensor,  # (n,) float32
     bias_ptr: tl.tensor,  # (n,) floating, or None
     residual_ptr: tl.tensor,  # (m, n) floating, or None
+    gate_ptr: tl.tensor,  # (gates, n) floating, or None
     out_ptr: tl.tensor,  # (m, n) floating, or (SPLIT_K, m, n) int32
     m: tl.tensor,
     n: tl.tensor,
     k: tl.tensor,
+    gate_rows: tl.tensor,
     ONE_INV_SCALE: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     TILED: tl.constexpr,
@@ -82,10 +84,27 @@ def _linear_w8a8(
                 extra = tl.dot(x_block, block.T, extra, out_dtype=tl.int32)
         row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
         terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, None, residual_ptr)
-        store_tile(accumulator, terms, out_ptr, m, n, row, row, row < m, first_column, n, ONE_SCALE, SPLIT_K)
+        store_tile(
+            accumulator,
+            terms,
+            out_ptr,
+            m,
+            n,
+            row,
+            row,
+            row < m,
+            first_column,
+            n,
+            ONE_SCALE,
+            SPLIT_K,
+            gate_ptr,
+            gate_rows,
+        )
         if EXTRA_N > 0:
             beyond = first_column + BLOCK_N
-            store_tile(extra, terms, out_ptr, m, n, row, row, row < m, beyond, n, ONE_SCALE, SPLIT_K)
+            store_tile(
+                extra, terms, out_ptr, m, n, row, row, row < m, beyond, n, ONE_SCALE, SPLIT_K, gate_ptr, gate_rows
+            )
 
 
 def gemm(
@@ -119,8 +138,10 @@ def gemm(
             terms.weight_scale,
             terms.bias,
             terms.residual,
+            terms.gate,
             call.out,
             *call.sizes,
+            terms.gate_rows(call.sizes[0]),
             ONE_INV_SCALE=inv_scale is not None and inv_scale.numel() == 1,
             ONE_SCALE=terms.has_one_scale,
             EXTRA_N=call.tile.extra_n,
@@ -140,6 +161,7 @@ def linear_w8a8(
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on int8 activations and int8 weights.
 
@@ -147,5 +169,5 @@ def linear_w8a8(
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
     weight = plain(weight, torch.int8, (weight_scale.shape[0], x_q.shape[-1]))
-    epilogue = Epilogue(x_scale, weight_scale, bias, residual=residual)
+    epilogue = Epilogue(x_scale, weight_scale, bias, residual=residual, gate=gate)
     return gemm("linear_w8a8", int8(x_q), None, weight, epilogue, out_dtype)

@@ -2,7 +2,7 @@
 
 Epilogue, in float32, rounded once to the output's dtype:
 
-    out = accumulator * x_scale * weight_scale + bias + sample_bias + residual
+    out = (accumulator * x_scale * weight_scale + bias + sample_bias) * gate + residual
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def store_slice(
     column: tl.tensor,
     column_mask: tl.tensor,
     n: tl.tensor,
+    gate_ptr: tl.tensor,
+    gate_rows: tl.tensor,
     ONE_SCALE: tl.constexpr,
 ) -> None:
     """Apply the epilogue to a slice of a tile and store it; arguments as `store_tile`."""
@@ -87,6 +89,10 @@ def store_slice(
     if sample_bias_ptr is not None:
         sample_bias_ptrs = sample_bias_ptr + sample.to(tl.int64)[:, None] * n + column[None, :]
         out = out + tl.load(sample_bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if gate_ptr is not None:
+        gate = (row.to(tl.int32) // gate_rows).to(tl.int64)  # a division of int64 takes a dozen registers
+        gate_ptrs = gate_ptr + gate[:, None] * n + column[None, :]
+        out = out * tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     offset = row[:, None] * n + column[None, :]
     if residual_ptr is not None:
         out = out + tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
@@ -108,13 +114,45 @@ def store_tile(
     last_column: tl.tensor,  # exclusive: the end of the output, or of a group's
     ONE_SCALE: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    gate_ptr: tl.tensor = None,  # (gates, n) floating, or None
+    gate_rows: tl.tensor = 1,  # that share a row of the gate
 ) -> None:
     """Store a tile with its epilogue, or split-K's partial sums, slice by slice: few registers are left for it."""
     if accumulator.shape[1] > STORED_COLUMNS:
         left, right = halves(accumulator)
         second = first_column + right.shape[1]
-        store_tile(left, terms, out_ptr, m, n, row, sample, row_mask, first_column, last_column, ONE_SCALE, SPLIT_K)
-        store_tile(right, terms, out_ptr, m, n, row, sample, row_mask, second, last_column, ONE_SCALE, SPLIT_K)
+        store_tile(
+            left,
+            terms,
+            out_ptr,
+            m,
+            n,
+            row,
+            sample,
+            row_mask,
+            first_column,
+            last_column,
+            ONE_SCALE,
+            SPLIT_K,
+            gate_ptr,
+            gate_rows,
+        )
+        store_tile(
+            right,
+            terms,
+            out_ptr,
+            m,
+            n,
+            row,
+            sample,
+            row_mask,
+            second,
+            last_column,
+            ONE_SCALE,
+            SPLIT_K,
+            gate_ptr,
+            gate_rows,
+        )
     else:
         column = first_column + tl.arange(0, accumulator.shape[1])
         column_mask = column < last_column
@@ -123,7 +161,20 @@ def store_tile(
             pointers = partial + row[:, None] * n + column[None, :]
             tl.store(pointers, accumulator, mask=row_mask[:, None] & column_mask[None, :])
         else:
-            store_slice(accumulator, terms, out_ptr, row, sample, row_mask, column, column_mask, n, ONE_SCALE)
+            store_slice(
+                accumulator,
+                terms,
+                out_ptr,
+                row,
+                sample,
+                row_mask,
+                column,
+                column_mask,
+                n,
+                gate_ptr,
+                gate_rows,
+                ONE_SCALE,
+            )
 
 
 @triton.jit
@@ -134,10 +185,12 @@ def reduce_split_k(
     bias_ptr: tl.tensor,
     sample_bias_ptr: tl.tensor,
     residual_ptr: tl.tensor,
+    gate_ptr: tl.tensor,
     out_ptr: tl.tensor,
     m: tl.tensor,
     n: tl.tensor,
     unit_rows: tl.tensor,
+    gate_rows: tl.tensor,
     ONE_SCALE: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -153,4 +206,5 @@ def reduce_split_k(
     for split in tl.static_range(SPLIT_K):
         total += tl.load(partial_ptr + split * (m.to(tl.int64) * n) + offset, mask=mask, other=0)
     terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, sample_bias_ptr, residual_ptr)
-    store_slice(total, terms, out_ptr, row, row // unit_rows, row_mask, column, column_mask, n, ONE_SCALE)
+    sample = row // unit_rows
+    store_slice(total, terms, out_ptr, row, sample, row_mask, column, column_mask, n, gate_ptr, gate_rows, ONE_SCALE)

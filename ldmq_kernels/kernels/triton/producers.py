@@ -23,6 +23,12 @@ MANY_PROGRAMS = 4 * 132  # four for each multiprocessor of an H100 or H200
 CHANNELS = 64  # of an elementwise tile; 128 bytes of a row in 16 bits
 MOST_CHANNELS = 16384  # of a row in the registers of one program: 32 to a thread
 LOG2_E = tl.constexpr(1.4426950408889634)
+# half of the coefficients of erfc(z) = t (a + t (b + ...)) exp(-z^2), t = 1 / (1 + 0.3275911 z), z >= 0, within
+# 1.5e-7: Abramowitz and Stegun, 7.1.26. libdevice's erf has two branches, and takes longer than memory does
+COEFFICIENTS = tl.constexpr((0.127414796, -0.142248368, 0.7107068705, -0.7265760135, 0.5307027145))
+PER_SQRT_2 = tl.constexpr(0.3275911 * 0.7071067811865476)
+HALF_LOG2_E = tl.constexpr(0.7213475204444817)
+SQRT_8_PER_PI = tl.constexpr(1.5957691216057308)
 
 
 @functools.cache
@@ -68,6 +74,20 @@ def channel_vector(vector: Tensor | None, channels: int) -> Tensor | None:
     return vector.contiguous()
 
 
+def runs(rows_of_channels: Tensor | None, rows: int, channels: int) -> tuple[Tensor | None, int]:
+    """A modulation as (runs, channels), contiguous, and how many rows share one of them; of None, None and 1.
+
+    Raises:
+        Unsupported: it has other channels, or its runs do not divide the rows.
+    """
+    if rows_of_channels is None:
+        return None, 1
+    count = rows_of_channels.numel() // channels
+    if rows_of_channels.shape[-1] != channels or not count or rows % count:
+        raise Unsupported(f"a modulation of shape {tuple(rows_of_channels.shape)} for {rows} rows of {channels}")
+    return rows_of_channels.reshape(-1, channels).contiguous(), rows // count
+
+
 def factors(inv_scale: Tensor | None, inv_smooth: Tensor | None, channels: int) -> dict[str, Any]:
     """Keyword arguments of `store_quantized`: the factor is inv_scale where there is one, else inv_smooth or None.
 
@@ -101,6 +121,28 @@ def tile_start(channels: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 def silu(x: tl.tensor) -> tl.tensor:
     """x * sigmoid(x), within a few units in the last place; a division would take as long as the rest of a kernel."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
+    return x * root * root
+
+
+@triton.jit
+def gelu(x: tl.tensor) -> tl.tensor:
+    """x * (1 + erf(x / sqrt(2))) / 2, within float32's rounding of the sum in brackets."""
+    magnitude = tl.abs(x)
+    one = tl.full(x.shape, 1.0, tl.float32)
+    root = tl.rsqrt(tl.fma(magnitude, tl.full(x.shape, PER_SQRT_2, tl.float32), one))
+    t = root * root
+    tail = tl.full(x.shape, COEFFICIENTS[4], tl.float32)
+    for i in tl.static_range(4):
+        tail = tl.fma(tail, t, tl.full(x.shape, COEFFICIENTS[3 - i], tl.float32))
+    tail = tail * t * tl.exp2(x * x * -HALF_LOG2_E)
+    return tl.fma(-magnitude, tail, tl.maximum(x, 0.0))
+
+
+@triton.jit
+def gelu_by_tanh(x: tl.tensor) -> tl.tensor:
+    """x * (1 + tanh(u)) / 2 = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3)."""
+    twice = SQRT_8_PER_PI * (x + 0.044715 * x * x * x)
+    root = tl.rsqrt(1.0 + tl.exp2(twice * -LOG2_E))
     return x * root * root
 
 

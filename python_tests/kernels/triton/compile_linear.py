@@ -21,6 +21,11 @@ def linear_w8a8(m: int, k: int, n: int) -> tuple:
     return empty(I8, m, k), empty(F32, m), empty(I8, n, k), empty(F32, n), *floats, F16
 
 
+def gated(arguments: tuple, n: int) -> tuple:
+    """The same with a gate for each of two samples."""
+    return *arguments, empty(F16, 2, n)
+
+
 def linear_static_w8a8(m: int, k: int, n: int, smoothed: bool) -> tuple:
     """Bias and residual."""
     floats = empty(F16, n), empty(F16, m, n)
@@ -55,6 +60,10 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
     ("linear_w8a8", "64 rows", linear_w8a8(64, 1280, 1280), None),
     ("linear_w8a8", "2 rows", linear_w8a8(2, 320, 1280), None),
     ("linear_w8a8", "unaligned", linear_w8a8(2048, 1284, 1280), None),
+    ("linear_w8a8", "gated", gated(linear_w8a8(8192, 12288, 3072), 3072), None),
+    ("linear_w8a8", "gated split", gated(linear_w8a8(128, 5120, 1280), 1280), None),
+    ("linear_static_w8a8", "gated", gated(linear_static_w8a8(8192, 320, 320, smoothed=False), 320), None),
+    ("linear_w4a8", "gated", gated(linear_w4a8(8192, 1536, 1536), 1536), None),
     ("linear_static_w8a8", "main", linear_static_w8a8(8192, 320, 320, smoothed=False), None),
     ("linear_static_w8a8", "smoothed", linear_static_w8a8(2048, 640, 640, smoothed=True), None),
     ("linear_w4a8", "main", linear_w4a8(8192, 640, 5120), None),

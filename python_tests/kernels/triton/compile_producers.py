@@ -34,6 +34,12 @@ def layer_norm(mode: str, rows: int, channels: int) -> tuple:
     return empty(F16, rows, channels), *affine, 1e-5, *factors(mode, channels)
 
 
+def modulated(mode: str, rows: int, channels: int) -> tuple:
+    """Without weight and bias, and with the scale and shift of two samples in float32."""
+    x, modulation = empty(F16, rows, channels), empty(F32, 2, channels)
+    return x, None, None, 1e-6, *factors(mode, channels), modulation, modulation
+
+
 # op, case, arguments, and no tile, since a producer has no table
 CALLS: list[tuple[str, str, tuple, Tile | None]] = [
     ("quantize_static", "main", (empty(F16, 2, 320, 128, 128), empty(F32, 320), 1), None),
@@ -45,6 +51,12 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
     ("geglu_quantize", "static", (empty(F16, 8192, 5120), *factors("static", 2560)), None),
     ("geglu_quantize", "token", (empty(F16, 2048, 10240), *factors("token", 5120)), None),
     ("geglu_quantize", "widest", (empty(F16, 64, 32768), *factors("token", 16384)), None),
+    ("gelu_quantize", "static", (empty(F16, 8192, 12288), True, *factors("static", 12288)), None),
+    ("gelu_quantize", "token", (empty(F16, 8192, 12288), True, *factors("token", 12288)), None),
+    ("gelu_quantize", "error function", (empty(BF16, 2048, 5120), False, *factors("token", 5120)), None),
+    ("layer_norm_quantize", "modulated", modulated("token", 8192, 3072), None),
+    ("layer_norm_quantize", "modulated static", modulated("static", 8192, 1536), None),
+    ("layer_norm_quantize", "modulated widest", modulated("token", 64, 16384), None),
     ("layer_norm_quantize", "static", layer_norm("static", 8192, 640), None),
     ("layer_norm_quantize", "token", layer_norm("token", 2048, 1280), None),
     ("layer_norm_quantize", "widest", layer_norm("token", 64, 16384), None),

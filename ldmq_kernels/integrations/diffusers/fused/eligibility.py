@@ -62,6 +62,10 @@ def quantized_norm(norm: nn.GroupNorm, x: Tensor, layer: Any, silu: bool, per_to
     )
 
 
-def quantized_layer_norm(norm: nn.LayerNorm, x: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-    """LayerNorm and the quantization that `layer` wants, in one op; x (..., C)."""
-    return ops.layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, layer.input_inv_scale, layer.smoothing)
+def quantized_layer_norm(
+    norm: Any, x: Tensor, layer: Any, scale: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm, times 1 + scale, plus shift, and the quantization that `layer` wants, in one op; x (..., C)."""
+    return ops.layer_norm_quantize(
+        x, norm.weight, norm.bias, norm.eps, layer.input_inv_scale, layer.smoothing, scale, shift
+    )

@@ -1,0 +1,78 @@
+"""Feed-forward: projection, [GELU + quantize] or [GEGLU + quantize], projection with gate and residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.attention import FeedForward
+from torch import Tensor
+
+from ldmq_kernels import ops
+from ldmq_kernels.integrations.diffusers.fused.eligibility import (
+    is_inactive,
+    is_unhooked,
+    is_unwrapped,
+    takes_int8,
+    wants_gradients,
+)
+from ldmq_kernels.nn import QuantLinear
+
+
+class FusedFeedForward(FeedForward):
+    """FeedForward whose activation function and the quantization after it are one op."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Take and return what the forward of FeedForward does."""
+        if args or kwargs or not is_plain(self) or wants_gradients(self, hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        return feed(self, self.net[0].proj(hidden_states))
+
+
+def is_plain(ff: Any) -> bool:
+    """Whether a feed-forward computes what `feed` does and nothing more: whoever calls it with a gate asks first."""
+    if type(ff) not in (FeedForward, FusedFeedForward):
+        return False
+    first, *rest = ff.net
+    return (
+        is_unhooked(ff)
+        and (is_unwrapped(first, GEGLU) or (is_unwrapped(first, GELU) and first.approximate in ("none", "tanh")))
+        and len(rest) > 1
+        and all(is_inactive(module) for module in (rest[0], *rest[2:]))
+    )
+
+
+def project_in(
+    ff: Any, x: Tensor, quantized: Callable[[Any], tuple[Tensor, Tensor]], plain: Callable[[], Tensor]
+) -> Tensor:
+    """The first projection in x's dtype: of what `quantized` makes as the layer wants it, or of what `plain` makes."""
+    layer = ff.net[0].proj
+    return layer.linear(*quantized(layer), x.dtype) if takes_int8(layer) else layer(plain())
+
+
+def feed(ff: Any, hidden: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    """What comes after the first projection: out(activation(hidden)) * gate + residual."""
+    first, out = ff.net[0], ff.net[2]
+    if takes_int8(out):
+        if isinstance(first, GEGLU):
+            x_q, scale = ops.geglu_quantize(hidden, out.input_inv_scale, out.smoothing)
+        else:
+            x_q, scale = ops.gelu_quantize(hidden, first.approximate == "tanh", out.input_inv_scale, out.smoothing)
+        return out.linear(x_q, scale, hidden.dtype, residual, gate=gate)
+    if isinstance(first, GEGLU):
+        value, gates = hidden.chunk(2, dim=-1)
+        hidden = value * first.gelu(gates)
+    else:
+        hidden = first.gelu(hidden)
+    return gated(out, hidden, residual, gate)
+
+
+def gated(layer: Any, x: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
+    """layer(x) * gate + residual in x's dtype; in the epilogue where the layer is quantized and nothing is on it."""
+    if is_unwrapped(layer, QuantLinear):
+        return layer.project(x, residual, gate)
+    out = layer(x)
+    if gate is not None:
+        out = out * gate
+    return (out if residual is None else out + residual).to(x.dtype)

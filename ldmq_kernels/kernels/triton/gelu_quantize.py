@@ -1,0 +1,86 @@
+"""q = quantize(gelu(x)), in float32 up to the int8 rounding; GELU by the error function, or by tanh."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.producers import (
+    elementwise_tile,
+    factors,
+    gelu,
+    gelu_by_tanh,
+    programs,
+    row_tile,
+    store_quantized,
+    tile_start,
+    token_outputs,
+)
+
+
+@triton.jit
+def _gelu_quantize(
+    x_ptr: tl.tensor,  # (rows, channels) floating
+    factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
+    out_ptr: tl.tensor,  # (rows, channels) int8
+    scale_ptr: tl.tensor,  # (rows,) float32, or (0,) with a calibrated scale
+    rows: tl.tensor,
+    channels: tl.tensor,
+    TANH: tl.constexpr,
+    ONE_FACTOR: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    first_row, first_channel = tile_start(channels, BLOCK_M, BLOCK_C)
+    row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
+    row_mask, channel_mask = first_row + row < rows, channel < channels
+    pointers = x_ptr + first_row * channels + row * channels + channel
+    x = tl.load(pointers, mask=row_mask & channel_mask, other=0.0).to(tl.float32)
+    if TANH:
+        y = gelu_by_tanh(x)
+    else:
+        y = gelu(x)
+    store_quantized(
+        y,
+        factor_ptr,
+        out_ptr + first_row * channels,
+        scale_ptr + first_row,
+        row,
+        channel,
+        row_mask,
+        channel_mask,
+        channels,
+        ONE_FACTOR,
+        DYNAMIC,
+    )
+
+
+def gelu_quantize(x: Tensor, tanh: bool, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+    """GELU and the quantization of its result.
+
+    Raises:
+        Unsupported: x is not float16, bfloat16 or float32, or C is above 16384 and the scale measured.
+    """
+    x = floating(x).contiguous()
+    channels = x.shape[-1]
+    q, scale = token_outputs(x, channels, inv_scale)
+    if q.numel() == 0:
+        return q, scale
+    rows = q.numel() // channels
+    tile = row_tile(channels) if inv_scale is None else elementwise_tile(rows, channels)
+    keywords = factors(inv_scale, inv_smooth, channels) | tile
+    with on_device(x):
+        _gelu_quantize[(programs(rows, channels, tile),)](
+            x,
+            out_ptr=q,
+            scale_ptr=scale,
+            rows=rows,
+            channels=channels,
+            TANH=tanh,
+            DYNAMIC=inv_scale is None,
+            **keywords,
+        )
+    return q, scale

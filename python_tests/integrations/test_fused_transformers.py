@@ -1,0 +1,153 @@
+"""Blocks of diffusion transformers in fused form: the same numbers from fewer ops, and diffusers' own where needed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldmq_kernels.conversion import convert
+from ldmq_kernels.integrations.diffusers.fused import PLAIN, unfuse
+from ldmq_kernels.integrations.diffusers.fused.projections import SharesProjections
+from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.numerics.sqnr import sqnr_db
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import Plan, model_record, uniform_plan
+from python_tests.integrations.test_fused import served
+from python_tests.integrations.transformers import TRANSFORMERS, run, wan
+from python_tests.tiny import mixed_plan
+
+NEAR = 90.0  # dB in float32 on the reference: the formulas are the same, but for the order of a product and a sum
+QUANTIZERS = ("quantize_static", "quantize_per_token")
+
+
+@pytest.fixture(autouse=True)
+def on_the_reference() -> Any:
+    """The definition, so that fused and unfused round alike."""
+    with dispatch.use_backend("reference"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldmq_kernels.kernels.cpu.backend.serves", lambda _: False)
+        yield
+
+
+def quantized(name: str, scheme: str) -> tuple[nn.Module, dict[str, Any]]:
+    model, call = TRANSFORMERS[name]()
+    if scheme == "mixed":
+        plan = mixed_plan(model)
+    elif scheme.endswith("static"):
+        plan = Plan(model_record(model), [{"pattern": "*", "scheme": scheme}])
+        plan.input_scales.update(dict.fromkeys(quantizable_layers(model), 0.03))
+    else:
+        plan = uniform_plan(model, scheme)
+    convert(model, plan)
+    return model, call
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    plain = unfuse(copy.deepcopy(model))
+    assert not any(type(module) in PLAIN for module in plain.modules())
+    return plain
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a8-static", "w4a8-dynamic", "mixed", "w8a16"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_fused_transformer_computes_what_the_unfused_one_does(name: str, scheme: str) -> None:
+    model, call = quantized(name, scheme)
+    assert any(isinstance(module, SharesProjections) for module in model.modules())
+    assert float(sqnr_db(run(unfused(model), call), run(model, call))) > NEAR
+
+
+COUNTS = {  # norms, GELUs, SiLUs of the time embedding; and what is left to quantize by itself
+    "flux": {"layer_norm_quantize": 5, "gelu_quantize": 2, "silu_quantize": 3, "quantize_per_token": 11},
+    "pixart": {"layer_norm_quantize": 2, "gelu_quantize": 1, "silu_quantize": 0, "quantize_per_token": 10},
+    "wan": {"layer_norm_quantize": 3, "gelu_quantize": 1, "silu_quantize": 0, "quantize_per_token": 9},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_fused_ops_serve_norms_activations_and_gates(name: str) -> None:
+    model, call = quantized(name, "w8a8-dynamic")
+    counts = served(lambda: run(model, call))
+    assert {op: counts[op] for op in COUNTS[name]} == COUNTS[name]
+    assert served(lambda: run(unfused(model), call))["layer_norm_quantize"] == 0
+    products = sum(count for op, count in counts.items() if op.startswith("linear"))
+    assert products < len(quantizable_layers(model))  # q, k and v are one
+
+
+HOOKED = {
+    "flux": ("transformer_blocks.0.norm1", "transformer_blocks.0.attn.to_out.0", "transformer_blocks.0.ff.net.0.proj",
+             "single_transformer_blocks.0.act_mlp", "single_transformer_blocks.0.attn.to_k"),
+    "pixart": ("transformer_blocks.0.norm1", "transformer_blocks.0.norm2", "transformer_blocks.0.attn1.to_out.0",
+               "transformer_blocks.0.attn2.to_k", "transformer_blocks.0.ff.net.0"),
+    "wan": ("blocks.0.norm1", "blocks.0.norm2", "blocks.0.attn1.to_q", "blocks.0.ffn", "blocks.0.ffn.net.2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "place"), [(name, place) for name, places in HOOKED.items() for place in places])
+def test_a_hook_inside_a_block_is_called(name: str, place: str) -> None:
+    model, call = quantized(name, "w8a8-dynamic")
+    wanted, seen = run(model, call), []
+    model.get_submodule(place).register_forward_hook(lambda *_: seen.append(place))
+    assert float(sqnr_db(wanted, run(model, call))) > NEAR
+    assert seen
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_another_attention_processor_is_used(name: str) -> None:
+    model, call = quantized(name, "w8a8-dynamic")
+    wanted, calls = run(model, call), []
+    attention = next(m for m in model.modules() if hasattr(m, "processor"))
+    kind = type(attention.processor)
+
+    class Own(kind):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return super().__call__(*args, **kwargs)
+
+    attention.set_processor(Own())
+    assert float(sqnr_db(wanted, run(model, call))) > NEAR
+    assert calls
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_float_layer_in_a_block_stays_float(name: str) -> None:
+    model, call = TRANSFORMERS[name]()
+    plan = uniform_plan(model, "w8a8-dynamic")
+    for place in HOOKED[name]:
+        if isinstance(model.get_submodule(place), nn.Linear):
+            plan.exceptions[place] = {"scheme": "fp16", "reason": "stays"}
+    assert len(plan.exceptions) > 1
+    convert(model, plan)
+    assert float(sqnr_db(run(unfused(model), call), run(model, call))) > NEAR
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_half_precision_and_copies_are_as_near_as_their_rounding(name: str) -> None:
+    model, call = quantized(name, "w8a8-dynamic")
+    wanted = run(model, call)
+    assert torch.equal(run(copy.deepcopy(model), call), wanted)
+    halves = {k: v.bfloat16() if isinstance(v, Tensor) and v.dtype == torch.float32 else v for k, v in call.items()}
+    halves |= {k: call[k] for k in ("timestep", "img_ids", "txt_ids") if k in call}
+    out = run(model.to(torch.bfloat16), halves)
+    assert out.dtype == torch.bfloat16
+    assert float(sqnr_db(wanted, out.float())) > 25
+
+
+def test_a_wan_block_takes_a_time_for_each_token() -> None:
+    model, call = wan()
+    convert(model, uniform_plan(model, "w8a8-dynamic"))
+    call["timestep"] = torch.tensor([[700.0] * 12, [300.0] * 6 + [0.0] * 6])
+    assert float(sqnr_db(run(unfused(model), call), run(model, call))) > NEAR
+    assert served(lambda: run(model, call))["layer_norm_quantize"] == 3
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_gradients_pass_through_a_block_layer_by_layer(name: str) -> None:
+    model, call = quantized(name, "w8a8-dynamic")
+    call["hidden_states"].requires_grad_()
+    out = model(**call, return_dict=False)[0]
+    assert float(sqnr_db(run(model, call), out.detach())) > NEAR
+    out.square().sum().backward()
+    assert call["hidden_states"].grad.abs().sum() > 0
