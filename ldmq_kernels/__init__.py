@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ldmq_kernels.calibration.clipping import clipping, unclip
     from ldmq_kernels.conversion import quantize
     from ldmq_kernels.graphs import capture, release
+    from ldmq_kernels.integrations.diffusers.publishing import write_card
     from ldmq_kernels.integrations.diffusers.step_cache import cache_time_embeddings, uncache_time_embeddings
     from ldmq_kernels.kernels.dispatch import dispatch_report, use_backend
     from ldmq_kernels.nn import QuantConv2d, QuantLinear
@@ -48,6 +49,7 @@ _EXPORTS = {
     "uncache_time_embeddings": "integrations.diffusers.step_cache",
     "use_backend": "kernels.dispatch",
     "unclip": "calibration.clipping",
+    "write_card": "integrations.diffusers.publishing",
 }
 __all__ = [
     "Plan",
@@ -66,6 +68,7 @@ __all__ = [
     "uncache_time_embeddings",
     "unclip",
     "use_backend",
+    "write_card",
 ]
 
 

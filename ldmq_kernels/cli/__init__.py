@@ -17,6 +17,7 @@ import typer
 from ldmq_kernels.cli.bench.command import bench as bench_command
 from ldmq_kernels.cli.options import (
     DEFAULT_FORMATS,
+    BaseModel,
     Calibration,
     Calls,
     DryRun,
@@ -30,6 +31,7 @@ from ldmq_kernels.cli.options import (
     OptionalTarget,
     Pareto,
     Part,
+    Pictures,
     Prompts,
     Scheduler,
     Seed,
@@ -231,11 +233,14 @@ def quantize(
     settings: SettingsFile = None,
     dtype: Dtype = "float32",
     work: WorkDir = None,
+    base_model: BaseModel = None,
+    pictures: Pictures = 0,
     dry_run: DryRun = False,
 ) -> None:
     """Write MODEL quantized to --out, by a plan file, or by one that is made now from prompts and a target.
 
-    The result loads with diffusers' own from_pretrained after `import ldmq_kernels`. With --dry-run the
+    The result loads with diffusers' own from_pretrained after `import ldmq_kernels`, and its README.md is a model
+    card for the Hub. With --dry-run the
     plan is made all the same, and nothing is written.
     """
     from ldmq_kernels.cli.calls import drawn
@@ -249,7 +254,9 @@ def quantize(
             raise typer.BadParameter("give either --plan, or --prompts or --calls and --target-sqnr or the like")
         if work is not None:
             raise typer.BadParameter("--work keeps an analysis, and --plan needs none: leave --work out")
-        quantize_by_plan(model, plan, place, dtype, dry_run=dry_run)
+        if pictures:
+            raise typer.BadParameter("--pictures draws held-out prompts, and --plan has none: leave --pictures out")
+        quantize_by_plan(model, plan, place, dtype, dry_run=dry_run, base_model=base_model)
         return
     if (prompts is None and calls is None) or not has_target:
         raise typer.BadParameter("give --plan FILE, or --prompts or --calls FILE with --target-sqnr DB or the like")
@@ -263,7 +270,7 @@ def quantize(
         work_dir=work,
         show=True,
     )
-    quantize_by_prompts(model, request, place, dtype, dry_run=dry_run)
+    quantize_by_prompts(model, request, place, dtype, dry_run=dry_run, base_model=base_model, pictures=pictures)
 
 
 @app.command()

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ldmq_kernels.files import Fill
+    from ldmq_kernels.report.measure import PicturePairs
     from ldmq_kernels.report.page import Fact, Report
 
 PICTURES = 8
@@ -159,7 +160,9 @@ def _print_summary(summary: Summary) -> None:
         say(line)
 
 
-def quantize_by_plan(model: Path, plan_file: Path, out: Path, dtype: str, *, dry_run: bool) -> None:
+def quantize_by_plan(
+    model: Path, plan_file: Path, out: Path, dtype: str, *, dry_run: bool, base_model: str | None = None
+) -> None:
     """Quantize a pipeline or a model alone as a plan file says."""
     plan = Plan.load(plan_file)
     structure = load_structure(model, plan.model.get("part") if is_pipeline(model) else None)
@@ -170,19 +173,30 @@ def quantize_by_plan(model: Path, plan_file: Path, out: Path, dtype: str, *, dry
     with output_folder(out) as write:
         loaded = load(model, dtype)
         quantize(loaded, plan)
-        _save(loaded, model, out, write)
+        _save(loaded, model, out, write, base_model)
 
 
-def quantize_by_prompts(model: Path, request: PlanRequest, out: Path, dtype: str, *, dry_run: bool) -> None:
-    """Make a plan and quantize the pipeline by it."""
+def quantize_by_prompts(
+    model: Path,
+    request: PlanRequest,
+    out: Path,
+    dtype: str,
+    *,
+    dry_run: bool,
+    base_model: str | None = None,
+    pictures: int = 0,
+) -> None:
+    """Make a plan and quantize the pipeline by it; the card shows so many held-out prompts, float and quantized."""
     if dry_run:
         _planned(model, request, dtype)
         console.print("nothing was written")
         return
     with output_folder(out) as write:
         pipe, plan = _planned(model, request, dtype)
-        _quantize(pipe, request, plan)
-        _save(pipe, model, out, write)
+        pairs = _quantize_between_pictures(pipe, request, plan, pictures) if pictures else None
+        if pairs is None:
+            _quantize(pipe, request, plan)
+        _save(pipe, model, out, write, base_model, pairs)
 
 
 def _planned(model: Path, request: PlanRequest, dtype: str) -> tuple[Any, Plan]:
@@ -200,10 +214,45 @@ def _quantize(pipe: Any, request: PlanRequest, plan: Plan) -> None:
     quantize(pipe, plan, calls=calls or None)
 
 
-def _save(loaded: Any, model: Path, out: Path, write: Callable[[Fill], None]) -> None:
+def _quantize_between_pictures(pipe: Any, request: PlanRequest, plan: Plan, count: int) -> PicturePairs:
+    """Draw held-out calls, quantize, and draw them again from the same noise."""
+    from ldmq_kernels.report.measure import PicturePairs, draw_pictures
+
+    calls, settings = request.held_out_calls[:count], held_out_settings(request.settings)[0]
+    before = draw_pictures(pipe, calls, settings, "float pictures", show=request.show)
+    _quantize(pipe, request, plan)
+    after = draw_pictures(pipe, calls, settings, "quantized pictures", show=request.show)
+    each = before.shape[0] // len(calls)  # a call may draw several
+    named = [(described(call, place), settings.seed + place) for place, call in enumerate(calls) for _ in range(each)]
+    return PicturePairs([name for name, _ in named], [seed for _, seed in named], before, after)
+
+
+def _save(
+    loaded: Any,
+    model: Path,
+    out: Path,
+    write: Callable[[Fill], None],
+    base_model: str | None,
+    pairs: PicturePairs | None = None,
+) -> None:
+    from ldmq_kernels.integrations.diffusers.origin import origin_of
+    from ldmq_kernels.integrations.diffusers.publishing import write_card
+
+    png = None
+    if pairs is not None:
+        from ldmq_kernels.report.side_by_side import side_by_side
+
+        png = side_by_side(pairs)
     to_stored_dtype(loaded, model)
-    write(loaded.save_pretrained)
+
+    def fill(folder: Path) -> None:
+        loaded.save_pretrained(folder)
+        write_card(loaded, folder, base_model=base_model, pictures=png, name=out.resolve().name)
+
+    write(fill)
     say(f"written to {printable(out)}; load it with from_pretrained after `import ldmq_kernels`")
+    if base_model is None and origin_of(loaded).repo is None:
+        say("its README.md names no base model: give --base-model OWNER/NAME, or write it there before publishing")
 
 
 def run_analyze(model: Path, request: PlanRequest, out: Path, dtype: str, *, with_pareto: bool) -> None:
@@ -245,12 +294,11 @@ def run_analyze(model: Path, request: PlanRequest, out: Path, dtype: str, *, wit
 
 def _report(pipe: Any, name: str, session: Session, request: PlanRequest, points: list[ParetoPoint]) -> Report:
     """The page's content; the pipeline is quantized afterwards, if there is a plan."""
-    from ldmq_kernels.report.measure import PicturePairs, draw_pictures, time_plan
+    from ldmq_kernels.report.measure import time_plan
     from ldmq_kernels.report.page import Report
 
     analysis, held_out, unet = session.analysis, session.held_out, session.model
     assert request.target is not None
-    settings = held_out_settings(request.settings)[0]  # of the pictures on the page
     report = Report(
         f"{name}: quantized, measured",
         f"What quantizing each layer of its {type(unet).__name__} does to the output, and the plan that follows.",
@@ -264,13 +312,7 @@ def _report(pipe: Any, name: str, session: Session, request: PlanRequest, points
         return replace(report, no_plan=f"With these formats there is none: {error}.")
     summary = summarize(unet, result.plan)
     timing = time_plan(unet, result.plan, held_out.calls[0])
-    calls = request.held_out_calls[:PICTURES]
-    before = draw_pictures(pipe, calls, settings, "float pictures", show=request.show)
-    _quantize(pipe, request, result.plan)
-    after = draw_pictures(pipe, calls, settings, "quantized pictures", show=request.show)
-    each = before.shape[0] // len(calls)  # a call may draw several
-    named = [(described(call, place), settings.seed + place) for place, call in enumerate(calls) for _ in range(each)]
-    pairs = PicturePairs([name for name, _ in named], [seed for _, seed in named], before, after)
+    pairs = _quantize_between_pictures(pipe, request, result.plan, PICTURES)
     facts = headline(summary.bytes_after / summary.bytes_before, result.held_out.mean_db, pairs, timing.speedup)
     return replace(report, result=result, summary=summary, facts=facts, pictures=pairs, timings=[timing])
 

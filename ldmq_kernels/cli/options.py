@@ -43,6 +43,34 @@ Part = Annotated[
     typer.Option(help="The denoiser that is planned, such as transformer_2. [default: the first]", show_default=False),
 ]
 OptionalPlan = Annotated[Path | None, typer.Option(help="A plan file that `ldmq plan` wrote.", callback=at_home)]
+
+
+def on_the_hub(name: str | None) -> str | None:
+    """A name that a model of the Hub could have.
+
+    Raises:
+        typer.BadParameter: the Hub has no names of that form.
+    """
+    if name is None:
+        return None
+    from ldmq_kernels.integrations.diffusers.origin import is_repo
+
+    if not is_repo(name):
+        raise typer.BadParameter(f"{name!r} is no name on the Hub: give OWNER/NAME")
+    return name
+
+
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Whom the model card names as base model, where MODEL's folder does not tell.",
+        metavar="OWNER/NAME",
+        callback=on_the_hub,
+    ),
+]
+Pictures = Annotated[
+    int, typer.Option(help="Held-out prompts that the model card shows, float and quantized.", metavar="N", min=0)
+]
 OptionalTarget = Annotated[
     float | None,
     typer.Option(help="Least SQNR of the UNet output in dB, averaged over steps.", metavar="DB"),

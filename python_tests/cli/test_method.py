@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from PIL import Image
 
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -150,3 +153,33 @@ def test_targets_in_decibels_of_two_places_are_refused_before_any_work(
     limits = ("--target-sqnr", 30, "--target-psnr", 40)
     assert run("plan", model, "--prompts", prompts, *limits, "--out", tmp_path / "made.json") == 2
     assert "30 dB, 40 dB of PSNR are targets of several places" in " ".join(capsys.readouterr().err.split())
+
+
+def test_quantize_writes_a_card_with_pictures(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small-model"
+    wishes = ("--target-sqnr", 20, "--pictures", 1, "--base-model", "somebody/float-model")
+    assert run("quantize", model, "--prompts", prompts, *wishes, "--out", out, *QUICK) == 0
+    card = ModelCard.load(out / "README.md")
+    assert card.data.to_dict()["base_model"] == "somebody/float-model"
+    assert 'from_pretrained("small-model", torch_dtype=torch.float16)' in card.text
+    assert re.search(r"SQNR of the output \| \d+\.\d\d dB", card.text)
+    picture = re.search(r"!\[[^]]*\]\((.*)\)", card.text)
+    assert picture is not None
+    with Image.open(out / picture[1]) as png:
+        assert png.size[0] > png.size[1] // 2
+    assert "names no base model" not in capsys.readouterr().out
+
+
+def test_what_a_card_cannot_say_is_refused_before_the_work(
+    model: Path, plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("quantize", model, "--plan", plan_file, "--out", tmp_path / "quantized")
+    assert run(*arguments, "--base-model", "/home/me/model") == 2
+    assert "is no name on the Hub" in capsys.readouterr().err
+    assert run(*arguments, "--pictures", 2) == 2
+    assert "leave --pictures out" in capsys.readouterr().err
+    assert not (tmp_path / "quantized").exists()
+    assert run(*arguments) == 0
+    assert "names no base model: give --base-model" in capsys.readouterr().out

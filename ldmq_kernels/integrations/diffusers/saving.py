@@ -35,6 +35,7 @@ from ldmq_kernels.files import (
     write_into,
 )
 from ldmq_kernels.integrations.diffusers.integrity import MARK, SAVE_AGAIN, CheckpointError, refuse_marked
+from ldmq_kernels.integrations.diffusers.origin import leave_out_local_paths
 
 Call = Callable[..., Any]
 
@@ -42,11 +43,14 @@ Call = Callable[..., Any]
 def wrap_models(module: ModuleType) -> None:
     """Have every save of a quantized model be whole, and every load find whole saves and read indices that are.
 
+    An upload carries the model's card.
+
     Args:
         module: `diffusers.models.modeling_utils`, which is complete.
     """
     wrapt.wrap_function_wrapper(module, "ModelMixin.save_pretrained", _save_pretrained)
     wrapt.wrap_function_wrapper("diffusers.configuration_utils", "ConfigMixin.load_config", _load_config)
+    wrapt.wrap_function_wrapper("diffusers.utils.hub_utils", "PushToHubMixin._upload_folder", _upload_folder)
     wrapt.wrap_function_wrapper(module, "_get_checkpoint_shard_files", _shard_files)
     wrapt.wrap_function_wrapper(module, "ModelMixin._load_pretrained_model", _load_tensors)
 
@@ -68,10 +72,17 @@ def _save_pretrained(save: Call, model: Any, args: Any, kwargs: Any) -> Any:
     def fill(place: Path) -> None:
         options["save_directory"] = str(place)
         save(*call.args, **call.kwargs)
+        leave_out_local_paths(place)
         for file in place.glob("*.safetensors"):
             _order_metadata(file)
 
     write_into(folder, fill, lambda place: of_weights(place, options["safe_serialization"], options["variant"]))
+
+
+def _upload_folder(upload: Call, loaded: Any, args: Any, kwargs: Any) -> Any:
+    from ldmq_kernels.integrations.diffusers.publishing import upload_with_card  # as above
+
+    return upload_with_card(upload, loaded, args, kwargs)
 
 
 def _order_metadata(file: Path) -> None:
