@@ -9,6 +9,7 @@ EXTRA_OF = {
     "PIL": "report",
     "accelerate": "diffusers",
     "diffusers": "diffusers",
+    "huggingface_hub": "diffusers",
     "jsonschema": "diffusers",
     "matplotlib": "report",
     "rich": "cli",
