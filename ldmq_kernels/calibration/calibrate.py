@@ -13,7 +13,7 @@ from ldmq_kernels.calibration import ranges
 from ldmq_kernels.calibration.concatenations import concatenated_inputs
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.drawings import Call
-from ldmq_kernels.calibration.ranges import FIRST_STEP, MODES, RangeObserver
+from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, MODES, RangeObserver
 from ldmq_kernels.calibration.settings import SamplingSettings, Settings, each_of
 from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
 from ldmq_kernels.nn import QuantizedLayer
@@ -24,7 +24,8 @@ class Calibration:
     """One calibration run: the float trajectory, and the ranges of inputs by layer, step and channel.
 
     Attributes:
-        mode: which steps static scales come from: "first-step" (the paper's way), "sampled-steps" or "all-steps".
+        mode: which steps static scales come from: "first-step" (the paper's way), "sampled-steps", "drawn-steps" or
+            "all-steps".
         settings: one or several, at each of which everything was drawn.
         absmax: layer -> (steps, C) float32.
         operations: layer -> multiply-accumulates in one call of the UNet.
@@ -35,6 +36,8 @@ class Calibration:
         timestep_groups: descending timesteps between the groups that a timestep scale has.
         absmax_by_fold: layer -> (2, steps, C) float32, `absmax` of each half of the prompts, by which layer plans
             are cross-validated; empty where there is one prompt.
+        of_conditions: layers of a transformer that read the time or a pooled text alone, such as adaptive norms' own
+            linears: their ranges come from all steps in every mode, since nothing but the time moves them.
     """
 
     mode: str
@@ -47,6 +50,7 @@ class Calibration:
     concatenations: dict[str, int] = field(default_factory=dict)
     timestep_groups: tuple[float, ...] = ()
     absmax_by_fold: dict[str, Tensor] = field(default_factory=dict)
+    of_conditions: frozenset[str] = frozenset()
 
     def of_fold(self, fold: int) -> Calibration:
         """The calibration by half of the prompts alone; by all of them where there is one prompt."""
@@ -70,7 +74,8 @@ class Calibration:
 
     def input_absmax(self, layer: str) -> Tensor:
         """(C,) float32, over the steps that the mode calibrates on."""
-        return ranges.calibrated_absmax(self.absmax[layer], self.mode)
+        mode = ALL_STEPS if layer in self.of_conditions else self.mode
+        return ranges.calibrated_absmax(self.absmax[layer], mode)
 
     def grouped_absmax(self, layer: str) -> Tensor:
         """(groups, C) float32, over all steps of each timestep group."""
@@ -103,9 +108,10 @@ def calibrate(
             it once.
         settings: of all prompts and calls, or several, at each of which all are drawn; a call's own arguments come
             before them.
-        mode: "first-step", "sampled-steps" or "all-steps": which steps make the static scales.
+        mode: "first-step", "sampled-steps", "drawn-steps" (from a normal distribution) or "all-steps": which steps make
+            the static scales.
         whole: observe all steps in every mode, which an analysis needs, so that the drift can be measured. False
-            stops the pipeline after the last step that the mode needs: one step instead of all.
+            stops the pipeline after the last step that the mode needs: of a U-Net one step instead of all.
 
     Raises:
         ValueError: nothing to draw, arguments that the pipeline does not take, an unknown mode, a model that is
@@ -115,7 +121,8 @@ def calibrate(
         raise ValueError(f"unknown calibration {mode!r}: choose {', '.join(MODES[:-1])} or {MODES[-1]}")
     model = denoiser(pipe)
     check_full_precision(model)
-    last = None if whole or mode != FIRST_STEP else 0
+    is_u_net = hasattr(model, "down_blocks")
+    last = None if whole or mode != FIRST_STEP or not is_u_net else 0
     observer = RangeObserver(model)
     try:
         trajectory = record_trajectory(pipe, calls, settings, last_step=last, show=show, on_call=observer.at_call)
@@ -133,4 +140,5 @@ def calibrate(
         concatenated_inputs(model, trajectory.calls[0].of_prompts(trajectory.calls[0].prompts[:1])),
         ranges.group_boundaries(trajectory.timesteps()),
         by_fold if len(calls) > 1 else {},
+        frozenset() if is_u_net else frozenset(observer.of_vectors),
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +16,10 @@ from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
 FIRST_STEP = "first-step"
 SAMPLED_STEPS = "sampled-steps"
+DRAWN_STEPS = "drawn-steps"
 ALL_STEPS = "all-steps"
-MODES = (FIRST_STEP, SAMPLED_STEPS, ALL_STEPS)
-SAMPLED = 4  # sampling steps that "sampled-steps" calibrates on, the first and the last among them
+MODES = (FIRST_STEP, SAMPLED_STEPS, DRAWN_STEPS, ALL_STEPS)
+SAMPLED = 4  # sampling steps that "sampled-steps" calibrates on, the first and the last among them, and "drawn-steps"
 TIMESTEP_GROUPS = 4  # of a timestep scale: each holds as many of the calibration's steps
 
 
@@ -34,14 +36,17 @@ class RangeObserver:
         step: the sampling step that the model is called for.
         prompts: the indices of the prompts that it is called for.
         operations: layer -> multiply-accumulates in one call of the model, the last one that runs the layer.
+        of_vectors: layers whose input has one row for a sample, where the model's own has tokens or pixels: embeddings
+            of the time and of pooled texts, and the modulation that adaptive norms make of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.step = 0
         self.prompts: tuple[int, ...] = ()
         self.operations: dict[str, int] = {}
+        self.of_vectors: set[str] = set()
         self._in_call: dict[str, int] = {}
-        self._batch = 0
+        self._batch, self._has_rows_alone = 0, False
         self._text: Tensor | None = None
         self._absmax: dict[str, list[Tensor]] = {}
         self._first_tokens: dict[str, list[Tensor]] = {}
@@ -55,6 +60,7 @@ class RangeObserver:
         self._in_call = {}
         sample = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1), None)
         self._batch = 0 if sample is None else sample.shape[0]
+        self._has_rows_alone = sample is None or sample.dim() == 2
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         self._text = text if isinstance(text, Tensor) and text.dim() == 3 and text.shape[1] > 1 else None
 
@@ -63,6 +69,8 @@ class RangeObserver:
             x = layer_input(args, kwargs)
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(f"{name}: its input holds NaN or infinite values at sampling step {self.step}")
+            if x.dim() == 2 and not self._has_rows_alone:
+                self.of_vectors.add(name)
             text = self._text
             if text is not None and x.shape == text.shape and x.data_ptr() == text.data_ptr():
                 self._note(self._first_tokens.setdefault(name, []), self._by_fold(layer, x[:, :1]))
@@ -130,7 +138,22 @@ def spread_steps(steps: int, count: int) -> list[int]:
 
 def calibrated_steps(steps: int, mode: str) -> list[int]:
     """The sampling steps that a mode takes ranges from: the first alone, as in the paper, some, or all."""
-    return {FIRST_STEP: [0], SAMPLED_STEPS: spread_steps(steps, SAMPLED), ALL_STEPS: list(range(steps))}[mode]
+    chosen = {FIRST_STEP: [0], SAMPLED_STEPS: spread_steps(steps, SAMPLED), DRAWN_STEPS: drawn_steps(steps, SAMPLED)}
+    return chosen.get(mode) or list(range(steps))
+
+
+def drawn_steps(steps: int, count: int) -> list[int]:
+    """`count` sampling steps from a normal distribution over them, the same ones each time; all if they are fewer.
+
+    Its mean is the middle of the trajectory, its deviation a quarter of it: a way of choosing calibration steps that
+    PQD (Ye et al., arXiv 2501.00124) takes, whose mean and deviation are not public.
+    """
+    if count >= steps:
+        return list(range(steps))
+    places = np.arange(steps)
+    weights = np.exp(-0.5 * ((places - (steps - 1) / 2) / (steps / 4)) ** 2)
+    drawn = np.random.default_rng(0).choice(places, count, replace=False, p=weights / weights.sum())
+    return sorted(drawn.tolist())
 
 
 def calibrated_absmax(by_step: Tensor, mode: str) -> Tensor:

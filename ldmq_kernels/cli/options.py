@@ -151,7 +151,7 @@ Formats = Annotated[
     ),
 ]
 Calibration = Annotated[
-    Literal["first-step", "sampled-steps", "all-steps"],
+    Literal["first-step", "sampled-steps", "drawn-steps", "all-steps"],
     typer.Option(help="Sampling steps that static scales are taken from."),
 ]
 Steps = Annotated[

@@ -185,8 +185,9 @@ def plan(
         target_milliseconds: most time of one UNet call for one picture on the pipeline's device.
         target_layers: most layers that may stay in 16 bit.
         formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic and split.
-        calibration_mode: "first-step" (the paper's single sampling step), "sampled-steps" or "all-steps": which steps
-            a static range starts from. The search widens it where the analysed trajectory shows more.
+        calibration_mode: "first-step" (the paper's single sampling step), "sampled-steps" (four, spread evenly),
+            "drawn-steps" (four, from a normal distribution) or "all-steps": which steps a static range starts
+            from. The search widens it where the analysed trajectory shows more.
         signals: what a plan without a target in dB keeps: "sqnr" at the UNet's output, "latent" or "psnr" of what is
             drawn; and "ssim" to keep the structure of pictures too, see `planning.assignment.Chooser`.
         hybrid: share of the noise whose blocks start with higher precision, as in the paper; 0 for none.

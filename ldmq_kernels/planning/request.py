@@ -44,8 +44,8 @@ class PlanRequest:
             no list.
         target: limits that the plan must keep; None where plans of all sizes are asked for.
         formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic and split.
-        calibration_mode: the sampling steps that static ranges start from: "first-step", "sampled-steps" or
-            "all-steps".
+        calibration_mode: the sampling steps that static ranges start from: "first-step", "sampled-steps",
+            "drawn-steps" or "all-steps".
         settings: how pictures are drawn, in calibration as later by the user: one, or several, at each of which all
             is drawn, and of which the worst must keep the target.
         part: the denoiser that is planned, where the pipeline has several; its first one if None.

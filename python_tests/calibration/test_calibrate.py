@@ -1,5 +1,6 @@
 """Calibration sees what the float pipeline feeds each layer, and changes nothing."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,6 +8,7 @@ from torch import nn
 from ldmq_kernels.calibration import SamplingSettings, calibrate
 from ldmq_kernels.calibration.ranges import (
     channel_absmax,
+    drawn_steps,
     group_boundaries,
     group_of,
     grouped_absmax,
@@ -18,6 +20,7 @@ from ldmq_kernels.conversion import convert
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import uniform_plan
+from python_tests.breadth.matrix import all_rows
 from python_tests.tiny import PROMPTS
 
 SETTINGS = SamplingSettings(num_inference_steps=3, guidance_scale=4.0, seed=5)
@@ -141,6 +144,39 @@ def test_sampled_steps_lie_between_the_first_and_all(shared_pipe):
     sampled = calibrate(shared_pipe, PROMPTS, settings, mode="sampled-steps")
     for name, by_step in sampled.absmax.items():
         assert torch.equal(sampled.input_absmax(name), by_step[[0, 2, 4, 6]].amax(0))
+
+
+def test_drawn_steps_are_the_same_each_time_and_lie_around_the_middle():
+    drawn = drawn_steps(50, 4)
+    assert drawn == drawn_steps(50, 4) == sorted(set(drawn))
+    assert len(drawn) == 4
+    many = drawn_steps(1000, 200)
+    assert 450 < np.mean(many) < 550
+    assert 180 < np.std(many) < 270  # a normal one's deviation, of what is drawn once only; uniform: 289
+    assert drawn_steps(3, 4) == [0, 1, 2]
+
+
+def test_calibration_on_drawn_steps_takes_their_ranges(shared_pipe):
+    settings = SamplingSettings(num_inference_steps=7, guidance_scale=4.0)
+    drawn = calibrate(shared_pipe, PROMPTS[:1], settings, mode="drawn-steps")
+    chosen = drawn_steps(7, 4)
+    assert chosen not in (list(range(7)), [0, 2, 4, 6])
+    for name, by_step in drawn.absmax.items():
+        assert torch.equal(drawn.input_absmax(name), by_step[chosen].amax(0))
+
+
+def test_layers_of_a_transformer_that_read_the_time_alone_take_all_steps_in_every_mode():
+    pipe, calls = all_rows()["flux"].build()
+    pipe.set_progress_bar_config(disable=True)
+    calibration = calibrate(pipe, calls[:1], SamplingSettings(None, None), whole=False)
+    modulation = {name for name in calibration.absmax if name.endswith(("norm.linear", "norm1.linear"))}
+    assert modulation
+    assert modulation | {"norm_out.linear", "time_text_embed.timestep_embedder.linear_1"} <= calibration.of_conditions
+    assert not {name for name in calibration.of_conditions if "attn" in name or "ff" in name}
+    for name, by_step in calibration.absmax.items():
+        assert len(by_step) > 1
+        wanted = by_step.amax(0) if name in calibration.of_conditions else by_step[0]
+        assert torch.equal(calibration.input_absmax(name), wanted)
 
 
 def test_the_first_token_is_left_out_of_the_ranges_of_layers_that_read_the_text(pipe):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from ldmq_kernels.conversion import convert
@@ -17,7 +18,7 @@ from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, model_record, uniform_plan
 from python_tests.integrations.test_fused import served
-from python_tests.integrations.transformers import TRANSFORMERS, run, wan
+from python_tests.integrations.transformers import OF_OWN_FUSED_BLOCKS, TRANSFORMERS, run, wan
 from python_tests.tiny import mixed_plan
 
 NEAR = 90.0  # dB in float32 on the reference: the formulas are the same, but for the order of a product and a sum
@@ -52,11 +53,19 @@ def unfused(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a8-static", "w4a8-dynamic", "mixed", "w8a16"])
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", OF_OWN_FUSED_BLOCKS)
 def test_a_fused_transformer_computes_what_the_unfused_one_does(name: str, scheme: str) -> None:
     model, call = quantized(name, scheme)
     assert any(isinstance(module, SharesProjections) for module in model.modules())
     assert float(sqnr_db(run(unfused(model), call), run(model, call))) > NEAR
+
+
+@pytest.mark.parametrize("name", sorted(set(TRANSFORMERS) - set(OF_OWN_FUSED_BLOCKS) - {"sana"}))
+def test_a_feed_forward_of_any_transformer_has_gelu_and_quantization_in_one_op(name: str) -> None:
+    model, call = quantized(name, "w8a8-dynamic")
+    assert float(sqnr_db(run(unfused(model), call), run(model, call))) > NEAR
+    feed_forwards = sum(isinstance(module, FeedForward) for module in model.modules())
+    assert served(lambda: run(model, call))["gelu_quantize"] == feed_forwards > 0
 
 
 COUNTS = {  # norms, GELUs, SiLUs of the time embedding; and what is left to quantize by itself
@@ -66,7 +75,7 @@ COUNTS = {  # norms, GELUs, SiLUs of the time embedding; and what is left to qua
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", OF_OWN_FUSED_BLOCKS)
 def test_the_fused_ops_serve_norms_activations_and_gates(name: str) -> None:
     model, call = quantized(name, "w8a8-dynamic")
     counts = served(lambda: run(model, call))
@@ -94,7 +103,7 @@ def test_a_hook_inside_a_block_is_called(name: str, place: str) -> None:
     assert seen
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", OF_OWN_FUSED_BLOCKS)
 def test_another_attention_processor_is_used(name: str) -> None:
     model, call = quantized(name, "w8a8-dynamic")
     wanted, calls = run(model, call), []
@@ -111,7 +120,7 @@ def test_another_attention_processor_is_used(name: str) -> None:
     assert calls
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", OF_OWN_FUSED_BLOCKS)
 def test_a_float_layer_in_a_block_stays_float(name: str) -> None:
     model, call = TRANSFORMERS[name]()
     plan = uniform_plan(model, "w8a8-dynamic")
@@ -123,7 +132,7 @@ def test_a_float_layer_in_a_block_stays_float(name: str) -> None:
     assert float(sqnr_db(run(unfused(model), call), run(model, call))) > NEAR
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", OF_OWN_FUSED_BLOCKS)
 def test_half_precision_and_copies_are_as_near_as_their_rounding(name: str) -> None:
     model, call = quantized(name, "w8a8-dynamic")
     wanted = run(model, call)
@@ -143,7 +152,7 @@ def test_a_wan_block_takes_a_time_for_each_token() -> None:
     assert served(lambda: run(model, call))["layer_norm_quantize"] == 3
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", OF_OWN_FUSED_BLOCKS)
 def test_gradients_pass_through_a_block_layer_by_layer(name: str) -> None:
     model, call = quantized(name, "w8a8-dynamic")
     call["hidden_states"].requires_grad_()

@@ -94,7 +94,169 @@ def pixart() -> Built:
     return model.eval(), call
 
 
-TRANSFORMERS: dict[str, Callable[[], Built]] = {"flux": flux, "pixart": pixart, "wan": wan}
+def sd3() -> Built:
+    """Two joint blocks: the first has a second attention to the picture, the last no feed-forward of the text."""
+    torch.manual_seed(0)
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    call = {
+        "hidden_states": noise(2, 4, 8, 6),
+        "encoder_hidden_states": noise(2, 5, 24, seed=1),
+        "pooled_projections": noise(2, 16, seed=2),
+        "timestep": torch.tensor([700.0, 300.0]),
+    }
+    return model.eval(), call
+
+
+def cogvideox() -> Built:
+    """One block; a batch of two videos of two latent frames."""
+    torch.manual_seed(0)
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=24,
+        num_layers=1,
+        sample_width=6,
+        sample_height=8,
+        sample_frames=5,
+        patch_size=2,
+        max_text_seq_length=5,
+    )
+    call = {
+        "hidden_states": noise(2, 2, 4, 8, 6),
+        "encoder_hidden_states": noise(2, 5, 24, seed=1),
+        "timestep": torch.tensor([700, 300]),
+    }
+    return model.eval(), call
+
+
+def sana() -> Built:
+    """One block, with linear attention and the convolutions of its feed-forward."""
+    torch.manual_seed(0)
+    model = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=24,
+        sample_size=8,
+    )
+    call = {
+        "hidden_states": noise(2, 4, 8, 6),
+        "encoder_hidden_states": noise(2, 5, 24, seed=1),
+        "timestep": torch.tensor([700, 300]),
+    }
+    return model.eval(), call
+
+
+def ltx() -> Built:
+    """One block; a batch of two videos of two latent frames."""
+    torch.manual_seed(0)
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=1,
+        caption_channels=24,
+    )
+    call = {
+        "hidden_states": noise(2, 12, 4),
+        "encoder_hidden_states": noise(2, 5, 24, seed=1),
+        "timestep": torch.tensor([[700], [300]]),
+        "encoder_attention_mask": torch.ones(2, 5),
+        "num_frames": 2,
+        "height": 2,
+        "width": 3,
+    }
+    return model.eval(), call
+
+
+def hunyuan_dit() -> Built:
+    """Two blocks, the second with a skip from the first."""
+    torch.manual_seed(0)
+    model = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=32,
+        num_layers=2,
+        mlp_ratio=2.0,
+        cross_attention_dim=24,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=8,
+        text_len=3,
+        text_len_t5=4,
+        use_style_cond_and_image_meta_size=False,
+    )
+    angles = noise(16, 16, seed=4)
+    call = {
+        "hidden_states": noise(2, 4, 8, 8),
+        "timestep": torch.tensor([700.0, 300.0]),
+        "encoder_hidden_states": noise(2, 3, 24, seed=1),
+        "text_embedding_mask": torch.ones(2, 3),
+        "encoder_hidden_states_t5": noise(2, 4, 16, seed=2),
+        "text_embedding_mask_t5": torch.ones(2, 4),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+    return model.eval(), call
+
+
+def qwen_image() -> Built:
+    """One block of two streams."""
+    torch.manual_seed(0)
+    model = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
+    )
+    call = {
+        "hidden_states": noise(2, 12, 16),
+        "encoder_hidden_states": noise(2, 5, 24, seed=1),
+        "encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.long),
+        "timestep": torch.tensor([0.7, 0.3]),
+        "img_shapes": [[(1, 4, 3)], [(1, 4, 3)]],
+    }
+    return model.eval(), call
+
+
+OF_OWN_FUSED_BLOCKS: dict[str, Callable[[], Built]] = {"flux": flux, "pixart": pixart, "wan": wan}
+TRANSFORMERS: dict[str, Callable[[], Built]] = OF_OWN_FUSED_BLOCKS | {
+    "cogvideox": cogvideox,
+    "hunyuan dit": hunyuan_dit,
+    "ltx": ltx,
+    "qwen image": qwen_image,
+    "sana": sana,
+    "sd3": sd3,
+}
 
 
 @torch.no_grad()
