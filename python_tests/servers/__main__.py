@@ -1,0 +1,88 @@
+"""Make an environment for each server, once, and run its tests there.
+
+    python -m python_tests.servers FOLDER [NAME ...]
+
+Each is pinned to versions that were tried together. Packages come from PyPI; vllm_omni and sglang take about 6 GB.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What one server's tests need.
+
+    Attributes:
+        installs: arguments of `pip install`, one command each, in order.
+        tests: files beside this one.
+        mend: what is left to do in the environment's site-packages.
+    """
+
+    installs: tuple[tuple[str, ...], ...]
+    tests: tuple[str, ...]
+    mend: Callable[[Path], None] = lambda _packages: None
+
+
+def without_torchvision_s_kernels(packages: Path) -> None:
+    """PyPI's torchvision is built for another torch than the CPU's; none of its kernels is called."""
+    (packages / "torchvision" / "_meta_registrations.py").write_text("")
+
+
+OWN = ("wrapt", "jsonschema", "pytest", "safetensors")
+ENVIRONMENTS = {
+    "comfyui": Environment(
+        (
+            ("--constraint", "constraints.txt", "torch", "numpy", "diffusers", "transformers", "accelerate", *OWN),
+            (
+                "comfy-kitchen==0.2.40",
+                "einops==0.8.2",
+                "torchsde==0.2.6",
+                "psutil",
+                "sentencepiece",
+                "aiohttp",
+                "scipy",
+            ),
+            ("--no-deps", "torchvision==0.28.0"),
+        ),
+        ("test_comfy_kitchen.py", "test_comfyui.py"),
+        without_torchvision_s_kernels,
+    ),
+}
+
+
+def make(environment: Environment, place: Path) -> Path:
+    """The Python of an environment, which is made where it is not complete, with this checkout installed."""
+    python, stamp = place / "bin" / "python", place / "complete"
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    if not stamp.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+        for arguments in environment.installs:
+            subprocess.run([*pip, *arguments], cwd=ROOT, check=True)
+        environment.mend(next(place.glob("lib/python*/site-packages")))
+        stamp.touch()
+    subprocess.run([*pip, "--no-deps", "--force-reinstall", str(ROOT)], check=True)
+    return python
+
+
+def main(folder: str, *names: str) -> int:
+    """The number of environments whose tests fail."""
+    failed = 0
+    for name in names or tuple(ENVIRONMENTS):
+        environment = ENVIRONMENTS[name]
+        python = make(environment, Path(folder).resolve() / name)
+        tests = [f"python_tests/servers/{test}" for test in environment.tests]
+        command = [str(python), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *tests]
+        failed += subprocess.run(command, cwd=ROOT, check=False).returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
