@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ldmq_kernels.calibration.clipping import clipping, unclip
     from ldmq_kernels.conversion import quantize
     from ldmq_kernels.graphs import capture, release
+    from ldmq_kernels.integrations.diffusers.batch_invariance import batch_invariant
     from ldmq_kernels.integrations.diffusers.publishing import write_card
     from ldmq_kernels.integrations.diffusers.step_cache import cache_time_embeddings, uncache_time_embeddings
     from ldmq_kernels.kernels.dispatch import dispatch_report, use_backend
@@ -37,6 +38,7 @@ _EXPORTS = {
     "PlanError": "plans.plan",
     "QuantConv2d": "nn",
     "QuantLinear": "nn",
+    "batch_invariant": "integrations.diffusers.batch_invariance",
     "cache_time_embeddings": "integrations.diffusers.step_cache",
     "capture": "graphs",
     "clipping": "calibration.clipping",
@@ -56,6 +58,7 @@ __all__ = [
     "PlanError",
     "QuantConv2d",
     "QuantLinear",
+    "batch_invariant",
     "cache_time_embeddings",
     "capture",
     "clipping",

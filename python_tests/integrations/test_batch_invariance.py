@@ -1,0 +1,67 @@
+"""A picture is the same alone and in a batch, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+import ldmq_kernels as ldmq
+from ldmq_kernels.integrations.diffusers.batch_invariance import find_variance
+from python_tests.breadth import parts
+from python_tests.tiny import mixed_plan
+
+WORDS = "abcdefgh"
+
+
+def drawing(pipe: Any, *, guarded: bool = True, **settings: Any) -> Callable[[Sequence[int]], Tensor]:
+    """Seeds -> pictures of prompts of their own, drawn in one batch."""
+
+    def draw(seeds: Sequence[int]) -> Tensor:
+        with ldmq.batch_invariant(pipe, len(seeds)) if guarded else nullcontext():
+            prompts = [f"a red circle {WORDS[seed]}" for seed in seeds]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            settings_of_all = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt"} | settings
+            return pipe(prompts, generator=generators, **settings_of_all).images
+
+    return draw
+
+
+def quantized(pipe: Any, how: str) -> Any:
+    if how == "every scheme":
+        return ldmq.quantize(pipe, mixed_plan(pipe.unet))
+    return pipe if how == "float" else ldmq.quantize(pipe, scheme=how)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("how", ["every scheme", "w8a16", "w8a8-dynamic", "float"])
+def test_a_picture_is_the_same_in_every_place_of_a_batch(pipe: Any, how: str, guidance: float) -> None:
+    draw = drawing(quantized(pipe, how), guidance_scale=guidance)
+    assert find_variance(draw, (2, 8) if how == "every scheme" else (3,)) is None
+
+
+def test_without_it_a_picture_depends_on_its_batch(shared_pipe: Any) -> None:
+    found = find_variance(drawing(shared_pipe, guarded=False, guidance_scale=4.0), (2, 3, 4, 8))
+    assert found is not None
+    assert found.largest > 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_sdxl_and_its_text_are_the_same_in_a_batch(guidance: float) -> None:
+    pipe = StableDiffusionXLPipeline(**parts.stable_diffusion_xl())
+    pipe.set_progress_bar_config(disable=True)
+    draw = drawing(quantized(pipe, "every scheme"), guidance_scale=guidance)
+    assert find_variance(draw, (3,)) is None
+
+
+def test_what_it_changed_is_put_back(shared_pipe: Any) -> None:
+    with ldmq.batch_invariant(shared_pipe, 3):
+        assert shared_pipe.vae.use_slicing
+    assert not shared_pipe.vae.use_slicing
+    assert not shared_pipe.unet._forward_hooks
+    assert not shared_pipe.unet._forward_pre_hooks
