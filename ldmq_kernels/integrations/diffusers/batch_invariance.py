@@ -177,8 +177,8 @@ def batch_invariant(pipe: Any, pictures: int) -> Iterator[None]:
     def leave(*_: Any) -> None:
         mode.samples = pictures
 
-    vae = getattr(pipe, "vae", None)
-    slices = vae is not None and not getattr(vae, "use_slicing", True)
+    vae: Any = getattr(pipe, "vae", None)
+    slices = not getattr(vae, "use_slicing", True)  # a picture's decoder is its own call, strides and all
     if slices:
         vae.enable_slicing()
     handles = []
