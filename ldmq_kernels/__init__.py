@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ldmq_kernels.integrations.diffusers.publishing import write_card
     from ldmq_kernels.integrations.diffusers.step_cache import cache_time_embeddings, uncache_time_embeddings
     from ldmq_kernels.kernels.dispatch import dispatch_report, use_backend
-    from ldmq_kernels.nn import QuantConv2d, QuantLinear
+    from ldmq_kernels.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
     from ldmq_kernels.nn.guard import guard
     from ldmq_kernels.numerics.sqnr import sqnr_db
     from ldmq_kernels.planning.planner import plan
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "Plan": "plans.plan",
     "PlanError": "plans.plan",
+    "QuantConv1d": "nn",
     "QuantConv2d": "nn",
+    "QuantConv3d": "nn",
     "QuantLinear": "nn",
     "batch_invariant": "integrations.diffusers.batch_invariance",
     "cache_time_embeddings": "integrations.diffusers.step_cache",
@@ -56,7 +58,9 @@ _EXPORTS = {
 __all__ = [
     "Plan",
     "PlanError",
+    "QuantConv1d",
     "QuantConv2d",
+    "QuantConv3d",
     "QuantLinear",
     "batch_invariant",
     "cache_time_embeddings",

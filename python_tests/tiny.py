@@ -12,8 +12,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import Plan, model_record
 
 TEXT_WIDTH = 32

@@ -32,9 +32,10 @@ from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions
 from ldmq_kernels.nn import timestep_groups
+from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.request import split_calls
-from ldmq_kernels.plans.layers import kind_of, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, EndTrajectory, sampler_adjoint
 from ldmq_kernels.sensitivity.analysis import ANALYSED_STEPS
 from ldmq_kernels.sensitivity.candidates import LayerCandidate, LayerSearch, Method

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from ldmq_kernels.calibration.trajectory import UNetCall
+from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.plans.cost import FLOAT_BYTES, weight_bytes
-from ldmq_kernels.plans.layers import kind_of, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
 
 BYTE_DTYPES = (torch.int8, torch.uint8)
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5

@@ -15,12 +15,13 @@ from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.ranges import ALL_STEPS, static_scale
 from ldmq_kernels.calibration.settings import recorded
 from ldmq_kernels.conversion import quantize
+from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme, parse_schemes
 from ldmq_kernels.numerics.smoothing import smoothing_vector
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.plans.cost import layer_bytes, weight_bytes
-from ldmq_kernels.plans.layers import kind_of, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan, model_record
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze
 from ldmq_kernels.sensitivity.candidates import LayerCandidate, Method

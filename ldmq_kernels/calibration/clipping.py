@@ -19,6 +19,7 @@ from ldmq_kernels.calibration.drawings import Call, given_calls
 from ldmq_kernels.calibration.ranges import group_of
 from ldmq_kernels.calibration.settings import SamplingSettings, Settings, changed, each_of, of_record, recorded
 from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory, timestep_of
+from ldmq_kernels.nn.kinds import axes_of
 from ldmq_kernels.numerics.split import LOW_STEPS
 from ldmq_kernels.numerics.sqnr import to_db
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
@@ -139,8 +140,7 @@ class ClippingObserver:
             if layer_plan.first_token and y.dim() == 3:
                 y = y[:, 1:]
             if layer_plan.smoothing is not None:
-                axis = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
-                y = y * layer_plan.smoothing.to(y.device).reshape(axis)
+                y = y * layer_plan.smoothing.to(y.device).reshape(-1, *[1] * axes_of(layer))
             group = min(self._group, len(layer_plan.scales) - 1)
             sums.add(y, layer_plan.scales[group], group, layer_plan)
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory, replay
+from ldmq_kernels.nn.kinds import FloatConvolution, FloatLayer, axes_of, watch_product
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
 ROWS_PER_CALL = 512
 
 
-def hessian_bytes(layer: nn.Linear | nn.Conv2d) -> int:
+def hessian_bytes(layer: FloatLayer) -> int:
     """Bytes of a layer's Hessian: (K, K) float32."""
     return 4 * layer.weight[0].numel() ** 2
 
@@ -50,7 +51,7 @@ def input_hessians(
                 f"{name} is a grouped convolution, whose channels see different inputs: round it to nearest"
             )
     observers = {name: HessianObserver(name, known[name], rows_per_call) for name in layers}
-    handles = [known[name].register_forward_hook(observer, with_kwargs=True) for name, observer in observers.items()]
+    handles = [watch_product(known[name], observer) for name, observer in observers.items()]
     try:
         for _ in replay(model, trajectory):
             pass
@@ -67,7 +68,7 @@ class HessianObserver:
         total: (K, K) float32, the sum of x x^T.
     """
 
-    def __init__(self, name: str, layer: nn.Linear | nn.Conv2d, rows: int) -> None:
+    def __init__(self, name: str, layer: FloatLayer, rows: int) -> None:
         width = layer.weight[0].numel()
         self.total = torch.zeros(width, width, dtype=torch.float32, device=layer.weight.device)
         self._name, self._rows = name, rows
@@ -76,12 +77,12 @@ class HessianObserver:
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Take the rows of one call, or a sample of them that stands for all; a forward hook with keywords."""
         x = layer_input(args, kwargs).detach()
-        channels = output.shape[-3 if isinstance(layer, nn.Conv2d) else -1]
+        channels = output.shape[-1 - axes_of(layer)]
         available = output.numel() // channels
         count = min(self._rows, available)
         chosen = torch.randperm(available, generator=self._random)[:count].to(x.device)
-        if isinstance(layer, nn.Conv2d):
-            seen = _patches(layer, x, chosen, (output.shape[-2], output.shape[-1]))
+        if isinstance(layer, FloatConvolution):
+            seen = _patches(layer, x, chosen, output.shape[-axes_of(layer) :])
         else:
             seen = x.flatten(0, -2)[chosen]
         seen = seen.float()
@@ -90,16 +91,21 @@ class HessianObserver:
         self.total.addmm_(seen.t(), seen, alpha=available / count)
 
 
-def _patches(layer: nn.Conv2d, x: Tensor, positions: Tensor, size: tuple[int, int]) -> Tensor:
-    """(positions, R * S * C): what the convolution sees at some of its output positions, counted over (N, P, Q)."""
-    x = x.unsqueeze(0) if x.dim() == 3 else x
+def _patches(layer: FloatConvolution, x: Tensor, positions: Tensor, size: Sequence[int]) -> Tensor:
+    """(positions, taps * C): what the convolution sees at some of its output positions, counted over (N, *size).
+
+    Taps are in the order of the stored weight: of a 3-D kernel (T, R, S) the ones in time are last.
+    """
+    axes = len(size)
+    x = x.unsqueeze(0) if x.dim() == axes + 1 else x
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode).permute(0, 2, 3, 1)
-    height, width = size
-    sample = positions // (height * width)
-    corners = (positions // width % height, positions % width)
-    rows, columns = (
-        corner[:, None] * stride + torch.arange(taps, device=x.device) * dilation
-        for corner, stride, taps, dilation in zip(corners, layer.stride, layer.kernel_size, layer.dilation, strict=True)
-    )
-    return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]].flatten(1)
+    padded = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode).movedim(1, -1)
+    rest = positions
+    index: list[Tensor] = []
+    for axis in reversed(range(axes)):
+        taps = torch.arange(layer.kernel_size[axis], device=x.device) * layer.dilation[axis]
+        of_axis = (rest % size[axis])[:, None] * layer.stride[axis] + taps
+        index.insert(0, of_axis.view(-1, *(len(taps) if other == axis else 1 for other in range(axes))))
+        rest = rest // size[axis]
+    seen = padded[rest.view(-1, *[1] * axes), *index]
+    return (seen.movedim(1, 3) if axes == 3 else seen).flatten(1)

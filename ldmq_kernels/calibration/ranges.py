@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import folds_of_rows
+from ldmq_kernels.nn.kinds import axes_of
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
@@ -25,7 +26,7 @@ TIMESTEP_GROUPS = 4  # of a timestep scale: each holds as many of the calibratio
 
 def channel_absmax(layer: nn.Module, x: Tensor) -> Tensor:
     """(C,) float32, the largest absolute value of each input channel."""
-    axis = 1 if isinstance(layer, nn.Conv2d) and x.dim() == 4 else 0 if isinstance(layer, nn.Conv2d) else -1
+    axis = -1 - axes_of(layer)
     return x.detach().float().abs().movedim(axis, -1).flatten(0, -2).amax(0)
 
 

@@ -20,6 +20,7 @@ from ldmq_kernels.cli.models import is_pipeline, load, load_pipeline, load_struc
 from ldmq_kernels.conversion import Summary, quantize, summarize
 from ldmq_kernels.conversion.left_in_float import lines_of
 from ldmq_kernels.files import output_folder, printable, write_whole
+from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
 from ldmq_kernels.planning.assignment import MOST_DB
 from ldmq_kernels.planning.drawn import spread_in_words
@@ -29,7 +30,7 @@ from ldmq_kernels.planning.request import PlanRequest
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import MEASURES, Measure, Target
 from ldmq_kernels.plans.cost import weight_bytes
-from ldmq_kernels.plans.layers import kind_of, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers, refusal
 from ldmq_kernels.plans.plan import Plan, PlanError, plan_output
 
 if TYPE_CHECKING:
@@ -84,8 +85,9 @@ def preview(model: Path, request: PlanRequest) -> None:
     for column in ("convolutions", "linears", "bytes before", "bytes after"):
         table.add_column(column, justify="right")
     for scheme in schemes:
-        fitting = [layer for layer in layers if kind_of(layer) in scheme.format.layers]
-        counts = [sum(kind_of(layer) == kind for layer in fitting) for kind in ("conv2d", "linear")]
+        fitting = [layer for layer in layers if not refusal(layer, scheme)]
+        linears = sum(kind_of(layer) == "linear" for layer in fitting)
+        counts = [len(fitting) - linears, linears]
         before = sum(weight_bytes(layer, FLOAT) for layer in layers)
         after = sum(weight_bytes(layer, scheme if layer in fitting else FLOAT) for layer in layers)
         table.add_row(str(scheme), *map(str, counts), f"{before:,}", f"{after:,}")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, name_layers, timestep_groups
+from ldmq_kernels.nn import QuantizedLayer, name_layers, quantized_class, timestep_groups
 from ldmq_kernels.nn.guard import guard_if_asked
-from ldmq_kernels.nn.quant_conv2d import CONVOLUTION
+from ldmq_kernels.nn.kinds import FloatLayer, has_own_convolution, own_computation
 from ldmq_kernels.plans.layers import ADAPTED, modules_below_adapters, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.plans.weights import WeightsCheck
@@ -101,14 +101,9 @@ def check_convertible(model: nn.Module) -> None:
         )
 
 
-def quantized_class(layer: nn.Module) -> type[QuantLinear] | type[QuantConv2d]:
-    """The class that replaces a float layer."""
-    return QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
-
-
 def quantize_layer(
-    name: str, layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan, hessian: Tensor | None = None
-) -> QuantLinear | QuantConv2d:
+    name: str, layer: FloatLayer, layer_plan: LayerPlan, hessian: Tensor | None = None
+) -> QuantizedLayer:
     """The quantized layer that takes the place of `layer`; see `QuantizedLayer.from_float`.
 
     Args:
@@ -118,13 +113,11 @@ def quantize_layer(
         ConversionError: the layer computes something of its own, has hooks or a convolution that would be lost, holds
             no weight yet, its weight is not finite, or GPTQ rounding has no Hessian.
     """
-    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     keep = "give it fp16 in the plan's exceptions to leave it as it is"
-    if type(layer).forward is not kind.forward and not isinstance(layer, QuantizedLayer):
-        raise ConversionError(
-            f"{name}: a {type(layer).__qualname__} has a forward of its own, not {kind.__name__}'s: {keep}"
-        )
-    if isinstance(layer, nn.Conv2d) and layer._conv_forward != CONVOLUTION.__get__(layer):
+    own = "" if isinstance(layer, QuantizedLayer) else own_computation(layer)
+    if own:
+        raise ConversionError(f"{name}: {own}: {keep}")
+    if not isinstance(layer, nn.Linear) and has_own_convolution(layer):
         raise ConversionError(
             f"{name}: its _conv_forward is replaced, as for tiling, and a quantized layer would lose that: quantize "
             'first and replace it then, or set padding_mode="circular" where both axes are tiled'

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ldmq_kernels.nn import QuantizedLayer
+from ldmq_kernels.nn.kinds import own_computation
 from ldmq_kernels.numerics.formats import FLOAT_BYTES
 from ldmq_kernels.plans.layers import modules_below_adapters, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan
@@ -22,7 +23,7 @@ class InFloat:
     Attributes:
         kind: its class.
         bytes: of its weights in fp16.
-        has_scheme: whether a plan could quantize it.
+        has_scheme: whether a plan could quantize it: it is of a kind that has schemes, and computes nothing of its own.
     """
 
     name: str
@@ -41,15 +42,16 @@ def left_in_float(model: nn.Module, layer_plans: Mapping[str, LayerPlan]) -> tup
     layers = quantizable_layers(model)
     found = []
     for name, module in modules_below_adapters(model):
+        own = own_computation(layers[name]) if name in layers else ""
         if name in layers:
             plan = layer_plans.get(name)
             is_quantized = plan.scheme.quantizes if plan else _quantizes(module)
-            reason = (plan.reason if plan else "") or "the plan has it so"
+            reason = (plan.reason if plan else "") or own or "the plan has it so"
         else:
             is_quantized, reason = isinstance(module, LOOKED_UP), f"there is no scheme for a {type(module).__name__}"
         size = 0 if is_quantized else _weights(module)
         if size:
-            found.append(InFloat(name, type(module).__name__, FLOAT_BYTES * size, name in layers, reason))
+            found.append(InFloat(name, type(module).__name__, FLOAT_BYTES * size, name in layers and not own, reason))
     return tuple(found)
 
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from ldmq_kernels.conversion.left_in_float import InFloat, left_in_float
 from ldmq_kernels.nn import QuantizedLayer
+from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import FLOAT, FLOAT_BYTES, SCHEMES, Scheme
 from ldmq_kernels.plans.cost import layer_bytes, weight_bytes
-from ldmq_kernels.plans.layers import kind_of, quantizable_layers
+from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Summary:
 
     Attributes:
         in_float: every module with a weight that stays in float, with the reason; also those that no scheme is for,
-            such as 3-D convolutions.
+            such as transposed convolutions.
     """
 
     schemes: dict[str, SchemeShare]
@@ -59,7 +60,7 @@ class Summary:
 
     @property
     def convolutions(self) -> int:
-        """All 2-D convolutions."""
+        """All convolutions over 1, 2 or 3 axes."""
         return self._layers("convolutions", quantized=False)
 
     @property
@@ -69,7 +70,7 @@ class Summary:
 
     @property
     def quantized_convolutions(self) -> int:
-        """2-D convolutions with integer weights."""
+        """Convolutions with integer weights."""
         return self._layers("convolutions", quantized=True)
 
     @property
@@ -142,17 +143,17 @@ def summarize(model: nn.Module, plan: Plan | None = None) -> Summary:
     """
     layers = quantizable_layers(model)
     layer_plans = {} if plan is None else plan.layers(model)
-    counts: Counter[tuple[Scheme, str]] = Counter()
+    counts: Counter[tuple[Scheme, bool]] = Counter()  # by whether these are linears
     before: Counter[Scheme] = Counter()
     after: Counter[Scheme] = Counter()
     for name, layer in layers.items():
         layer_plan = layer_plans.get(name)
         scheme = layer_plan.scheme if layer_plan else layer.scheme if isinstance(layer, QuantizedLayer) else FLOAT
-        counts[scheme, kind_of(layer)] += 1
+        counts[scheme, isinstance(layer, nn.Linear)] += 1
         before[scheme] += weight_bytes(layer, FLOAT)
         after[scheme] += layer_bytes(layer, layer_plan) if layer_plan else _stored_bytes(layer)
     shares = {
-        str(s): SchemeShare(counts[s, "conv2d"], counts[s, "linear"], before[s], after[s])
+        str(s): SchemeShare(counts[s, False], counts[s, True], before[s], after[s])
         for s in SCHEMES.values()
         if s in before
     }
@@ -162,7 +163,7 @@ def summarize(model: nn.Module, plan: Plan | None = None) -> Summary:
     return Summary(shares, FLOAT_BYTES * other, left_in_float(model, layer_plans))
 
 
-def _stored_bytes(layer: nn.Linear | nn.Conv2d) -> int:
+def _stored_bytes(layer: FloatLayer) -> int:
     """Bytes of a layer's weight, scales and corrections as the layer is now."""
     if not (isinstance(layer, QuantizedLayer) and layer.scheme.quantizes):
         return weight_bytes(layer, FLOAT)

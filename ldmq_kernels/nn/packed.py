@@ -65,6 +65,20 @@ class PackedWeight(nn.Module):
         """Whether this is computed as a linear."""
         raise TypeError("a quantized layer knows whether it is a linear")
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The axes of a stored weight between its outputs and its input channels."""
+        return ()
+
+    def as_picture(self, stored: Tensor) -> Tensor:
+        """A stored tensor (out, *taps, c) as the 2-D convolution takes it, (out, rows, columns, c)."""
+        return stored
+
+    @property
+    def folds_time(self) -> int:
+        """How many temporal taps the 2-D convolution has among its channels."""
+        return 1
+
     @staticmethod
     def from_channels_last(weight: Tensor) -> Tensor:
         """A weight with its input channels last in the float layer's layout."""
@@ -74,7 +88,7 @@ class PackedWeight(nn.Module):
     def weight(self) -> Any:
         """The float layer's weight: of a quantized layer what its integers stand for, made anew and not writable.
 
-        Shape (out, in), or (out, in / groups, R, S) of a convolution; `float_dtype`; on the meta device while a loader
+        Shape (out, in), or (out, in / groups, ...) of a convolution; `float_dtype`; on the meta device while a loader
         fills the layer.
         """
         parameter = self._parameters.get("weight")
@@ -129,7 +143,7 @@ class PackedWeight(nn.Module):
         if packed is not None and as_linear == self._packed_for_linear:
             return packed
         plain = self.plain_weight
-        return plain.flatten(1) if as_linear else plain
+        return plain.flatten(1) if as_linear else self.as_picture(plain)
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint of the layer's scheme has, by their names there."""
@@ -153,7 +167,9 @@ class PackedWeight(nn.Module):
     def _multiplier(self, as_linear: bool) -> Tensor | None:
         """The multipliers as the op takes them, (N, groups) of a linear; None where the format has none."""
         multiplier = self._buffers.get("multiplier")
-        return multiplier.flatten(1) if as_linear and multiplier is not None else multiplier
+        if multiplier is None:
+            return None
+        return multiplier.flatten(1) if as_linear else self.as_picture(multiplier)
 
     def pack(self) -> None:
         """Hold the weight in the form of the backend that serves its device, where that packs this format's."""
@@ -163,8 +179,9 @@ class PackedWeight(nn.Module):
         as_linear = self.is_pointwise
         packer = dispatch.packer(self.scheme.format.products["linear" if as_linear else "conv2d"], weight.device)
         if packer is not None:
-            weight = weight.flatten(1) if as_linear else weight
-            self._hold(PACKED, packer.pack(weight, self._multiplier(as_linear), self.weight_channels))
+            weight = weight.flatten(1) if as_linear else self.as_picture(weight)
+            channels = self.weight_channels * self.folds_time
+            self._hold(PACKED, packer.pack(weight, self._multiplier(as_linear), channels))
             self._hold(PLAIN, None)
             self.packer, self._packed_for_linear = packer, as_linear
 
@@ -179,8 +196,7 @@ class PackedWeight(nn.Module):
     def _unpacked(self, packed: Tensor) -> Tensor:
         assert self.packer is not None
         weight = self.packer.unpack(packed, self._multiplier(self._packed_for_linear))
-        is_flat = self._packed_for_linear and isinstance(self, nn.Conv2d)
-        return weight[:, None, None, :] if is_flat else weight
+        return weight.reshape(weight.shape[0], *self.taps, -1) if self.taps else weight
 
     # -- under its name in checkpoints ---------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What QuantLinear and QuantConv2d share: making them of a float layer, their stored tensors, and loading those."""
+"""What all quantized layers share: making them of a float layer, their stored tensors, and loading those."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ldmq_kernels import ops
 from ldmq_kernels.nn.input_scale import InputScale
+from ldmq_kernels.nn.kinds import CHANNEL_AXES
 from ldmq_kernels.nn.packed import PLAIN, PackedWeight, buffer_name
-from ldmq_kernels.numerics.formats import Scheme, schemes_of
+from ldmq_kernels.numerics.formats import Scheme, no_groups, product_of, schemes_of
 from ldmq_kernels.numerics.smoothing import smoothed_hessian
 from ldmq_kernels.numerics.split import LOW_STEPS, quantize_low_part
 
@@ -20,7 +21,7 @@ FIRST_TOKEN = "first_token_weight"  # the plain weight beside a packed one, for 
 
 
 class QuantizedLayer(PackedWeight, InputScale):
-    """Mixin over nn.Linear or nn.Conv2d; `kind` is "linear" or "conv2d".
+    """Mixin over nn.Linear or a convolution of torch; `kind` is one of `kinds.CLASSES`.
 
     Attributes:
         scheme: what the layer computes in; the float scheme until `from_float` or the loader says more.
@@ -78,7 +79,7 @@ class QuantizedLayer(PackedWeight, InputScale):
         """Quantize a float layer; the bias is shared with it unless it is corrected, the weight is not.
 
         Args:
-            module: nn.Linear or nn.Conv2d.
+            module: nn.Linear, or nn.Conv1d, nn.Conv2d or nn.Conv3d; its class is of the kind that this one is for.
             scheme: what to compute in, of `numerics.formats.SCHEMES`.
             input_scale: (1,) float32, required by a static scheme; (timestep groups,) by a timestep one.
             smoothing: (C,) float32 inverse of the smoothing vector; the weight takes the vector itself. Of
@@ -147,6 +148,8 @@ class QuantizedLayer(PackedWeight, InputScale):
         layer = cls.structure_of(module)
         if layer.kind not in scheme.format.layers:
             raise ValueError(f"there is no {scheme} for a {layer.kind}: choose {', '.join(schemes_of(layer.kind))}")
+        if layer.folds_time > 1 and layer.weight_channels % scheme.format.weight.channel_groups:
+            raise ValueError(no_groups(scheme, layer.weight_channels))
         if not scheme.quantizes:
             return layer
         for op in layer._ops_of(scheme):
@@ -182,7 +185,7 @@ class QuantizedLayer(PackedWeight, InputScale):
         """The ops that compute this kind of layer in a scheme."""
         products, activations = scheme.format.products, scheme.activations
         quantizers = activations.quantize_static, activations.quantize_per_token, activations.quantize_per_sample
-        named = products[self.kind], *quantizers, scheme.format.first_token_op, scheme.format.fused_linear
+        named = products[product_of(self.kind)], *quantizers, scheme.format.first_token_op, scheme.format.fused_linear
         return [op for op in named if op]
 
     def with_activations(self, scheme: Scheme, *, input_scale: Tensor | None = None, first_token: bool = False) -> Self:
@@ -293,10 +296,9 @@ class QuantizedLayer(PackedWeight, InputScale):
         if x.dtype not in ACTIVATION_DTYPES:
             accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in ACTIVATION_DTYPES)
             raise ValueError(f"{layer} is given {x.dtype}, it takes {accepted}: cast the input to the model's dtype")
-        axis = "the last axis" if self.kind == "linear" else "the axis before height and width"
         raise ValueError(
-            f"{layer} is given an input of shape {tuple(x.shape)}, and takes {channels} channels along {axis}: "
-            "is it meant for another model?"
+            f"{layer} is given an input of shape {tuple(x.shape)}, and takes {channels} channels along "
+            f"{CHANNEL_AXES[self.kind]}: is it meant for another model?"
         )
 
     def low_part(self, x: Tensor, x_q: Tensor, axis: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import wrapt
 from torch import Tensor, nn
 
+from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.nn.packed import SAVED_NAME
 from ldmq_kernels.numerics.formats import FORMATS
 
@@ -62,7 +63,7 @@ def _layer(module: nn.Module, name: str) -> nn.Module | None:
 
 def _is_float(layer: nn.Module | None, leaf: str) -> bool:
     """Whether a layer holds a floating weight, and knows nothing of what another package may call as we do."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d) or layer._load_state_dict_pre_hooks:
+    if not isinstance(layer, FloatLayer) or layer._load_state_dict_pre_hooks:
         return False
     weight = layer._parameters.get("weight")
     return weight is not None and weight.is_floating_point() and leaf not in {**layer._parameters, **layer._buffers}

@@ -22,9 +22,10 @@ from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.files import read_json, write_whole
 from ldmq_kernels.kernels import measurements
 from ldmq_kernels.kernels.gpu import cache_folder
+from ldmq_kernels.nn.kinds import FloatLayer, kind_of
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.planning.knapsack import Option
-from ldmq_kernels.plans.layers import kind_of, layer_input, layer_shape, quantizable_layers
+from ldmq_kernels.plans.layers import layer_input, layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, PlanError
 from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.analysis import Analysis, quantized_as
@@ -109,10 +110,10 @@ def _inputs(model: nn.Module, call: UNetCall) -> dict[str, _Input]:
     return inputs
 
 
-def _key(layer: nn.Linear | nn.Conv2d, given: _Input, layer_plan: LayerPlan) -> str:
+def _key(layer: FloatLayer, given: _Input, layer_plan: LayerPlan) -> str:
     """All that a layer's time depends on, in words."""
     words = [kind_of(layer), str(given), "to", "x".join(map(str, layer_shape(layer)))]
-    if isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, nn.Linear):
         words.append(f"stride {layer.stride} padding {layer.padding} dilation {layer.dilation}")
     words.append(str(layer_plan.scheme))
     details = {"smoothed": layer_plan.smoothing is not None, "first token": layer_plan.first_token}
@@ -227,7 +228,7 @@ def measure_times(
     return LayerTimes(times, max(0.0, whole - in_layers))
 
 
-def _work(analysis: Analysis, name: str, layer: nn.Linear | nn.Conv2d, scheme: str, x: Tensor) -> Callable[[], Any]:
+def _work(analysis: Analysis, name: str, layer: FloatLayer, scheme: str, x: Tensor) -> Callable[[], Any]:
     candidate = None if scheme == str(FLOAT) else analysis.candidate(name, scheme)
     module = layer if candidate is None else quantized_as(name, layer, candidate)
     return lambda: module(x)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from ldmq_kernels.nn import QuantizedLayer
+from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import FLOAT_BYTES, Scheme
 from ldmq_kernels.plans.layers import layer_shape
 from ldmq_kernels.plans.plan import LayerPlan
 
 
-def layer_bytes(layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan) -> int:
+def layer_bytes(layer: FloatLayer, layer_plan: LayerPlan) -> int:
     """Bytes that a layer takes in a checkpoint as a plan has it, beside the bias of the float layer.
 
     Args:
@@ -27,7 +26,7 @@ def layer_bytes(layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan) -> int:
 
 
 def weight_bytes(
-    layer: nn.Linear | nn.Conv2d,
+    layer: FloatLayer,
     scheme: Scheme,
     *,
     smoothed: bool = False,

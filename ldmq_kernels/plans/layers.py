@@ -8,7 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldmq_kernels.nn.kinds import CLASSES, FloatLayer, kind_of
+from ldmq_kernels.numerics.formats import Scheme, no_groups
+
 ADAPTED = "base_layer"  # what an adapter of PEFT calls the layer that it is on
+FORMER_KINDS = ("linear", "conv2d")  # those that there were schemes for in plans of former releases
 
 
 def modules_below_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -34,14 +38,10 @@ def place_of(model: nn.Module, layer: str) -> str:
     return layer
 
 
-def quantizable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every linear and every 2-D convolution of a model, in its order, by its name in the model without adapters."""
-    return {name: m for name, m in modules_below_adapters(model) if isinstance(m, nn.Linear | nn.Conv2d)}
-
-
-def kind_of(layer: nn.Module) -> str:
-    """ "linear" or "conv2d"."""
-    return "linear" if isinstance(layer, nn.Linear) else "conv2d"
+def quantizable_layers(model: nn.Module) -> dict[str, FloatLayer]:
+    """Every linear and convolution over 1, 2 or 3 axes of a model, in its order, by its name without adapters."""
+    kinds = tuple(CLASSES.values())
+    return {name: m for name, m in modules_below_adapters(model) if isinstance(m, kinds)}
 
 
 def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -50,14 +50,31 @@ def layer_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     return x
 
 
-def layer_shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+def layer_shape(layer: FloatLayer) -> tuple[int, ...]:
     """Shape of the float weight, whatever the layer holds now."""
     if isinstance(layer, nn.Linear):
         return (layer.out_features, layer.in_features)
     return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the names, kinds and shapes of all quantizable layers; the same before and after quantization."""
-    lines = [f"{name} {kind_of(m)} {layer_shape(m)}" for name, m in quantizable_layers(model).items()]
+def refusal(layer: FloatLayer, scheme: Scheme) -> str:
+    """Why a layer of this kind and shape cannot have a scheme, in words; "" where it can."""
+    kind = kind_of(layer)
+    if kind not in scheme.format.layers:
+        return f"no {scheme} for a {kind}"
+    _, channels, *kernel = layer_shape(layer)
+    folds_time = kind == "conv3d" and kernel[0] > 1 and kernel[1:] != [1, 1]
+    if folds_time and channels % scheme.format.weight.channel_groups:
+        return no_groups(scheme, channels)
+    return ""
+
+
+def fingerprint(model: nn.Module, kinds: Sequence[str] = tuple(CLASSES)) -> str:
+    """Hash of the names, kinds and shapes of all quantizable layers; the same before and after quantization.
+
+    Args:
+        kinds: which count; those of former releases give the hash that their plans have.
+    """
+    layers = {name: layer for name, layer in quantizable_layers(model).items() if kind_of(layer) in kinds}
+    lines = [f"{name} {kind_of(m)} {layer_shape(m)}" for name, m in layers.items()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -32,8 +32,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldmq_kernels.files import output_file, printable
+from ldmq_kernels.nn.kinds import FloatLayer, kind_of, own_computation
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme
-from ldmq_kernels.plans.layers import fingerprint, kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.plans.layers import FORMER_KINDS, fingerprint, layer_shape, quantizable_layers, refusal
 from ldmq_kernels.plans.reading import (
     KIND,
     VERSION,
@@ -74,6 +75,10 @@ class LayerPlan:
         """The input scales: none, the one, or one for each timestep group."""
         scale = self.input_scale
         return () if scale is None else scale if isinstance(scale, tuple) else (scale,)
+
+
+# of a kind that had no schemes when the plan was made
+OF_FORMER_PLAN = LayerPlan(FLOAT, "the plan is from before such convolutions had schemes: plan again to quantize it")
 
 
 @dataclass
@@ -175,7 +180,10 @@ class Plan:
                 "checkpoint, or take the plan file that it was made by"
             )
         layers = quantizable_layers(model)
+        known = layers
         if self.model["fingerprint"] != fingerprint(model):
+            known = {name: layer for name, layer in layers.items() if kind_of(layer) in FORMER_KINDS}
+        if self.model["fingerprint"] not in (fingerprint(model), fingerprint(model, FORMER_KINDS)):
             raise PlanError(
                 f"this plan is for a {self.model['class']} with {self.model['layers']} layers (fingerprint "
                 f"{self.model['fingerprint']}), the model is a {type(model).__name__} with {len(layers)} "
@@ -183,10 +191,10 @@ class Plan:
             )
         for group in (self.exceptions, self.input_scales, self.smoothing, self.bias_correction, self.details):
             for name in group:
-                if name not in layers:
+                if name not in known:
                     raise PlanError(f"the plan names a layer {name!r} that the model does not have: remove it")
         check_timestep_groups(self.timestep_groups, "the plan")
-        layer_plans = {name: self.layer(name) for name in layers}
+        layer_plans = {name: self.layer(name) if name in known else OF_FORMER_PLAN for name in layers}
         for name, layer_plan in layer_plans.items():
             try:
                 _check_layer_plan(layers[name], layer_plan, len(self.timestep_groups) + 1)
@@ -258,12 +266,14 @@ def plan_output(path: str | Path) -> Iterator[Callable[[Plan], None]]:
         yield lambda plan: write(plan.to_bytes())
 
 
-def _check_layer_plan(layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan, groups: int) -> None:
+def _check_layer_plan(layer: FloatLayer, layer_plan: LayerPlan, groups: int) -> None:
     """Refuse what a layer cannot become; `groups` is the number of timestep groups."""
     scheme, kind, (out, channels) = layer_plan.scheme, kind_of(layer), layer_shape(layer)[:2]
     if kind not in scheme.format.layers:
         accepted = ", ".join(n for n, s in SCHEMES.items() if kind in s.format.layers)
         raise PlanError(f"there is no {scheme} for a {kind}: choose one of {accepted}")
+    if why_not := refusal(layer, scheme):
+        raise PlanError(why_not)
     scale = layer_plan.input_scale
     if scheme.is_static and scale is None:
         raise PlanError(
@@ -324,12 +334,10 @@ def uniform_plan(model: nn.Module, scheme: str) -> Plan:
     """
     check_uniform(scheme)
     if not quantizable_layers(model):
-        raise PlanError(
-            f"this {type(model).__name__} has no linear and no 2-D convolution: nothing of it can be quantized"
-        )
-    exceptions = {
-        name: {"scheme": str(FLOAT), "reason": f"no {scheme} for a {kind_of(m)}"}
-        for name, m in quantizable_layers(model).items()
-        if kind_of(m) not in SCHEMES[scheme].format.layers
+        raise PlanError(f"this {type(model).__name__} has no linear and no convolution: nothing of it can be quantized")
+    reasons = {
+        name: own_computation(layer) or refusal(layer, SCHEMES[scheme])
+        for name, layer in quantizable_layers(model).items()
     }
+    exceptions = {name: {"scheme": str(FLOAT), "reason": reason} for name, reason in reasons.items() if reason}
     return Plan(model_record(model), [{"pattern": "*", "scheme": scheme}], exceptions)

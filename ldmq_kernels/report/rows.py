@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ldmq_kernels.files import csv_bytes
+from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.cost import layer_bytes, weight_bytes
-from ldmq_kernels.plans.layers import kind_of, layer_shape, quantizable_layers
+from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import finite_db

@@ -19,6 +19,7 @@ from ldmq_kernels.calibration.settings import Settings, recorded
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.nn import timestep_groups
+from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -89,7 +90,7 @@ class Analysis:
         return next((c for c in self.candidates[layer] if str(c.scheme) == scheme), None)
 
 
-def quantized_as(name: str, layer: nn.Linear | nn.Conv2d, candidate: LayerCandidate) -> nn.Module:
+def quantized_as(name: str, layer: FloatLayer, candidate: LayerCandidate) -> nn.Module:
     """The layer quantized as a candidate has it; the float one stays as it is."""
     if candidate.quantized_layer is not None:
         return candidate.quantized_layer

@@ -20,10 +20,11 @@ from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.hessian import HessianObserver
 from ldmq_kernels.calibration.ranges import static_scale
 from ldmq_kernels.conversion.convert import quantize_layer
-from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
+from ldmq_kernels.nn import QuantizedLayer, quantized_class
+from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import SCHEMES, Scheme
 from ldmq_kernels.numerics.smoothing import parts_vector, smoothing_vector
-from ldmq_kernels.plans.layers import kind_of
+from ldmq_kernels.plans.layers import refusal
 from ldmq_kernels.plans.plan import LayerPlan
 from ldmq_kernels.sensitivity.adjoint import EndTrajectory
 from ldmq_kernels.sensitivity.end_noise import EndNoise, end_noise
@@ -107,7 +108,7 @@ class LayerSearch:
     def __init__(
         self,
         name: str,
-        layer: nn.Linear | nn.Conv2d,
+        layer: FloatLayer,
         records: list[LayerRecord],
         calibration: Calibration,
         method: Method,
@@ -119,8 +120,7 @@ class LayerSearch:
         self.judges: dict[str, Callable[[LayerRecord | EndRecord], QuantizedLayer]] = {}
         self.reference = FloatReference.of(layer, records)
         self.timesteps = calibration.trajectory.timesteps()
-        kind: type[QuantizedLayer] = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
-        self.weight = kind.to_channels_last(layer.weight.detach())
+        self.weight = quantized_class(layer).to_channels_last(layer.weight.detach())
         self.calibration = calibration
         self.whole = {True: calibration, False: calibration.with_first_token()}  # by whether the first token is apart
         self.other = {apart: [whole.of_fold(1 - fold) for fold in (0, 1)] for apart, whole in self.whole.items()}
@@ -316,7 +316,7 @@ class LayerSearch:
                 others too.
         """
         order = sorted(
-            (s for s in schemes if s.quantizes and kind_of(self.layer) in s.format.layers),
+            (s for s in schemes if s.quantizes and not refusal(self.layer, s)),
             key=lambda s: (s.finer is not None, list(SCHEMES).index(str(s))),
         )
         tried: dict[str, Recipe] = {}

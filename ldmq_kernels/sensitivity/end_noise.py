@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldmq_kernels.nn import product_of_layer
 from ldmq_kernels.sensitivity.adjoint import End, EndTrajectory
 from ldmq_kernels.sensitivity.probes import EndRecord
 
@@ -93,7 +94,7 @@ def end_noise(
     """
     sums = {name: _Amplitudes(ends) for name in quantized}
     for record in records:
-        exact = layer(record.x).float()
+        exact = product_of_layer(layer, record.x).float()
         for name, layer_for in quantized.items():
-            sums[name].add(record, layer_for(record)(record.x).float() - exact)
+            sums[name].add(record, product_of_layer(layer_for(record), record.x).float() - exact)
     return {name: total.noise() for name, total in sums.items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows, prompts_of_rows
 from ldmq_kernels.chunks import chunks_within
+from ldmq_kernels.nn.kinds import FloatLayer, watch_product
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 from ldmq_kernels.sensitivity.adjoint import EndTrajectory, frozen, rademacher
 
@@ -91,13 +92,11 @@ class EndRecord:
 class _Recorder:
     """Hooks that keep inputs, and the gradients of outputs, of some layers during a call."""
 
-    def __init__(self, layers: dict[str, nn.Linear | nn.Conv2d], probes: int) -> None:
+    def __init__(self, layers: dict[str, FloatLayer], probes: int) -> None:
         self.inputs: list[tuple[str, Tensor]] = []  # a layer may run several times in a call
         self.outputs: list[Tensor] = []
         self.probes = probes
-        self._handles = [
-            layer.register_forward_hook(self._hook(name), with_kwargs=True) for name, layer in layers.items()
-        ]
+        self._handles = [watch_product(layer, self._hook(name)) for name, layer in layers.items()]
 
     def _hook(self, name: str) -> Any:
         def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -217,9 +216,7 @@ def chunks_of_layers(
         return size
 
     for calls, probes in replays:
-        handles = [
-            modules[name].register_forward_hook(note(name, probes, len(calls)), with_kwargs=True) for name in layers
-        ]
+        handles = [watch_product(modules[name], note(name, probes, len(calls))) for name in layers]
         try:
             with torch.no_grad():
                 calls[0].run(model)

@@ -7,10 +7,10 @@ from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldmq_kernels.conversion.convert import quantized_class
-from ldmq_kernels.nn import QuantizedLayer
+from ldmq_kernels.nn import QuantizedLayer, quantized_class
+from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.plan import LayerPlan
 from ldmq_kernels.sensitivity.adjoint import End
@@ -123,7 +123,7 @@ def store_candidates(candidates: Sequence[LayerCandidate]) -> Stored:
     return Stored(data, tensors)
 
 
-def _quantized_layer(layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan, tensors: dict[str, Tensor]) -> QuantizedLayer:
+def _quantized_layer(layer: FloatLayer, layer_plan: LayerPlan, tensors: dict[str, Tensor]) -> QuantizedLayer:
     """The quantized layer of a layer plan with the tensors that it had; its bias is the float layer's, corrected."""
     quantized = quantized_class(layer).empty(
         layer,
@@ -142,7 +142,7 @@ def _quantized_layer(layer: nn.Linear | nn.Conv2d, layer_plan: LayerPlan, tensor
     return quantized
 
 
-def candidates_of(stored: Stored, layer: nn.Linear | nn.Conv2d) -> list[LayerCandidate]:
+def candidates_of(stored: Stored, layer: FloatLayer) -> list[LayerCandidate]:
     """The candidates, on the float layer's device."""
     found = []
     for index, entry in enumerate(stored.data):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.ranges import group_of
-from ldmq_kernels.nn import QuantizedLayer
+from ldmq_kernels.nn import QuantizedLayer, product_of_layer
+from ldmq_kernels.nn.kinds import axes_of
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 from ldmq_kernels.sensitivity.probes import EndRecord, LayerRecord
 
@@ -26,7 +27,7 @@ class FloatReference:
     def of(cls, layer: nn.Module, records: list[LayerRecord]) -> FloatReference:
         """Run the float layer on its recorded inputs, each cut into two folds."""
         records = [fold for whole in records for fold in whole.folds()]
-        outputs = [layer(record.x).float() for record in records]
+        outputs = [product_of_layer(layer, record.x).float() for record in records]
         return cls(records, outputs, sum(float(out.double().square().sum()) for out in outputs))
 
 
@@ -48,10 +49,12 @@ class Outcome:
     mean_errors: tuple[Tensor, ...] = ()
 
 
-def _channels_last(output: Tensor) -> Tensor:
+def _channels_last(output: Tensor, layer: nn.Module) -> Tensor:
     """Reshape the output of a linear or convolution to (samples, positions, channels)."""
-    if output.dim() == 4:
-        return output.permute(0, 2, 3, 1).flatten(1, 2)
+    axes = axes_of(layer)
+    if axes:
+        batch = output if output.dim() == axes + 2 else output.unsqueeze(0)
+        return batch.movedim(1, -1).flatten(1, -2)
     return output.unsqueeze(1) if output.dim() == 2 else output.flatten(1, -2)
 
 
@@ -77,7 +80,8 @@ def try_out(reference: FloatReference, layer_for: Callable[[LayerRecord], nn.Mod
     sums: dict[int, Tensor] = {}  # fold -> of each channel's error
     counts, powers = [0, 0], [0.0, 0.0]
     for record, output in zip(reference.records, reference.outputs, strict=True):
-        error = _channels_last(layer_for(record)(record.x).float() - output)
+        layer = layer_for(record)
+        error = _channels_last(product_of_layer(layer, record.x).float() - output, layer)
         total = error.sum((0, 1), dtype=torch.float64)
         sums[record.fold] = sums[record.fold] + total if record.fold in sums else total
         counts[record.fold] += error.shape[0] * error.shape[1]
@@ -108,7 +112,7 @@ def estimated_output_noise(
     for record, output in zip(reference.records, reference.outputs, strict=True):
         if not record.gradients:
             return None
-        error = layer_for(record)(record.x).float() - output
+        error = product_of_layer(layer_for(record), record.x).float() - output
         key = record.step, record.call, record.fold
         draws = [(error * g).flatten(1).sum(1, dtype=torch.float64) for g in record.gradients]
         effects.setdefault(key, []).append(draws)

@@ -107,6 +107,7 @@ def test_a_layer_with_its_own_forward_is_refused_by_name_unless_the_plan_leaves_
 
     model = nn.Sequential(nn.Linear(16, 16), Scaled(16, 16))
     plan = uniform_plan(model, "w8a16")
+    assert "Scaled has a forward of its own, not Linear's" in plan.exceptions.pop("1")["reason"]
     with pytest.raises(ConversionError, match=r"1: a .*Scaled has a forward of its own"):
         convert(model, plan)
     plan.exceptions["1"] = {"scheme": "fp16"}

@@ -65,32 +65,38 @@ def test_a_plan_for_another_model_is_refused():
 
 
 def test_whatever_stays_in_float_is_named_with_its_reason():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Conv3d(2, 3, 1), nn.Conv1d(4, 2, 3), nn.LayerNorm(4), nn.Embedding(9, 4))
-    model.append(nn.Linear(4, 2))
+    class Scaled(nn.Conv3d):
+        def forward(self, x):
+            return nn.functional.conv3d(x, 2 * self.weight)
+
+    model = nn.Sequential(nn.Linear(4, 4), Scaled(2, 3, 1), nn.ConvTranspose1d(4, 2, 3), nn.LayerNorm(4))
+    model.extend([nn.Embedding(9, 4), nn.Linear(4, 2), nn.Conv3d(2, 3, 1), nn.Conv1d(2, 3, 1)])
     plan = uniform_plan(model, "w8a8-dynamic")
     plan.exceptions["5"] = {"scheme": "fp16", "reason": "too noisy"}
     predicted = summarize(model, plan)
     assert [(module.name, module.kind, module.has_scheme, module.reason) for module in predicted.in_float] == [
-        ("1", "Conv3d", False, "there is no scheme for a Conv3d"),
-        ("2", "Conv1d", False, "there is no scheme for a Conv1d"),
+        ("1", "Scaled", False, f"a {Scaled.__qualname__} has a forward of its own, not Conv3d's"),
+        ("2", "ConvTranspose1d", False, "there is no scheme for a ConvTranspose1d"),
         ("5", "Linear", True, "too noisy"),
     ]
-    assert "1 Conv3d in float, 0.00 MB; 1 Conv1d in float" in str(predicted)
+    assert str(predicted).startswith("2 of 3 convolutions and 1 of 2 linears quantized")
+    assert "1 Scaled in float, 0.00 MB; 1 ConvTranspose1d in float" in str(predicted)
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(predicted.table())
-    assert "no scheme: 1 Conv3d" in console.export_text()
+    assert "no scheme: 1 Scaled" in console.export_text()
     assert lines_of(predicted.in_float)[2] == "in float, too noisy: 5"
     convert(model, plan)
-    assert summarize(model).in_float == predicted.in_float
+    assert summarize(model).in_float == predicted.in_float  # reasons apart
+    assert [type(model[place]).__name__ for place in (1, 6, 7)] == ["Scaled", "QuantConv3d", "QuantConv1d"]
 
 
 def test_quantizing_says_what_there_is_no_scheme_for(caplog):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Conv3d(2, 3, 1), nn.Conv3d(2, 3, 1))
+    model = nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose3d(2, 3, 1), nn.ConvTranspose3d(2, 3, 1))
     quantize(model, scheme="w8a16")
-    assert "2 Conv3d of this Sequential stay in float" in caplog.text
+    assert "2 ConvTranspose3d of this Sequential stay in float" in caplog.text
     assert "1, 2" in caplog.text
 
 
 def test_a_model_without_any_layer_for_it_is_refused():
-    with pytest.raises(PlanError, match=r"Conv3d has no linear and no 2-D convolution"):
-        quantize(nn.Conv3d(2, 3, 1), scheme="w8a16")
+    with pytest.raises(PlanError, match=r"ConvTranspose3d has no linear and no convolution"):
+        quantize(nn.ConvTranspose3d(2, 3, 1), scheme="w8a16")

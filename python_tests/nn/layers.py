@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.nn import QuantConv2d, QuantLinear
+from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear, quantized_class
+from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.formats.int4 import expand_groups, unpack_int4
 from ldmq_kernels.numerics.formats.int4_two_level import fold_multiplier
@@ -19,11 +20,9 @@ SQNR_FLOOR_DB = {"w8a8": 35.0, "w8a16": 40.0, "w4a8": 15.0, "w4a16": 18.0}
 CONV_SCHEMES = [name for name in LINEAR_SCHEMES if "conv2d" in SCHEMES[name].format.layers]
 
 
-def quantized(
-    layer: nn.Linear | nn.Conv2d, scheme: str, *, smooth: bool = False, scale: float = 0.02
-) -> QuantLinear | QuantConv2d:
+def quantized(layer: FloatLayer, scheme: str, *, smooth: bool = False, scale: float = 0.02) -> QuantizedLayer:
     """The layer quantized, by default with an input scale that standard normal inputs overrun now and then."""
-    kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
+    kind = quantized_class(layer)
     channels = layer.weight.shape[1]
     smoothing = torch.exp2(torch.arange(channels) % 3 - 1.0) if smooth else None
     input_scale = torch.tensor([scale]) if SCHEMES[scheme].is_static else None

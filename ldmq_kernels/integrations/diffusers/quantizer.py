@@ -16,7 +16,7 @@ import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from ldmq_kernels.conversion.convert import ConversionError, quantize_layer, quantized_class, replace_modules
+from ldmq_kernels.conversion.convert import ConversionError, quantize_layer, replace_modules
 from ldmq_kernels.integrations.diffusers.config import LdmqConfig
 from ldmq_kernels.integrations.diffusers.integrity import (
     MARK,
@@ -26,8 +26,9 @@ from ldmq_kernels.integrations.diffusers.integrity import (
     refuse_marked,
     without_adapters,
 )
-from ldmq_kernels.nn import QuantizedLayer, name_layers, timestep_groups
+from ldmq_kernels.nn import QuantizedLayer, name_layers, quantized_class, timestep_groups
 from ldmq_kernels.nn.guard import guard_if_asked
+from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.plans.weights import WeightsCheck
@@ -180,7 +181,7 @@ class LdmqQuantizer(DiffusersQuantizer):
         name, _, leaf = param_name.rpartition(".")
         layer = model.get_submodule(name)
         if not self.pre_quantized:
-            assert isinstance(layer, nn.Linear | nn.Conv2d)
+            assert isinstance(layer, FloatLayer)
             layer.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
             if self._weights is not None:
                 self._weights.add(name, layer.weight)

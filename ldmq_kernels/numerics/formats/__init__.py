@@ -3,7 +3,14 @@
 A new format is a file here with a `WeightFormat` and a `Format`, its line below, and the op that it names.
 """
 
-from ldmq_kernels.numerics.formats.base import FLOAT_BYTES, ActivationFormat, Buffer, Format, WeightFormat
+from ldmq_kernels.numerics.formats.base import (
+    FLOAT_BYTES,
+    ActivationFormat,
+    Buffer,
+    Format,
+    WeightFormat,
+    product_of,
+)
 from ldmq_kernels.numerics.formats.float16 import FP16
 from ldmq_kernels.numerics.formats.int4_grouped import W4A16
 from ldmq_kernels.numerics.formats.int4_two_level import W4A8
@@ -13,6 +20,7 @@ from ldmq_kernels.numerics.formats.registry import (
     FORMER_NAMES,
     SCHEMES,
     Scheme,
+    no_groups,
     parse_schemes,
     register,
     scheme_of,
@@ -35,7 +43,9 @@ __all__ = [
     "Format",
     "Scheme",
     "WeightFormat",
+    "no_groups",
     "parse_schemes",
+    "product_of",
     "register",
     "scheme_of",
     "schemes_of",

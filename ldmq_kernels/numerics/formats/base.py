@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 FLOAT_BYTES = 2  # of a value in 16 bit
-KINDS = ("linear", "conv2d")
+PRODUCTS = ("linear", "conv2d")
+KINDS = ("linear", "conv2d", "conv1d", "conv3d")
+
+
+def product_of(kind: str) -> str:
+    """The kind of product that computes a kind of layer: 2-D convolution computes those over 1 and 3 axes."""
+    return "linear" if kind == "linear" else "conv2d"
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,13 @@ class WeightFormat(ABC):
         is_quantized: whether anything but the model's own floating weight is stored.
         is_precise: whether its rounding is fine enough for the blocks of a model that are most sensitive.
         is_coarse: whether its rounding is so coarse that GPTQ's is worth a trial.
+        channel_groups: how many neighbouring input channels share something.
     """
 
     is_quantized: bool = True
     is_precise: bool = False
     is_coarse: bool = False
+    channel_groups: int = 1
 
     @abstractmethod
     def buffers(self, shape: Sequence[int]) -> dict[str, Buffer]:
@@ -122,8 +130,8 @@ class Format:
         name: such as "w8a8"; a scheme is called by it and by the activations' suffix.
         weight: how weights are stored.
         activations: the ways to scale activations, in the order in which they are listed.
-        products: the op's name for each kind of layer that can have the format, "linear" or "conv2d". A 1x1 convolution
-            is computed as a linear.
+        products: the op's name for each kind of product that the format has, "linear" or "conv2d". A 1x1 convolution
+            is computed as a linear, one over 1 or 3 axes as a 2-D one.
         operands: the names of the stored tensors that the op takes after the weight, in its order; each has a row for
             each output.
         operation_cost: of a multiply-accumulate, relative to int8 by int8.
@@ -160,11 +168,15 @@ class Format:
             missing.append("products must name the linear's op too, which computes 1x1 convolutions")
         if missing:
             raise TypeError(f"format {self.name!r} has no implementation: {'; '.join(missing)}")
-        unknown = set(self.products) - set(KINDS)
+        unknown = set(self.products) - set(PRODUCTS)
         if unknown:
-            raise ValueError(f"format {self.name!r} has products for {', '.join(sorted(unknown))}: known are {KINDS}")
+            raise ValueError(
+                f"format {self.name!r} has products for {', '.join(sorted(unknown))}: known are {PRODUCTS}"
+            )
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The kinds of layers that can have the format."""
-        return tuple(self.products) if self.weight.is_quantized else KINDS
+        if not self.weight.is_quantized:
+            return KINDS
+        return tuple(kind for kind in KINDS if product_of(kind) in self.products)

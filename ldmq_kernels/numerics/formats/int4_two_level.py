@@ -106,6 +106,7 @@ class TwoLevelInt4Weight(WeightFormat):
     """int4 in groups that share an int8 grid per channel: value = weight * multiplier * weight_scale."""
 
     is_coarse = True
+    channel_groups = GROUP_SIZE
 
     def buffers(self, shape: Sequence[int]) -> dict[str, Buffer]:
         """Two integers to a byte, a multiplier for each group, and a scale for each output channel."""

@@ -84,7 +84,7 @@ class Scheme:
         """The tensors that a layer stores, by name.
 
         Args:
-            shape: (out, C) or (out, R, S, C) of the float weight.
+            shape: (out, C), or (out, ..., C) of a convolution's float weight.
             smoothed: whether the input is smoothed, which only quantized activations are.
             timestep_groups: of a timestep scheme.
         """
@@ -176,8 +176,16 @@ def scheme_of(name: str) -> Scheme:
 
 
 def schemes_of(kind: str) -> list[str]:
-    """The schemes that a "linear" or a "conv2d" can have."""
+    """The schemes that a kind of layer can have: a "linear", a "conv1d", a "conv2d" or a "conv3d"."""
     return [name for name, scheme in SCHEMES.items() if kind in scheme.format.layers]
+
+
+def no_groups(scheme: Scheme, channels: int) -> str:
+    """Why a convolution over time and space with so many input channels cannot have a scheme, in words."""
+    return (
+        f"{scheme} has groups of {scheme.format.weight.channel_groups} input channels, which the {channels} of a "
+        "conv3d over time and space cannot be folded into: choose an 8-bit scheme"
+    )
 
 
 def parse_schemes(names: list[str] | tuple[str, ...]) -> list[Scheme]:
