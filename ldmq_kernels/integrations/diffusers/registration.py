@@ -39,7 +39,7 @@ def _save_config(save: Callable[..., Any], model: Any, args: Any, kwargs: Any) -
 
 
 def record(model: nn.Module, plan: Plan) -> None:
-    """Make a model of diffusers that was just converted call the fused ops, and `save_pretrained` write the plan."""
+    """Make a model that was just converted call the fused ops, and `save_pretrained` write the plan."""
     from diffusers import ModelMixin  # when this module is imported, diffusers may still be loading it
 
     if isinstance(model, ModelMixin):
