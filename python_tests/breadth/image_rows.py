@@ -62,7 +62,7 @@ def _() -> Any:
 EMBEDDINGS = (("prompt_embeds", 0), ("negative_prompt_embeds", 10))
 
 
-@row("sd15, FreeU")
+@row("sd15, FreeU", is_saved_whole=False)
 def _() -> Any:
     pipe = StableDiffusionPipeline(**parts.stable_diffusion())
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
@@ -292,7 +292,7 @@ def _() -> Any:
     return pipe, three(_with_picture, **DRAWN)
 
 
-@row("ip-adapter")
+@row("ip-adapter", is_saved_whole=False)
 def _() -> Any:
     pipe = StableDiffusionPipeline(**parts.stable_diffusion())
     parts.add_ip_adapter(pipe.unet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,14 @@ import ldmq_kernels as ldmq
 from ldmq_kernels.calibration.denoisers import chosen, denoiser
 from ldmq_kernels.calibration.drawings import LATENT, draw
 from ldmq_kernels.calibration.settings import SamplingSettings
-from ldmq_kernels.calibration.trajectory import record_trajectory
+from ldmq_kernels.calibration.trajectory import UNetCall, record_trajectory
 from ldmq_kernels.conversion import summarize
 from ldmq_kernels.conversion.summary import Summary
 from ldmq_kernels.numerics.sqnr import relative_noise_power
 from ldmq_kernels.planning.session import mean_db
 from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.sensitivity.output_noise import finite_db, output_noise
+from python_tests.breadth.operations import share_in_8_bits
 from python_tests.breadth.rows import Row
 
 OTHER_SEED = 500  # of the calls that are drawn again
@@ -31,12 +33,17 @@ class Measured:
     Attributes:
         called_db: SQNR of the quantized model at the user's own calls, from another seed, mean over steps.
         drawn_db: SQNR of what the pipeline draws there.
+        share_in_8_bits: of the multiply-accumulates of a call.
+        is_reloaded: whether the model, saved and loaded again, gives the same bits; of a row whose model has what is
+            not saved with it, that is not asked.
     """
 
     plan: Plan
     summary: Summary
     called_db: float
     drawn_db: float
+    share_in_8_bits: float
+    is_reloaded: bool
 
     @property
     def held_out_db(self) -> float:
@@ -61,8 +68,18 @@ def measured(row: Row, target_db: float, formats: Sequence[str], calls: int = 3)
     model = denoiser(chosen(pipe, row.part))
     settings = SamplingSettings(None, None, OTHER_SEED)
     exact = record_trajectory(chosen(pipe, row.part), given, settings)
+    share = share_in_8_bits(model, exact.calls[0], plan)
     ldmq.quantize(pipe, plan, calls=given, show_progress=False)
     noise = output_noise(model, exact)
     drawn = draw(pipe, given, settings, LATENT)
     power = sum(relative_noise_power(a, b) for a, b in zip(exact.outputs, drawn, strict=True)) / len(drawn)
-    return Measured(plan, summarize(model), mean_db(noise), finite_db(power))
+    same = not row.is_saved_whole or _is_reloaded(model, exact.calls[0])
+    return Measured(plan, summarize(model), mean_db(noise), finite_db(power), share, same)
+
+
+def _is_reloaded(model: Any, call: UNetCall) -> bool:
+    """Whether a quantized model that is saved comes back as it was: with the same output in a call."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder).eval()
+        return torch.equal(call.run(again), call.run(model))

@@ -17,19 +17,23 @@ class Row:
         build: makes the pipeline and three calls of it, of which the last one verifies the plan.
         part: which of its denoisers is planned; the first one if None.
         is_large: whether its models are large, so that two calls are enough for the matrix.
+        is_saved_whole: whether all that the model computes is saved with it: adapters and FreeU are not.
     """
 
     name: str
     build: Callable[[], tuple[Any, list[Any]]]
     part: str | None = None
     is_large: bool = False
+    is_saved_whole: bool = True
 
 
-def row(name: str, *, part: str | None = None, is_large: bool = False) -> Callable[[Any], Any]:
+def row(
+    name: str, *, part: str | None = None, is_large: bool = False, is_saved_whole: bool = True
+) -> Callable[[Any], Any]:
     """Register a function that builds a pipeline and its calls under a name."""
 
     def register(build: Callable[[], tuple[Any, list[Any]]]) -> Callable[[], tuple[Any, list[Any]]]:
-        ROWS[name] = Row(name, build, part, is_large)
+        ROWS[name] = Row(name, build, part, is_large, is_saved_whole)
         return build
 
     return register

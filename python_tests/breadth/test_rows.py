@@ -42,6 +42,8 @@ def test_a_plan_made_through_the_pipelines_own_calls_holds_at_other_seeds(row: R
     assert found.held_out_db >= TARGET_DB
     assert found.called_db >= TARGET_DB - 2
     assert found.summary.quantized_linears >= 0.8 * found.summary.linears
+    assert found.is_reloaded
+    assert 0.5 < found.share_in_8_bits < 1
     assert (found.plan.calibration["calls"], found.plan.measured["verified_on"]) == (1, "held-out calls")
 
 
