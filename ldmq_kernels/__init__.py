@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ldmq_kernels.integrations.diffusers.step_cache import cache_time_embeddings, uncache_time_embeddings
     from ldmq_kernels.kernels.dispatch import dispatch_report, use_backend
     from ldmq_kernels.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
+    from ldmq_kernels.nn.cuts import check_cut_latents
     from ldmq_kernels.nn.guard import guard
     from ldmq_kernels.numerics.sqnr import sqnr_db
     from ldmq_kernels.planning.planner import plan
@@ -43,6 +44,7 @@ _EXPORTS = {
     "batch_invariant": "integrations.diffusers.batch_invariance",
     "cache_time_embeddings": "integrations.diffusers.step_cache",
     "capture": "graphs",
+    "check_cut_latents": "nn.cuts",
     "clipping": "calibration.clipping",
     "dispatch_report": "kernels.dispatch",
     "guard": "nn.guard",
@@ -65,6 +67,7 @@ __all__ = [
     "batch_invariant",
     "cache_time_embeddings",
     "capture",
+    "check_cut_latents",
     "clipping",
     "dispatch_report",
     "guard",

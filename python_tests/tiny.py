@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldmq_kernels.nn.kinds import kind_of
+from ldmq_kernels.nn.kinds import CLASSES, kind_of
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
+from ldmq_kernels.plans.layers import layer_shape, quantizable_layers, refusal
 from ldmq_kernels.plans.plan import Plan, model_record
 
 TEXT_WIDTH = 32
@@ -126,9 +126,9 @@ def mixed_plan(model: nn.Module) -> Plan:
     has_steps = "timestep" in inspect.signature(model.forward).parameters
     plan = Plan(model_record(model), [{"pattern": "*", "scheme": "w8a8-dynamic"}], timestep_groups=[600.0, 300.0])
     taken = [(name, s) for name, s in SCHEMES.items() if has_steps or not s.has_timestep_scales]
-    names = {kind: cycle([n for n, s in taken if kind in s.format.layers]) for kind in ("linear", "conv2d")}
+    names = {kind: cycle([n for n, s in taken if kind in s.format.layers]) for kind in CLASSES}
     for index, (name, layer) in enumerate(quantizable_layers(model).items()):
-        scheme = SCHEMES[next(names[kind_of(layer)])]
+        scheme = next(s for name in names[kind_of(layer)] if not refusal(layer, s := SCHEMES[name]))
         if str(scheme) != "w8a8-dynamic":
             plan.exceptions[name] = {"scheme": str(scheme), "reason": "every scheme in turn"}
         if scheme.is_static:

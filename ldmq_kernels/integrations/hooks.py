@@ -18,6 +18,9 @@ def install() -> None:
         "ldmq_kernels.integrations.diffusers.saving:wrap_models", "diffusers.models.modeling_utils"
     )
     wrapt.register_post_import_hook("ldmq_kernels.integrations.transformers:register", "transformers.quantizers.auto")
+    wrapt.register_post_import_hook(
+        "ldmq_kernels.integrations.tensor_parallel:watch_sharding", "torch.distributed.tensor.parallel.api"
+    )
     wrapt.register_post_import_hook("ldmq_kernels.integrations.peft:watch_merging", "peft.tuners.tuners_utils")
     wrapt.register_post_import_hook(
         "ldmq_kernels.integrations.diffusers.publishing:wrap_pipelines", "diffusers.pipelines.pipeline_utils"

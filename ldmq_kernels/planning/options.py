@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from ldmq_kernels.nn import quantized_class
+from ldmq_kernels.nn.cuts import depends_on_cuts
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.planning.assignment import SQNR, step_weights
 from ldmq_kernels.planning.knapsack import Option
@@ -109,6 +111,17 @@ def make_options(
         else:
             options += of_layer or [unchanged]
     return options
+
+
+def independent_of_cuts(
+    model: nn.Module, candidates: Mapping[str, Sequence[LayerCandidate]]
+) -> dict[str, list[LayerCandidate]]:
+    """The candidates whose scales do not depend on how a latent is cut."""
+    layers = quantizable_layers(model)
+    return {
+        name: [c for c in of_layer if not depends_on_cuts(quantized_class(layers[name]).empty(layers[name], c.scheme))]
+        for name, of_layer in candidates.items()
+    }
 
 
 # -- the paper's global step -------------------------------------------------------------------------------

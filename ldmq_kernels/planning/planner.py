@@ -20,6 +20,7 @@ from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.drawn import EndCheck, FloatEnds, with_more_seeds
+from ldmq_kernels.planning.options import independent_of_cuts
 from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
@@ -85,6 +86,8 @@ def open_session(pipe: Any, request: PlanRequest) -> Session:
     pipe = chosen(pipe, request.part)
     model = denoiser(pipe)
     analysis, held_out, verified_on = analyzed(pipe, request)
+    if request.cut_latents:
+        analysis = replace(analysis, candidates=independent_of_cuts(model, analysis.candidates))
     return Session(
         model,
         analysis,
@@ -146,6 +149,7 @@ def plan(
     signals: Sequence[str] = (SQNR,),
     hybrid: float = 0.0,
     time_layers: bool = False,
+    cut_latents: bool = False,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
@@ -193,6 +197,8 @@ def plan(
         hybrid: share of the noise whose blocks start with higher precision, as in the paper; 0 for none.
         time_layers: time the layers on the pipeline's device, as targets in milliseconds do: a layer that would get
             slower stays in 16 bit.
+        cut_latents: whether latents will be cut in parts that the model sees one by one, as parallel sampling of videos
+            does: convolutions get no scale that is measured over all of their input, which would depend on the cut.
         num_inference_steps: of all that is drawn and does not say itself; if None 20 for prompts, and for calls as
             the pipeline has it by default. 7.5 is the `guidance_scale` of prompts alike.
         seed: of the first one drawn; the others count up.
@@ -229,6 +235,7 @@ def plan(
         part=part,
         hybrid=hybrid,
         time_layers=time_layers,
+        cut_latents=cut_latents,
         work_dir=None if work_dir is None else Path(work_dir).expanduser(),
         show=show_progress,
     )

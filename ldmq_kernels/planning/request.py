@@ -54,6 +54,7 @@ class PlanRequest:
         hybrid: the share of the noise, 0 to 1, whose blocks start with higher precision; 0 for none.
         time_layers: whether the layers are timed on the pipeline's device, so that those that would get slower stay
             in 16 bit; a target in milliseconds times them in any case.
+        cut_latents: whether latents will be cut in parts: no layer gets a scale that depends on how.
         work_dir: the folder that keeps the analysis, so that the same request goes on after a kill; None for none.
         show: whether progress is shown on standard error.
 
@@ -71,6 +72,7 @@ class PlanRequest:
     part: str | None = None
     hybrid: float = 0.0
     time_layers: bool = False
+    cut_latents: bool = False
     work_dir: Path | None = None
     show: bool = False
 
