@@ -45,6 +45,8 @@ OPS = (
     "quantize_per_token",
     "quantize_static",
     "quantize_per_sample",
+    "rotate_quantize_per_token",
+    "rotate_quantize_per_sample",
     "conv2d_w4a8",
     "linear_static_w8a8",
     "linear_w8a16",

@@ -146,7 +146,7 @@ WorkDir = Annotated[
 Formats = Annotated[
     str,
     typer.Option(
-        help="Formats or schemes to choose among, with commas: w8a8, w4a8 (each static, timestep, dynamic and "
+        help="Formats or schemes to choose among, with commas: w8a8, w4a8 (each static, timestep, dynamic, rotated and "
         "split, w8a8x2), w8a16, w4a16, fp16, or w8a8-static and so on."
     ),
 ]

@@ -19,6 +19,7 @@ from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.backend import Packer
 from ldmq_kernels.nn.dequantized import READ_ONLY, DequantizedWeight
 from ldmq_kernels.numerics.formats import FLOAT, Scheme
+from ldmq_kernels.numerics.hadamard import unrotate
 from ldmq_kernels.tracing import is_exported
 
 PLAIN, PACKED = "quantized_weight", "packed_weight"
@@ -118,11 +119,13 @@ class PackedWeight(nn.Module):
         super().register_parameter(name, param)
 
     def real_weight(self) -> Tensor:
-        """(out, ..., C) float32: what the stored integers and scales stand for, for an input without smoothing."""
+        """(out, ..., C) float32: what the stored integers stand for, for an input that is not smoothed nor rotated."""
         return self._real(self.stored_tensors())
 
     def _real(self, stored: dict[str, Tensor]) -> Tensor:
         real = self.scheme.format.weight.dequantize(stored, self.weight_channels)
+        if self.scheme.is_rotated:
+            real = unrotate(real)
         return real * stored["smoothing"] if "smoothing" in stored else real
 
     @property

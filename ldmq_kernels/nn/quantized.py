@@ -13,6 +13,7 @@ from ldmq_kernels.nn.input_scale import InputScale
 from ldmq_kernels.nn.kinds import CHANNEL_AXES
 from ldmq_kernels.nn.packed import PLAIN, PackedWeight, buffer_name
 from ldmq_kernels.numerics.formats import Scheme, no_groups, product_of, schemes_of
+from ldmq_kernels.numerics.hadamard import rotated_hessian, rotated_weight
 from ldmq_kernels.numerics.smoothing import smoothed_hessian
 from ldmq_kernels.numerics.split import LOW_STEPS, quantize_low_part
 
@@ -123,6 +124,9 @@ class QuantizedLayer(PackedWeight, InputScale):
             layer.smoothing = smoothing.detach().to(device, torch.float32, copy=True)  # not the plan's own
             weight = original.float() / layer.smoothing
             weighted = None if hessian is None else smoothed_hessian(hessian, layer.smoothing)
+        if scheme.is_rotated:
+            weight = rotated_weight(weight.float())
+            weighted = None if weighted is None else rotated_hessian(weighted, weight.shape[-1])
         for name, tensor in scheme.format.weight.quantize(weight, weighted).items():
             layer.fill(name, tensor)
         if scheme.is_static and input_scale is not None:
@@ -158,10 +162,12 @@ class QuantizedLayer(PackedWeight, InputScale):
         smoothed = smoothed and scheme.quantizes_activations
         if smoothed and getattr(layer, "groups", 1) != 1:
             raise ValueError("a grouped convolution cannot be smoothed: its channels are not those of its weight")
+        if scheme.is_rotated and getattr(layer, "groups", 1) != 1:
+            raise ValueError(f"{scheme} rotates channels, which a grouped convolution does not share")
         if first_token and layer.kind != "linear":
             raise ValueError(f"first_token is for linears, this is a {layer.kind}: leave it out")
         first_token = first_token and scheme.quantizes_activations
-        if first_token and scheme.format.first_token_op is None:
+        if first_token and (scheme.is_rotated or scheme.format.first_token_op is None):
             raise ValueError(f"{scheme} has no product for a first token in 16 bit: leave first_token out")
         layer.float_dtype = layer.weight.dtype
         shape = cls.to_channels_last(layer.weight).shape
@@ -192,15 +198,17 @@ class QuantizedLayer(PackedWeight, InputScale):
         """The same layer with its activations scaled in another way; both hold one weight, which is not rounded again.
 
         Args:
-            scheme: of this layer's format; the layer itself is dynamic, with the smoothing that is wanted.
+            scheme: of this layer's format; the layer itself is dynamic, with the smoothing that is wanted, or rotated
+                as the scheme is.
             input_scale: see `from_float`, as for `first_token`.
 
         Raises:
             ValueError: this is not dynamic or computes its first token apart, or the scheme is of another format.
         """
-        if self.scheme.activations.name != "dynamic" or self.first_token:
+        measured = self.scheme.quantizes_activations and not self.scheme.is_static
+        if not measured or self.first_token:
             raise ValueError(f"a plain dynamic layer can be given other activations, this is {self.scheme}")
-        if scheme.format is not self.scheme.format:
+        if scheme.format is not self.scheme.format or scheme.is_rotated != self.scheme.is_rotated:
             raise ValueError(f"{scheme} has another weight than {self.scheme}: quantize the float layer")
         clone = type(self).__new__(type(self))
         clone.__dict__.update(self.__dict__)

@@ -96,3 +96,53 @@ def quantize_per_sample(
         RuntimeError: no backend takes these arguments; the text says why each of them refused.
     """
     return LDMQ.quantize_per_sample.default(x, inv_smooth)
+
+
+@op(fake=lambda call: (int8_like(call.x), scales(call.x, call.x.shape[:-1])), shape=InputShape(), example=of_tokens)
+def rotate_quantize_per_token(
+    x: Tensor,
+    inv_smooth: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Rotate the channels by a Hadamard matrix, and quantize each row with the scale of its own largest value.
+
+    y = H (x * inv_smooth), H of 1 and -1 over blocks of up to 32 channels, see `numerics.hadamard`; then as
+    `quantize_per_token`.
+
+    Args:
+        x: (..., K) floating.
+        inv_smooth: (K,) float32 inverse smoothing vector, multiplied in first.
+
+    Returns:
+        (..., K) int8 and the scales (...) float32.
+
+    Raises:
+        RuntimeError: no backend takes these arguments; the text says why each of them refused.
+    """
+    return LDMQ.rotate_quantize_per_token.default(x, inv_smooth)
+
+
+@op(
+    fake=lambda call: (int8_like(call.x, is_picture=True), scales(call.x, call.x.shape[:1])),
+    shape=InputShape(takes_pictures=True),
+    example=of_picture,
+)
+def rotate_quantize_per_sample(
+    x: Tensor,
+    inv_smooth: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Rotate the channels by a Hadamard matrix, and quantize each picture with the scale of its own largest value.
+
+    y = H (x * inv_smooth) at each pixel, H of 1 and -1 over blocks of up to 32 channels, see `numerics.hadamard`;
+    then as `quantize_per_sample`.
+
+    Args:
+        x: (N, C, H, W) floating.
+        inv_smooth: (C,) float32 inverse smoothing vector, multiplied in first.
+
+    Returns:
+        (N, C, H, W) int8, channels_last, and the scales (N,) float32.
+
+    Raises:
+        RuntimeError: no backend takes these arguments; the text says why each of them refused.
+    """
+    return LDMQ.rotate_quantize_per_sample.default(x, inv_smooth)

@@ -43,7 +43,7 @@ class PlanRequest:
             or functions that take the pipeline and run it once. The last quarter verifies the plan. One alone needs
             no list.
         target: limits that the plan must keep; None where plans of all sizes are asked for.
-        formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic and split.
+        formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic, split and rotated.
         calibration_mode: the sampling steps that static ranges start from: "first-step", "sampled-steps",
             "drawn-steps" or "all-steps".
         settings: how pictures are drawn, in calibration as later by the user: one, or several, at each of which all

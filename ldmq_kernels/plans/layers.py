@@ -66,6 +66,8 @@ def refusal(layer: FloatLayer, scheme: Scheme) -> str:
     folds_time = kind == "conv3d" and kernel[0] > 1 and kernel[1:] != [1, 1]
     if folds_time and channels % scheme.format.weight.channel_groups:
         return no_groups(scheme, channels)
+    if scheme.is_rotated and getattr(layer, "groups", 1) != 1:
+        return f"{scheme} rotates channels, which a grouped convolution does not share: choose a dynamic scheme"
     return ""
 
 

@@ -203,11 +203,11 @@ class LayerSearch:
             every = list(self._hessians.values())
             hessian = torch.stack(every).sum(0) if fold is None else self._hessians.get(1 - fold, every[0])
         scheme = layer_plan.scheme
-        dynamic = scheme.with_activations("dynamic")
-        if dynamic is None:
+        measured = scheme if scheme.is_rotated else scheme.with_activations("dynamic")
+        if measured is None:
             return quantize_layer(self.name, self.layer, layer_plan, hessian)
         takes_inputs = recipe.smoothing is not None or recipe.rounding == "gptq"
-        weight = replace(recipe, scheme=dynamic, widened=False, share=1.0)
+        weight = replace(recipe, scheme=measured, widened=False, share=1.0)
         key = (weight, fold if takes_inputs else None)
         if key not in self._weights:
             plain = replace(layer_plan, scheme=weight.scheme, input_scale=None, first_token=False, bias_correction=None)
@@ -243,7 +243,7 @@ class LayerSearch:
         if self._layer_plan(plain) is None:
             return None
         trial = self._try(plain)
-        possible = scheme.quantizes_activations and scheme.format.first_token_op is not None and not scheme.is_split
+        possible = scheme.takes_int8 and scheme.format.first_token_op is not None
         asked = possible and self.method.first_token
         if not asked or self.name not in self.calibration.text_layers or not isinstance(self.layer, nn.Linear):
             return trial

@@ -218,6 +218,8 @@ CALLS: dict[str, Maker] = {
     "quantize_static": partial(producer, "quantize_static", PICTURE, "static"),
     "quantize_per_token": partial(producer, "quantize_per_token", TOKENS, "measured"),
     "quantize_per_sample": partial(producer, "quantize_per_sample", PICTURE, "measured"),
+    "rotate_quantize_per_token": partial(producer, "rotate_quantize_per_token", TOKENS, "measured"),
+    "rotate_quantize_per_sample": partial(producer, "rotate_quantize_per_sample", PICTURE, "measured"),
     "group_norm_silu_quantize": partial(norm, PICTURE, 32, "sample"),
     "group_norm_silu_quantize static": partial(norm, PICTURE, 32, "static"),
     "group_norm_silu_quantize per token": partial(norm, PICTURE, 32, "token"),

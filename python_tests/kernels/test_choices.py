@@ -157,6 +157,8 @@ def test_many_shapes_are_not_kept_for_ever(write: Files, monkeypatch: pytest.Mon
         ("quantize_static", 1, "1x20x5x6"),
         ("quantize_per_token", 0, "17x68"),
         ("quantize_per_sample", 0, "2x68x9x7"),
+        ("rotate_quantize_per_token", 0, "17x68"),
+        ("rotate_quantize_per_sample", 0, "2x68x9x7"),
         ("group_norm_silu_quantize", 0, "2x68x9x7, static"),
         ("group_norm_silu_quantize", 1, "1x20x5x6, per sample"),
         ("group_norm_silu_quantize", 5, "1x320x6x5, per token"),

@@ -10,6 +10,7 @@ from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.formats.int4 import expand_groups, unpack_int4
 from ldmq_kernels.numerics.formats.int4_two_level import fold_multiplier
+from ldmq_kernels.numerics.hadamard import rotate
 
 LINEAR_SCHEMES = [name for name, s in SCHEMES.items() if s.quantizes and not s.is_split]
 INT8_SCHEMES = [name for name in LINEAR_SCHEMES if SCHEMES[name].quantizes_activations]
@@ -30,7 +31,7 @@ def quantized(layer: FloatLayer, scheme: str, *, smooth: bool = False, scale: fl
 
 
 def dequantized_weight(layer: QuantLinear | QuantConv2d) -> Tensor:
-    """The float64 weight, channels last, that the stored integers and scales stand for, smoothing still in it."""
+    """The float64 weight, channels last, that the stored integers and scales stand for, still smoothed and rotated."""
     stored = layer.state_dict()
     weight, four_bit = stored["weight"], stored["weight"].dtype == torch.uint8
     channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels // layer.groups
@@ -46,7 +47,7 @@ def dequantized_weight(layer: QuantLinear | QuantConv2d) -> Tensor:
 def dequantized_input(
     layer: QuantLinear | QuantConv2d, x: Tensor, channel_dim: int, amax_dims: tuple[int, ...]
 ) -> Tensor:
-    """The float64 input that the layer computes with: rounded to its grid, or as it is for 16-bit activations."""
+    """The float64 input that the layer multiplies: smoothed, rotated, rounded; or as it is for 16-bit activations."""
     if not layer.scheme.quantizes_activations:
         return x.double()
     shape = [1] * x.dim()
@@ -55,5 +56,7 @@ def dequantized_input(
     if layer.scheme.is_static:
         inv_scale = layer.input_inv_scale if layer.smoothing is None else layer.input_inv_scale.view(shape)
         return torch.round(x.float() * inv_scale).clamp(-127, 127).double() * layer.input_scale.double()
+    if layer.scheme.is_rotated:
+        smoothed = rotate(smoothed.movedim(channel_dim, -1)).movedim(-1, channel_dim)
     scale = smoothed.abs().amax(amax_dims, keepdim=True) / 127
     return torch.round(smoothed * (1 / scale)).clamp(-127, 127).double() * scale.double()

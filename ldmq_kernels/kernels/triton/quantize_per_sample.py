@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldmq_kernels.kernels.triton.hadamard import rotate
 from ldmq_kernels.kernels.triton.launch import floating, on_device
 from ldmq_kernels.kernels.triton.producers import factors, scaled, store_quantized
 from ldmq_kernels.kernels.triton.rounding import magnitude_bits
@@ -34,6 +35,7 @@ def _part_maximum(
     parts: tl.tensor,
     part_pixels: tl.tensor,
     ONE_FACTOR: tl.constexpr,
+    ROTATED: tl.constexpr,  # channels that are rotated together; 1 rotates nothing
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
@@ -45,7 +47,7 @@ def _part_maximum(
     for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         mask = (start + row < last) & channel_mask
         x = tl.load(x_ptr + (sample * pixels + start) * channels + offset, mask=mask, other=0.0).to(tl.float32)
-        y = scaled(x, factor_ptr, channel, channel_mask, ONE_FACTOR)
+        y = rotate(scaled(x, factor_ptr, channel, channel_mask, ONE_FACTOR), channel, BLOCK_M, BLOCK_C, ROTATED)
         largest = tl.maximum(largest, magnitude_bits(y))
     tl.store(maximum_ptr + tl.program_id(0), tl.max(tl.max(largest, 1), 0).to(tl.float32, bitcast=True))
 
@@ -61,6 +63,7 @@ def _quantize_samples(
     channels: tl.tensor,
     maxima: tl.tensor,
     ONE_FACTOR: tl.constexpr,
+    ROTATED: tl.constexpr,  # channels that are rotated together; 1 rotates nothing
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
@@ -70,7 +73,7 @@ def _quantize_samples(
     start = (sample * pixels + first) * channels
     mask = row_mask & channel_mask
     x = tl.load(x_ptr + start + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
-    y = scaled(x, factor_ptr, channel, channel_mask, ONE_FACTOR)
+    y = rotate(scaled(x, factor_ptr, channel, channel_mask, ONE_FACTOR), channel, BLOCK_M, BLOCK_C, ROTATED)
     y = y * tl.div_rn(1.0, sample_scale(maximum_ptr, scale_ptr, sample, maxima))
     store_quantized(y, None, out_ptr + start, None, row, channel, row_mask, channel_mask, channels, False, False)
 
@@ -81,6 +84,11 @@ def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, T
     Raises:
         Unsupported: x is not float16, bfloat16 or float32.
     """
+    return quantize_pictures(x, inv_smooth, 1)
+
+
+def quantize_pictures(x: Tensor, inv_smooth: Tensor | None, rotated: int) -> tuple[Tensor, Tensor]:
+    """The same with the channels rotated in blocks of `rotated`."""
     x = floating(x).contiguous(memory_format=torch.channels_last)
     samples, channels, height, width = x.shape
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
@@ -100,6 +108,7 @@ def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, T
             channels=channels,
             parts=parts.count,
             part_pixels=parts.pixels,
+            ROTATED=rotated,
             **factor,
             **parts.tile,
         )
@@ -111,6 +120,7 @@ def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, T
             pixels=pixels,
             channels=channels,
             maxima=maxima.shape[1],
+            ROTATED=rotated,
             **factor,
             **tile,
         )

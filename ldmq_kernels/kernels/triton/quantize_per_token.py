@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldmq_kernels.kernels.triton.hadamard import rotate
 from ldmq_kernels.kernels.triton.launch import floating, on_device
-from ldmq_kernels.kernels.triton.producers import factors, row_tile, store_quantized, tile_start
+from ldmq_kernels.kernels.triton.producers import factors, row_tile, scaled, store_quantized, tile_start
 
 
 @triton.jit
@@ -20,6 +21,7 @@ def _quantize_per_token(
     rows: tl.tensor,
     channels: tl.tensor,
     ONE_FACTOR: tl.constexpr,
+    ROTATED: tl.constexpr,  # channels that are rotated together; 1 rotates nothing
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
@@ -30,9 +32,8 @@ def _quantize_per_token(
     x = tl.load(pointers, mask=row_mask & channel_mask, other=0.0).to(tl.float32)
     out_ptr += first_row * channels
     scale_ptr += first_row
-    store_quantized(
-        x, factor_ptr, out_ptr, scale_ptr, row, channel, row_mask, channel_mask, channels, ONE_FACTOR, DYNAMIC=True
-    )
+    y = rotate(scaled(x, factor_ptr, channel, channel_mask, ONE_FACTOR), channel, BLOCK_M, BLOCK_C, ROTATED)
+    store_quantized(y, None, out_ptr, scale_ptr, row, channel, row_mask, channel_mask, channels, False, DYNAMIC=True)
 
 
 def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -41,6 +42,11 @@ def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Te
     Raises:
         Unsupported: x is not float16, bfloat16 or float32, or K is above 16384.
     """
+    return quantize_rows(x, inv_smooth, 1)
+
+
+def quantize_rows(x: Tensor, inv_smooth: Tensor | None, rotated: int) -> tuple[Tensor, Tensor]:
+    """The same with the channels rotated in blocks of `rotated`."""
     x = floating(x).contiguous()
     channels = x.shape[-1]
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -55,6 +61,7 @@ def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Te
             scale_ptr=scale,
             rows=rows,
             channels=channels,
+            ROTATED=rotated,
             **factors(None, inv_smooth, channels),
             **row_tile(channels),
         )

@@ -91,13 +91,14 @@ class ActivationFormat:
     Attributes:
         name: "static" is one calibrated scale, "timestep" a calibrated one for each group of sampling steps, "dynamic"
             is measured in each call; "split" is static with two values for each activation, the second for what the
-            first leaves; "float" is the model's own dtype.
+            first leaves; "rotated" is dynamic with the channels rotated first; "float" is the model's own dtype.
         suffix: what a scheme's name ends with, such as "-static".
         dtype: of the quantized values; None for the model's own.
         largest: the largest quantized value.
         is_calibrated: whether the scale comes from a calibration; it is stored then.
         operation_cost: of a multiply-accumulate, relative to a static scale.
         is_precise: whether the most sensitive blocks of a model may have it.
+        is_rotated: whether the channels of the input, and so those of the weight, are rotated by a Hadamard matrix.
         quantize_static: the op that quantizes with a calibrated scale; "" where none is calibrated.
         quantize_per_token: the op that measures a scale for each token; "" where scales are calibrated.
         quantize_per_sample: the op that measures a scale for each sample; "" where scales are calibrated.
@@ -110,6 +111,7 @@ class ActivationFormat:
     is_calibrated: bool = False
     operation_cost: float = 1.0
     is_precise: bool = False
+    is_rotated: bool = False
     quantize_static: str = ""
     quantize_per_token: str = ""
     quantize_per_sample: str = ""

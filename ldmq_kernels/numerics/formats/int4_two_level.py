@@ -153,5 +153,6 @@ W4A8 = Format(
         "timestep": ("#a06fd0", "#c4a4ea"),
         "split": ("#6b5b95", "#a79bd0"),
         "dynamic": ("#c25b86", "#e28bb0"),
+        "rotated": ("#9c4a5e", "#d08396"),
     },
 )

@@ -21,7 +21,9 @@ INT8_MAX = 127
 
 
 def _activations(name: str, suffix: str, cost: float, *, is_precise: bool = False) -> ActivationFormat:
-    is_calibrated = name != "dynamic"
+    is_rotated = name == "rotated"
+    is_calibrated = name != "dynamic" and not is_rotated
+    first = "rotate_" if is_rotated else ""
     return ActivationFormat(
         name,
         suffix,
@@ -30,16 +32,20 @@ def _activations(name: str, suffix: str, cost: float, *, is_precise: bool = Fals
         is_calibrated,
         cost,
         is_precise,
+        is_rotated,
         quantize_static="quantize_static" if is_calibrated else "",
-        quantize_per_token="" if is_calibrated else "quantize_per_token",
-        quantize_per_sample="" if is_calibrated else "quantize_per_sample",
+        quantize_per_token="" if is_calibrated else first + "quantize_per_token",
+        quantize_per_sample="" if is_calibrated else first + "quantize_per_sample",
     )
 
 
-INT8_ACTIVATIONS = (  # a dynamic scale adds a pass over the activations, two values make two products
+# a dynamic scale adds a pass over the activations, a rotation another one that no producer takes over, two values make
+# two products
+INT8_ACTIVATIONS = (
     _activations("static", "-static", 1.0),
     _activations("timestep", "-timestep", 1.0),
     _activations("dynamic", "-dynamic", 1.1, is_precise=True),
+    _activations("rotated", "-rotated", 1.2, is_precise=True),
     _activations("split", "x2", 2.2, is_precise=True),
 )
 
@@ -107,6 +113,7 @@ W8A8 = Format(
         "timestep": ("#3fa7a3", "#74d1c9"),
         "split": ("#7a8f2a", "#b9cc66"),
         "dynamic": ("#d9823b", "#eda464"),
+        "rotated": ("#b0543f", "#dd8a76"),
     },
 )
 W8A16 = Format(

@@ -27,8 +27,10 @@ class Scheme:
             a call.
         has_timestep_scales: whether there is an activation scale for each group of sampling steps.
         is_split: whether each activation is two int8 values: as exact as 16 bits, at the price of two products.
+        is_rotated: whether the channels of the input and of the weight are rotated by a Hadamard matrix.
         is_precise: whether it is of those that sensitive blocks of a model start with.
-        takes_int8: whether activations are one int8 value each, as the ops that end in a quantization make them.
+        takes_int8: whether activations are one int8 value each, as the ops that end in a quantization make them; none
+            of these rotates.
     """
 
     def __init__(self, format: Format, activations: ActivationFormat) -> None:
@@ -39,8 +41,9 @@ class Scheme:
         self.is_static = activations.is_calibrated
         self.has_timestep_scales = activations.name == "timestep"
         self.is_split = activations.name == "split"
+        self.is_rotated = activations.is_rotated
         self.is_precise = format.weight.is_precise and activations.is_precise
-        self.takes_int8 = activations.dtype is torch.int8 and not self.is_split
+        self.takes_int8 = activations.dtype is torch.int8 and not self.is_split and not self.is_rotated
         self._name = format.name + activations.suffix
 
     def __str__(self) -> str:
@@ -189,7 +192,7 @@ def no_groups(scheme: Scheme, channels: int) -> str:
 
 
 def parse_schemes(names: list[str] | tuple[str, ...]) -> list[Scheme]:
-    """Schemes by name; "w8a8" stands for its static, timestep, dynamic and split forms. Former names are taken too.
+    """Schemes by name; "w8a8" stands for all its forms. Former names are taken too.
 
     Raises:
         ValueError: a name is neither a format nor a scheme.

@@ -46,6 +46,8 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
     ("quantize_static", "small", (empty(F16, 2, 1280, 8, 8), empty(F32, 1), 1), None),
     ("quantize_per_token", "main", (empty(F16, 8192, 10240), empty(F32, 10240)), None),
     ("quantize_per_sample", "main", (empty(F16, 2, 320, 128, 128), empty(F32, 320)), None),
+    ("rotate_quantize_per_token", "main", (empty(F16, 8192, 2560), None), None),
+    ("rotate_quantize_per_sample", "main", (empty(F16, 2, 320, 128, 128), None), None),
     ("silu_quantize", "static", (empty(F16, 2, 1280), *factors("static", 1280)), None),
     ("silu_quantize", "token", (empty(F16, 2, 1280), *factors("token", 1280)), None),
     ("geglu_quantize", "static", (empty(F16, 8192, 5120), *factors("static", 2560)), None),
