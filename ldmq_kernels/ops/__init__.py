@@ -8,7 +8,6 @@ operands. What computes an op is chosen when it runs, by `kernels.dispatch`, amo
 from ldmq_kernels.kernels.op_spec import spec_of, specs
 from ldmq_kernels.ops.conv2d import conv2d_w4a8, conv2d_w8a8, conv2d_w8a16
 from ldmq_kernels.ops.linear import linear_static_w8a8, linear_w4a8, linear_w4a16, linear_w8a8, linear_w8a16
-<<<<<<< HEAD
 from ldmq_kernels.ops.norms import (
     geglu_quantize,
     gelu_quantize,
@@ -16,9 +15,6 @@ from ldmq_kernels.ops.norms import (
     layer_norm_quantize,
     silu_quantize,
 )
-from ldmq_kernels.ops.quantize import quantize_per_sample, quantize_per_token, quantize_static
-=======
-from ldmq_kernels.ops.norms import geglu_quantize, group_norm_silu_quantize, layer_norm_quantize, silu_quantize
 from ldmq_kernels.ops.quantize import (
     quantize_per_sample,
     quantize_per_token,
@@ -26,7 +22,6 @@ from ldmq_kernels.ops.quantize import (
     rotate_quantize_per_sample,
     rotate_quantize_per_token,
 )
->>>>>>> fb79a48 (Channels rotated by Hadamard matrices before they are rounded: w8a8-rotated and w4a8-rotated)
 
 __all__ = [
     "conv2d_w4a8",

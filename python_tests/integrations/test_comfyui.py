@@ -91,10 +91,12 @@ def test_smoothed_and_four_bit_linears_and_convolutions_stay_in_floating_point(u
     exported = export(unet)
     layers = [m for m in unet.modules() if isinstance(m, QuantizedLayer) and m.scheme.quantizes]
     assert sum(exported.layers.values()) == len(layers)
-    plain = [m for m in layers if isinstance(m, QuantLinear) and str(m.scheme).startswith("w8") and m.smoothing is None]
+    of_int8 = [m for m in layers if isinstance(m, QuantLinear) and str(m.scheme).startswith("w8")]
+    plain = [m for m in of_int8 if m.smoothing is None and not m.scheme.is_rotated]
     assert exported.layers[INT8] + exported.layers[INT8_WEIGHTS] == len(plain)
     assert exported.layers["floating point: convolutions"] == sum(isinstance(m, QuantConv2d) for m in layers)
     assert exported.layers["floating point: smoothed"] > 0
+    assert exported.layers["floating point: rotated"] > 0
 
 
 def test_own_layers_are_all_there(unet: Any) -> None:

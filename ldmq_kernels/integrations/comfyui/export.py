@@ -36,6 +36,7 @@ INT8 = "int8, as ComfyUI computes it"
 INT8_WEIGHTS = "int8 weights alone"
 FLOAT_FORMAT = "floating point: no format of ComfyUI's"
 FLOAT_SMOOTHED = "floating point: smoothed"
+FLOAT_ROTATED = "floating point: rotated"
 FLOAT_CONVOLUTION = "floating point: convolutions"
 OWN_LAYERS = "this package's layers"
 
@@ -120,6 +121,8 @@ def _for_comfyui(layer: Any) -> tuple[dict[str, Tensor | None], str]:
         return as_float, FLOAT_FORMAT
     if layer.smoothing is not None:  # the int8 layers of ComfyUI read no `pre_quant_scale`
         return as_float, FLOAT_SMOOTHED
+    if layer.scheme.is_rotated:
+        return as_float, FLOAT_ROTATED
     is_integer = layer.scheme.takes_int8
     said: dict[str, Any] = {"format": "int8_tensorwise"}
     if not is_integer:
