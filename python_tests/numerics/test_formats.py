@@ -9,7 +9,7 @@ import pytest
 from ldmq_kernels.cli.options import Formats
 from ldmq_kernels.numerics.formats import FORMATS, SCHEMES, parse_schemes, scheme_of
 
-W8A8 = ["w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w8a8-rotated", "w8a8x2"]
+W8A8 = ["w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w8a8x2", "w8a8-rotated"]
 
 
 def test_w8a8_stands_for_all_its_ways_of_scaling():

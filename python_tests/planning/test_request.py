@@ -60,6 +60,7 @@ def test_a_format_stands_for_all_of_its_schemes() -> None:
         "w8a8-timestep",
         "w8a8-dynamic",
         "w8a8x2",
+        "w8a8-rotated",
         "fp16",
     ]
 

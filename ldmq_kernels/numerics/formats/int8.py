@@ -45,8 +45,8 @@ INT8_ACTIVATIONS = (
     _activations("static", "-static", 1.0),
     _activations("timestep", "-timestep", 1.0),
     _activations("dynamic", "-dynamic", 1.1, is_precise=True),
-    _activations("rotated", "-rotated", 1.2, is_precise=True),
     _activations("split", "x2", 2.2, is_precise=True),
+    _activations("rotated", "-rotated", 1.2, is_precise=True),
 )
 
 
