@@ -13,8 +13,7 @@ from ldmq_kernels.nn.input_scale import InputScale
 from ldmq_kernels.nn.kinds import CHANNEL_AXES
 from ldmq_kernels.nn.packed import PLAIN, PackedWeight, buffer_name
 from ldmq_kernels.numerics.formats import Scheme, no_groups, product_of, schemes_of
-from ldmq_kernels.numerics.hadamard import rotated_hessian, rotated_weight
-from ldmq_kernels.numerics.smoothing import smoothed_hessian
+from ldmq_kernels.numerics.smoothing import fitted
 from ldmq_kernels.numerics.split import LOW_STEPS, quantize_low_part
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -118,19 +117,13 @@ class QuantizedLayer(PackedWeight, InputScale):
         if bias_correction is not None:
             layer.correct_bias(bias_correction, float_weight)
         original = cls.to_channels_last(float_weight.detach())
-        device, weight, weighted = original.device, original, hessian
-        if layer._buffers["smoothing"] is not None:
-            assert smoothing is not None
-            layer.smoothing = smoothing.detach().to(device, torch.float32, copy=True)  # not the plan's own
-            weight = original.float() / layer.smoothing
-            weighted = None if hessian is None else smoothed_hessian(hessian, layer.smoothing)
-        if scheme.is_rotated:
-            weight = rotated_weight(weight.float())
-            weighted = None if weighted is None else rotated_hessian(weighted, weight.shape[-1])
+        if smoothing is not None and layer._buffers["smoothing"] is not None:
+            layer.smoothing = smoothing.detach().to(original.device, torch.float32, copy=True)  # not the plan's own
+        weight, weighted = fitted(original, hessian, layer._buffers["smoothing"], scheme.is_rotated)
         for name, tensor in scheme.format.weight.quantize(weight, weighted).items():
             layer.fill(name, tensor)
         if scheme.is_static and input_scale is not None:
-            layer.input_scale = input_scale.detach().float().reshape(-1).to(device)
+            layer.input_scale = input_scale.detach().float().reshape(-1).to(original.device)
         for name, dtype in scheme.dtypes.items():
             if dtype == torch.float32:
                 scheme.check(name, layer._buffers.get(name))
@@ -205,8 +198,7 @@ class QuantizedLayer(PackedWeight, InputScale):
         Raises:
             ValueError: this is not dynamic or computes its first token apart, or the scheme is of another format.
         """
-        measured = self.scheme.quantizes_activations and not self.scheme.is_static
-        if not measured or self.first_token:
+        if self.scheme.is_static or not self.scheme.quantizes_activations or self.first_token:
             raise ValueError(f"a plain dynamic layer can be given other activations, this is {self.scheme}")
         if scheme.format is not self.scheme.format or scheme.is_rotated != self.scheme.is_rotated:
             raise ValueError(f"{scheme} has another weight than {self.scheme}: quantize the float layer")

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ldmq_kernels.numerics.hadamard import rotated_hessian, rotated_weight
+
 LARGEST_RATIO = 1e4  # a dead channel must not be scaled into the overflow of another one
 
 
@@ -58,3 +60,16 @@ def smoothed_hessian(hessian: Tensor, inv_scale: Tensor) -> Tensor:
     """The Hessian (K, K) of a layer whose input is smoothed; the reciprocal (C,) holds at each position of a kernel."""
     factors = inv_scale.to(hessian.device).repeat(hessian.shape[0] // inv_scale.numel())
     return (hessian * factors[:, None]).mul_(factors)
+
+
+def fitted(
+    weight: Tensor, hessian: Tensor | None, inv_smooth: Tensor | None, rotated: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A weight (out, ..., C) and a Hessian (K, K) for inputs that are smoothed, then rotated, and then rounded."""
+    if inv_smooth is not None:
+        weight = weight.float() / inv_smooth
+        hessian = None if hessian is None else smoothed_hessian(hessian, inv_smooth)
+    if rotated:
+        weight = rotated_weight(weight.float())
+        hessian = None if hessian is None else rotated_hessian(hessian, weight.shape[-1])
+    return weight, hessian
