@@ -216,7 +216,7 @@ def test_constructed_as_its_float_class_it_is_a_float_layer():
 
 
 def test_a_grouped_convolution_is_not_rotated():
-    with pytest.raises(ValueError, match="cannot be rotated, which w8a8-rotated does: choose a dynamic scheme"):
+    with pytest.raises(ValueError, match="w8a8-rotated rotates channels, which a grouped"):
         QuantConv2d.from_float(make("depthwise")[0], SCHEMES["w8a8-rotated"])
 
 
