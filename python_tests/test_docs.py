@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md", ROOT / "csrc/README.md"]
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md", ROOT / "csrc/README.md"]
 )
 NAMES = [str(path.relative_to(ROOT)) for path in TEXTS]
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")

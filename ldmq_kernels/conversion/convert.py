@@ -101,6 +101,18 @@ def check_convertible(model: nn.Module) -> None:
         )
 
 
+def dequantize(model: nn.Module) -> None:
+    """Put float layers, of the weights that the integers stand for, in place of a model's quantized ones, in place."""
+    made: dict[nn.Module, nn.Module] = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer) and layer.scheme.quantizes:
+            plain = layer.structure_of(layer)
+            weight = layer.weight.clone()
+            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+            made[layer] = plain.train(layer.training)
+    replace_modules(model, made)
+
+
 def quantize_layer(
     name: str, layer: FloatLayer, layer_plan: LayerPlan, hessian: Tensor | None = None
 ) -> QuantizedLayer:

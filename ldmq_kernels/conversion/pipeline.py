@@ -41,6 +41,7 @@ def quantize(
     plan: Plan | str | Path | Mapping[str, Any] | None = None,
     *,
     scheme: str | None = None,
+    modules_to_not_convert: Sequence[str] = (),
     calls: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
     forward_loop: Callable[[Any], Any] | Sequence[Callable[[Any], Any]] | None = None,
     show_progress: bool = True,
@@ -60,6 +61,8 @@ def quantize(
         plan: a plan, the path of its file, or its JSON object.
         scheme: in place of a plan, one scheme for all layers that can have it; it needs no calibration, so it is not
             static.
+        modules_to_not_convert: names of layers, or of modules that hold some, that stay in float beside a scheme; see
+            `plans.plan.uniform_plan`.
         calls: what the plan was made from, as `ldmq.plan` was given it, where the plan rounds by GPTQ; a plan file
             holds prompts alone. `forward_loop` alike.
         show_progress: show the calibration that GPTQ needs, on standard error.
@@ -76,12 +79,14 @@ def quantize(
     """
     if (plan is None) == (scheme is None):
         raise PlanError("give either a plan, or a scheme for all layers such as scheme='w8a8-dynamic'")
+    if plan is not None and modules_to_not_convert:
+        raise PlanError("modules_to_not_convert goes with a scheme: a plan says itself what stays in float")
     if isinstance(plan, str) and plan in SCHEMES:
         raise PlanError(f"{plan!r} is a scheme and no plan file: call ldmq.quantize(..., scheme={plan!r})")
     if plan is None:
         assert scheme is not None
         models = [pipe] if isinstance(pipe, nn.Module) else _denoisers(pipe)
-        plans = {model: uniform_plan(model, scheme) for model in models}
+        plans = {model: uniform_plan(model, scheme, modules_to_not_convert) for model in models}
         for model in models:
             check_convertible(model)  # all or none
         for model, of_model in plans.items():

@@ -8,23 +8,23 @@ from types import ModuleType
 
 import wrapt
 
+# the module of another library, once it is complete, and what is called with it
+WRAPPED = (
+    ("diffusers.models.modeling_utils", "diffusers.saving:wrap_models"),
+    ("diffusers.models.modeling_utils", "diffusers.models:wrap_models"),
+    ("diffusers.pipelines.pipeline_utils", "diffusers.publishing:wrap_pipelines"),
+    ("torch.distributed.tensor.parallel.api", "tensor_parallel:watch_sharding"),
+    ("transformers.quantizers.auto", "transformers:register"),
+    ("peft.tuners.tuners_utils", "peft:watch_merging"),
+)
+
 
 def install() -> None:
     """Register with diffusers and transformers once their tables of quantizers exist, and with PEFT, now or later."""
     # a hook on `diffusers` itself would fire before its lazy submodules can be imported
     wrapt.register_post_import_hook(_register_with_diffusers, "diffusers.quantizers.auto")
-    # and wrap how its models and pipelines are saved, which a half imported module does not have yet
-    wrapt.register_post_import_hook(
-        "ldmq_kernels.integrations.diffusers.saving:wrap_models", "diffusers.models.modeling_utils"
-    )
-    wrapt.register_post_import_hook("ldmq_kernels.integrations.transformers:register", "transformers.quantizers.auto")
-    wrapt.register_post_import_hook(
-        "ldmq_kernels.integrations.tensor_parallel:watch_sharding", "torch.distributed.tensor.parallel.api"
-    )
-    wrapt.register_post_import_hook("ldmq_kernels.integrations.peft:watch_merging", "peft.tuners.tuners_utils")
-    wrapt.register_post_import_hook(
-        "ldmq_kernels.integrations.diffusers.publishing:wrap_pipelines", "diffusers.pipelines.pipeline_utils"
-    )
+    for module, function in WRAPPED:
+        wrapt.register_post_import_hook(f"ldmq_kernels.integrations.{function}", module)
 
 
 def _register_with_diffusers(_module: ModuleType) -> None:

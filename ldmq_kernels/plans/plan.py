@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -326,11 +326,15 @@ def check_uniform(scheme: str) -> None:
         )
 
 
-def uniform_plan(model: nn.Module, scheme: str) -> Plan:
+def uniform_plan(model: nn.Module, scheme: str, leave: Sequence[str] = ()) -> Plan:
     """Every layer that can have it in one scheme, the others in float; for schemes that need no calibration.
 
+    Args:
+        leave: names of layers, or of modules that hold some, that stay in float: "proj_out", "blocks.0", "*.to_k".
+
     Raises:
-        PlanError: the scheme is unknown or static, or the model has no layer that could be quantized.
+        PlanError: the scheme is unknown or static, the model has no layer that could be quantized, or none of such a
+            name.
     """
     check_uniform(scheme)
     if not quantizable_layers(model):
@@ -340,4 +344,14 @@ def uniform_plan(model: nn.Module, scheme: str) -> Plan:
         for name, layer in quantizable_layers(model).items()
     }
     exceptions = {name: {"scheme": str(FLOAT), "reason": reason} for name, reason in reasons.items() if reason}
+    for left in leave:
+        names = [name for name in quantizable_layers(model) if _is_called(name, left)]
+        if not names:
+            raise PlanError(f"no layer of this {type(model).__name__} is called {left!r}, nor a module that holds some")
+        exceptions |= {name: {"scheme": str(FLOAT), "reason": f"left out as {left}"} for name in names}
     return Plan(model_record(model), [{"pattern": "*", "scheme": scheme}], exceptions)
+
+
+def _is_called(layer: str, name: str) -> bool:
+    """Whether a name is that of a layer, of its end, or of what holds it; with * it is a pattern of the whole name."""
+    return fnmatchcase(layer, name) if "*" in name else f".{name}." in f".{layer}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ class LdmqConfig(QuantizationConfigMixin):
     Args:
         scheme: one scheme for all layers that have it; it needs no calibration, so it cannot be static.
         plan: a plan, the path of its file, or its JSON object; instead of `scheme`.
+        modules_to_not_convert: names of what stays in float beside a scheme, see `plans.plan.uniform_plan`.
         checksums: of the tensors beside a config.json, see `integrity.checksums`.
 
     Raises:
-        PlanError: neither or both are given, the scheme is unknown or static, or the plan is damaged.
+        PlanError: neither or both are given, the scheme is unknown or static, the plan is damaged, or what stays in
+            float is named beside a plan.
     """
 
     def __init__(
@@ -41,12 +43,16 @@ class LdmqConfig(QuantizationConfigMixin):
         plan: Plan | str | Path | Mapping[str, Any] | None = None,
         checksums: Mapping[str, Any] | None = None,
         quant_method: str = LdmqMethod.LDMQ,
+        modules_to_not_convert: Sequence[str] | None = None,
     ) -> None:
         self.quant_method = LdmqMethod(quant_method)
         if (scheme is None) == (plan is None):
             raise PlanError("LdmqConfig takes either a scheme, such as 'w8a8-dynamic', or a plan")
         if scheme is not None:
             check_uniform(scheme)
+        if plan is not None and modules_to_not_convert:
+            raise PlanError("modules_to_not_convert goes with a scheme: a plan says itself what stays in float")
+        self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.scheme = scheme
         self.plan = None if plan is None else as_plan(plan, "the plan in quantization_config")
         self.checksums = checksums
@@ -59,7 +65,7 @@ class LdmqConfig(QuantizationConfigMixin):
             PlanError: an entry is unknown, or the plan is no object.
             CheckpointError: the plan is not the one that was saved.
         """
-        unknown = sorted(config_dict.keys() - {"quant_method", "scheme", "plan", "checksums"})
+        unknown = sorted(config_dict.keys() - {"quant_method", "scheme", "plan", "checksums", "modules_to_not_convert"})
         if unknown:
             raise PlanError(
                 f"quantization_config has an unknown entry {unknown[0]!r}: remove it, or upgrade ldmq_kernels"
@@ -84,13 +90,14 @@ class LdmqConfig(QuantizationConfigMixin):
         if self.plan is not None:
             return self.plan
         assert self.scheme is not None
-        return uniform_plan(model, self.scheme)
+        return uniform_plan(model, self.scheme, self.modules_to_not_convert)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds; vectors are among the checkpoint's tensors."""
         method = self.quant_method.value
         if self.plan is None:
-            return {"quant_method": method, "scheme": self.scheme}
+            left = {"modules_to_not_convert": self.modules_to_not_convert} if self.modules_to_not_convert else {}
+            return {"quant_method": method, "scheme": self.scheme, **left}
         said = {} if self.checksums is None else {"checksums": self.checksums}
         return {"quant_method": method, "plan": self.plan.without_vectors().to_dict(), **said}
 

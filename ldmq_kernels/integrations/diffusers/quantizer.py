@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from ldmq_kernels.conversion.convert import ConversionError, quantize_layer, replace_modules
+from ldmq_kernels.conversion.convert import ConversionError, dequantize, quantize_layer, replace_modules
 from ldmq_kernels.integrations.diffusers.config import LdmqConfig
 from ldmq_kernels.integrations.diffusers.integrity import (
     MARK,
@@ -230,6 +231,17 @@ class LdmqQuantizer(DiffusersQuantizer):
         set_beside = _attributes_beside_entries(model.config)
         model.register_to_config(quantization_config=self.quantization_config)
         vars(model.config).update(set_beside)
+
+    def _dequantize(self, model: ModelMixin) -> ModelMixin:
+        """The model with float layers; its blocks are diffusers' own again, and it is saved as a float model."""
+        from ldmq_kernels.integrations.diffusers.fused import unfuse
+
+        dequantize(unfuse(model))
+        timestep_groups.detach(model)
+        set_beside = _attributes_beside_entries(model.config)
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
+        vars(model.config).update(set_beside)
+        return model
 
     # -- saving --------------------------------------------------------------------------------------
 

@@ -1,0 +1,51 @@
+"""What diffusers' models tell and offer, where their layers are quantized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import wrapt
+from torch import nn
+
+from ldmq_kernels.nn import QuantizedLayer
+from ldmq_kernels.plans.layers import layer_shape
+
+Call = Callable[..., Any]
+
+
+def wrap_models(module: ModuleType) -> None:
+    """Have models count the weights of quantized layers, and refuse to cast those to 8-bit floats.
+
+    Args:
+        module: `diffusers.models.modeling_utils`, which is complete.
+    """
+    wrapt.wrap_function_wrapper(module, "ModelMixin.num_parameters", _num_parameters)
+    wrapt.wrap_function_wrapper(module, "ModelMixin.enable_layerwise_casting", _enable_layerwise_casting)
+
+
+def _quantized(model: nn.Module) -> list[QuantizedLayer]:
+    return [m for m in model.modules() if isinstance(m, QuantizedLayer) and m.scheme.quantizes]
+
+
+def _num_parameters(count: Call, model: Any, args: Any, kwargs: Any) -> int:
+    """The number of the float model: a weight of integers is as many parameters, and none that is trained."""
+    counted: int = count(*args, **kwargs)
+    if args[0] if args else kwargs.get("only_trainable", False):
+        return counted
+    layers: list[Any] = _quantized(model)
+    added = sum(layer.bias.numel() for layer in layers if layer.adds_bias)
+    return counted - added + sum(math.prod(layer_shape(layer)) for layer in layers)
+
+
+def _enable_layerwise_casting(enable: Call, model: Any, args: Any, kwargs: Any) -> Any:
+    layers = _quantized(model)
+    if layers:
+        raise ValueError(
+            f"this {type(model).__name__} is quantized ({len(layers)} layers, such as {layers[0].name}), and layerwise "
+            "casting would store its norms, biases and scales in fewer bits, for noise and next to no bytes: quantize "
+            "more of its layers instead, or enable it on the float model"
+        )
+    return enable(*args, **kwargs)

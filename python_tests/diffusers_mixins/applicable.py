@@ -1,0 +1,43 @@
+"""Which of diffusers' tests say nothing of a quantized model, and why."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+NOT_APPLICABLE = {
+    "test_from_save_pretrained_dtype*": "loads without low_cpu_mem_usage, which diffusers refuses of quantized models",
+    "test_keep_in_fp32_modules*": "looks for parameters, where scales are float32 in every dtype",
+    "test_to_keep_in_fp32_modules_warns": "looks for parameters, where scales are float32 in every dtype",
+    "test_training*": "trains the weights, which are integers; LoRA trains, see test_quantization_training",
+    "test_mixed_precision_training": "trains the weights, which are integers",
+    "test_gradient_checkpointing_equivalence": "compares the gradients of weights, which are integers",
+    "test_layerwise_casting*": "layerwise casting is refused: it would cost noise for next to no bytes",
+    "test_lora_layerwise_casting*": "layerwise casting is refused: it would cost noise for next to no bytes",
+    "test_group_offloading_with_layerwise_casting*": "layerwise casting is refused: it would cost noise for no bytes",
+    "test_fuse_unfuse_qkv_projections": "wants the same bits; fused projections are float ones of the same weights",
+    "test_saving_motion_modules": "takes float layers out of a model, whose tensors are integers",
+    "test_effective_gradient_checkpointing": "compares the gradients of weights, which are integers",
+    "test_single_file*": "takes models from the hub",
+    "*_from_hub*": "takes models from the hub",
+    "test_model_parallelism*": "needs several devices",
+}
+OTHERS = (  # tests of other quantizers, or that need an accelerator or several processes
+    "BitsAndBytes",
+    "Quanto",
+    "TorchAo",
+    "GGUF",
+    "ModelOpt",
+    "SDNQ",
+    "AutoRound",
+    "Nunchaku",
+    "Parallel",
+    "SingleFile",
+    "HotSwap",
+    "Compile",
+    "AttentionBackend",
+)
+
+
+def why_not(test: str) -> str | None:
+    """Why a test of this name does not apply; None where it does."""
+    return next((why for pattern, why in NOT_APPLICABLE.items() if fnmatchcase(test, pattern)), None)
