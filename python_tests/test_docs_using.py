@@ -19,15 +19,16 @@ WITH_CODE = [page for page in PAGES if CODE.search(page.read_text())]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model and the LoRA that the pages speak of."""
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model_state_dict
 
-    from python_tests.tiny import tiny_pipeline
+    from python_tests.tiny import SHALLOW, tiny_pipeline
 
     folder = tmp_path_factory.mktemp("pages")
-    pipe = tiny_pipeline(folder / "tokenizer")
+    pipe = tiny_pipeline(folder / "tokenizer", **SHALLOW)
     pipe.save_pretrained(folder / "path/to/a/model")
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False), "style")
-    pipe.unet.save_lora_adapter(folder / "path/to/a/lora", adapter_name="style")
+    layers = get_peft_model_state_dict(pipe.unet, adapter_name="style")
+    pipe.save_lora_weights(folder / "path/to/a/lora", unet_lora_layers=layers)
     return folder
 
 
@@ -54,6 +55,7 @@ def _compile(names: dict[str, Any]) -> None:
     wanted = names["pipe"].unet(**names["inputs"]).sample
     torch.testing.assert_close(names["unet"](**names["inputs"]).sample, wanted)
     torch.testing.assert_close(names["compiled"](**names["inputs"]).sample, wanted)
+    torch.testing.assert_close(names["compiled_ahead"](**names["inputs"]).sample, wanted)
 
 
 def _files(names: dict[str, Any]) -> None:

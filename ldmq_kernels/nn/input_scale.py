@@ -50,12 +50,18 @@ class InputScale(nn.Module):
     @property
     def call_scale(self) -> Tensor | None:
         """The calibrated input scale of the current call, (1,) float32; None where it is measured."""
-        return self._call_scale if self._view is None else self._view.scale()
+        return self._beside_layer(self._call_scale if self._view is None else self._view.scale())
 
     @property
     def input_inv_scale(self) -> Tensor | None:
         """What a calibrated input of the current call is multiplied with to be rounded: (1,) or (C,) float32."""
-        return self._call_inv_scale if self._view is None else self._view.inv_scale()
+        return self._beside_layer(self._call_inv_scale if self._view is None else self._view.inv_scale())
+
+    def _beside_layer(self, values: Tensor | None) -> Tensor | None:
+        """Values of the call on the device where the layer's buffers are: offloading moves those, and nothing else."""
+        if values is None or values.device == self.input_scale.device:
+            return values
+        return values.to(self.input_scale.device)
 
     def _keep_call_scale(self, scale: Tensor | None, inv_scale: Tensor | None) -> None:
         """Stay at the timestep group of these values: a model may be moved between the choice of it and the call."""

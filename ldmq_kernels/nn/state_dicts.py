@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import wrapt
 from torch import Tensor, nn
 
 from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.nn.packed import SAVED_NAME
 from ldmq_kernels.numerics.formats import FORMATS
+
+INTEGERS = (torch.int8, torch.uint8)
 
 
 def watch_loading() -> None:
@@ -52,6 +55,16 @@ def refuse_integers(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
                 f"float layer in this {type(module).__name__}, which would take the integers for weights: make it from "
                 "the float model and quantize it then with ldmq.quantize, or load what was saved with from_pretrained"
             )
+    for key, tensor in state_dict.items():
+        name, _, leaf = key.rpartition(".")
+        if leaf == "weight" and isinstance(tensor, Tensor) and tensor.dtype in INTEGERS:
+            layer = _layer(module, name)
+            if type(layer) in (nn.Linear, nn.Conv2d) and _is_float(layer, ""):
+                raise ValueError(
+                    f"{key} is {tensor.dtype}, and {name or 'the layer'} is a float layer in this "
+                    f"{type(module).__name__}: these are integers of a quantized layer, without their scale; give it "
+                    "that layer's `weight`, which is floating, or make it from the float model"
+                )
 
 
 def _layer(module: nn.Module, name: str) -> nn.Module | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from ldmq_kernels.conversion import quantize
+from python_tests.integrations import transformers
 from python_tests.tiny import SHALLOW, mixed_plan, run_unet, tiny_unet, unet_inputs
 
 peft = pytest.importorskip("peft")
@@ -73,3 +77,25 @@ def test_a_lora_has_gradients_on_layers_of_every_scheme() -> None:
     assert all(bool(torch.isfinite(g).all()) and bool(g.any()) for g in gradients.values())
     unet.delete_adapters("default")
     assert torch.equal(run_unet(unet), before)
+
+
+@pytest.mark.parametrize("build", [transformers.flux, transformers.wan, transformers.pixart])
+def test_a_lora_on_a_fused_transformer_has_the_gradients_of_the_float_one(build: Callable[[], Any]) -> None:
+    gradients = []
+    for is_quantized in (False, True):
+        model, call = build()
+        if is_quantized:
+            quantize(model, scheme="w8a8-dynamic")
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=4, target_modules=["to_q", "to_out.0", "net.2", "proj_mlp"])
+        peft.inject_adapter_in_model(config, model)
+        generator = torch.Generator().manual_seed(2)
+        adapter = {name: p for name, p in model.named_parameters() if "lora_" in name}
+        for parameter in adapter.values():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        model(**call, return_dict=False)[0].square().mean().backward()
+        gradients.append({name: p.grad for name, p in adapter.items()})
+    exact, found = gradients
+    assert len(exact) == len(found) > 3
+    for name, gradient in exact.items():
+        assert torch.cosine_similarity(gradient.flatten(), found[name].flatten(), dim=0) > 0.97, name

@@ -41,6 +41,15 @@ def test_float_linears_take_no_integers(scheme: str, strict: bool) -> None:
     assert torch.equal(model[0].weight, before)
 
 
+def test_a_float_layer_takes_no_integers_whose_scale_is_not_there_either() -> None:
+    """As where Custom Diffusion's processors are made from the tensors of `state_dict`."""
+    layer, stored = nn.Linear(8, 4), ldmq.quantize(nn.Sequential(nn.Linear(8, 4)), scheme="w8a16").state_dict()
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"weight is torch\.int8, .*without their scale.*`weight`, which is floating"):
+        layer.load_state_dict({"weight": stored["0.weight"], "bias": stored["0.bias"]})
+    assert torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_quantized_layers_take_no_float_weights(strict: bool, quantized: UNet2DConditionModel) -> None:
     before = run_unet(quantized)
