@@ -69,6 +69,13 @@ def _() -> Any:
     return pipe, three(prompt, **DRAWN)
 
 
+@row("sd2, v-prediction")
+def _() -> Any:
+    unet = parts.unet(use_linear_projection=True, attention_head_dim=(8,))
+    scheduler = EulerDiscreteScheduler(steps_offset=1, prediction_type="v_prediction")
+    return StableDiffusionPipeline(**parts.stable_diffusion(unet=unet, scheduler=scheduler)), three(prompt, **DRAWN)
+
+
 @row("sd turbo, 1 step")
 def _() -> Any:
     pipe = StableDiffusionPipeline(**parts.stable_diffusion(scheduler=EulerDiscreteScheduler(steps_offset=1)))
@@ -87,6 +94,12 @@ def _() -> Any:
 @row("pag")
 def _() -> Any:
     pipe = diffusers.StableDiffusionPAGPipeline(**parts.stable_diffusion(), pag_applied_layers=["mid"])
+    return pipe, three(prompt, pag_scale=3.0, **DRAWN)
+
+
+@row("pag sdxl")
+def _() -> Any:
+    pipe = diffusers.StableDiffusionXLPAGPipeline(**parts.stable_diffusion_xl(), pag_applied_layers=["mid"])
     return pipe, three(prompt, pag_scale=3.0, **DRAWN)
 
 
@@ -147,6 +160,20 @@ def _() -> Any:
 def _() -> Any:
     pipe = diffusers.StableDiffusionInpaintPipeline(**parts.stable_diffusion(unet=parts.unet(in_channels=9)))
     return pipe, three(_with_picture, mask_image=parts.mask(), **DRAWN)
+
+
+@row("sdxl inpaint, 9 channels")
+def _() -> Any:
+    given = parts.stable_diffusion_xl(unet=parts.xl_unet(in_channels=9))
+    pipe = diffusers.StableDiffusionXLInpaintPipeline(**given)
+    return pipe, three(_with_picture, mask_image=parts.mask(), strength=0.9, num_inference_steps=4, **SIZE)
+
+
+@row("sdxl instruct-pix2pix")
+def _() -> Any:
+    given = parts.stable_diffusion_xl(unet=parts.xl_unet(in_channels=8))
+    pipe = diffusers.StableDiffusionXLInstructPix2PixPipeline(**given)
+    return pipe, three(_with_picture, image_guidance_scale=1.5, **DRAWN)
 
 
 @row("instruct-pix2pix")
@@ -232,6 +259,26 @@ def _() -> Any:
     return pipe, three(call, control_guidance_end=[0.5, 1.0], **DRAWN)
 
 
+@row("controlnet img2img")
+def _() -> Any:
+    pipe = diffusers.StableDiffusionControlNetImg2ImgPipeline(**parts.stable_diffusion(), controlnet=parts.controlnet())
+
+    def call(index: int) -> dict[str, Any]:
+        return _with_picture(index) | {"control_image": parts.picture(index + 3)}
+
+    return pipe, three(call, strength=0.75, num_inference_steps=4)
+
+
+@row("controlnet inpaint")
+def _() -> Any:
+    pipe = diffusers.StableDiffusionControlNetInpaintPipeline(**parts.stable_diffusion(), controlnet=parts.controlnet())
+
+    def call(index: int) -> dict[str, Any]:
+        return _with_picture(index) | {"control_image": parts.picture(index + 3), "mask_image": parts.mask()}
+
+    return pipe, three(call, **DRAWN)
+
+
 @row("controlnet sdxl")
 def _() -> Any:
     net = parts.controlnet(
@@ -296,6 +343,17 @@ def _() -> Any:
 def _() -> Any:
     pipe = StableDiffusionPipeline(**parts.stable_diffusion())
     parts.add_ip_adapter(pipe.unet)
+
+    def call(index: int) -> dict[str, Any]:
+        return prompt(index) | {"ip_adapter_image_embeds": [parts.noise(2, 1, TEXT_WIDTH, seed=index)]}
+
+    return pipe, three(call, **DRAWN)
+
+
+@row("ip-adapter sdxl")
+def _() -> Any:
+    pipe = StableDiffusionXLPipeline(**parts.stable_diffusion_xl())
+    parts.add_ip_adapter(pipe.unet, 2 * TEXT_WIDTH)
 
     def call(index: int) -> dict[str, Any]:
         return prompt(index) | {"ip_adapter_image_embeds": [parts.noise(2, 1, TEXT_WIDTH, seed=index)]}
