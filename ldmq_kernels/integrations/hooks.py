@@ -12,6 +12,7 @@ import wrapt
 WRAPPED = (
     ("diffusers.models.modeling_utils", "diffusers.saving:wrap_models"),
     ("diffusers.models.modeling_utils", "diffusers.models:wrap_models"),
+    ("diffusers.hooks._helpers", "diffusers.models:wrap_registry"),
     ("diffusers.pipelines.pipeline_utils", "diffusers.publishing:wrap_pipelines"),
     ("torch.distributed.tensor.parallel.api", "tensor_parallel:watch_sharding"),
     ("transformers.quantizers.auto", "transformers:register"),

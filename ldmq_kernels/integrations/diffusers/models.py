@@ -26,6 +26,22 @@ def wrap_models(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(module, "ModelMixin.enable_layerwise_casting", _enable_layerwise_casting)
 
 
+def wrap_registry(module: ModuleType) -> None:
+    """Have the caches of diffusers, which know blocks by their class, take a fused block for what it was.
+
+    Args:
+        module: `diffusers.hooks._helpers`, which is complete.
+    """
+    wrapt.wrap_function_wrapper(module, "TransformerBlockRegistry.get", _metadata_of_block)
+
+
+def _metadata_of_block(get: Call, _registry: Any, args: Any, kwargs: Any) -> Any:
+    from ldmq_kernels.integrations.diffusers.fused import PLAIN  # not while diffusers is being imported
+
+    (model_class,) = args or kwargs.values()
+    return get(PLAIN.get(model_class, model_class))
+
+
 def _quantized(model: nn.Module) -> list[QuantizedLayer]:
     return [m for m in model.modules() if isinstance(m, QuantizedLayer) and m.scheme.quantizes]
 
