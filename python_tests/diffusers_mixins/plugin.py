@@ -23,7 +23,8 @@ _floats: list[bool] = []  # not empty: models stay as they are made
 
 
 @contextlib.contextmanager
-def _in_float() -> Iterator[None]:
+def in_float() -> Iterator[None]:
+    """Models that are made in this block stay in float."""
     _floats.append(True)
     try:
         yield
@@ -62,7 +63,7 @@ class LdmqTester:
         return functools.partial(getattr(type(self).shared, name), self)
 
     def _load_unquantized_model(self) -> Any:
-        with _in_float():
+        with in_float():
             torch.manual_seed(0)
             return self.model_class(**self.get_init_dict()).eval()
 
