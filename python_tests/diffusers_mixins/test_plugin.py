@@ -1,4 +1,4 @@
-"""The run of diffusers' tests: models are quantized when they are made, and what does not apply is told with reasons."""
+"""The run of diffusers' tests: models are quantized when they are made, what does not apply is told with a reason."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import ldmq_kernels as ldmq
-from ldmq_kernels.integrations.diffusers import LdmqConfig
+from ldmq_kernels.integrations.diffusers import CheckpointError, LdmqConfig
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -88,3 +88,12 @@ def test_a_model_is_dequantized_saved_and_quantized_again(tmp_path):
     assert not any(isinstance(m, QuantizedLayer) for m in loaded.modules())
     ldmq.quantize(unet, plan)
     assert sqnr_db(run_unet(twin), run_unet(unet)) > 20
+
+
+def test_a_single_file_of_a_quantized_model_is_refused_with_the_way_to_load_it(tmp_path):
+    unet = tiny_unet(**SHALLOW)
+    ldmq.quantize(unet, scheme="w8a8-dynamic")
+    unet.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is of a quantized model.* with from_pretrained"):
+        UNet2DConditionModel.from_single_file(str(file), config=str(tmp_path))

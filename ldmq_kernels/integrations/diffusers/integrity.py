@@ -126,18 +126,23 @@ def refuse_marked(files: Sequence[str]) -> None:
         CheckpointError: one of the files says so in its metadata.
     """
     for file in files:
-        metadata: dict[str, str] = {}
-        if file.endswith(".safetensors"):
-            with (
-                contextlib.suppress(SafetensorError, OSError),
-                safe_open(file, "pt") as opened,
-            ):  # whoever loads it tells
-                metadata = opened.metadata() or {}
-        if MARK.items() <= metadata.items():
+        if is_marked(file):
             raise CheckpointError(
                 f"{Path(file).name} was saved with checksums in its config.json, this config.json has none: "
                 f"it is damaged or of another save: {SAVE_AGAIN}"
             )
+
+
+def is_marked(file: str) -> bool:
+    """Whether a file is one of a quantized model, saved with checksums in its config.json."""
+    metadata: dict[str, str] = {}
+    if file.endswith(".safetensors"):
+        with (
+            contextlib.suppress(SafetensorError, OSError),
+            safe_open(file, "pt") as opened,
+        ):  # whoever loads it tells
+            metadata = opened.metadata() or {}
+    return MARK.items() <= metadata.items()
 
 
 class TensorChecks:

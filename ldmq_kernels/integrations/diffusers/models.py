@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -40,6 +41,27 @@ def _metadata_of_block(get: Call, _registry: Any, args: Any, kwargs: Any) -> Any
 
     (model_class,) = args or kwargs.values()
     return get(PLAIN.get(model_class, model_class))
+
+
+def wrap_single_files(module: ModuleType) -> None:
+    """Have `from_single_file` refuse a file of a quantized model, whose plan is in the config.json beside it.
+
+    Args:
+        module: `diffusers.loaders.single_file_model`, which is complete.
+    """
+    wrapt.wrap_function_wrapper(module, "FromOriginalModelMixin.from_single_file", _from_single_file)
+
+
+def _from_single_file(load: Call, _model: Any, args: Any, kwargs: Any) -> Any:
+    from ldmq_kernels.integrations.diffusers.integrity import CheckpointError, is_marked
+
+    file = args[0] if args else kwargs.get("pretrained_model_link_or_path_or_dict")
+    if isinstance(file, str | os.PathLike) and os.path.isfile(file) and is_marked(os.fspath(file)):
+        raise CheckpointError(
+            f"{os.path.basename(file)} is of a quantized model, and says what its tensors are in the config.json that "
+            "was saved with it: load their folder with from_pretrained"
+        )
+    return load(*args, **kwargs)
 
 
 def _quantized(model: nn.Module) -> list[QuantizedLayer]:
