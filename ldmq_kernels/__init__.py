@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ldmq_kernels.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
     from ldmq_kernels.nn.cuts import check_cut_latents
     from ldmq_kernels.nn.guard import guard
+    from ldmq_kernels.nn.packed import unpacked
     from ldmq_kernels.numerics.sqnr import sqnr_db
     from ldmq_kernels.planning.planner import plan
     from ldmq_kernels.plans.plan import Plan, PlanError
@@ -55,6 +56,7 @@ _EXPORTS = {
     "uncache_time_embeddings": "integrations.diffusers.step_cache",
     "use_backend": "kernels.dispatch",
     "unclip": "calibration.clipping",
+    "unpacked": "nn.packed",
     "write_card": "integrations.diffusers.publishing",
 }
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "sqnr_db",
     "uncache_time_embeddings",
     "unclip",
+    "unpacked",
     "use_backend",
     "write_card",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing.context
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ldmq_kernels.numerics.formats import FLOAT, Scheme
 from ldmq_kernels.numerics.hadamard import unrotate
 from ldmq_kernels.tracing import is_exported
 
+M = TypeVar("M", bound=nn.Module)
 PLAIN, PACKED = "quantized_weight", "packed_weight"
 SAVED_NAME = "ldmq_layer"  # in the metadata of a state dict: what the layer is called in its model
 
@@ -231,3 +232,22 @@ class PackedWeight(nn.Module):
             state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {PACKED} | {PLAIN}
             state["packer"] = None
         return state
+
+
+@contextlib.contextmanager
+def unpacked(model: M) -> Iterator[M]:
+    """Inside this block a model holds plain weights, which `torch.export.save` can write; the same numbers.
+
+    oneDNN's packed weights, which layers on a CPU hold where it serves, are tensors that nothing but it can read.
+
+    Args:
+        model: with quantized layers in it, or none.
+    """
+    layers = [m for m in model.modules() if isinstance(m, PackedWeight) and m.packed_weight is not None]
+    for layer in layers:
+        layer.unpack()
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.pack()

@@ -1,12 +1,17 @@
-"""Whoever offloads a model moves the parameters and buffers of its layers; all that a layer reads follows them."""
+"""Whoever moves or writes a model by its parameters and buffers, to offload or export it, gets all that layers read."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.kernels.backend import Packer
 from ldmq_kernels.nn import QuantLinear, timestep_groups
+from ldmq_kernels.nn.packed import unpacked
 from ldmq_kernels.numerics.formats import SCHEMES
 
 
@@ -47,3 +52,28 @@ def test_calibrated_scales_follow_the_buffers(scheme: str, scales: list[float]) 
     assert torch.equal(layer.call_scale, scale)
     assert torch.equal(layer.input_inv_scale, inverse)
     assert torch.equal(model(x, 100.0), wanted)
+
+
+OPAQUE = Packer(
+    "a test",
+    lambda weight: weight.is_mkldnn,
+    lambda weight, _multiplier, _channels: weight.float().to_mkldnn(),
+    lambda packed, _multiplier: packed.to_dense().to(torch.int8),
+)
+
+
+@torch.no_grad()
+def test_a_model_whose_weights_are_packed_is_exported_and_saved_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Model("w8a8-static", [0.03]), torch.randn(3, 8)
+    wanted, stored = model(x, 1.0), model.linear.plain_weight.clone()
+    monkeypatch.setattr(dispatch, "packer", lambda *_: OPAQUE)
+    model.linear.pack()
+    assert model.linear.packed_weight.is_mkldnn
+    with unpacked(model):
+        program = torch.export.export(model, (x, 1.0), strict=False)
+        torch.export.save(program, tmp_path / "model.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x, 1.0), wanted)
+    assert model.linear.packed_weight.is_mkldnn
+    assert torch.equal(model.linear.plain_weight, stored)
