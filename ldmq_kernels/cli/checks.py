@@ -239,6 +239,8 @@ def run_doctor() -> bool:
     findings = _findings(served)
     for backend, device in served.items():
         _print_table(console, backend, device, [found for found in findings if found.backend == backend])
+        if remark := backends()[backend].remark(device):
+            console.print(f"{backend}: {remark}", markup=False)
     on_gpu = any(device.type == "cuda" for device in served.values())
     console.print(op_speed.LEGEND if on_gpu else "times are of a small call; gains over fp16 are measured on a GPU")
     for backend in (name for name in devices if name not in served):

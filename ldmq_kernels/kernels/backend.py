@@ -38,13 +38,13 @@ class Packer:
         is_packed: whether a weight is in this layout.
         pack: (weight, multiplier, channels) -> the packed tensor. The weight and its multiplier, None where it has
             none, are as the op takes them; channels is the length of the weight's last axis in integers.
-        unpack: (packed, multiplier) -> the weight that was packed.
+        unpack: (packed, multiplier, outputs) -> the weight that was packed, of this many output channels.
     """
 
     layout: str
     is_packed: Callable[[Tensor], bool]
     pack: Callable[[Tensor, Tensor | None, int], Tensor]
-    unpack: Callable[[Tensor, Tensor | None], Tensor]
+    unpack: Callable[[Tensor, Tensor | None, int], Tensor]
 
 
 class Tiles(ABC):
@@ -141,6 +141,10 @@ class Backend:
     def why_not(self, device: torch.device) -> str:
         """Why a device is not served, and how to change that."""
         return f"it is for devices of type {self.device_type or 'any'}"
+
+    def remark(self, device: torch.device) -> str:
+        """What to know of how it serves a device, for `ldmq doctor`; empty where nothing is unusual."""
+        return ""
 
     def packer(self, op: str) -> Packer | None:
         """How it holds an op's weight; None where that is as a checkpoint does."""

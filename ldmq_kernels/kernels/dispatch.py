@@ -71,7 +71,7 @@ class Choice:
         measured: the order by the text of a shape, where the best backend is another than the usual one.
         foreign: by backend, how the others pack the op's weight on such a device.
         absent: why a backend that does not serve the device takes no call.
-        weight, multiplier: the places of these arguments, None where the op has none.
+        weight, multiplier, weight_scale: the places of these arguments, None where the op has none.
         key: what tells the shapes of the op's calls apart.
         known: the order by that key, for the shapes that were met.
     """
@@ -84,6 +84,7 @@ class Choice:
     absent: str
     weight: int | None
     multiplier: int | None
+    weight_scale: int | None
     key: Callable[[Arguments], Key]
     known: dict[Hashable, tuple[str, ...]] = field(default_factory=dict)
 
@@ -107,7 +108,9 @@ class Choice:
             for packer in self.foreign[name]:
                 if packer.is_packed(weight):
                     multiplier = None if self.multiplier is None else arguments[self.multiplier]
-                    return (*arguments[:at], packer.unpack(weight, multiplier), *arguments[at + 1 :])
+                    assert self.weight_scale is not None
+                    outputs = arguments[self.weight_scale].shape[0]
+                    return (*arguments[:at], packer.unpack(weight, multiplier, outputs), *arguments[at + 1 :])
         return arguments
 
 
@@ -133,12 +136,13 @@ def choice(op: str, device: torch.device) -> Choice:
         name: tuple(packer for owner, packer in packers.items() if owner != name) for name in backends() if packers
     }
     spec = spec_of(op)
-    weight, multiplier = (
-        spec.arguments.index(name) if name in spec.arguments else None for name in ("weight", "multiplier")
+    weight, multiplier, weight_scale = (
+        spec.arguments.index(name) if name in spec.arguments else None
+        for name in ("weight", "multiplier", "weight_scale")
     )
     off, key = measurements.off(op, device), spec.shape.key(spec.arguments)
     absent = f"not available on {device}"
-    return Choice(spec, usual, off, measured, foreign, absent, weight, multiplier, key)
+    return Choice(spec, usual, off, measured, foreign, absent, weight, multiplier, weight_scale, key)
 
 
 def backend_order(op: str, arguments: Arguments, device: torch.device) -> tuple[str, ...]:

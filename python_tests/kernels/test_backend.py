@@ -174,7 +174,7 @@ def test_its_packed_weight_is_held_by_a_layer_and_unpacked_for_another_backend(f
         assert weight.shape[-1] == channels
         return weight.to(torch.int16)
 
-    packer = Packer("toy's int16", lambda w: w.dtype == torch.int16, pack, lambda w, _: w.to(torch.int8))
+    packer = Packer("toy's int16", lambda w: w.dtype == torch.int16, pack, lambda w, *_: w.to(torch.int8))
     vars(folder)["packer"] = lambda op: packer if op == OP else None
     layer = QuantLinear.from_float(torch.nn.Linear(8, 4), SCHEMES["w8a8-dynamic"])
     assert layer.kernel_weight(as_linear=True).dtype == torch.int16

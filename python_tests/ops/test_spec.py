@@ -111,7 +111,7 @@ def test_every_op_is_a_typed_function_that_calls_its_overload(op: str) -> None:
 @pytest.mark.parametrize("op", list(specs()))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.tokens}x{shape.channels}x{shape.out}")
 def test_fake_agreement_and_shape_hold_for_every_example(op: str, shape: Any) -> None:
-    spec, arguments = spec_of(op), example(op, shape, CPU, torch.float16)
+    spec, arguments = spec_of(op), example(op, shape, CPU, torch.float32)  # where a CPU's producers round once
     expected = getattr(backends()["reference"], op)(*arguments)
     result = getattr(ops, op)(*arguments)
     assert not spec.agreement.difference(result, expected)

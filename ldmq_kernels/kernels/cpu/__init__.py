@@ -1,7 +1,8 @@
-"""oneDNN's int8 on a CPU, reached through `torch.ops.onednn`; the rest is plain torch, block by block.
+"""oneDNN's products on a CPU; the rest is plain torch, block by block.
 
-oneDNN takes int8 activations as uint8 with zero point 128 and gives float32 or bfloat16, with scales
-and bias applied. Without VNNI it saturates silently, so a self-check decides whether it may be used.
+Its int8 products, reached through `torch.ops.onednn`, take int8 activations as uint8 with zero point 128 and give
+float32 or bfloat16, with scales and bias applied. Without VNNI they saturate silently: where a self-check finds that,
+the same integers are multiplied in float32, exactly (`widened`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import torch
 
 from ldmq_kernels.kernels.backend import Backend, Packer, register
-from ldmq_kernels.kernels.cpu import onednn, packing
+from ldmq_kernels.kernels.cpu import packing, widened
 from ldmq_kernels.kernels.cpu.self_check import is_exact
 
 # oneDNN keeps what it prepared for each shape, and reads the limit at its first call: a model takes a few hundred, a
@@ -25,18 +26,26 @@ class _Cpu(Backend):
     rank = 10
 
     def serves(self, device: torch.device) -> bool:
-        """Whether `device` is a CPU whose oneDNN int8 products are exact."""
-        return device.type == "cpu" and is_exact()
+        """Whether `device` is a CPU, and oneDNN is in this torch."""
+        return device.type == "cpu" and (is_exact() or widened.is_built_in())
 
     def why_not(self, device: torch.device) -> str:
-        """What this torch or this processor lacks."""
-        if not onednn.is_built_in():
-            return "this torch lacks oneDNN's int8 ops: install an x86-64 build of torch 2.10 or newer"
-        return "oneDNN's int8 products are not exact on this processor: it needs AVX-512 VNNI, AVX-VNNI or AMX"
+        """What this torch lacks."""
+        return "this torch lacks oneDNN: install an x86-64 build of torch 2.10 or newer"
+
+    def remark(self, device: torch.device) -> str:
+        """That this processor multiplies no int8 exactly, and what is done instead."""
+        if is_exact():
+            return ""
+        return (
+            "this processor lacks AVX-512 VNNI, AVX-VNNI and AMX, so that oneDNN's int8 products are not exact: the "
+            "same integers are multiplied in float32, exactly; large layers take about the time of float ones, small "
+            "ones more, and weights the memory of float32"
+        )
 
     def packer(self, op: str) -> Packer | None:
-        """oneDNN's blocked layouts of the int8 products' weights."""
-        return packing.PACKERS.get(op)
+        """oneDNN's blocked layouts of the int8 products' weights, or float32 where int8 is not exact."""
+        return packing.packers().get(op)
 
 
 backend = register(_Cpu())

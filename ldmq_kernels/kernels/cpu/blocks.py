@@ -42,35 +42,37 @@ def quantize_rows(x: Tensor, factors: tuple[Tensor, ...], out: Tensor, *, is_sta
 
 def finish_rows(
     accumulator: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    scales: tuple[Tensor, ...],
+    shifts: tuple[Tensor, ...],
     residual: Tensor | None,
     out: Tensor,
     gate: Tensor | None = None,
 ) -> None:
-    """out = (accumulator * scale + shift) * gate + residual in float32, rounded once. Overwrites the accumulator.
+    """out = (accumulator * scales[0] ... + shifts[0] ...) * gate + residual in float32, in this order, rounded once.
+
+    Overwrites the accumulator.
 
     Args:
         accumulator: (M, N) float32.
-        scale: (M, 1) or (1,) float32.
-        shift: (N,) float32.
+        scales: (M, 1), (N,) or (1,) float32 each.
+        shifts: (N,) float32 each.
         residual: (M, N) floating.
-        out: (M, N) of the output's dtype.
+        out: (M, N) of the output's dtype; the accumulator itself where that is float32.
         gate: (G, N) floating, each row of it for M / G rows.
     """
     gate_rows = 1 if gate is None else max(1, len(out) // len(gate))
-    per_row = scale is not None and scale.dim() == 2
     for block in row_blocks(*accumulator.shape):
         y = accumulator[block]
-        if scale is not None:
-            y.mul_(scale[block] if per_row else scale)
-        if shift is not None:
+        for scale in scales:
+            y.mul_(scale[block] if scale.dim() == 2 else scale)
+        for shift in shifts:
             y.add_(shift)
         if gate is not None:
             y.mul_(gate[torch.arange(block.start, block.start + len(y), device=gate.device) // gate_rows])
         if residual is not None:
             y.add_(residual[block])
-        out[block].copy_(y)
+        if out.data_ptr() != accumulator.data_ptr():
+            out[block].copy_(y)
 
 
 def as_rows(x: Tensor) -> Tensor:

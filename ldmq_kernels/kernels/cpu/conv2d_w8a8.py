@@ -1,4 +1,4 @@
-"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, in oneDNN's int8."""
+"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, in oneDNN's int8 or widened."""
 
 from __future__ import annotations
 
@@ -8,20 +8,44 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.backend import Unsupported
-from ldmq_kernels.kernels.cpu import onednn
+from ldmq_kernels.kernels.cpu import onednn, widened
 from ldmq_kernels.kernels.cpu.blocks import as_rows, finish_rows
 from ldmq_kernels.kernels.cpu.linear_w8a8 import WRITTEN_BY_ONEDNN
-from ldmq_kernels.kernels.cpu.packing import lay_out_conv2d, pack_conv2d
+from ldmq_kernels.kernels.cpu.packing import is_packed, lay_out_conv2d, pack_conv2d
 from ldmq_kernels.kernels.geometry import conv2d_output_size, enlarged_and_padded
 
 
-def _shifts(bias: Tensor | None, sample_bias: Tensor | None, samples: int) -> list[Tensor | None]:
-    """What is added to every position of each sample: (K,) float32, or None."""
-    shared = None if bias is None else bias.float()
-    if sample_bias is None:
-        return [shared] * samples
-    own = sample_bias.float()
-    return list(own if shared is None else own + shared)
+def _shifts(bias: Tensor | None, sample_bias: Tensor | None, samples: int) -> list[tuple[Tensor, ...]]:
+    """What is added to every position of each sample, in the order of the definition: (K,) float32 each."""
+    shared = () if bias is None else (bias.float(),)
+    return [shared] * samples if sample_bias is None else [(*shared, own) for own in sample_bias.float()]
+
+
+def _finish(
+    accumulator: Tensor,
+    x_scale: Tensor,
+    scales: tuple[Tensor, ...],
+    shifts: list[tuple[Tensor, ...]],
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The epilogue of a convolution, of all samples at once where the same is added to each of them."""
+    out = accumulator if out_dtype == torch.float32 else torch.empty_like(accumulator, dtype=out_dtype)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    if all(shift is shifts[0] for shift in shifts):
+        pixels = accumulator.shape[2] * accumulator.shape[3]
+        is_static = x_scale.numel() == 1
+        row_scale = x_scale.reshape(1) if is_static else x_scale.repeat_interleave(pixels).unsqueeze(1)
+        added = None if residual is None else as_rows(residual)
+        finish_rows(as_rows(accumulator), (row_scale, *scales), shifts[0], added, as_rows(out))
+        return out
+    own_scales = x_scale.reshape(-1).expand(len(shifts))
+    for sample, shift in enumerate(shifts):
+        one = slice(sample, sample + 1)
+        added = None if residual is None else as_rows(residual[one])
+        finish_rows(as_rows(accumulator[one]), (own_scales[one], *scales), shift, added, as_rows(out[one]))
+    return out
 
 
 def why_wrong(
@@ -68,29 +92,25 @@ def conv2d_w8a8(
         # oneDNN takes no empty batch
         return torch.empty(shape, dtype=out_dtype, device=x_q.device, memory_format=torch.channels_last)
     x_q, pads = enlarged_and_padded(x_q, padding, upsample)
-    if why := why_wrong(x_q.shape[2:], kernel_size, stride, pads, dilation):
+    packed = weight if is_packed(weight) else pack_conv2d(weight)
+    is_widened = packed.dtype == torch.float32
+    if not is_widened and (why := why_wrong(x_q.shape[2:], kernel_size, stride, pads, dilation)):
         raise Unsupported(why)
     x_q = x_q.contiguous(memory_format=torch.channels_last)
-    geometry = (stride, pads, dilation, groups)
-    packed = weight if weight.is_mkldnn else pack_conv2d(weight)
+    parts = packed.shape[0] // weight_scale.shape[0] if is_widened else 1
+    if parts > 1 and groups > 1:
+        raise Unsupported(f"sums of a convolution in {groups} groups are too large to be exact in float32")
+    geometry = (stride, pads, dilation, groups * parts)
     lay_out_conv2d(packed, *geometry, x_q.shape)
     shifts = _shifts(bias, sample_bias, samples)
-    is_static, is_shared = x_scale.numel() == 1, sample_bias is None or samples == 1
-    if is_static and is_shared and residual is None and out_dtype in WRITTEN_BY_ONEDNN:
-        return onednn.conv2d(x_q, float(x_scale), packed, weight_scale, shifts[0], *geometry, out_dtype)
+    if is_widened:
+        accumulator = widened.conv2d(x_q, packed, *geometry, parts)
+        return _finish(accumulator, x_scale, (weight_scale,), shifts, residual, out_dtype)
+    if bias is not None and sample_bias is not None:
+        shifts = [(own + shared,) for shared, own in shifts]
+    is_shared = sample_bias is None or samples == 1
+    if x_scale.numel() == 1 and is_shared and residual is None and out_dtype in WRITTEN_BY_ONEDNN:
+        shift = shifts[0][0] if shifts[0] else None
+        return onednn.conv2d(x_q, float(x_scale), packed, weight_scale, shift, *geometry, out_dtype)
     accumulator = onednn.conv2d(x_q, 1.0, packed, weight_scale, None, *geometry, torch.float32)
-    out = torch.empty_like(accumulator, dtype=out_dtype)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    if is_shared:
-        pixels = accumulator.shape[2] * accumulator.shape[3]
-        row_scale = x_scale.reshape(1) if is_static else x_scale.repeat_interleave(pixels).unsqueeze(1)
-        added = None if residual is None else as_rows(residual)
-        finish_rows(as_rows(accumulator), row_scale, shifts[0], added, as_rows(out))
-        return out
-    scales = x_scale.reshape(-1).expand(samples)
-    for sample in range(samples):
-        one = slice(sample, sample + 1)
-        added = None if residual is None else as_rows(residual[one])
-        finish_rows(as_rows(accumulator[one]), scales[one], shifts[sample], added, as_rows(out[one]))
-    return out
+    return _finish(accumulator, x_scale, (), shifts, residual, out_dtype)

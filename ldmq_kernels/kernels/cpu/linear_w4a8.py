@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.linear_w8a8 import linear_w8a8
+from ldmq_kernels.kernels.cpu.packing import is_packed
 from ldmq_kernels.numerics.formats.int4 import unpack_int4
 from ldmq_kernels.numerics.formats.int4_two_level import fold_multiplier
 
@@ -25,6 +26,6 @@ def linear_w4a8(
 
     A plain weight is folded and packed anew in each call; a layer holds it packed by `packing.pack_linear`.
     """
-    if not weight.is_mkldnn:
+    if not is_packed(weight):
         weight = fold_multiplier(unpack_int4(weight, x_q.shape[-1]), multiplier)
     return linear_w8a8(x_q, x_scale, weight, weight_scale, bias, residual, out_dtype, gate)

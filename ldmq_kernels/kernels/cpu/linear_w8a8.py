@@ -1,4 +1,4 @@
-"""out = ((x_q @ weight^T) * x_scale * weight_scale + bias) * gate + residual, the product in oneDNN's int8."""
+"""out = ((x_q @ weight^T) * x_scale * weight_scale + bias) * gate + residual, in oneDNN's int8 or widened."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.backend import Unsupported
-from ldmq_kernels.kernels.cpu import onednn
+from ldmq_kernels.kernels.cpu import onednn, widened
 from ldmq_kernels.kernels.cpu.blocks import finish_rows
-from ldmq_kernels.kernels.cpu.packing import pack_linear
+from ldmq_kernels.kernels.cpu.packing import is_packed, pack_linear
 
 WRITTEN_BY_ONEDNN = (torch.float32, torch.bfloat16)  # float16 overflows there
 
@@ -31,16 +31,24 @@ def linear_w8a8(
     rows = x_q.reshape(-1, x_q.shape[-1]).contiguous()
     if not rows.shape[0]:
         return x_q.new_empty(shape, dtype=out_dtype)
-    packed = weight if weight.is_mkldnn else pack_linear(weight)
-    if packed.shape[0] != rows.shape[1]:
-        raise Unsupported(f"the input has {rows.shape[1]} channels, the weight {packed.shape[0]}")
+    packed = weight if is_packed(weight) else pack_linear(weight)
+    is_widened = packed.dtype == torch.float32
+    channels = packed.shape[0] * packed.shape[2] if is_widened else packed.shape[0]
+    if channels != rows.shape[1]:
+        raise Unsupported(f"the input has {rows.shape[1]} channels, the weight {channels}")
     shift = None if bias is None else bias.float()
     is_static = x_scale.numel() == 1
-    if is_static and residual is None and gate is None and out_dtype in WRITTEN_BY_ONEDNN:
-        return onednn.linear(rows, float(x_scale), packed, weight_scale, shift, out_dtype).view(shape)
-    accumulator = onednn.linear(rows, 1.0, packed, weight_scale, None, torch.float32)
-    out = torch.empty_like(accumulator, dtype=out_dtype)
     row_scale = x_scale.reshape(1) if is_static else x_scale.reshape(-1, 1)
+    if is_widened:
+        accumulator = widened.linear(rows, packed)
+        scales: tuple[Tensor, ...] = (row_scale, weight_scale)
+    elif is_static and residual is None and gate is None and out_dtype in WRITTEN_BY_ONEDNN:
+        return onednn.linear(rows, float(x_scale), packed, weight_scale, shift, out_dtype).view(shape)
+    else:
+        accumulator = onednn.linear(rows, 1.0, packed, weight_scale, None, torch.float32)
+        scales = (row_scale,)
+    out = accumulator if out_dtype == torch.float32 else torch.empty_like(accumulator, dtype=out_dtype)
+    shifts = () if shift is None else (shift,)
     added = None if residual is None else residual.reshape(out.shape)
-    finish_rows(accumulator, row_scale, shift, added, out, None if gate is None else gate.reshape(-1, out.shape[1]))
+    finish_rows(accumulator, scales, shifts, added, out, None if gate is None else gate.reshape(-1, out.shape[1]))
     return out.view(shape)

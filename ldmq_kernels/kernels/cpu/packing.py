@@ -1,4 +1,4 @@
-"""oneDNN's layouts of int8 weights, exact both ways.
+"""How the weights of int8 products are held, exact both ways: in oneDNN's int8 layouts, or widened to float32.
 
 A linear is blocked at once. Which blocks suit a convolution depends on the size of its input (the
 wrong ones are reordered in every call, for longer than the convolution takes on an 8x8 map), so its
@@ -10,36 +10,45 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.backend import Packer
-from ldmq_kernels.kernels.cpu import onednn
+from ldmq_kernels.kernels.cpu import onednn, self_check, widened
 from ldmq_kernels.numerics.formats.int4 import pack_int4, unpack_int4
 from ldmq_kernels.numerics.formats.int4_two_level import divide_multiplier, fold_multiplier
 
 _LAYING_OUT = threading.Lock()
 
 
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight is in a form of this file; a plain one is strided integers."""
+    return weight.is_mkldnn or weight.dtype == torch.float32
+
+
 def pack_linear(weight: Tensor) -> Tensor:
-    """(N, K) int8 to an opaque tensor for `linear_w8a8` and, of the folded weight, `linear_w4a8`."""
-    return onednn.prepack_linear(weight.contiguous())
+    """(N, K) int8 to the form that `linear_w8a8` and, of the folded weight, `linear_w4a8` multiply."""
+    return onednn.prepack_linear(weight.contiguous()) if self_check.is_exact() else widened.pack_linear(weight)
 
 
 def unpack_linear(packed: Tensor) -> Tensor:
     """The (N, K) int8 that `pack_linear` packed."""
-    return packed.to_dense().t().contiguous()
+    return widened.unpack_linear(packed) if packed.dtype == torch.float32 else packed.to_dense().t().contiguous()
 
 
 def pack_conv2d(weight: Tensor) -> Tensor:
-    """(K, R, S, C / groups) int8 to an opaque tensor for `conv2d_w8a8` and `conv2d_w4a8`."""
+    """(K, R, S, C / groups) int8 to the form that `conv2d_w8a8` and `conv2d_w4a8` multiply."""
+    if not self_check.is_exact():
+        return widened.pack_conv2d(weight)
     return weight.permute(0, 3, 1, 2).contiguous().to_mkldnn()
 
 
-def unpack_conv2d(packed: Tensor) -> Tensor:
-    """The (K, R, S, C / groups) int8 that `pack_conv2d` packed, whatever its layout is by now."""
+def unpack_conv2d(packed: Tensor, outputs: int) -> Tensor:
+    """The (K, R, S, C / groups) int8 that `pack_conv2d` packed, whatever its layout is by now; `outputs` is K."""
+    if packed.dtype == torch.float32:
+        return widened.unpack_conv2d(packed, outputs)
     return packed.to_dense().permute(0, 2, 3, 1).contiguous()
 
 
@@ -69,30 +78,31 @@ def lay_out_conv2d(
     with _LAYING_OUT:  # no other thread computes with a weight that is not laid out
         if getattr(packed, "_ldmq_is_laid_out", False):
             return
+        prepack = widened.prepack_conv2d if packed.dtype == torch.float32 else onednn.prepack_conv2d
         with torch.inference_mode(packed.is_inference()):
-            packed.data = onednn.prepack_conv2d(packed.to_dense(), stride, padding, dilation, groups, input_shape)
+            packed.data = prepack(packed.to_dense(), stride, padding, dilation, groups, input_shape)
         _trim()(0)
         packed._ldmq_is_laid_out = True  # type: ignore[attr-defined]
 
 
-def _packer(pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor], Tensor]) -> Packer:
+def _packer(layout: str, pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor, int], Tensor]) -> Packer:
     """How the weight of a product is held; int4 ones are folded with their multipliers, which int8 holds exactly."""
 
     def packed(weight: Tensor, multiplier: Tensor | None, channels: int) -> Tensor:
         return pack(weight if multiplier is None else fold_multiplier(unpack_int4(weight, channels), multiplier))
 
-    def unpacked(tensor: Tensor, multiplier: Tensor | None) -> Tensor:
-        integers = unpack(tensor)
+    def unpacked(tensor: Tensor, multiplier: Tensor | None, outputs: int) -> Tensor:
+        integers = unpack(tensor, outputs)
         return integers if multiplier is None else pack_int4(divide_multiplier(integers, multiplier))
 
-    return Packer("oneDNN", lambda weight: weight.is_mkldnn, packed, unpacked)
+    return Packer(layout, is_packed, packed, unpacked)
 
 
-_LINEAR, _CONV2D = _packer(pack_linear, unpack_linear), _packer(pack_conv2d, unpack_conv2d)
-PACKERS = {
-    "linear_w8a8": _LINEAR,
-    "linear_static_w8a8": _LINEAR,
-    "linear_w4a8": _LINEAR,
-    "conv2d_w8a8": _CONV2D,
-    "conv2d_w4a8": _CONV2D,
-}
+@functools.cache
+def packers() -> Mapping[str, Packer]:
+    """How the weights of the int8 products are held on this processor, by op."""
+    layout = "oneDNN" if self_check.is_exact() else "float32"
+    linear = _packer(layout, pack_linear, lambda packed, _: unpack_linear(packed))
+    conv2d = _packer(layout, pack_conv2d, unpack_conv2d)
+    linears = dict.fromkeys(("linear_w8a8", "linear_static_w8a8", "linear_w4a8"), linear)
+    return linears | dict.fromkeys(("conv2d_w8a8", "conv2d_w4a8"), conv2d)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmq_kernels.kernels.cpu import backend as cpu
-from ldmq_kernels.kernels.cpu import onednn
+from ldmq_kernels.kernels.cpu import onednn, self_check, widened
 from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear, unpack_conv2d, unpack_linear
 from python_tests.kernels.convolutions import as_op
 
@@ -24,8 +24,17 @@ CONVOLUTIONS = [
 ]
 
 
-# weights up to 63 make no pair of products that 16 bits cannot hold: exact on every processor
-LARGEST = pytest.mark.parametrize("largest", [63, pytest.param(127, marks=pytest.mark.needs_exact_onednn)])
+# how weights are held, and the largest: up to 63 make no pair of products that 16 bits cannot hold, which is exact on
+# every processor
+FORMS = [("int8", 63), pytest.param(("int8", 127), marks=pytest.mark.needs_exact_onednn), ("float32", 127)]
+
+
+@pytest.fixture(params=FORMS, ids=str)
+def largest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The largest weight of a test, whose weights are packed for a processor with exact int8 products or without."""
+    form, largest = request.param
+    monkeypatch.setattr(self_check, "is_exact", lambda: form == "int8")
+    return largest
 
 
 def _integers(*shape: int, largest: int = 127) -> torch.Tensor:
@@ -33,13 +42,12 @@ def _integers(*shape: int, largest: int = 127) -> torch.Tensor:
     return torch.randint(-largest, largest + 1, shape, dtype=torch.int8, generator=generator)
 
 
-@pytest.mark.parametrize("shape", [(320, 320), (20, 4), (4, 20), (1, 1), (2560, 960)])
-def test_a_packed_linear_weight_unpacks_exactly(shape):
-    weight = _integers(*shape)
+@pytest.mark.parametrize("shape", [(320, 320), (20, 4), (4, 20), (1, 1), (2560, 960), (7, 11520)])
+def test_a_packed_linear_weight_unpacks_exactly(shape, largest):
+    weight = _integers(*shape, largest=largest)
     assert torch.equal(unpack_linear(pack_linear(weight)), weight)
 
 
-@LARGEST
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_packed_convolution_weight_unpacks_exactly_before_and_after_its_first_call(case, inference, largest):
@@ -48,18 +56,17 @@ def test_a_packed_convolution_weight_unpacks_exactly_before_and_after_its_first_
     weight = _integers(out_channels, kernel, kernel, channels // groups, largest=largest)
     with torch.inference_mode(inference):
         packed = pack_conv2d(weight)
-        assert torch.equal(unpack_conv2d(packed), weight)
+        assert torch.equal(unpack_conv2d(packed, out_channels), weight)
     x_q = _integers(1, channels, 8, 8)
     scale = torch.ones(out_channels)
     rest = (scale, None, None, None, (kernel, kernel), *as_op(*geometry), torch.float32)
     out = cpu.conv2d_w8a8(x_q, torch.ones(1), packed, *rest)
-    assert torch.equal(unpack_conv2d(packed), weight)
+    assert torch.equal(unpack_conv2d(packed, out_channels), weight)
     exact = torch.nn.functional.conv2d(x_q.double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
     assert torch.equal(out.double(), exact)
     assert torch.equal(cpu.conv2d_w8a8(x_q, torch.ones(1), packed, *rest), out)
 
 
-@LARGEST
 def test_a_laid_out_convolution_serves_inputs_of_other_sizes(largest):
     geometry = ((1, 1), (1, 1), (1, 1), 1)
     weight = _integers(64, 3, 3, 64, largest=largest)
@@ -72,14 +79,14 @@ def test_a_laid_out_convolution_serves_inputs_of_other_sizes(largest):
         assert torch.equal(out.double(), exact)
 
 
-def test_a_packed_convolution_is_laid_out_once_even_from_many_threads(monkeypatch):
+@pytest.mark.parametrize("form", [onednn, widened])
+def test_a_packed_convolution_is_laid_out_once_even_from_many_threads(form, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
-    from ldmq_kernels.kernels.cpu import onednn
-
     calls = []
-    prepack = onednn.prepack_conv2d
-    monkeypatch.setattr(onednn, "prepack_conv2d", lambda *a: (calls.append(1), prepack(*a))[1])
+    prepack = form.prepack_conv2d
+    monkeypatch.setattr(self_check, "is_exact", lambda: form is onednn)
+    monkeypatch.setattr(form, "prepack_conv2d", lambda *a: (calls.append(1), prepack(*a))[1])
     geometry = ((1, 1), (1, 1), (1, 1), 1)
     packed = pack_conv2d(_integers(64, 3, 3, 64))
     x_q = _integers(1, 64, 8, 8)

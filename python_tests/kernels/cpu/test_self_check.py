@@ -1,4 +1,4 @@
-"""oneDNN is used only where its int8 products are exact."""
+"""oneDNN's int8 products are used only where they are exact; elsewhere the same integers are widened."""
 
 from __future__ import annotations
 
@@ -36,15 +36,19 @@ def _saturating_linear(x_q: Tensor, _x_scale: float, packed: Tensor, *_: object)
     return (pairs.sum(1) - onednn.ZERO_POINT * weight.sum(0)).float()
 
 
-def test_a_saturating_product_is_refused(monkeypatch, forgetful):
+def test_a_saturating_product_is_refused_and_float32_is_said_to_serve(monkeypatch, forgetful):
     monkeypatch.setattr(onednn, "linear", _saturating_linear)
     assert not self_check.is_exact()
-    assert not cpu.serves(torch.device("cpu"))
+    assert cpu.serves(torch.device("cpu"))
+    assert "multiplied in float32" in cpu.remark(torch.device("cpu"))
 
 
 def test_a_torch_without_the_ops_is_refused(monkeypatch, forgetful):
     monkeypatch.setattr(onednn, "OPS", (*onednn.OPS, "qlinear_of_another_torch"))
     assert not self_check.is_exact()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not cpu.serves(torch.device("cpu"))
+    assert "lacks oneDNN" in cpu.why_not(torch.device("cpu"))
 
 
 def test_no_other_device_is_served():
@@ -52,15 +56,16 @@ def test_no_other_device_is_served():
 
 
 @pytest.mark.skipif(not _has_vnni(), reason="the processor has no AVX-512 VNNI")
-def test_a_processor_with_vnni_is_served():
-    assert cpu.serves(torch.device("cpu"))
+def test_a_processor_with_vnni_multiplies_int8():
+    assert self_check.is_exact()
+    assert not cpu.remark(torch.device("cpu"))
 
 
 @pytest.mark.needs_exact_onednn
 @pytest.mark.parametrize("instructions", ["AVX512_CORE", "AVX2"])
 def test_a_processor_without_vnni_is_refused_and_one_with_it_is_not(instructions):
     """oneDNN itself can be told to leave VNNI alone, and then really saturates."""
-    script = "import torch; from ldmq_kernels.kernels.cpu import backend as cpu; print(cpu.serves(torch.device('cpu')))"
+    script = "from ldmq_kernels.kernels.cpu import self_check; print(self_check.is_exact())"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
