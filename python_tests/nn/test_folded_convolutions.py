@@ -219,7 +219,7 @@ def test_a_backend_packs_the_weight_as_the_2d_convolution_takes_it(monkeypatch: 
         seen.append((tuple(weight.shape), channels))
         return weight.flip(0).contiguous()
 
-    packer = Packer("upside down", lambda _: True, pack, lambda packed, _multiplier: packed.flip(0))
+    packer = Packer("upside down", lambda _: True, pack, lambda packed, *_: packed.flip(0))
     monkeypatch.setattr(dispatch, "packer", lambda op, device: packer if op == "conv2d_w8a8" else None)
     layer = quantized(made("time and space"), "w8a8-dynamic")
     assert seen == [((12, 3, 3, 24), 24)]
