@@ -32,6 +32,7 @@ DAILY = (  # one of each way to call a pipeline; `python -m benchmarks breadth` 
     "wan 2.2, the second transformer",
     "dit, class labels",
     "flux",
+    "cogvideox",
     "stable cascade, the prior",
 )
 
