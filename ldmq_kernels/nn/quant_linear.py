@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldmq_kernels import ops
 from ldmq_kernels.nn.quantized import ACTIVATION_DTYPES, FIRST_TOKEN, QuantizedLayer
 from ldmq_kernels.nn.straight_through import is_differentiated, straight_through
+from ldmq_kernels.numerics.hadamard import block_size, rotate
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -111,6 +112,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         if x.dim() != 3:
             raise ValueError(f"a layer with first_token takes an input (B, T, C), this one has shape {tuple(x.shape)}")
         first = x[:, :1] if self.smoothing is None else (x[:, :1] * self.smoothing).to(x.dtype)
+        if self.scheme.is_rotated:  # divided by what `first_token_scale` has: sums of 16-bit values could overflow
+            first = (rotate(first.float()) / block_size(self.in_features)).to(x.dtype)
         plain = self._buffers.get(FIRST_TOKEN)
         weight = self.plain_weight if plain is None else plain
         product = getattr(ops, str(self.scheme.format.first_token_op))

@@ -13,6 +13,7 @@ from ldmq_kernels.nn.input_scale import InputScale
 from ldmq_kernels.nn.kinds import CHANNEL_AXES
 from ldmq_kernels.nn.packed import PLAIN, PackedWeight, buffer_name
 from ldmq_kernels.numerics.formats import Scheme, no_groups, product_of, schemes_of
+from ldmq_kernels.numerics.hadamard import block_size
 from ldmq_kernels.numerics.smoothing import fitted
 from ldmq_kernels.numerics.split import LOW_STEPS, quantize_low_part
 
@@ -160,7 +161,7 @@ class QuantizedLayer(PackedWeight, InputScale):
         if first_token and layer.kind != "linear":
             raise ValueError(f"first_token is for linears, this is a {layer.kind}: leave it out")
         first_token = first_token and scheme.quantizes_activations
-        if first_token and (scheme.is_rotated or scheme.format.first_token_op is None):
+        if first_token and scheme.format.first_token_op is None:
             raise ValueError(f"{scheme} has no product for a first token in 16 bit: leave first_token out")
         layer.float_dtype = layer.weight.dtype
         shape = cls.to_channels_last(layer.weight).shape
@@ -276,8 +277,8 @@ class QuantizedLayer(PackedWeight, InputScale):
         self.use_timestep_group(0)
         if self.first_token:
             held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-            scale = self.scheme.format.weight.group_scale(held)
-            self._hold("first_token_scale", scale)
+            growth = block_size(self.weight_channels) if self.scheme.is_rotated else 1
+            self._hold("first_token_scale", self.scheme.format.weight.group_scale(held) * growth)
             self._hold(FIRST_TOKEN, None)
 
     # -- of a call -----------------------------------------------------------------------------------

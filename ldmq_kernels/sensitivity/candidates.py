@@ -243,7 +243,7 @@ class LayerSearch:
         if self._layer_plan(plain) is None:
             return None
         trial = self._try(plain)
-        possible = scheme.takes_int8 and scheme.format.first_token_op is not None
+        possible = scheme.quantizes_activations and scheme.format.first_token_op is not None and not scheme.is_split
         asked = possible and self.method.first_token
         if not asked or self.name not in self.calibration.text_layers or not isinstance(self.layer, nn.Linear):
             return trial
