@@ -25,7 +25,7 @@ from ldmq_kernels.plans.plan import Plan, model_record, uniform_plan
 from python_tests.tiny import TEXT_WIDTH, mixed_plan, run_unet, tiny_unet
 
 SCHEMES = ("w8a8-dynamic", "w4a8-dynamic", "w8a8-static", "w4a8-static")
-OF_TRANSFORMERS = ("FluxTransformerBlock", "FluxSingleTransformerBlock", "WanTransformerBlock")
+OF_TRANSFORMERS = ("FluxTransformerBlock", "FluxSingleTransformerBlock", "WanTransformerBlock", "JointTransformerBlock")
 OF_UNETS = {fused for fused in PLAIN if fused.__name__ not in OF_TRANSFORMERS}
 NEAR = 60.0  # dB between fused and unfused: other orders of float sums, and the ties that they turn over
 

@@ -248,14 +248,13 @@ def qwen_image() -> Built:
     return model.eval(), call
 
 
-OF_OWN_FUSED_BLOCKS: dict[str, Callable[[], Built]] = {"flux": flux, "pixart": pixart, "wan": wan}
+OF_OWN_FUSED_BLOCKS: dict[str, Callable[[], Built]] = {"flux": flux, "pixart": pixart, "sd3": sd3, "wan": wan}
 TRANSFORMERS: dict[str, Callable[[], Built]] = OF_OWN_FUSED_BLOCKS | {
     "cogvideox": cogvideox,
     "hunyuan dit": hunyuan_dit,
     "ltx": ltx,
     "qwen image": qwen_image,
     "sana": sana,
-    "sd3": sd3,
 }
 
 

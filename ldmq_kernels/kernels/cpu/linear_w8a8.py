@@ -36,6 +36,9 @@ def linear_w8a8(
     channels = packed.shape[0] * packed.shape[2] if is_widened else packed.shape[0]
     if channels != rows.shape[1]:
         raise Unsupported(f"the input has {rows.shape[1]} channels, the weight {channels}")
+    n = weight_scale.shape[0]
+    if gate is not None and (gate.shape[-1] != n or rows.shape[0] % max(1, gate.numel() // n)):
+        raise Unsupported(f"a gate of shape {tuple(gate.shape)} for {rows.shape[0]} rows of {n}")
     shift = None if bias is None else bias.float()
     is_static = x_scale.numel() == 1
     row_scale = x_scale.reshape(1) if is_static else x_scale.reshape(-1, 1)

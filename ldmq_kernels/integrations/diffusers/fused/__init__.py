@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention import BasicTransformerBlock, FeedForward, JointTransformerBlock
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -20,6 +20,7 @@ from torch import nn
 
 from ldmq_kernels.integrations.diffusers.fused.feed_forward import FusedFeedForward
 from ldmq_kernels.integrations.diffusers.fused.flux import FusedFluxSingleTransformerBlock, FusedFluxTransformerBlock
+from ldmq_kernels.integrations.diffusers.fused.joint import FusedJointTransformerBlock
 from ldmq_kernels.integrations.diffusers.fused.projections import FOUND, SharesProjections
 from ldmq_kernels.integrations.diffusers.fused.resampling import FusedDownsample2D, FusedUpsample2D
 from ldmq_kernels.integrations.diffusers.fused.resnet import FusedResnetBlock2D
@@ -34,6 +35,7 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     FeedForward: FusedFeedForward,
     FluxSingleTransformerBlock: FusedFluxSingleTransformerBlock,
     FluxTransformerBlock: FusedFluxTransformerBlock,
+    JointTransformerBlock: FusedJointTransformerBlock,
     ResnetBlock2D: FusedResnetBlock2D,
     Transformer2DModel: FusedTransformer2DModel,
     Upsample2D: FusedUpsample2D,

@@ -21,12 +21,11 @@ from ldmq_kernels.integrations.diffusers.fused import feed_forward
 from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     is_inactive,
     is_unwrapped,
-    quantized_layer_norm,
     takes_int8,
     wants_gradients,
 )
 from ldmq_kernels.integrations.diffusers.fused.feed_forward import gated
-from ldmq_kernels.integrations.diffusers.fused.modulation import is_adaptive, modulation
+from ldmq_kernels.integrations.diffusers.fused.modulation import fed, is_adaptive, modulation, projected
 from ldmq_kernels.integrations.diffusers.fused.projections import SharesProjections
 
 LARGEST_FLOAT16 = 65504
@@ -71,8 +70,8 @@ class FusedFluxTransformerBlock(SharesProjections, FluxTransformerBlock):
         self.look_again(hidden_states)
         attention, x, text = self.attn, hidden_states, encoder_hidden_states
         own, added = modulation(self.norm1, temb, 6), modulation(self.norm1_context, temb, 6)
-        qkv = _project(self, "qkv", self.norm1.norm, x, own)
-        text_qkv = _project(self, "added_qkv", self.norm1_context.norm, text, added)
+        qkv = projected(self, "qkv", self.norm1.norm, x, *own[:2])
+        text_qkv = projected(self, "added_qkv", self.norm1_context.norm, text, *added[:2])
         query, key = _heads(attention, qkv[0], attention.norm_q), _heads(attention, qkv[1], attention.norm_k)
         text_query = _heads(attention, text_qkv[0], attention.norm_added_q)
         text_key = _heads(attention, text_qkv[1], attention.norm_added_k)
@@ -83,8 +82,8 @@ class FusedFluxTransformerBlock(SharesProjections, FluxTransformerBlock):
         text_out, out = out.split_with_sizes([text.shape[1], out.shape[1] - text.shape[1]], dim=1)
         x = gated(attention.to_out[0], out.contiguous(), x, own[2])
         text = gated(attention.to_add_out, text_out.contiguous(), text, added[2])
-        x = _feed(self.ff, self.norm2, x, own)
-        text = _feed(self.ff_context, self.norm2_context, text, added)
+        x = fed(self.ff, self.norm2, x, own[3:])
+        text = fed(self.ff_context, self.norm2_context, text, added[3:])
         if text.dtype == torch.float16:
             text = text.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16)
         return text, x
@@ -134,7 +133,7 @@ class FusedFluxSingleTransformerBlock(SharesProjections, FluxSingleTransformerBl
         attention, length = self.attn, encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         terms = modulation(self.norm, temb, 3)
-        mlp, query, key, value = _project(self, "mlp_qkv", self.norm.norm, x, terms)
+        mlp, query, key, value = projected(self, "mlp_qkv", self.norm.norm, x, *terms[:2])
         query, key = _heads(attention, query, attention.norm_q), _heads(attention, key, attention.norm_k)
         out = _attend(attention, query, key, _heads(attention, value), image_rotary_emb)
         x = self._project_out(out, mlp, x, terms[2])
@@ -171,19 +170,6 @@ def _is_plain(attention: Any) -> bool:
     )
 
 
-def _project(
-    block: SharesProjections, name: str, norm: Any, x: Tensor, terms: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """What a group of projections makes of norm(x) * (1 + scale) + shift; `terms` begins with shift and scale."""
-    shift, scale = terms[:2]
-    return block._shared[name](
-        block.projections()[name],
-        x.dtype,
-        lambda layer: quantized_layer_norm(norm, x, layer, scale, shift),
-        lambda: norm(x) * (1 + scale) + shift,
-    )
-
-
 def _heads(attention: Any, x: Tensor, norm: Any = None) -> Tensor:
     """(B, T, heads, head_dim), normed where there is a norm."""
     x = x.unflatten(-1, (-1, attention.head_dim))
@@ -204,12 +190,3 @@ def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, rotary: A
         parallel_config=processor._parallel_config,
     )
     return out.flatten(2, 3).to(query.dtype)
-
-
-def _feed(ff: Any, norm: Any, x: Tensor, terms: tuple[Tensor, ...]) -> Tensor:
-    """x + gate * ff(norm(x) * (1 + scale) + shift); `terms` ends with shift, scale and gate."""
-    shift, scale, gate = terms[3:]
-    hidden = feed_forward.project_in(
-        ff, x, lambda layer: quantized_layer_norm(norm, x, layer, scale, shift), lambda: norm(x) * (1 + scale) + shift
-    )
-    return feed_forward.feed(ff, hidden, x, gate)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
-from ldmq_kernels.integrations.diffusers.fused.eligibility import is_unwrapped, takes_int8
+from ldmq_kernels.integrations.diffusers.fused import feed_forward
+from ldmq_kernels.integrations.diffusers.fused.eligibility import is_unwrapped, quantized_layer_norm, takes_int8
+from ldmq_kernels.integrations.diffusers.fused.projections import SharesProjections
 
 
 def modulation(norm: Any, emb: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -21,6 +23,27 @@ def modulation(norm: Any, emb: Tensor, parts: int) -> tuple[Tensor, ...]:
     return out[:, None].chunk(parts, dim=-1)
 
 
-def is_adaptive(norm: Any, kind: type[AdaLayerNormZero | AdaLayerNormZeroSingle | AdaLayerNormContinuous]) -> bool:
+def is_adaptive(norm: Any, kind: type[nn.Module]) -> bool:
     """Whether a norm is diffusers' own of this kind over a plain LayerNorm, whose modulation is all that it adds."""
     return is_unwrapped(norm, kind) and is_unwrapped(norm.norm, nn.LayerNorm) and getattr(norm, "emb", None) is None
+
+
+def projected(
+    block: SharesProjections, name: str, norm: Any, x: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, ...]:
+    """What a group of the block's projections makes of norm(x) * (1 + scale) + shift."""
+    return block._shared[name](
+        block.projections()[name],
+        x.dtype,
+        lambda layer: quantized_layer_norm(norm, x, layer, scale, shift),
+        lambda: norm(x) * (1 + scale) + shift,
+    )
+
+
+def fed(ff: Any, norm: Any, x: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    """x + gate * ff(norm(x) * (1 + scale) + shift); `terms` are shift, scale and gate."""
+    shift, scale, gate = terms
+    hidden = feed_forward.project_in(
+        ff, x, lambda layer: quantized_layer_norm(norm, x, layer, scale, shift), lambda: norm(x) * (1 + scale) + shift
+    )
+    return feed_forward.feed(ff, hidden, x, gate)
