@@ -10,13 +10,17 @@ EXTRA_OF = {
     "accelerate": "diffusers",
     "diffusers": "diffusers",
     "huggingface_hub": "diffusers",
+    "fastapi": "serve",
     "jsonschema": "diffusers",
     "matplotlib": "report",
+    "prometheus_client": "serve",
+    "python_multipart": "serve",
     "rich": "cli",
     "scipy": "plan",
     "torchmetrics": "plan",
     "transformers": "diffusers",
     "typer": "cli",
+    "uvicorn": "serve",
 }
 
 

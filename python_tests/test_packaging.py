@@ -33,7 +33,7 @@ LAYERS = [
     {"planning"},
     {"report"},
     {"__init__"},
-    {"demo"},
+    {"demo", "serving"},
     {"cli"},
     {"__main__"},
 ]
@@ -182,7 +182,9 @@ def test_the_import_touches_no_gpu_and_nothing_heavy() -> None:
     run = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, check=True)
     told = json.loads(run.stdout)
     assert "ldmq_kernels" in told["added"]
-    assert not {"diffusers", "transformers", "matplotlib", "triton", "scipy", "accelerate"} & set(told["added"])
+    assert not {"diffusers", "transformers", "matplotlib", "triton", "scipy", "accelerate", "fastapi"} & set(
+        told["added"]
+    )
     assert not told["gpu"]
 
 

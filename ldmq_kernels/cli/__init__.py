@@ -51,6 +51,7 @@ from ldmq_kernels.cli.options import (
     require_out,
     sampling,
 )
+from ldmq_kernels.cli.serving import serve as serve_command
 from ldmq_kernels.files import MisplacedError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -375,6 +376,7 @@ def export(
 
 
 app.command("bench")(bench_command)
+app.command("serve")(serve_command)
 
 
 @app.command()

@@ -239,6 +239,14 @@ def dispatch_report() -> str:
     return "\n".join(lines) or "no ldmq op has run"
 
 
+def calls_by_backend() -> dict[tuple[str, str], int]:
+    """How many calls of an op a backend has served since the start, on all devices."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for (op, name, _), count in _calls.copy().items():
+        counts[op, name] += count
+    return dict(counts)
+
+
 def reset_dispatch_report() -> None:
     """Forget what was counted."""
     _calls.clear()
