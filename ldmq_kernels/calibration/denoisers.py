@@ -1,16 +1,20 @@
-"""Which parts of a pipeline denoise: what planning and quantizing are about."""
+"""Which parts of a pipeline denoise, and which others can be planned: what planning and quantizing are about."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
-from ldmq_kernels.nn.timestep_groups import TIMESTEP_NAMES
+from ldmq_kernels.calibration.autoencoders import takes_a_timestep
 
 # the first that a pipeline has is planned where none is named
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "prior_prior", "decoder")
+
+
+# planned only where they are named; of several nets at once each by its place, "controlnet.nets.0"
+OTHERS = ("vae", "controlnet", "adapter")
+SEVERAL = ("nets", "adapters")
 
 
 class PartOf:
@@ -18,16 +22,16 @@ class PartOf:
 
     Args:
         pipe: a diffusers pipeline.
-        part: the name of one of its denoisers.
+        part: the name of one of its denoisers, or of what it has beside them: `parts_of` has all names.
 
     Raises:
-        TypeError: the pipeline has no denoiser of that name.
+        TypeError: the pipeline has no part of that name that could be planned.
     """
 
     def __init__(self, pipe: Any, part: str) -> None:
-        known = denoisers(pipe)
+        known = parts_of(pipe)
         if part not in known:
-            raise TypeError(f"{type(pipe).__name__} has no denoiser {part!r}: choose {' or '.join(known) or 'none'}")
+            raise TypeError(f"{type(pipe).__name__} has no part {part!r}: choose {' or '.join(known) or 'none'}")
         self.pipe, self.part = pipe, part
 
     def __getattr__(self, name: str) -> Any:
@@ -38,7 +42,7 @@ def chosen(pipe: Any, part: str | None) -> Any:
     """The pipeline with the part that is planned, of that name; the pipeline as it is if None.
 
     Raises:
-        TypeError: the pipeline has no denoiser of that name.
+        TypeError: the pipeline has no part of that name.
     """
     return pipe if part is None else PartOf(pipe, part)
 
@@ -54,13 +58,21 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     return {
         name: model
         for name, model in found.items()
-        if isinstance(model, nn.Module) and (name != "decoder" or _takes_a_timestep(model))
+        if isinstance(model, nn.Module) and (name != "decoder" or takes_a_timestep(model))  # an autoencoder's does not
     }
 
 
-def _takes_a_timestep(model: nn.Module) -> bool:
-    """Whether it denoises: that of Stable Cascade does, that of an autoencoder has the same name."""
-    return not {*TIMESTEP_NAMES}.isdisjoint(inspect.signature(model.forward).parameters)
+def parts_of(pipe: Any) -> dict[str, nn.Module]:
+    """All parts of a pipeline that can be planned, by name: denoisers first, then its VAE and what steers it."""
+    found = denoisers(pipe)
+    for name in OTHERS:
+        model = getattr(pipe, name, None)
+        if isinstance(model, nn.Module):
+            lists = (getattr(model, several, None) for several in SEVERAL)
+            nets = next((nets for nets in lists if isinstance(nets, nn.ModuleList)), None)
+            kind = next((several for several in SEVERAL if getattr(model, several, None) is nets), "")
+            found |= {name: model} if nets is None else {f"{name}.{kind}.{i}": net for i, net in enumerate(nets)}
+    return found
 
 
 def denoiser_name(pipe: Any) -> str:
@@ -83,5 +95,4 @@ def denoiser(pipe: Any) -> nn.Module:
     Raises:
         TypeError: the pipeline has none.
     """
-    model: nn.Module = getattr(whole_pipeline(pipe), denoiser_name(pipe))
-    return model
+    return parts_of(whole_pipeline(pipe))[denoiser_name(pipe)]

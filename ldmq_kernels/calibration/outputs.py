@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def output_tensor(output: Any) -> Tensor:
-    """The tensor in what a UNet returns: a tensor, a tuple or an output object."""
-    return output if isinstance(output, Tensor) else output[0]
+    """The tensor in what a model returns: a tensor, or the first of a tuple or an output object.
+
+    Of an encoder it is the parameters of the distribution that it gives. What steers a denoiser, as a ControlNet does,
+    gives tensors of several sizes: they follow each other in the rows of one, (N, values).
+    """
+    if isinstance(output, Tensor):
+        return output
+    steering = [leaf for leaf in pytree.tree_leaves(_plain(output)) if isinstance(leaf, Tensor)]
+    if _steers(output):
+        return torch.cat([tensor.flatten(1) for tensor in steering], 1)
+    first = output[0]
+    parameters = getattr(first, "parameters", None)  # of a diagonal normal distribution
+    return parameters if isinstance(parameters, Tensor) else first
+
+
+def _plain(output: Any) -> Any:
+    return tuple(output.values()) if isinstance(output, Mapping) else output
+
+
+def _steers(output: Any) -> bool:
+    """Whether an output is a list of tensors, or begins with one."""
+    if isinstance(output, list):
+        return True
+    first = next(iter(_plain(output)), None)
+    return isinstance(first, list | tuple) and all(isinstance(value, Tensor) for value in first)
 
 
 def output_of(result: Any) -> Tensor | None:

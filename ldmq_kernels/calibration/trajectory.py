@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ldmq_kernels.calibration.autoencoders import is_autoencoder, through_forward
 from ldmq_kernels.calibration.denoisers import denoiser
-from ldmq_kernels.calibration.drawings import LATENT, Call, Drawing, check_calls, drawings
+from ldmq_kernels.calibration.drawings import LATENT, PICTURES, Call, Drawing, check_calls, drawings
 from ldmq_kernels.calibration.module_state import State, StateChanges, in_state
 from ldmq_kernels.calibration.outputs import output_tensor
 from ldmq_kernels.calibration.settings import Settings
@@ -61,7 +62,7 @@ class UNetCall:
         Lists and dictionaries are new ones, since models take things out of those that they get.
         """
         args, kwargs = pytree.tree_map(lambda value: value, (self.args, self.kwargs))
-        with in_state(model, self.state):
+        with in_state(model, self.state), through_forward(model):
             return output_tensor(model(*args, **kwargs))
 
     def of_prompts(self, prompts: Sequence[int]) -> UNetCall:
@@ -179,6 +180,10 @@ class Trajectory:
         return [next(call.timestep for call in self.calls if call.step == step) for step in range(self.steps)]
 
 
+def _called(model: nn.Module) -> str:
+    return type(model).__name__ if is_autoencoder(model) else "UNet"
+
+
 class _Enough(Exception):
     """Ends a pipeline's run before its last step."""
 
@@ -235,8 +240,8 @@ def _record(
         if not bool(torch.isfinite(tensor).all()):
             wrong = ", ".join(map(repr, drawing.names))
             raise ValueError(
-                f"the full-precision UNet's output is not finite at sampling step {len(calls)}, prompts {wrong}: "
-                "leave the prompt out, or run the pipeline in bfloat16 or float32"
+                f"the full-precision {_called(model)}'s output is not finite at sampling step {len(calls)}, prompts "
+                f"{wrong}: leave the prompt out, or run the pipeline in bfloat16 or float32"
             )
         guidance = drawing.guidance_scale(pipe, tensor.shape[0])
         calls.append(UNetCall(step, args, kwargs, tensor, drawing.samples, guidance))
@@ -247,7 +252,8 @@ def _record(
     handles = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
     steps.begin()
     try:
-        return calls, drawing.run(pipe, LATENT)
+        with through_forward(model):
+            return calls, drawing.run(pipe, PICTURES if is_autoencoder(model) else LATENT)
     except _Enough:
         return calls, None
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldmq_kernels.calibration.denoisers import DENOISERS
+from ldmq_kernels.calibration.denoisers import DENOISERS, OTHERS
 from ldmq_kernels.cli.quiet import quiet_libraries
 from ldmq_kernels.files import NotJsonError, alias_in_ascii, printable, read_json
 
@@ -66,7 +66,8 @@ def denoiser_folder(folder: Path, part_name: str | None = None) -> Path:
     """The folder of the UNet (or transformer) in a pipeline directory; the directory itself if it is one.
 
     Args:
-        part_name: the denoiser that is meant, where the pipeline has several; the first one if None.
+        part_name: the denoiser that is meant, where the pipeline has several, or its VAE or what steers it; the first
+            denoiser if None.
 
     Raises:
         ModelError: there is no such directory, it is not diffusers', or its UNet is quantized already.
@@ -80,8 +81,9 @@ def denoiser_folder(folder: Path, part_name: str | None = None) -> Path:
     if (folder / PIPELINE_FILE).exists():
         parts = _read_config(folder / PIPELINE_FILE)
         names = [name for name in DENOISERS if name in parts]
-        if part_name is not None and part_name not in names:
-            raise ModelError(f"{folder} has no denoiser {part_name!r}: choose {' or '.join(names) or 'none'}")
+        known = [*names, *(name for name in OTHERS if name in parts)]
+        if part_name is not None and part_name not in known:
+            raise ModelError(f"{folder} has no part {part_name!r}: choose {' or '.join(known) or 'none'}")
         part = folder / (part_name or names[0]) if names else None
         if part is None:
             raise ModelError(

@@ -40,7 +40,10 @@ Calls = Annotated[
 ]
 Part = Annotated[
     str | None,
-    typer.Option(help="The denoiser that is planned, such as transformer_2. [default: the first]", show_default=False),
+    typer.Option(
+        help="The part that is planned, such as transformer_2, vae or controlnet. [default: the first denoiser]",
+        show_default=False,
+    ),
 ]
 OptionalPlan = Annotated[Path | None, typer.Option(help="A plan file that `ldmq plan` wrote.", callback=at_home)]
 

@@ -107,7 +107,7 @@ def quantize(
         hessian_of = RecordedHessians(planned, plan, drawn, show=show_progress)
     convert(model, plan, hessian_of)
     _say_what_has_no_scheme(model)
-    for name, other in denoisers(pipe).items():
+    for name, other in denoisers(pipe).items() if model in denoisers(pipe).values() else ():
         if other is not model and not any(isinstance(m, QuantizedLayer) for m in other.modules()):
             logger.warning(
                 "%s stays in float: plan it too, by ldmq.plan(pipe, ..., part=%r), before its pipeline is quantized",

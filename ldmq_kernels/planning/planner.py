@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from ldmq_kernels.calibration.autoencoders import WHICH, is_autoencoder, takes_a_timestep
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.denoisers import chosen, denoiser, denoiser_name, denoisers, whole_pipeline
 from ldmq_kernels.calibration.drawings import check_calls, given_calls
-from ldmq_kernels.calibration.ranges import FIRST_STEP
+from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP
 from ldmq_kernels.calibration.settings import SamplingSettings, Settings, changed, each_of, with_defaults
 from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
 from ldmq_kernels.numerics.formats import parse_schemes
@@ -85,6 +87,8 @@ def open_session(pipe: Any, request: PlanRequest) -> Session:
     """Calibrate, analyse, and time the layers where the request needs it: all that plans for any target share."""
     pipe = chosen(pipe, request.part)
     model = denoiser(pipe)
+    if not takes_a_timestep(model):
+        request = without_timesteps(request, model)
     analysis, held_out, verified_on = analyzed(pipe, request)
     if request.cut_latents:
         analysis = replace(analysis, candidates=independent_of_cuts(model, analysis.candidates))
@@ -128,7 +132,50 @@ def make_plan(pipe: Any, request: PlanRequest) -> PlanResult:
     """
     if request.target is None:
         raise ValueError("the request has no target: give it one, such as Target(sqnr_db=38)")
+    if request.target.psnr_db is not None and is_autoencoder(denoiser(chosen(pipe, request.part))):
+        return _plan_of_decoded(pipe, request, request.target)
     return open_session(pipe, request).plan(request.target)
+
+
+def without_timesteps(request: PlanRequest, model: nn.Module) -> PlanRequest:
+    """The request for a model that is called without a timestep: no timestep groups, and ranges from all its calls.
+
+    Raises:
+        ValueError: the request is for the end of the trajectory, which such a model is not followed to.
+    """
+    if request.ends:
+        raise ValueError(
+            f"a {type(model).__name__} is planned for its own output: give target_sqnr_db"
+            + (", or target_psnr_db for the decoded picture" if is_autoencoder(model) else "")
+        )
+    schemes = [str(scheme) for scheme in parse_schemes(request.schemes) if not scheme.has_timestep_scales]
+    return replace(request, formats=schemes, calibration_mode=ALL_STEPS)
+
+
+def _plan_of_decoded(pipe: Any, request: PlanRequest, target: Target) -> PlanResult:
+    """The plan of an autoencoder for a PSNR of the decoded pictures.
+
+    Noise and pictures have one power each: with values in [-1, 1] the PSNR is the SQNR and what the power of the
+    pictures is short of 4, that of black against white.
+
+    Raises:
+        ValueError: the pipeline's calls encode, too, or never decode.
+    """
+    own = replace(target, psnr_db=None, sqnr_db=target.psnr_db)
+    session = open_session(pipe, replace(request, target=own))
+    calls = [*session.analysis.calibration.trajectory.calls, *session.held_out.calls]
+    if any(call.kwargs.get(WHICH) != "decode" for call in calls):
+        raise ValueError(
+            "target_psnr_db is of decoded pictures, and these calls encode pictures too: give target_sqnr_db, which is "
+            "of both outputs"
+        )
+    powers = [float(call.output.double().square().mean()) for call in session.held_out.calls]
+    above = 10 * math.log10(4 * len(powers) / sum(powers))
+    assert target.psnr_db is not None
+    result = session.plan(replace(own, sqnr_db=target.psnr_db - above))
+    result.plan.target = target.to_dict()
+    result.plan.measured["held_out_psnr_db"] = round(result.plan.measured["held_out_sqnr_db"] + above, 3)
+    return result
 
 
 def plan(
@@ -181,10 +228,13 @@ def plan(
         forward_loop: functions that take the pipeline and run it once, where nothing else serves. What is random is
             seeded for each.
         part: which denoiser is planned where a pipeline has several, such as "transformer_2"; the first one if None.
-        target_sqnr_db: least SQNR of the UNet output along the float trajectory, averaged over sampling steps.
+            "vae", "controlnet" and "adapter" are planned for their own outputs, as the pipeline calls them: a VAE for
+            the decoded pictures, and where the calls encode, for what it encodes too; of several nets each one by its
+            place, "controlnet.nets.0".
+        target_sqnr_db: least SQNR of the model's output along the float trajectory, averaged over sampling steps.
         target_latent_db: least SQNR of the final latents, in place of it: predicted by the adjoint of the sampler and
             verified by drawing held-out prompts, averaged over pictures. The plan tells the median and the worst tenth.
-        target_psnr_db: least PSNR of the pictures against the float ones, alike.
+        target_psnr_db: least PSNR of the pictures against the float ones, alike; of a VAE, of the same latents decoded.
         target_bytes: most bytes of the UNet's quantizable weights.
         target_milliseconds: most time of one UNet call for one picture on the pipeline's device.
         target_layers: most layers that may stay in 16 bit.

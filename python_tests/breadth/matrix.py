@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def all_rows() -> dict[str, Row]:
     """All rows by name; importing diffusers comes with it."""
-    from python_tests.breadth import image_rows, other_rows, transformer_rows  # noqa: F401
+    from python_tests.breadth import part_rows, transformer_rows  # noqa: F401
     from python_tests.breadth.rows import ROWS
 
     return ROWS

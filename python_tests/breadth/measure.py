@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 import ldmq_kernels as ldmq
+from ldmq_kernels.calibration.autoencoders import is_autoencoder
 from ldmq_kernels.calibration.denoisers import chosen, denoiser
-from ldmq_kernels.calibration.drawings import LATENT, draw
+from ldmq_kernels.calibration.drawings import LATENT, PICTURES, draw
 from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import UNetCall, record_trajectory
 from ldmq_kernels.conversion import summarize
@@ -71,7 +72,7 @@ def measured(row: Row, target_db: float, formats: Sequence[str], calls: int = 3)
     share = share_in_8_bits(model, exact.calls[0], plan)
     ldmq.quantize(pipe, plan, calls=given, show_progress=False)
     noise = output_noise(model, exact)
-    drawn = draw(pipe, given, settings, LATENT)
+    drawn = draw(pipe, given, settings, PICTURES if is_autoencoder(model) else LATENT)
     power = sum(relative_noise_power(a, b) for a, b in zip(exact.outputs, drawn, strict=True)) / len(drawn)
     same = not row.is_saved_whole or _is_reloaded(model, exact.calls[0])
     return Measured(plan, summarize(model), mean_db(noise), finite_db(power), share, same)

@@ -85,8 +85,8 @@ def test_a_scheme_is_given_to_every_denoiser() -> None:
 
 def test_a_part_that_is_no_denoiser_is_refused() -> None:
     pipe, calls = _built("wan 2.2, the first transformer")
-    with pytest.raises(TypeError, match="no denoiser 'vae': choose transformer or transformer_2"):
-        ldmq.plan(pipe, calls=calls, part="vae", target_sqnr_db=20)
+    with pytest.raises(TypeError, match="no part 'text_encoder': choose transformer or transformer_2 or vae"):
+        ldmq.plan(pipe, calls=calls, part="text_encoder", target_sqnr_db=20)
 
 
 def test_gptq_takes_the_calls_again(shallow_pipe: Any) -> None:
