@@ -13,7 +13,7 @@ import torch
 import wrapt
 from torch import Tensor, nn
 
-from ldmq_kernels.nn.kinds import FloatLayer
+from ldmq_kernels.nn.kinds import CLASSES, FloatLayer
 from ldmq_kernels.nn.packed import SAVED_NAME
 from ldmq_kernels.numerics.formats import FORMATS
 
@@ -59,7 +59,7 @@ def refuse_integers(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         name, _, leaf = key.rpartition(".")
         if leaf == "weight" and isinstance(tensor, Tensor) and tensor.dtype in INTEGERS:
             layer = _layer(module, name)
-            if type(layer) in (nn.Linear, nn.Conv2d) and _is_float(layer, ""):
+            if type(layer) in CLASSES.values() and _is_float(layer, ""):
                 raise ValueError(
                     f"{key} is {tensor.dtype}, and {name or 'the layer'} is a float layer in this "
                     f"{type(module).__name__}: these are integers of a quantized layer, without their scale; give it "

@@ -134,3 +134,27 @@ def test_an_adapter_that_is_not_finite_is_refused_by_the_layers_name(safe: bool)
     base = "attn1.to_q.base_layer"
     after = unet.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in state.items() if base in name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv1d(16, 20, 3, padding=1), (2, 16, 7)), (nn.Conv3d(16, 20, 3, padding=(1, 0, 1)), (2, 16, 4, 5, 3))],
+    ids=["Conv1d", "Conv3d"],
+)
+def test_lora_of_other_convolutions_runs_and_is_merged(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"layer": layer}), torch.randn(shape)
+    made = ldmq.quantize(copy.deepcopy(model), scheme="w8a8-dynamic")
+    base, plain = model["layer"](x), made["layer"](x)
+    config = peft.LoraConfig(r=4, target_modules=["layer"], init_lora_weights=False)
+    for each in (model, made):
+        torch.manual_seed(1)
+        peft.inject_adapter_in_model(config, each).eval()
+    exact, adapted_output = model["layer"](x), made["layer"](x)
+    assert sqnr_db(base, exact) < 25
+    assert sqnr_db(exact, adapted_output) > sqnr_db(base, plain) - 3
+    made["layer"].merge()
+    assert sqnr_db(exact, made["layer"](x)) > sqnr_db(base, plain) - 3
+    made["layer"].unmerge()
+    assert torch.equal(made["layer"](x), adapted_output)
