@@ -20,6 +20,8 @@ NOT_APPLICABLE = {
     "test_effective_gradient_checkpointing": "compares the gradients of weights, which are integers",
     "test_single_file*": "takes models from the hub",
     "*_from_hub*": "takes models from the hub",
+    "test_from_pretrained_hub": "takes models from the hub",
+    "test_output_pretrained": "takes models from the hub",
     "test_model_parallelism*": "needs several devices",
 }
 OTHERS = (  # tests of other quantizers, or that need an accelerator or several processes
