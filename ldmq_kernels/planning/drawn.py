@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from ldmq_kernels.calibration.denoisers import whole_pipeline
 from ldmq_kernels.calibration.drawings import LATENT as LATENTS
 from ldmq_kernels.calibration.drawings import Call, drawings
-from ldmq_kernels.calibration.settings import Settings
+from ldmq_kernels.calibration.settings import Settings, setting_of
 from ldmq_kernels.numerics.sqnr import to_db
 from ldmq_kernels.planning.assignment import MOST_DB
 from ldmq_kernels.planning.target import MEASURES, Measure
@@ -47,9 +48,11 @@ class Drawn:
     Attributes:
         by_picture: for each measure the decibels of each picture, 200 where nothing differs: "latent" is the SQNR of
             its final latent, "psnr" its PSNR against a peak of 1, which is there where latents could be decoded.
+        samples: of each picture the number of the sample that it was drawn for.
     """
 
     by_picture: Mapping[Measure, tuple[float, ...]]
+    samples: tuple[int, ...]
 
     def mean_db(self, measure: Measure) -> float:
         """The mean over pictures."""
@@ -60,10 +63,19 @@ class Drawn:
         """Over pictures, of each measure."""
         return {measure: Spread.of(decibels) for measure, decibels in self.by_picture.items()}
 
+    def by_setting(self, settings: int) -> list[Drawn]:
+        """The pictures of each of several settings that they were drawn at."""
+        return [self._taken([setting_of(s, settings) == setting for s in self.samples]) for setting in range(settings)]
+
+    def _taken(self, mask: Sequence[bool]) -> Drawn:
+        kept = {measure: tuple(itertools.compress(db, mask)) for measure, db in self.by_picture.items()}
+        return Drawn(kept, tuple(itertools.compress(self.samples, mask)))
+
 
 def together(parts: Sequence[Drawn]) -> Drawn:
     """Pictures that were drawn apart."""
-    return Drawn({measure: sum((part.by_picture[measure] for part in parts), ()) for measure in parts[0].by_picture})
+    by_picture = {m: sum((part.by_picture[m] for part in parts), ()) for m in parts[0].by_picture}
+    return Drawn(by_picture, sum((part.samples for part in parts), ()))
 
 
 class FloatEnds:
@@ -71,7 +83,7 @@ class FloatEnds:
 
     Args:
         pipe: the pipeline, still in full precision.
-        calls: what is drawn, seeds counting up from `settings.seed`.
+        calls: what is drawn at each of the settings, seeds counting up from `settings.seed`.
         outputs: the final latents of each run, where they were drawn before.
 
     Raises:
@@ -119,18 +131,20 @@ class FloatEnds:
         """Draw with the pipeline as it is now, and compare.
 
         Args:
-            samples: places among the calls; all of them if None.
+            samples: numbers of samples; all of them if None.
 
         Raises:
             ValueError: a latent is not finite.
         """
         found: dict[Measure, list[float]] = {measure: [] for measure in self.measures}
+        drawn_for: list[int] = []
         for index, run in enumerate(self._runs):
             taken = [place for place, sample in enumerate(run.samples) if samples is None or sample in samples]
             if not taken:
                 continue
             exact, latents = self._latents_of_runs[index], self._latents(run)
             rows = [row for row in range(len(exact)) if row % len(run.samples) in taken]
+            drawn_for += [run.samples[row % len(run.samples)] for row in rows]
             error = latents[rows].double() - exact[rows].double()
             power = error.flatten(1).square().sum(1) / exact[rows].double().flatten(1).square().sum(1)
             if not bool(torch.isfinite(power).all()):
@@ -139,7 +153,7 @@ class FloatEnds:
             if self._pictures:
                 off = self._decoded(latents[rows]).double() - self._pictures[index][rows].double()
                 found["psnr"] += [_db(value) for value in off.square().flatten(1).mean(1).tolist()]
-        return Drawn({measure: tuple(decibels) for measure, decibels in found.items()})
+        return Drawn({measure: tuple(decibels) for measure, decibels in found.items()}, tuple(drawn_for))
 
 
 def _db(power: float) -> float:

@@ -65,16 +65,18 @@ class PlanEvaluator:
     def cross_validated_drawing(self, schemes: Mapping[str, str], ends: FloatEnds) -> Drawn:
         """The calibration's own pictures, each fold of its prompts drawn with what the other one makes.
 
+        Where GPTQ rounds, that takes the other fold's inputs.
+
         Raises:
-            ValueError: a latent is not finite, or GPTQ rounds one of the layers.
+            ValueError: a latent is not finite.
         """
-        calibration, layers = self._analysis.calibration, quantizable_layers(self._model)
-        prompts, parts = calibration.trajectory.prompts, []
+        calibration, candidates = self._analysis.calibration, self._candidates(schemes)
+        prompts, folds, parts = calibration.trajectory.prompts, calibration.trajectory.by_fold(), []
         for fold in sorted({prompt % 2 for prompt in prompts}):
-            quantized = {
-                n: quantize_layer(n, layers[n], c.judged_on(fold)) for n, c in self._candidates(schemes).items()
-            }
-            with swapped(self._model, quantized), following(self._model, calibration.timestep_groups):
+            plans = {(name, schemes[name]): candidate.judged_on(fold) for name, candidate in candidates.items()}
+            quantized = self._quantize(plans, folds.get(1 - fold, calibration.trajectory))
+            layers = {name: layer for (name, _), layer in quantized.items()}
+            with swapped(self._model, layers), following(self._model, calibration.timestep_groups):
                 parts.append(ends.compare([prompt for prompt in prompts if prompt % 2 == fold]))
         return together(parts)
 
@@ -109,7 +111,7 @@ class PlanEvaluator:
         quantized = {key: plan for key in schemes.items() if (plan := self._layer_plan(*key)) is not None}
         self._quantized_layers = {key: layer for key, layer in self._quantized_layers.items() if key in quantized}
         new = {key: plan for key, plan in quantized.items() if key not in self._quantized_layers}
-        self._quantized_layers |= self._quantize(new)
+        self._quantized_layers |= self._quantize(new, self._analysis.calibration.trajectory)
         with (
             swapped(self._model, {name: layer for (name, _), layer in self._quantized_layers.items()}),
             following(self._model, self._analysis.calibration.timestep_groups),
@@ -120,15 +122,15 @@ class PlanEvaluator:
         candidate = None if scheme == str(FLOAT) else self._analysis.candidate(name, scheme)
         return None if candidate is None else candidate.layer_plan
 
-    def _quantize(self, plans: Mapping[Key, LayerPlan]) -> dict[Key, QuantizedLayer]:
-        """Quantize layers, those that GPTQ rounds in chunks whose Hessians fit into memory."""
+    def _quantize(self, plans: Mapping[Key, LayerPlan], trajectory: Trajectory) -> dict[Key, QuantizedLayer]:
+        """Quantize layers, those that GPTQ rounds by a trajectory in chunks whose Hessians fit into memory."""
         layers = quantizable_layers(self._model)
         sizes = {key: hessian_bytes(layers[key[0]]) for key, plan in plans.items() if plan.rounding == "gptq"}
         quantized: dict[Key, QuantizedLayer] = {
             key: quantize_layer(key[0], layers[key[0]], plan) for key, plan in plans.items() if key not in sizes
         }
         for chunk in chunks_within(sizes, sizes, BYTES_AT_ONCE):
-            hessians = input_hessians(self._model, self._analysis.calibration.trajectory, [name for name, _ in chunk])
+            hessians = input_hessians(self._model, trajectory, [name for name, _ in chunk])
             for key in chunk:
                 quantized[key] = quantize_layer(key[0], layers[key[0]], plans[key], hessians.pop(key[0]))
         return quantized

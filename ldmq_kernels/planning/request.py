@@ -100,11 +100,6 @@ class PlanRequest:
         asked = None if self.target is None else self.target.measure
         if asked is not None and kept[0] not in (asked, SQNR):
             raise ValueError(f"the signal is {kept[0]} and the target {self.target}: leave the signal out")
-        if self.ends and len(self.drawn_at) > 1:
-            raise ValueError(
-                f"there are {len(self.drawn_at)} settings, and a plan for the {kept[0] if asked is None else asked} "
-                "knows one: give one, or target_sqnr_db for the worst of several"
-            )
         if not 0 <= self.hybrid <= 1:
             raise ValueError(f"hybrid is {self.hybrid}: it is a share of the noise, from 0 to 1")
 

@@ -46,11 +46,11 @@ class PlanResult:
 
 @dataclass(frozen=True)
 class Verified:
-    """An assignment, what is predicted of it in dB, its noise along the held-out trajectory, and its pictures."""
+    """An assignment, what is predicted of it in dB, and its noise along the held-out trajectory or its pictures."""
 
     assignment: Assignment
     predicted_db: float
-    noise: StepNoise
+    noise: StepNoise | None
     losses: dict[str, float] = field(default_factory=dict, compare=False)  # of the other signals, as measured
     drawn: Drawn | None = None
     measure: Measure = SQNR
@@ -58,13 +58,16 @@ class Verified:
 
     @property
     def db_by_setting(self) -> list[float]:
-        """SQNR in dB at each of the settings, as the mean over steps, 200 dB for no noise at all."""
+        """The measure in dB at each of the settings: the mean over steps or drawn pictures, 200 dB for no noise."""
+        if self.drawn is not None:
+            return [drawn.mean_db(self.measure) for drawn in self.drawn.by_setting(self.settings)]
+        assert self.noise is not None
         return [mean_db(noise) for noise in by_setting(self.noise, self.settings)]
 
     @property
     def db(self) -> float:
-        """The measure in dB: the mean over steps at the worst of the settings, or over drawn pictures."""
-        return min(self.db_by_setting) if self.drawn is None else self.drawn.mean_db(self.measure)
+        """The measure in dB at the worst of the settings."""
+        return min(self.db_by_setting)
 
 
 def mean_db(noise: StepNoise) -> float:
@@ -123,12 +126,15 @@ class Session:
     def predicted_db(self, assignment: Assignment) -> float:
         """SQNR as the calibration alone has it: the sum of the layers' noise, corrected for what they do together.
 
-        The correction is measured once, by running the first assignment along the calibration's trajectory. There is
-        none where GPTQ rounds a layer, which on these samples has less noise than on others.
+        The correction is measured once, by running the first assignment along the calibration's trajectory, or for
+        the end of it by drawing the calibration's pictures. At the UNet's output there is none where GPTQ rounds a
+        layer, which on the samples that it rounds for has less noise than on others; pictures of each half of the
+        prompts are drawn with what it rounds for the other half.
         """
         if assignment.sum_db >= MOST_DB:
             return MOST_DB
-        if any(self._is_rounded_for_calibration(*key) for key in assignment.schemes.items()):
+        is_rounded = any(self._is_rounded_for_calibration(*key) for key in assignment.schemes.items())
+        if self.ends is None and is_rounded:
             return assignment.sum_db
         if self.interaction_db is None:
             together = self._cross_validated_db(assignment)
@@ -150,11 +156,15 @@ class Session:
         key = tuple(assignment.schemes.items())
         if key not in self._known:
             predicted = self.predicted_db(assignment)
-            noise, losses = self._evaluator.noise(assignment.schemes, self.held_out), {}
+            losses: dict[str, float] = {}
             if SSIM in self.signals and self.analysis.decoder is not None:
                 decoder = self.analysis.decoder
                 losses[SSIM] = self._evaluator.structural_noise(assignment.schemes, self.held_out, decoder)
-            drawn = None if self.ends is None else self._evaluator.drawn(assignment.schemes, self.ends.held_out)
+            noise, drawn = None, None
+            if self.ends is None:
+                noise = self._evaluator.noise(assignment.schemes, self.held_out)
+            else:
+                drawn = self._evaluator.drawn(assignment.schemes, self.ends.held_out)
             settings = len(self.analysis.calibration.settings)
             self._known[key] = Verified(assignment, predicted, noise, losses, drawn, self.measure, settings)
         return self._known[key]
@@ -163,7 +173,10 @@ class Session:
 
     def result(self, verified: Verified, target: Target) -> PlanResult:
         """The plan of a verified assignment, with the SQNR that was predicted and measured."""
-        assignment = verified.assignment
+        assignment, noise = verified.assignment, verified.noise
+        if noise is None:
+            noise = self._evaluator.noise(assignment.schemes, self.held_out)
+        settings = self.analysis.calibration.settings
         plan = build_plan(
             self.model,
             self.analysis,
@@ -177,7 +190,7 @@ class Session:
         if self.part is not None:
             plan.model["part"] = self.part
         plan.measured = {
-            "held_out_sqnr_db": round(min(verified.db_by_setting), 3),
+            "held_out_sqnr_db": round(min(mean_db(one) for one in by_setting(noise, len(settings))), 3),
             f"predicted_{self.measure}_db": round(verified.predicted_db, 3),
             "interaction_db": round(self.interaction_db or 0.0, 3),
             "weight_bytes": assignment.bytes,
@@ -185,10 +198,9 @@ class Session:
         }
         if verified.drawn is not None:
             plan.measured |= spread_as_measured(verified.drawn)
-        settings = self.analysis.calibration.settings
         if len(settings) > 1:
             plan.measured["by_settings"] = [
-                recorded(one) | {"held_out_sqnr_db": round(db, 3)}
+                recorded(one) | {f"held_out_{self.measure}_db": round(db, 3)}
                 for one, db in zip(settings, verified.db_by_setting, strict=True)
             ]
         if self.verified_on:
@@ -198,7 +210,7 @@ class Session:
             plan.measured["milliseconds_float"] = round(self.times.all_float, 4)
         plan.measured |= {f"predicted_{name}_loss": round(assignment.signal(name), 6) for name in self.signals}
         plan.measured |= {f"held_out_{name}_loss": round(loss, 6) for name, loss in verified.losses.items()}
-        return PlanResult(plan, self.analysis, verified.noise, verified.predicted_db)
+        return PlanResult(plan, self.analysis, noise, verified.predicted_db)
 
     def plan(self, target: Target) -> PlanResult:
         """The verified plan for a target.

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
 from ldmq_kernels.calibration.drawings import LATENT as LATENTS
 from ldmq_kernels.calibration.drawings import Call, drawings
+from ldmq_kernels.calibration.ranges import spread_steps
 from ldmq_kernels.calibration.settings import Settings
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
 from ldmq_kernels.progress import track
@@ -37,23 +38,25 @@ PICTURE: End = "picture"
 
 
 @dataclass(frozen=True)
+class CallWeights:
+    """What a call's contribution counts for, (probes,) float64: as an amplitude, and its square as a power."""
+
+    amplitude: Tensor
+    power: Tensor
+
+
+@dataclass(frozen=True)
 class EndCall:
     """One call of the UNet for some pictures, and what its output weighs at their ends.
 
     Attributes:
         adjoints: (probes, *output.shape) float32; probes of the first end come first.
+        weights: for how many calls of its run this one stands.
     """
 
     call: UNetCall
     adjoints: Tensor
-
-
-@dataclass(frozen=True)
-class StepWeights:
-    """What a step's contribution counts for, (probes,) float64: as an amplitude, and its square as a power."""
-
-    amplitude: Tensor
-    power: Tensor
+    weights: CallWeights
 
 
 @dataclass(frozen=True)
@@ -61,39 +64,47 @@ class EndTrajectory:
     """The calls of a float trajectory for some of its pictures with their adjoints.
 
     Attributes:
+        calls: of one run of the pipeline after the other.
         ends: where probes were drawn, in order: "latent", "picture"; `probes` of them each.
         scale: end -> picture -> what a squared amplitude is divided by: the latent's sum of squares, so that noise is
             relative, or a picture's number of values, so that it is the mean squared error.
-        step_weights: step -> for how much of all steps it stands.
     """
 
     calls: list[EndCall]
     ends: tuple[End, ...]
     probes: int
     scale: dict[End, dict[int, float]]
-    step_weights: dict[int, StepWeights]
 
     @property
     def pictures(self) -> list[int]:
         """The indices of the pictures' prompts, ascending."""
         return sorted({prompt for of_call in self.calls for prompt in of_call.call.prompts})
 
-    def at_steps(self, steps: Sequence[int]) -> EndTrajectory:
-        """The calls of some steps, each standing for its share of all.
+    def thinned(self, count: int) -> EndTrajectory:
+        """So many calls of each run, spread over it, each standing for its share of all.
 
         Contributions in between are interpolated, in proportion to the size of the adjoints, which are known of all
-        steps: the last steps' are several times larger than the ones before.
+        calls: the last steps' are several times larger than the ones before.
         """
-        size = torch.zeros(len(self.step_weights), len(self.ends) * self.probes, dtype=torch.float64)
+        runs: dict[tuple[int, ...], list[EndCall]] = {}
         for of_call in self.calls:
-            size[of_call.call.step] += of_call.adjoints.double().square().flatten(1).sum(1).cpu()
-        size, every = size.sqrt(), np.arange(len(size))
-        weights = {}
-        for step, row in zip(steps, np.eye(len(steps)), strict=True):
-            share = torch.from_numpy(np.interp(every, steps, row))[:, None]
-            times = size / size[step]
-            weights[step] = StepWeights((share * times).sum(0), (share * times.square()).sum(0))
-        return replace(self, calls=[c for c in self.calls if c.call.step in weights], step_weights=weights)
+            runs.setdefault(of_call.call.prompts, []).append(of_call)
+        return replace(self, calls=[kept for run in runs.values() for kept in _spread_over(run, count)])
+
+
+def _spread_over(run: Sequence[EndCall], count: int) -> list[EndCall]:
+    """Some calls of a run, the first and the last among them, with their shares."""
+    if len(run) <= count:
+        return list(run)
+    places, every = spread_steps(len(run), count), np.arange(len(run))
+    size = torch.stack([of_call.adjoints.double().square().flatten(1).sum(1).cpu() for of_call in run]).sqrt()
+    kept = []
+    for place, row in zip(places, np.eye(len(places)), strict=True):
+        share = torch.from_numpy(np.interp(every, places, row))[:, None]
+        times = size / size[place]
+        weights = CallWeights((share * times).sum(0), (share * times.square()).sum(0))
+        kept.append(replace(run[place], weights=weights))
+    return kept
 
 
 def rademacher(like: Tensor, seed: int) -> Tensor:
@@ -236,7 +247,7 @@ def sampler_adjoint(
 
     Args:
         pipe: the pipeline that the trajectory was recorded of, with `calls` and `settings`; it is left as it is.
-        pictures: places among `calls`; a call that draws several pictures counts as one.
+        pictures: numbers of samples, see `sample_number`; a call that draws several pictures counts as one.
         ends: where noise counts: the final latent, the decoded picture, or both.
         probes: random probes at each end; each is a backward pass of the model for every call.
 
@@ -249,8 +260,7 @@ def sampler_adjoint(
     if PICTURE in ends and vae is None:
         raise NoAdjoint("it has no VAE that decodes its latents to pictures")
     once = torch.ones(len(ends) * probes, dtype=torch.float64)
-    weights_of_steps = {step: StepWeights(once, once) for step in range(trajectory.steps)}
-    found = EndTrajectory([], tuple(ends), probes, {end: {} for end in ends}, weights_of_steps)
+    found = EndTrajectory([], tuple(ends), probes, {end: {} for end in ends})
     for drawing in drawings(calls, settings):
         taken = [sample for sample in drawing.samples if sample in set(pictures)]
         if not taken:
@@ -270,7 +280,7 @@ def sampler_adjoint(
         with frozen(model):
             adjoints = _walk_back(model, cut, rows_of_calls, run, weights, show)
         found.calls.extend(
-            EndCall(call, torch.stack([adjoint[rows].float() for adjoint in of_call]))
+            EndCall(call, torch.stack([adjoint[rows].float() for adjoint in of_call]), CallWeights(once, once))
             for call, rows, of_call in zip(cut, rows_of_calls, adjoints, strict=True)
         )
     return found

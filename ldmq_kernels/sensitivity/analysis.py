@@ -303,7 +303,8 @@ def analyze(
         schemes: the schemes to try; the float scheme needs no trial.
         analysed_steps: how many sampling steps, spread over the trajectory, each trial is run on.
         exact: "all" runs the UNet for every candidate of every layer, a number for so many that the backward
-            probes estimate to be the noisiest, "auto" for all of a small model and 24 of a large one.
+            probes estimate to be the noisiest, "auto" for all of a small model and 24 of a large one, or none where
+            noise at the end of the trajectory is known, by which layers are chosen then.
         signals: "sqnr", and "ssim" for the structural similarity of pictures.
         method: parts of the search of each layer.
         ends: where noise at the end of the trajectory is estimated too: "latent", "picture".
@@ -318,9 +319,7 @@ def analyze(
     tried = [scheme for scheme in schemes if scheme.quantizes]
     steps = spread_steps(calibration.trajectory.steps, analysed_steps)
     small = sum(p.numel() for p in denoiser(pipe).parameters()) <= SMALL_MODEL
-    if exact == AUTO:
-        exact = ALL if small else EXACT_RUNS
-    if exact != ALL and not isinstance(exact, int):
+    if exact not in (AUTO, ALL) and not isinstance(exact, int):
         raise ValueError(f"exact is {exact!r}: choose 'all', 'auto' or a number of runs")
     analysed_prompts = 2 if small else 1
     trial = _TrialModel(pipe, calibration, steps, analysed_prompts)
@@ -337,10 +336,13 @@ def analyze(
     )
 
     def find_ends() -> EndTrajectory | None:
-        return calibrated_ends(pipe, calibration, ends, steps, show=show) if ends else None
+        return calibrated_ends(pipe, calibration, ends, show=show) if ends else None
 
     candidates = _search(trial, tried, method, PROBES, find_ends, work, show)
     estimates = {key: c.estimate for key, c in _by_key(candidates) if c.estimate is not None}
+    if exact == AUTO:
+        known = bool(ends) and all(c.end is not None for _, c in _by_key(candidates))  # layers are chosen by that
+        exact = 0 if known else ALL if small else EXACT_RUNS
     keys = _exact_keys(estimates, candidates, exact)
     chosen = {key: {key[0]: c} for key, c in _by_key(candidates)}
     measured = _run_each(trial, "SQNR of each layer", {" ".join(key): chosen[key] for key in keys}, work, show)

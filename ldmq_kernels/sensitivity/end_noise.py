@@ -53,14 +53,14 @@ class _Amplitudes:
         """Add the error of a layer's output in one call, (rows, ...) float32."""
         if not record.gradients:
             return
-        by_row = torch.stack([(error * g).flatten(1).sum(1, dtype=torch.float64) for g in record.gradients]).cpu()
+        flat = error.flatten(1)
+        by_row = torch.stack([torch.linalg.vecdot(g.flatten(1), flat) for g in record.gradients]).double().cpu()
         if record.prompts:
             places = torch.tensor([self._pictures.index(prompt) for prompt in record.prompts])
             found = torch.zeros_like(self._amplitude).index_add(1, places, by_row)
         else:  # one row for all pictures: each has an equal share of what they get together
             found = by_row.sum(1, keepdim=True).expand_as(self._amplitude) / len(self._pictures) ** 0.5
-        weight = self._ends.step_weights[record.step]
-        amplitude, power = weight.amplitude[:, None], weight.power[:, None]
+        amplitude, power = record.weights.amplitude[:, None], record.weights.power[:, None]
         self._amplitude += amplitude * found
         self._excess += (amplitude.square() - power) * found.square()
         self._power += power * found.square()

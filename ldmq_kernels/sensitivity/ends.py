@@ -1,4 +1,4 @@
-"""How much of the end of the trajectory an analysis looks at: pictures, steps and probes."""
+"""How much of the end of the trajectory an analysis looks at: pictures, calls and probes."""
 
 from __future__ import annotations
 
@@ -8,44 +8,47 @@ from typing import Any
 
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
+from ldmq_kernels.calibration.settings import sample_number
 from ldmq_kernels.sensitivity.adjoint import End, EndTrajectory, sampler_adjoint
 from ldmq_kernels.sensitivity.redrawn import NoAdjoint
 
 logger = logging.getLogger(__name__)
 
 WHOLE_MODEL = 100_000_000  # parameters up to which all pictures and steps count
-PROBES = 4  # at each end: errors of all layers come to it along few directions, so that chance favours all alike
-LARGE_PICTURES, LARGE_PROBES = 2, 1  # of a larger model, whose layers are recorded at the analysed steps alone
+PROBES = 8  # at each end; with 4 sizes are 1 dB off in the median, by the chance of which probes are drawn
+CALLS = 10  # of each run, at which layers are recorded; the others are interpolated
+LARGE_PICTURES, LARGE_PROBES, LARGE_CALLS = 2, 1, 8  # of a larger model
 
 
-def calibrated_ends(
-    pipe: Any, calibration: Calibration, ends: Sequence[End], steps: Sequence[int], *, show: bool
-) -> EndTrajectory | None:
-    """The adjoint of the sampler for the calibration's pictures; None where it cannot be had, of which a warning tells.
+def calibrated_ends(pipe: Any, calibration: Calibration, ends: Sequence[End], *, show: bool) -> EndTrajectory | None:
+    """The adjoint of the sampler for the calibration's pictures, or the first of each setting for a large model.
 
-    Args:
-        steps: the analysed ones, which stand for all of a large model's.
+    Returns:
+        None where it cannot be had, of which a warning tells.
     """
     whole = sum(parameter.numel() for parameter in denoiser(pipe).parameters()) <= WHOLE_MODEL
-    count = len(calibration.calls)
+    calls, settings = len(calibration.calls), len(calibration.settings)
+    count = calls if whole else min(calls, LARGE_PICTURES)
+    pictures = [sample_number(call, setting, settings) for setting in range(settings) for call in range(count)]
     try:
         found = sampler_adjoint(
             pipe,
             calibration.trajectory,
             calibration.calls,
             calibration.settings,
-            range(count if whole else min(count, LARGE_PICTURES)),
+            pictures,
             ends=ends,
             probes=PROBES if whole else LARGE_PROBES,
             show=show,
         )
     except NoAdjoint as reason:
+        own = type(getattr(whole_pipeline(pipe), "scheduler", None)).__name__
         logger.warning(
             "noise at the end of the trajectory is not predicted: of this %s with a %s, %s; layers are chosen by their "
             "noise at the model's output, averaged over steps",
             type(whole_pipeline(pipe)).__name__,
-            type(getattr(whole_pipeline(pipe), "scheduler", None)).__name__,
+            " or ".join(dict.fromkeys(one.scheduler or own for one in calibration.settings)),
             reason,
         )
         return None
-    return found if whole else found.at_steps(steps)
+    return found.thinned(CALLS if whole else LARGE_CALLS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_r
 from ldmq_kernels.chunks import chunks_within
 from ldmq_kernels.nn.kinds import FloatLayer, watch_product
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
-from ldmq_kernels.sensitivity.adjoint import EndTrajectory, frozen, rademacher
+from ldmq_kernels.sensitivity.adjoint import CallWeights, EndTrajectory, frozen, rademacher
 
 MEMORY = 4 << 30  # bytes of inputs and gradients that are kept at a time
 PROBES = 2
@@ -66,6 +66,7 @@ class EndRecord:
 
     Attributes:
         step: the sampling step of the call.
+        weights: for how many calls this one stands.
         x: the layer's input.
         gradients: for each probe the weight of each value of the layer's output at the end, float32; empty where the
             output does not reach the model's.
@@ -74,6 +75,7 @@ class EndRecord:
     """
 
     step: int
+    weights: CallWeights
     x: Tensor
     gradients: list[Tensor]
     prompts: tuple[int, ...]
@@ -85,7 +87,8 @@ class EndRecord:
         for fold in sorted({prompt % 2 for prompt in self.prompts}):
             rows = [row for row, prompt in enumerate(self.prompts) if prompt % 2 == fold]
             prompts, index = tuple(self.prompts[row] for row in rows), torch.tensor(rows, device=self.x.device)
-            found.append(EndRecord(self.step, self.x[index], [g[index] for g in self.gradients], prompts, fold))
+            gradients = [g[index] for g in self.gradients]
+            found.append(replace(self, x=self.x[index], gradients=gradients, prompts=prompts, fold=fold))
         return found or [self]
 
 
@@ -192,8 +195,8 @@ def record_ends(model: nn.Module, ends: EndTrajectory, layers: Sequence[str]) ->
             ran, output = _call(model, of_call.call, recorder, list(of_call.adjoints / size))
             for name, x, gradients in ran:
                 prompts = prompts_of_rows(x.shape[0], of_call.call.prompts, output.shape[0])
-                whole = EndRecord(of_call.call.step, x, [g * size for g in gradients], prompts)
-                records[name] += whole.folds()
+                gradients = [g * size for g in gradients]
+                records[name] += EndRecord(of_call.call.step, of_call.weights, x, gradients, prompts).folds()
     return records
 
 

@@ -154,7 +154,10 @@ class Redrawn:
     def __init__(self, pipe: Any, calls: Sequence[UNetCall], draw: Callable[[], Tensor | None]) -> None:
         model, mode = denoiser(pipe), _WithGradients()
         parts = getattr(whole_pipeline(pipe), "components", {})
-        others = [part for part in parts.values() if isinstance(part, nn.Module) and part is not model]
+        modules = dict.fromkeys(
+            part for part in parts.values() if isinstance(part, nn.Module)
+        )  # one may have two places
+        others = [part for part in modules if part is not model]
         stand_in = _StandIn(model, calls, mode)
         replaced: list[tuple[nn.Module, Callable[..., Any]]] = [
             (model, stand_in),

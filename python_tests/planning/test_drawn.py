@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +14,22 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration import SamplingSettings
 from ldmq_kernels.calibration.drawings import draw
+from ldmq_kernels.calibration.hessian import input_hessians
+from ldmq_kernels.calibration.settings import changed
 from ldmq_kernels.conversion import quantize
+from ldmq_kernels.conversion.convert import quantize_layer
+from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.planning.drawn import PICTURES, Drawn, FloatEnds, Spread, spread_in_words, with_more_seeds
+from ldmq_kernels.planning.evaluate import PlanEvaluator
 from ldmq_kernels.planning.planner import HELD_OUT_SEED, end_check, held_out_settings, make_plan, open_session
 from ldmq_kernels.planning.request import PlanRequest
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
-from ldmq_kernels.plans.plan import Plan, PlanError
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.plans.plan import LayerPlan, Plan, PlanError
+from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.output_noise import swapped
+from python_tests.planning.test_settings import Pipe
 from python_tests.tiny import PROMPTS, SHALLOW, tiny_pipeline
 
 SETTINGS = SamplingSettings(num_inference_steps=2, guidance_scale=2.0)
@@ -30,8 +39,9 @@ TEXTS = [*PROMPTS, "a dog", "a green ring"]
 
 def test_the_spread_has_the_mean_the_median_and_the_worst_tenth() -> None:
     assert Spread.of([10.0, 20.0, 30.0, 40.0, 100.0]) == Spread(40.0, 30.0, 14.0)
-    drawn = Drawn({"latent": (30.0, 40.0), "psnr": (50.0, 51.0)})
+    drawn = Drawn({"latent": (30.0, 40.0), "psnr": (50.0, 51.0)}, (0, 1))
     assert (drawn.mean_db("latent"), drawn.spread["psnr"].mean) == (35.0, 50.5)
+    assert [part.by_picture["psnr"] for part in Drawn(drawn.by_picture, (0, 2)).by_setting(2)] == [(50.0,), (51.0,)]
 
 
 def test_held_out_prompts_are_drawn_with_further_seeds_until_there_are_enough() -> None:
@@ -113,6 +123,39 @@ def test_bytes_are_kept_beside_it_and_what_cannot_be_met_says_what_can(session: 
         session.plan(Target(latent_db=150.0, layers=0))
     with pytest.raises(PlanError, match="is not SQNR of the final latents"):
         session.plan(Target(sqnr_db=30.0))
+
+
+def test_plans_that_gptq_rounds_are_predicted_by_what_each_half_of_the_prompts_makes_of_the_other(
+    session: Session, shallow_pipe: StableDiffusionPipeline
+) -> None:
+    calibration, layers = session.analysis.calibration, quantizable_layers(shallow_pipe.unet)
+    schemes, name = dict.fromkeys(layers, "fp16"), "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    plain = LayerPlan(SCHEMES["w4a16"], "", rounding="gptq")
+    candidate = LayerCandidate(plain, 0.0, "gptq", judged=(plain, plain))
+    analysis = replace(session.analysis, candidates={**session.analysis.candidates, name: [candidate]})
+    drawn = PlanEvaluator(shallow_pipe.unet, analysis).cross_validated_drawing(
+        schemes | {name: "w4a16"}, FloatEnds(shallow_pipe, calibration.calls, SETTINGS, calibration.trajectory.outputs)
+    )
+    folds = calibration.trajectory.by_fold()
+    for fold, sample in enumerate((0, 1)):
+        hessian = input_hessians(shallow_pipe.unet, folds[1 - fold], [name])[name]
+        with swapped(shallow_pipe.unet, {name: quantize_layer(name, layers[name], plain, hessian)}), torch.no_grad():
+            latents = draw(shallow_pipe, calibration.calls, SETTINGS, "latent")[0][sample]
+        exact = calibration.trajectory.outputs[0][sample]
+        power = float((latents - exact).double().square().sum() / exact.double().square().sum())
+        place = drawn.samples.index(sample)
+        assert drawn.by_picture["latent"][place] == pytest.approx(-10 * math.log10(power), abs=0.01)
+
+
+def test_several_settings_have_a_target_in_the_latents_and_the_worst_keeps_it() -> None:
+    settings = changed(SETTINGS, [{}, {"num_inference_steps": 4}])
+    request = PlanRequest(TEXTS, Target(latent_db=40.0), ["w8a8-dynamic", "fp16"], settings=settings)
+    measured = make_plan(Pipe(), request).plan.measured
+    each = [entry["held_out_latent_db"] for entry in measured["by_settings"]]
+    assert len(each) == 2
+    assert min(each) >= 40.0
+    assert measured["held_out_pictures"] == 2 * PICTURES
+    assert measured["held_out_latent_db"] == pytest.approx(sum(each) / 2, abs=1e-3)
 
 
 @pytest.mark.slow

@@ -190,13 +190,6 @@ def test_a_scheduler_that_the_pipeline_cannot_have_is_refused_before_it_draws(sh
         calibrate(SimpleNamespace(unet=shallow_pipe.unet), [{}], flow)
 
 
-@pytest.mark.parametrize("target", [Target(latent_db=30.0), Target(psnr_db=40.0)])
-def test_a_target_at_the_end_of_the_trajectory_is_for_one_setting(target: Target) -> None:
-    with pytest.raises(ValueError, match=r"there are 2 settings, and a plan for the (latent|psnr) knows one"):
-        PlanRequest(PROMPTS, target, settings=SEVERAL)
-    assert PlanRequest(PROMPTS, target, settings=BASE).drawn_at == (BASE,)
-
-
 def test_settings_come_from_a_file(tmp_path: Path) -> None:
     from ldmq_kernels.cli.options import sampling
 

@@ -182,6 +182,14 @@ def test_a_pipeline_that_draws_something_else_each_time_is_told(pipe: Any) -> No
         sampler_adjoint(pipe, recorded.at_steps([0, 1]), PROMPTS, more, (0, 1), probes=1)
 
 
+def test_a_module_in_two_places_of_a_pipeline_is_gone_through(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, components = record_trajectory(pipe, PROMPTS, SETTINGS), type(pipe).components.fget
+    twice = property(lambda self: components(self) | {"text_encoder_2": self.text_encoder})
+    monkeypatch.setattr(type(pipe), "components", twice)
+    assert len(_adjoint(pipe, recorded, probes=1).calls) == SETTINGS.num_inference_steps
+    assert "forward" not in vars(pipe.text_encoder)
+
+
 def test_a_pipeline_without_a_vae_has_no_picture(pipe: Any) -> None:
     recorded = record_trajectory(pipe, PROMPTS, SETTINGS)
     with pytest.raises(NoAdjoint, match="no VAE"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.sensitivity import Analysis, analyze
 from ldmq_kernels.sensitivity import ends as ends_of_analysis
-from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, EndCall, EndTrajectory, StepWeights, rademacher
+from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, CallWeights, EndCall, EndTrajectory, rademacher
 from ldmq_kernels.sensitivity.analysis import quantized_as
 from ldmq_kernels.sensitivity.end_noise import EndNoise, end_noise
 from ldmq_kernels.sensitivity.output_noise import swapped
@@ -46,24 +47,26 @@ class _Errs(nn.Module):
         return x + self.error
 
 
-def _ends(steps: list[int], probes: int = 1) -> EndTrajectory:
-    output = torch.zeros(2 * PICTURES, 3)
+def _ends(count: int = STEPS, probes: int = 1) -> EndTrajectory:
+    output, once = torch.zeros(2 * PICTURES, 3), torch.ones(probes, dtype=torch.float64)
     calls = [
-        EndCall(UNetCall(step, (), {}, output, tuple(range(PICTURES))), torch.ones(probes, *output.shape))
+        EndCall(
+            UNetCall(step, (), {}, output, tuple(range(PICTURES))),
+            torch.ones(probes, *output.shape),
+            CallWeights(once, once),
+        )
         for step in range(STEPS)
     ]
-    once = torch.ones(probes, dtype=torch.float64)
-    scale = {LATENT: {0: 2.0, 1: 5.0}}
-    whole = EndTrajectory(calls, (LATENT,), probes, scale, dict.fromkeys(range(STEPS), StepWeights(once, once)))
-    return whole if len(steps) == STEPS else whole.at_steps(steps)
+    return EndTrajectory(calls, (LATENT,), probes, {LATENT: {0: 2.0, 1: 5.0}}).thinned(count)
 
 
 def _noise(ends: EndTrajectory, errors: dict[int, Tensor]) -> EndNoise:
     """Of a layer that makes an error in each step, with gradients of one everywhere, or of random signs."""
     ones, records = torch.ones(4, 3), []
-    for step in ends.step_weights:
+    for of_call in ends.calls:
+        step = of_call.call.step
         signs = [ones] if ends.probes == 1 else [rademacher(ones, 99 * step + probe) for probe in range(ends.probes)]
-        records += EndRecord(step, torch.zeros(4, 3), signs, (0, 1, 0, 1)).folds()
+        records += EndRecord(step, of_call.weights, torch.zeros(4, 3), signs, (0, 1, 0, 1)).folds()
     layers = {step: _Errs(error) for step, error in errors.items()}
     return end_noise(nn.Identity(), records, ends, {"one": lambda record: layers[record.step]})["one"]
 
@@ -73,26 +76,34 @@ UNLIKE = {step: torch.full((2, 3), 0.25 * (-1) ** step) for step in range(STEPS)
 
 
 def test_errors_that_are_alike_add_up_as_amplitudes_and_others_cancel() -> None:
-    every = list(range(STEPS))
     amplitude = 6 * 0.25  # both halves of guidance
     alike = (STEPS * amplitude) ** 2
-    assert _noise(_ends(every), ALIKE).by_picture == {LATENT: {0: alike / 2, 1: alike / 5}}
-    assert _noise(_ends(every), UNLIKE).by_picture[LATENT][1] == pytest.approx(amplitude**2 / 5)
+    assert _noise(_ends(), ALIKE).by_picture == {LATENT: {0: alike / 2, 1: alike / 5}}
+    assert _noise(_ends(), UNLIKE).by_picture[LATENT][1] == pytest.approx(amplitude**2 / 5)
 
 
 def test_some_steps_stand_for_all_with_errors_that_are_alike_and_with_random_ones() -> None:
-    some = [0, 5, 10, 15, 20]
-    assert sum(float(weights.amplitude) for weights in _ends(some).step_weights.values()) == pytest.approx(STEPS)
-    alike = _noise(_ends(some), ALIKE).mean(LATENT) / _noise(_ends(list(range(STEPS))), ALIKE).mean(LATENT)
+    some = _ends(5)
+    assert [of_call.call.step for of_call in some.calls] == [0, 5, 10, 15, 20]
+    assert sum(float(of_call.weights.amplitude) for of_call in some.calls) == pytest.approx(STEPS)
+    alike = _noise(some, ALIKE).mean(LATENT) / _noise(_ends(), ALIKE).mean(LATENT)
     assert -1.0 < 10 * math.log10(alike) <= 0
     random = {step: torch.randn(2, 3, generator=torch.Generator().manual_seed(step)) for step in range(STEPS)}
-    whole, part = (_noise(_ends(steps, 200), random).mean(LATENT) for steps in (list(range(STEPS)), some))
+    whole, part = (_noise(_ends(count, 200), random).mean(LATENT) for count in (STEPS, 5))
     assert part / whole == pytest.approx(1.0, abs=0.3)  # 5 without taking away what is not alike
 
 
+def test_runs_at_several_settings_are_thinned_each_by_itself() -> None:
+    whole = _ends()
+    short = [replace(c, call=replace(c.call, prompts=(2, 3))) for c in whole.calls[::7]]
+    both = replace(whole, calls=[*whole.calls, *short]).thinned(2)
+    assert [(c.call.prompts, c.call.step) for c in both.calls] == [((0, 1), 0), ((0, 1), 20), ((2, 3), 0), ((2, 3), 14)]
+    assert [float(c.weights.amplitude) for c in both.calls] == [10.5, 10.5, 1.5, 1.5]
+
+
 def test_a_row_for_all_pictures_counts_once_in_all() -> None:
-    ends = _ends(list(range(STEPS)))
-    record = EndRecord(0, torch.zeros(1, 3), [torch.ones(1, 3)], ())
+    ends = _ends()
+    record = EndRecord(0, ends.calls[0].weights, torch.zeros(1, 3), [torch.ones(1, 3)], ())
     assert record.folds() == [record]
     noise = end_noise(nn.Identity(), [record], ends, {"one": lambda _: _Errs(torch.ones(1, 3))})["one"]
     power = sum(noise.by_picture[LATENT][picture] * ends.scale[LATENT][picture] for picture in range(PICTURES))
@@ -104,7 +115,7 @@ def analysis(shallow_pipe: StableDiffusionPipeline) -> Iterator[Analysis]:
     calibration = calibrate(shallow_pipe, PROMPTS, SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ends_of_analysis, "PROBES", 16)  # of two pictures; more would be exact
-        yield analyze(shallow_pipe, calibration, parse_schemes(["w8a8-dynamic"]), ends=(LATENT, PICTURE), exact=0)
+        yield analyze(shallow_pipe, calibration, parse_schemes(["w8a8-dynamic"]), ends=(LATENT, PICTURE))
 
 
 def test_noise_in_the_latents_is_as_predicted(shallow_pipe: StableDiffusionPipeline, analysis: Analysis) -> None:
@@ -163,7 +174,13 @@ def test_of_a_large_model_some_steps_of_two_pictures_count(
 ) -> None:
     calibration = calibrate(shallow_pipe, [*PROMPTS, "a dog"], SETTINGS)
     monkeypatch.setattr(ends_of_analysis, "WHOLE_MODEL", 10)
-    found = ends_of_analysis.calibrated_ends(shallow_pipe, calibration, (LATENT,), [0, 2], show=False)
+    monkeypatch.setattr(ends_of_analysis, "LARGE_CALLS", 2)
+    found = ends_of_analysis.calibrated_ends(shallow_pipe, calibration, (LATENT,), show=False)
     assert found is not None
-    assert (found.pictures, found.probes, sorted(found.step_weights)) == ([0, 1], 1, [0, 2])
+    assert (found.pictures, found.probes) == ([0, 1], 1)
     assert [of_call.call.step for of_call in found.calls] == [0, 2]
+
+
+def test_what_is_known_of_the_end_saves_runs_of_single_layers(analysis: Analysis) -> None:
+    assert analysis.exact == frozenset()
+    assert set(analysis.output) == set(analysis.estimates)
