@@ -35,8 +35,12 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "robustness": "study.robustness",
     "method": "study.planner_estimates",
     "ends": "study.end_noise",
+    "ends_second": "study.end_noise",
     "end_plans": "study.end_plans",
+    "end_plans_second": "study.end_plans",
+    "plan_time": "study.plan_time",
     "plan_sd15": "study.plan_large",
+    "plan_sd15_end": "study.plan_large",
     "plan_sdxl": "study.plan_large",
     "breadth": "breadth",
 }

@@ -1,18 +1,17 @@
-"""How well noise at the end of the trajectory is known before it is drawn: python -m benchmarks ends
+"""How well noise at the end of the trajectory is known before it is drawn: python -m benchmarks ends --model second
 
-Layers and schemes of the demo model are drawn at random. Each is quantized alone and pictures are drawn by the
-pipeline's own call; its noise in the final latents and in the pictures stands beside what the adjoint of the sampler
-predicted, with all steps and with some, and beside the noise at the UNet's output, averaged over steps. What GPTQ
-rounds is left out, since it knows the calibration's own samples. Each picture is drawn with what the other half of the
-prompts makes of the layer, as candidates are judged.
+Layers and schemes of a model are drawn at random. Each is quantized alone and pictures are drawn by the pipeline's own
+call; its noise in the final latents and in the pictures stands beside what the adjoint of the sampler predicted, with
+as many probes and calls as plans are made with, and beside the noise at the model's output, averaged over steps. The
+probes are random, so there are several sets of them. What GPTQ rounds is left out, since it knows the calibration's own
+samples. Each picture is drawn with what the other half of the prompts makes of the layer, as candidates are judged.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,30 +22,33 @@ from torch import Tensor, nn
 from benchmarks.harness import results
 from benchmarks.harness.machine import device
 from benchmarks.harness.tables import markdown
-from ldmq_kernels import demo
+from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
 from ldmq_kernels.calibration.calibrate import Calibration, calibrate
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.drawings import draw
 from ldmq_kernels.calibration.ranges import spread_steps
 from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.conversion.convert import quantize_layer
-from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions
+from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, calibration_captions
 from ldmq_kernels.nn import timestep_groups
 from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.request import split_calls
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, EndTrajectory, sampler_adjoint
+from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, CallWeights, EndCall, EndTrajectory, sampler_adjoint
 from ldmq_kernels.sensitivity.analysis import ANALYSED_STEPS
 from ldmq_kernels.sensitivity.candidates import LayerCandidate, LayerSearch, Method
 from ldmq_kernels.sensitivity.decoding import decoded
 from ldmq_kernels.sensitivity.end_noise import EndNoise, end_noise
+from ldmq_kernels.sensitivity.ends import CALLS
+from ldmq_kernels.sensitivity.ends import PROBES as END_PROBES
 from ldmq_kernels.sensitivity.output_noise import swapped
-from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record, record_ends
+from ldmq_kernels.sensitivity.probes import PROBES, EndRecord, chunks_of_layers, record, record_ends
 
 SCHEMES = ("w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w8a16", "w4a8-dynamic")
 ENDS = (LATENT, PICTURE)
-SIGNALS = ("all steps", "some steps", "UNet output")
+WHAT = "ends"
+ADJOINT, OUTPUT = "adjoint", "model output"
 
 
 class _ByFold(nn.Module):
@@ -88,23 +90,39 @@ class _Setup:
         return {LATENT: float((relative * power).sum() / power.sum()), PICTURE: noise.mean(PICTURE)}
 
 
+def _set(ends: EndTrajectory, probes: int, place: int) -> tuple[EndTrajectory, list[int]]:
+    """One of several sets of probes, and where its probes are among all."""
+    kept = [end * ends.probes + place * probes + i for end in range(len(ends.ends)) for i in range(probes)]
+    calls = [EndCall(c.call, c.adjoints[kept], _weights(c.weights, kept)) for c in ends.calls]
+    return replace(ends, calls=calls, probes=probes), kept
+
+
+def _weights(weights: CallWeights, kept: list[int]) -> CallWeights:
+    return CallWeights(weights.amplitude[kept], weights.power[kept])
+
+
+def _of_set(record: EndRecord, kept: list[int]) -> EndRecord:
+    gradients = [record.gradients[i] for i in kept] if record.gradients else []
+    return replace(record, gradients=gradients, weights=_weights(record.weights, kept))
+
+
 def _estimates(
-    setup: _Setup, ends: EndTrajectory, some: EndTrajectory, pairs: Sequence[tuple[str, str]]
-) -> Iterator[tuple[str, LayerCandidate, EndNoise]]:
-    """Layers with their candidates, and noise at the end by some steps alone."""
+    setup: _Setup, ends: EndTrajectory, probes: int, pairs: Sequence[tuple[str, str]]
+) -> Iterator[tuple[str, LayerCandidate, list[EndNoise]]]:
+    """Layers with their candidates, and noise at the end by each set of probes."""
     model, calibration = denoiser(setup.pipe), setup.calibration
-    trajectory = calibration.trajectory.at_steps(list(some.step_weights))
+    trajectory = calibration.trajectory.at_steps(spread_steps(calibration.trajectory.steps, ANALYSED_STEPS))
     replays = [(trajectory.calls, PROBES), ([of_call.call for of_call in ends.calls], len(ENDS) * ends.probes)]
+    sets = [_set(ends, probes, place) for place in range(ends.probes // probes)]
     for chunk in chunks_of_layers(model, replays, list(dict.fromkeys(name for name, _ in pairs))):
         records, end_records = record(model, trajectory, chunk), record_ends(model, ends, chunk)
         for name in chunk:
             layer, of_layer = quantizable_layers(model)[name], end_records.pop(name)
-            search = LayerSearch(name, layer, records.pop(name), calibration, Method(gptq=False), ends, of_layer)
+            search = LayerSearch(name, layer, records.pop(name), calibration, Method(gptq=False))
             wanted = [scheme for layer_name, scheme in pairs if layer_name == name]
             found = search.candidates(parse_schemes(wanted))
-            kept = [one for one in of_layer if one.step in some.step_weights]
-            by_some = end_noise(layer, kept, some, search.judges)
-            yield from ((name, candidate, by_some[str(candidate.scheme)]) for candidate in found)
+            noises = [end_noise(layer, [_of_set(r, kept) for r in of_layer], s, search.judges) for s, kept in sets]
+            yield from ((name, candidate, [n[str(candidate.scheme)] for n in noises]) for candidate in found)
 
 
 def agreement(true: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
@@ -119,84 +137,101 @@ def agreement(true: Sequence[float], predicted: Sequence[float]) -> dict[str, fl
     }
 
 
-def measured(pipe: Any, guidance: float, count: int, probes: int) -> list[dict[str, Any]]:
-    """One row a layer and scheme, then one for each signal and end."""
-    prompts, _ = split_calls(calibration_captions(CALIBRATION_PROMPTS))
-    settings = SamplingSettings(STEPS, guidance, 0)
-    calibration = calibrate(pipe, prompts, settings)
-    with torch.no_grad():
-        setup = _Setup(pipe, calibration, decoded(pipe.vae, calibration.trajectory.latents))
-    began = time.perf_counter()
-    ends = sampler_adjoint(
-        pipe, calibration.trajectory, prompts, settings, range(len(prompts)), ends=ENDS, probes=probes
-    )
-    seconds = time.perf_counter() - began
-    some = ends.at_steps(spread_steps(STEPS, ANALYSED_STEPS))
+def _pairs(pipe: Any, calibration: Calibration, count: int) -> list[tuple[str, str]]:
+    """Layers and schemes, drawn at random."""
     layers, random = quantizable_layers(denoiser(pipe)), np.random.default_rng(0)
     names = [n for n in calibration.absmax if getattr(layers[n], "groups", 1) == 1]
-    pairs = [
+    return [
         (str(name), scheme)
         for scheme in SCHEMES
         for name in random.choice(names, count, replace=False)
         if kind_of(layers[str(name)]) in parse_schemes([scheme])[0].format.layers
     ]
+
+
+def measured(
+    subject: Subject, pipe: Any, guidance: float, count: int, probes: int, sets: int
+) -> Iterator[dict[str, Any]]:
+    """One row a layer and scheme, then one for each end, signal and set of probes."""
+    prompts, _ = split_calls(calibration_captions(CALIBRATION_PROMPTS))
+    settings = SamplingSettings(subject.steps, guidance, 0)
+    calibration = calibrate(pipe, prompts, settings)
+    with torch.no_grad():
+        setup = _Setup(pipe, calibration, decoded(pipe.vae, calibration.trajectory.latents))
+    ends = sampler_adjoint(
+        pipe, calibration.trajectory, prompts, settings, range(len(prompts)), ends=ENDS, probes=sets * probes
+    ).thinned(CALLS)
     rows = []
-    for name, candidate, by_some in _estimates(setup, ends, some, pairs):
-        assert candidate.end is not None
+    for name, candidate, noises in _estimates(setup, ends, probes, _pairs(pipe, calibration, count)):
         assert candidate.estimate is not None
         with torch.no_grad():
-            row = {
-                "op": "layer",
-                "guidance": guidance,
-                "layer": name,
-                "scheme": str(candidate.scheme),
-                "true": setup.effects(name, candidate),
-                "all steps": setup.predicted(candidate.end),
-                "some steps": setup.predicted(by_some),
-                "UNet output": dict.fromkeys(ENDS, candidate.estimate.mean_power),
-            }
-        rows.append(row)
-        print(row, flush=True)
-    summary = [
-        {"op": "agreement", "guidance": guidance, "end": end, "signal": signal, "pairs": len(rows), "seconds": seconds}
-        | agreement([row["true"][end] for row in rows], [row[signal][end] for row in rows])
-        for end in ENDS
-        for signal in SIGNALS
-    ]
-    return [*rows, *summary]
+            true = setup.effects(name, candidate)
+        row = {"op": "layer", "guidance": guidance, "layer": name, "scheme": str(candidate.scheme), "true": true}
+        row |= {ADJOINT: [setup.predicted(noise) for noise in noises], OUTPUT: candidate.estimate.mean_power}
+        if min(true.values()) > 0:  # what a model of joint blocks makes of its text in the last one is never used
+            rows.append(row)
+        yield row
+    for end in ENDS:
+        true = [row["true"][end] for row in rows]
+        shared = {"op": "agreement", "guidance": guidance, "end": end, "pairs": len(rows), "probes": probes}
+        yield shared | {"signal": OUTPUT} | agreement(true, [row[OUTPUT] for row in rows])
+        for place in range(sets):
+            found = agreement(true, [row[ADJOINT][place][end] for row in rows])
+            yield shared | {"signal": ADJOINT, "set": place} | found
 
 
 def table(data: dict[str, Any]) -> str:
     """Rank correlations and sizes of each signal, for the pages."""
-    lines = []
+    groups: dict[tuple[float, str, str], list[dict[str, Any]]] = {}
     for row in data["rows"]:
-        if row["op"] != "agreement":
-            continue
-        size = f"{row['median_db']:+.1f} ({row['p10_db']:+.1f} to {row['p90_db']:+.1f})"
-        if row["signal"] == "UNet output":
-            size = ""
-        lines.append([f"{row['guidance']:g}", row["end"], row["signal"], f"{row['spearman']:.3f}", size])
-    count = max(row["pairs"] for row in data["rows"] if row["op"] == "agreement")
+        if row["op"] == "agreement":
+            groups.setdefault((row["guidance"], row["end"], row["signal"]), []).append(row)
+    lines = []
+    for (guidance, end, signal), rows in groups.items():
+        size = ["", ""]
+        if signal == ADJOINT:
+            size = [
+                ", ".join(f"{row['median_size_db']:.2f}" for row in rows),
+                ", ".join(f"{row['median_db']:+.1f} ({row['p10_db']:+.1f} to {row['p90_db']:+.1f})" for row in rows),
+            ]
+        lines.append([f"{guidance:g}", end, signal, ", ".join(f"{row['spearman']:.3f}" for row in rows), *size])
+    count, probes = (max(row[key] for rows in groups.values() for row in rows) for key in ("pairs", "probes"))
     words = (
-        f"**What is known of a layer's noise at the end** (the demo model, {count} layers and schemes drawn at random, "
-        "each alone; noise in the final latents and the pictures, drawn and predicted)"
+        f"**What is known of a layer's noise at the end** (the {data['rows'][-1]['model']} model, {count} layers and "
+        "schemes drawn at random, each alone; noise in the final latents and the pictures, drawn and predicted; each "
+        f"set of {probes} probes apart)"
     )
-    return f"{words}\n\n" + markdown(["guidance", "end", "signal", "rank correlation", "dB too high"], lines)
+    head = ["guidance", "end", "signal", "rank correlation", "dB off, median", "dB too high, median (10th to 90th %)"]
+    return f"{words}\n\n" + markdown(head, lines)
+
+
+def results_of(subject: Subject) -> str:
+    """The kind of the results file of a model."""
+    return WHAT if subject.name == DEMO else f"{WHAT}_{subject.name}"
 
 
 def main(arguments: list[str]) -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks ends", description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12, help="drawn for each of five schemes")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE, 7.5])
-    parser.add_argument("--probes", type=int, default=4, help="at each end")
+    parser.add_argument("--model", choices=sorted(SUBJECTS), default=DEMO)
+    parser.add_argument("--layers", type=int, default=8, help="drawn for each of five schemes")
+    parser.add_argument("--guidance", type=float, nargs="+", help="the model's own and 7.5 by default")
+    parser.add_argument("--probes", type=int, default=END_PROBES, help="of a set, at each end")
+    parser.add_argument("--sets", type=int, default=3, help="of probes")
     options = parser.parse_args(arguments)
+    subject = SUBJECTS[options.model]
+    results.check_keep(results_of(subject))
     dtype = torch.float16 if device().type == "cuda" else torch.float32
-    pipe = demo.load_demo_pipeline(dtype, demo.WEIGHTS).to(device())
-    rows = [row for guidance in options.guidance for row in measured(pipe, guidance, options.layers, options.probes)]
-    found = [row for row in rows if row["op"] == "agreement" and row["signal"] == "all steps"]
+    pipe = subject.load(dtype).to(device())
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for guidance in options.guidance or [subject.guidance_scale, 7.5]:
+        for row in measured(subject, pipe, guidance, options.layers, options.probes, options.sets):
+            rows.append(row | {"model": subject.name})
+            print(rows[-1], flush=True)
+    found = [row for row in rows if row["op"] == "agreement" and row["signal"] == ADJOINT]
     summary = {
-        "ends/least_spearman": min(row["spearman"] for row in found),
-        "ends/largest_median_size_db": max(row["median_size_db"] for row in found),
+        f"{results_of(subject)}/least_spearman": min(row["spearman"] for row in found),
+        f"{results_of(subject)}/largest_median_size_db": max(row["median_size_db"] for row in found),
     }
-    print(f"written: {results.keep('ends', rows, summary)}")
+    print(f"written: {results.keep(results_of(subject), rows, summary)}")

@@ -1,9 +1,10 @@
 """Plans for the pictures beside plans for the UNet's output, at equal bytes: python -m benchmarks end-plans
 
-One analysis of the demo model, from which plans are made within the same bytes, that keep the SQNR of the UNet's
+One analysis of a model, from which plans are made within the same bytes, that keep the SQNR of the UNet's
 output, that of the final latents, or the PSNR of the pictures. Each is drawn on captions that neither the analysis nor
 the planner's own check saw, and compared with the float pictures: mean, median and worst tenth, beside what was
-predicted before anything was drawn.
+predicted before anything was drawn. Each row has too what the layers' noise adds up to by every measure, and how many
+layers have the scheme that the plan for the UNet's output gives them: how much room the bytes leave.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.harness import results
 from benchmarks.harness.machine import device
 from benchmarks.harness.tables import markdown
 from benchmarks.study.evaluation import TEST_SEED
-from ldmq_kernels import demo
+from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import record_trajectory
-from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions, held_out_captions
+from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, calibration_captions, held_out_captions
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
+from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.drawn import EndCheck, FloatEnds, with_more_seeds
 from ldmq_kernels.planning.evaluate import PlanEvaluator
+from ldmq_kernels.planning.options import noise_columns
 from ldmq_kernels.planning.planner import held_out_settings
 from ldmq_kernels.planning.request import split_calls
 from ldmq_kernels.planning.session import Session
@@ -37,6 +41,7 @@ from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze
 
+WHAT = "end_plans"
 INT8 = ("w8a8-static", "w8a8-timestep", "w8a8-dynamic")
 INT4 = ("w4a8-static", "w4a8-timestep", "w4a8-dynamic")
 CASES = {  # formats, and the share of fp16's bytes that they may take
@@ -57,9 +62,23 @@ def _sessions(pipe: Any, analysis: Analysis, checks: dict[Measure, EndCheck | No
     return found
 
 
-def measured(pipe: Any, captions: int) -> list[dict[str, Any]]:
+def _sums(session: Session, choices: dict[str, str]) -> dict[str, float]:
+    """What the layers' noise adds up to by each measure, in dB."""
+    found = {}
+    for measure in MEASURES:
+        columns = noise_columns(session.analysis, measure)
+        powers = np.zeros(len(columns.weights))
+        for name, scheme in choices.items():
+            candidate = session.analysis.candidate(name, scheme) if name in session.analysis.candidates else None
+            if candidate is not None:
+                powers += columns.of(name, candidate)
+        found[measure] = float(np.array(columns.weights) @ (-10 * np.log10(powers)))
+    return found
+
+
+def measured(subject: Subject, pipe: Any, captions: int) -> list[dict[str, Any]]:
     """One row a case and measure."""
-    model, settings = denoiser(pipe), SamplingSettings(STEPS, GUIDANCE, 0)
+    model, settings = denoiser(pipe), SamplingSettings(subject.steps, subject.guidance_scale, 0)
     calibrated_on, verified_on = split_calls(calibration_captions(CALIBRATION_PROMPTS))
     calibration = calibrate(pipe, calibrated_on, settings)
     schemes = parse_schemes(tuple(dict.fromkeys(s for formats, _ in CASES.values() for s in formats)))
@@ -76,11 +95,15 @@ def measured(pipe: Any, captions: int) -> list[dict[str, Any]]:
     full = sum(weight_bytes(layer, FLOAT) for layer in quantizable_layers(model).values())
     evaluator, rows = PlanEvaluator(model, analysis), []
     for case, sessions in _sessions(pipe, analysis, checks, held_out).items():
+        of_output: dict[str, str] = {}
         for measure, session in sessions.items():
             plan = session.plan(Target(bytes=int(CASES[case][1] * full))).plan
             choices = {name: str(layer_plan.scheme) for name, layer_plan in plan.layers(model).items()}
+            of_output = of_output or choices
+            alike = sum(scheme == of_output[name] for name, scheme in choices.items()) / len(choices)
             spread = {m: asdict(s) for m, s in evaluator.drawn(choices, test).spread.items()}
             row = {"op": "plan", "case": case, "keeps": measure, "share_of_fp16": plan.measured["weight_bytes"] / full}
+            row |= {"model": subject.name, "sum_db": _sums(session, choices), "alike": alike}
             rows.append(row | {"drawn": spread, "measured": plan.measured, "analysis_seconds": seconds})
             print(rows[-1], flush=True)
     return rows
@@ -90,39 +113,56 @@ def table(data: dict[str, Any]) -> str:
     """Plans at equal bytes, for the pages."""
     lines = []
     for row in data["rows"]:
-        psnr, latent = row["drawn"]["psnr"], row["drawn"]["latent"]
-        predicted, checked = (row["measured"][f"{word}_{row['keeps']}_db"] for word in ("predicted", "held_out"))
+        psnr, latent, keeps = row["drawn"]["psnr"], row["drawn"]["latent"], row["keeps"]
+        predicted, checked = (row["measured"][f"{word}_{keeps}_db"] for word in ("predicted", "held_out"))
         lines.append(
             [
                 row["case"],
                 f"{row['share_of_fp16']:.3f}x",
-                MEASURES[row["keeps"]],
+                MEASURES[keeps],
                 f"{psnr['mean']:.1f} / {psnr['median']:.1f} / {psnr['worst_tenth']:.1f}",
                 f"{latent['mean']:.1f} / {latent['median']:.1f} / {latent['worst_tenth']:.1f}",
-                f"{predicted:.1f} / {checked:.1f}",
+                f"{predicted:.1f} / {checked:.1f}" + (f" / {row['drawn'][keeps]['mean']:.1f}" if keeps != SQNR else ""),
+                f"{row['sum_db']['psnr']:.1f}",
+                f"{row['alike']:.0%}",
             ]
         )
     words = (
-        "**Plans for the pictures** (the demo model, equal bytes; held-out captions; mean, median and worst tenth of "
-        "pictures in dB)"
+        f"**Plans for the pictures** (the {data['rows'][0]['model']} model, equal bytes; held-out captions; mean, "
+        "median and worst tenth of pictures in dB)"
     )
-    head = ["formats", "of fp16", "keeps", "PSNR", "latents' SQNR", "predicted / measured by the planner"]
-    return f"{words}\n\n" + markdown(head, lines)
+    head = ["formats", "of fp16", "keeps", "PSNR", "latents' SQNR", "predicted / by the planner's check / here"]
+    return f"{words}\n\n" + markdown([*head, "PSNR of the layers' sum", "layers as for the output"], lines)
+
+
+def results_of(subject: Subject) -> str:
+    """The kind of the results file of a model."""
+    return WHAT if subject.name == DEMO else f"{WHAT}_{subject.name}"
 
 
 def main(arguments: list[str]) -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks end-plans", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(SUBJECTS), default=DEMO)
     parser.add_argument("--captions", type=int, default=16, help="held out, drawn with every plan")
     options = parser.parse_args(arguments)
+    subject = SUBJECTS[options.model]
+    what = results_of(subject)
+    results.check_keep(what)
     dtype = torch.float16 if device().type == "cuda" else torch.float32
-    pipe = demo.load_demo_pipeline(dtype, demo.WEIGHTS).to(device())
-    rows = measured(pipe, options.captions)
+    pipe = subject.load(dtype).to(device())
+    pipe.set_progress_bar_config(disable=True)
+    rows = measured(subject, pipe, options.captions)
     gains = [
         ours["drawn"]["psnr"]["mean"] - base["drawn"]["psnr"]["mean"]
         for base in rows
         for ours in rows
-        if base["case"] == ours["case"] and (base["keeps"], ours["keeps"]) == ("sqnr", "psnr")
+        if base["case"] == ours["case"] and (base["keeps"], ours["keeps"]) == (SQNR, "psnr")
     ]
-    summary = {"end_plans/least_gain_db": min(gains), "end_plans/most_gain_db": max(gains)}
-    print(f"written: {results.keep('end_plans', rows, summary)}")
+    off = [
+        row["measured"][f"predicted_{row['keeps']}_db"] - row["drawn"][row["keeps"]]["mean"]
+        for row in rows
+        if row["keeps"] != SQNR
+    ]
+    summary = {f"{what}/least_gain_db": min(gains), f"{what}/most_gain_db": max(gains)}
+    print(f"written: {results.keep(what, rows, summary | {f'{what}/most_off_db': max(map(abs, off))})}")

@@ -34,8 +34,8 @@ from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.demo.run import calibration_captions
 from ldmq_kernels.numerics.formats import parse_schemes
-from ldmq_kernels.planning.planner import HELD_OUT_SEED
-from ldmq_kernels.planning.request import DEFAULT_FORMATS, split_calls
+from ldmq_kernels.planning.planner import end_check, held_out_settings
+from ldmq_kernels.planning.request import PlanRequest
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.sensitivity.analysis import analyze
@@ -99,37 +99,40 @@ def random_pipeline(model: str) -> Any:
     return pipe.to(torch.bfloat16)
 
 
-def measured(pipe: Any, prompts: list[str], target: Target, settings: SamplingSettings, work: Path) -> dict[str, Any]:
+def measured(pipe: Any, request: PlanRequest) -> dict[str, Any]:
     """Seconds of each stage of `ldmq.plan` with its default formats, and what the plan is."""
-    calibrated_on, verified_on = split_calls(prompts)
     marks = [time.perf_counter()]
+    began = time.process_time()
 
     def mark(stage: str) -> None:
         marks.append(time.perf_counter())
-        print(f"{stage}: {marks[-1] - marks[-2]:.0f} s, peak {peak_bytes() / 2**30:.1f} GiB", flush=True)
+        cpu = time.process_time() - began
+        print(f"{stage}: {marks[-1] - marks[-2]:.0f} s, {cpu:.0f} s of processors, {peak_bytes() / 2**30:.1f} GiB")
 
-    calibration = calibrate(pipe, calibrated_on, settings, show=True)
+    calibration = calibrate(pipe, request.calibration_calls, request.settings, show=True)
     mark("calibration")
-    analysis = analyze(pipe, calibration, parse_schemes(DEFAULT_FORMATS), work_dir=work, show=True)
+    schemes = parse_schemes(request.formats)
+    analysis = analyze(pipe, calibration, schemes, ends=request.ends, work_dir=request.work_dir, show=True)
     mark("analysis")
-    others = SamplingSettings(
-        settings.num_inference_steps, settings.guidance_scale, HELD_OUT_SEED, settings.height, settings.width
-    )
-    held_out = record_trajectory(pipe, verified_on, others, show=True)
-    result = Session(pipe.unet, analysis, held_out, DEFAULT_FORMATS).plan(target)
+    held_out = record_trajectory(pipe, request.held_out_calls, held_out_settings(request.settings), show=True)
+    ends = end_check(pipe, request, analysis) if request.ends else None
+    assert request.target is not None
+    result = Session(pipe.unet, analysis, held_out, request.formats, ends=ends).plan(request.target)
     mark("plan")
     found = result.plan.measured
     stages = [later - earlier for earlier, later in itertools.pairwise(marks)]
     return {
         **dict(zip(("calibration_seconds", "analysis_seconds", "plan_seconds"), stages, strict=True)),
         "seconds": marks[-1] - marks[0],
+        "cpu_seconds": time.process_time() - began,
         "peak_bytes": peak_bytes(),
         "layers": len(analysis.candidates),
         "candidates": len(analysis.output),
         "run_alone": len(analysis.exact),
-        "target": target.to_dict(),
-        "predicted_db": found["predicted_sqnr_db"],
-        "measured_db": found["held_out_sqnr_db"],
+        "target": request.target.to_dict(),
+        "keeps": request.measure,
+        "predicted_db": found[f"predicted_{request.measure}_db"],
+        "measured_db": found[f"held_out_{request.measure}_db"],
         "share_of_fp16": found["weight_bytes"] / found["weight_bytes_fp16"],
     }
 
@@ -139,14 +142,16 @@ def table(data: dict[str, Any]) -> str:
     row = data["rows"][0]
     name = {"plan_sd15": "Stable Diffusion 1.5's", "plan_sdxl": "SDXL's"}[row["op"]]
     words = (
-        f"**The method at {name} size** ({row['parameters'] / 1e6:.0f} million random weights in {row['dtype']}, "
+        f"**The method at {name} size**{', for the final latents' if row.get('keeps') == 'latent' else ''} "
+        f"({row['parameters'] / 1e6:.0f} million random weights in {row['dtype']}, "
         f"{row['prompts']} prompts, {row['steps']} steps, {row['pixels']} pixels, {data['threads']} threads)"
     )
     stages = [f"{row[f'{stage}_seconds'] / 60:.1f}" for stage in ("calibration", "analysis", "plan")]
-    cells = [*stages, f"{row['seconds'] / 60:.1f}", f"{row['peak_bytes'] / 2**30:.1f}"]
+    cells = [*stages, f"{row['seconds'] / 60:.1f}"]
+    cells += [f"{row['cpu_seconds'] / 60:.1f}" if "cpu_seconds" in row else "", f"{row['peak_bytes'] / 2**30:.1f}"]
     cells += [str(row["candidates"]), f"{row['predicted_db']:.1f} / {row['measured_db']:.1f} dB"]
-    head = ["calibration, min", "analysis", "plan", "all", "peak GiB", "candidates", "predicted / held out"]
-    return f"{words}\n\n" + markdown(head, [cells])
+    head = ["calibration, min", "analysis", "plan", "all", "of processors", "peak GiB", "candidates"]
+    return f"{words}\n\n" + markdown([*head, "predicted / held out"], [cells])
 
 
 def main(arguments: list[str]) -> None:
@@ -156,18 +161,27 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--pixels", type=int, default=256, help="height and width of the pictures")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--target-sqnr", type=float, help="in dB; without it, the highest within 0.55 of fp16's bytes")
+    limits = parser.add_mutually_exclusive_group()
+    limits.add_argument("--target-sqnr", type=float, help="in dB; without it, the highest within 0.55 of fp16's bytes")
+    limits.add_argument("--target-latent", type=float, help="in dB, of the final latents")
+    parser.add_argument("--keeps", choices=("sqnr", "latent"), default="sqnr", help="without a target in dB")
     options = parser.parse_args(arguments)
-    results.check_keep(f"plan_{options.model}")
+    at_end = options.target_latent is not None or options.keeps == "latent"
+    what = f"plan_{options.model}" + ("_end" if at_end else "")
+    results.check_keep(what)
     record = machine()
     pipe = random_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)
     parameters = sum(p.numel() for p in pipe.unet.parameters())
-    target = Target(options.target_sqnr, None if options.target_sqnr else int(0.55 * 2 * parameters))
+    has_db = options.target_sqnr is not None or options.target_latent is not None
+    size = None if has_db else int(0.55 * 2 * parameters)
+    target = Target(options.target_sqnr, size, latent_db=options.target_latent)
     settings = SamplingSettings(options.steps, 7.5, 0, options.pixels, options.pixels)
     prompts = calibration_captions(options.prompts)
     with tempfile.TemporaryDirectory() as work:
-        row = measured(pipe, prompts, target, settings, Path(work))
+        signals = (options.keeps,)
+        request = PlanRequest(prompts, target, settings=settings, signals=signals, work_dir=Path(work), show=True)
+        row = measured(pipe, request)
     row |= {
         "op": f"plan_{options.model}",
         "parameters": parameters,
@@ -176,8 +190,5 @@ def main(arguments: list[str]) -> None:
         "steps": options.steps,
         "prompts": len(prompts),
     }
-    summary = {
-        f"plan_{options.model}/minutes": row["seconds"] / 60,
-        f"plan_{options.model}/GiB": row["peak_bytes"] / 2**30,
-    }
-    print(f"written: {results.keep(f'plan_{options.model}', [row], summary, record)}")
+    summary = {f"{what}/minutes": row["seconds"] / 60, f"{what}/GiB": row["peak_bytes"] / 2**30}
+    print(f"written: {results.keep(what, [row], summary, record)}")

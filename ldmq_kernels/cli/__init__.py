@@ -284,8 +284,16 @@ def analyze(
     prompts: Prompts = None,
     calls: Calls = None,
     target_sqnr: Annotated[
-        float, typer.Option(help="SQNR of the UNet output in dB that the plan on the page must reach.", metavar="DB")
-    ] = 38.0,
+        float | None,
+        typer.Option(
+            help="SQNR of the UNet output in dB that the plan on the page must reach. [default: 38, without another "
+            "target]",
+            metavar="DB",
+            show_default=False,
+        ),
+    ] = None,
+    target_latent: TargetLatent = None,
+    target_psnr: TargetPsnr = None,
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Show plans of all sizes too, each run and measured.")
     ] = False,
@@ -307,9 +315,11 @@ def analyze(
     from ldmq_kernels.cli.method import run_analyze, target_of
     from ldmq_kernels.planning.request import PlanRequest
 
+    if target_sqnr is None and target_latent is None and target_psnr is None:
+        target_sqnr = 38.0
     request = PlanRequest(
         drawn(model, prompts, calls),
-        target_of(target_sqnr),
+        target_of(target_sqnr, latent_db=target_latent, psnr_db=target_psnr),
         formats=names_in(formats),
         calibration_mode=calibration,
         settings=sampling(steps, guidance, seed, height, width, prompts, scheduler, settings),

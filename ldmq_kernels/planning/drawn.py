@@ -24,6 +24,7 @@ from ldmq_kernels.sensitivity.decoding import decoded
 
 WORST = 10  # per cent
 PICTURES = 8  # that verify a plan at least: what is held out is drawn with further seeds
+LARGE_PICTURES = 4  # of a large model, whose every picture takes minutes on a CPU
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,9 @@ class EndCheck:
     calibrated: FloatEnds
 
 
-def with_more_seeds(calls: Sequence[Call]) -> list[Call]:
+def with_more_seeds(calls: Sequence[Call], pictures: int = PICTURES) -> list[Call]:
     """The calls again and again, until there are enough pictures to tell of the worst of them."""
-    times = -(-PICTURES // len(calls))
+    times = -(-pictures // len(calls))
     return list(calls) * times
 
 

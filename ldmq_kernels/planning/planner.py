@@ -21,7 +21,7 @@ from ldmq_kernels.calibration.settings import SamplingSettings, Settings, change
 from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
-from ldmq_kernels.planning.drawn import EndCheck, FloatEnds, with_more_seeds
+from ldmq_kernels.planning.drawn import LARGE_PICTURES, PICTURES, EndCheck, FloatEnds, with_more_seeds
 from ldmq_kernels.planning.options import independent_of_cuts
 from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
 from ldmq_kernels.planning.session import PlanResult, Session
@@ -29,6 +29,7 @@ from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes, cache_file, measure_times
 from ldmq_kernels.plans.plan import Plan, plan_output
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze, open_work
+from ldmq_kernels.sensitivity.ends import is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ def end_check(pipe: Any, request: PlanRequest, analysis: Analysis) -> EndCheck:
     Raises:
         ValueError: the pipeline gives no latents, or the request is for PSNR and its latents cannot be decoded.
     """
-    verified_on, calibration = with_more_seeds(request.held_out_calls), analysis.calibration
+    pictures = PICTURES if is_whole(denoiser(pipe)) else LARGE_PICTURES
+    verified_on, calibration = with_more_seeds(request.held_out_calls, pictures), analysis.calibration
     held_out = FloatEnds(pipe, verified_on, held_out_settings(request.settings), show=request.show)
     if request.measure not in held_out.measures:
         raise ValueError(
@@ -257,7 +259,7 @@ def plan(
             configuration of its own one; its own if None.
         settings: several settings to plan for at once, each with what differs from the arguments above:
             `[dict(num_inference_steps=4, guidance_scale=1.0), dict(scheduler="EulerAncestralDiscreteScheduler")]`.
-            Everything is drawn at each of them, scales cover all, and the worst must keep `target_sqnr_db`.
+            Everything is drawn at each of them, scales cover all, and the worst must keep the target in dB.
         work_dir: keeps the analysis, so that the same call goes on after a kill; it is made for its owner alone, and
             refused where others may read or write it, or where it holds the work of another model or other settings.
         out: where to write the plan file, which is tried before anything else; an older plan there is replaced.

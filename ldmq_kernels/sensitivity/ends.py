@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
 from ldmq_kernels.calibration.settings import sample_number
@@ -14,10 +16,15 @@ from ldmq_kernels.sensitivity.redrawn import NoAdjoint
 
 logger = logging.getLogger(__name__)
 
-WHOLE_MODEL = 100_000_000  # parameters up to which all pictures and steps count
+WHOLE_MODEL = 100_000_000  # parameters up to which all pictures count
 PROBES = 8  # at each end; with 4 sizes are 1 dB off in the median, by the chance of which probes are drawn
 CALLS = 10  # of each run, at which layers are recorded; the others are interpolated
 LARGE_PICTURES, LARGE_PROBES, LARGE_CALLS = 2, 1, 8  # of a larger model
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether a model is so small that all pictures of a calibration count at the end."""
+    return sum(parameter.numel() for parameter in model.parameters()) <= WHOLE_MODEL
 
 
 def calibrated_ends(pipe: Any, calibration: Calibration, ends: Sequence[End], *, show: bool) -> EndTrajectory | None:
@@ -26,7 +33,7 @@ def calibrated_ends(pipe: Any, calibration: Calibration, ends: Sequence[End], *,
     Returns:
         None where it cannot be had, of which a warning tells.
     """
-    whole = sum(parameter.numel() for parameter in denoiser(pipe).parameters()) <= WHOLE_MODEL
+    whole = is_whole(denoiser(pipe))
     calls, settings = len(calibration.calls), len(calibration.settings)
     count = calls if whole else min(calls, LARGE_PICTURES)
     pictures = [sample_number(call, setting, settings) for setting in range(settings) for call in range(count)]

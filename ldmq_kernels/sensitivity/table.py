@@ -8,7 +8,7 @@
 | step, timestep | the sampling step from 0, the noisiest; empty for the mean over steps of decibels |
 | prompt | its index in the calibration, or in the held-out set of a plan; empty where prompts are pooled |
 | part | "unconditional", "conditional" and "guided" of classifier-free guidance; "pooled" before guidance |
-| noise_power, sqnr_db | relative noise power, and its inverse in decibels |
+| noise_power, sqnr_db | relative noise power, and its inverse in decibels; of an image against a peak of 1 |
 | estimated | 1 where backward probes say it, 0 where it was run |
 """
 
@@ -20,7 +20,9 @@ from pathlib import Path
 
 from ldmq_kernels.files import write_csv
 from ldmq_kernels.numerics.sqnr import from_db
+from ldmq_kernels.sensitivity.adjoint import PICTURE
 from ldmq_kernels.sensitivity.analysis import Analysis
+from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.output_noise import StepNoise, finite_db
 
 POOLED = "pooled"
@@ -58,15 +60,24 @@ def rows_of_noise(
 
 
 def rows_of_analysis(analysis: Analysis) -> Iterator[Row]:
-    """Every layer's own noise, and every layer's and block's at the UNet's output."""
+    """Every layer's own noise, every layer's and block's at the UNet's output, and at the end where that is known."""
     timesteps = analysis.calibration.trajectory.timesteps()
     for name, candidates in analysis.candidates.items():
         for c in candidates:
             yield Row("layer", name, str(c.scheme), None, None, None, POOLED, c.noise, finite_db(c.noise))
+            yield from _rows_of_end(name, c)
     for key, noise in analysis.output.items():
         yield from rows_of_noise("unet", *key, noise, timesteps, estimated=key not in analysis.exact)
     for block, noise in analysis.blocks.items():
         yield from rows_of_noise("unet", *block, noise, timesteps, estimated=not noise.samples)
+
+
+def _rows_of_end(name: str, candidate: LayerCandidate) -> Iterator[Row]:
+    """A row for each picture's latent or image, as the adjoint of the sampler estimates it."""
+    for end, by_picture in {} if candidate.end is None else candidate.end.by_picture.items():
+        place = "image" if end == PICTURE else end
+        for prompt, power in by_picture.items():
+            yield Row(place, name, str(candidate.scheme), None, None, prompt, "whole", power, finite_db(power), 1)
 
 
 def rows_of_pictures(place: str, decibels: Iterable[float]) -> Iterator[Row]:

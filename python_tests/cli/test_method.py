@@ -99,8 +99,13 @@ def test_unknown_signals_are_refused_before_any_work(
 
 def test_an_analysis_can_show_a_pareto_front(model: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "analysis"
-    assert run("analyze", model, "--prompts", prompts, "--target-sqnr", 20, "--pareto", "--out", out, *QUICK) == 0
+    assert run("analyze", model, "--prompts", prompts, "--target-psnr", 20, "--pareto", "--out", out, *QUICK) == 0
     assert "Smaller and larger plans" in (out / "report.html").read_text()
+    with (out / "sqnr.csv").open() as file:
+        ends = [row for row in csv.DictReader(file) if row["place"] == "image" and row["scheme"] != "plan"]
+    assert {row["estimated"] for row in ends} == {"1"}
+    assert len({row["name"] for row in ends}) > 20
+    assert Plan.load(out / "plan.json").target == {"psnr_db": 20.0}
 
 
 def test_a_unet_directory_is_enough_for_quantize_by_plan(model: Path, plan_file: Path, tmp_path: Path) -> None:
