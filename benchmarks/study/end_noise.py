@@ -2,7 +2,7 @@
 
 Layers and schemes of a model are drawn at random. Each is quantized alone and pictures are drawn by the pipeline's own
 call; its noise in the final latents and in the pictures stands beside what the adjoint of the sampler predicted, with
-as many probes and calls as plans are made with, and beside the noise at the model's output, averaged over steps. The
+as many probes as plans are made with, and beside the noise at the model's output, averaged over steps. The
 probes are random, so there are several sets of them. What GPTQ rounds is left out, since it knows the calibration's own
 samples. Each picture is drawn with what the other half of the prompts makes of the layer, as candidates are judged.
 """
@@ -40,7 +40,6 @@ from ldmq_kernels.sensitivity.analysis import ANALYSED_STEPS
 from ldmq_kernels.sensitivity.candidates import LayerCandidate, LayerSearch, Method
 from ldmq_kernels.sensitivity.decoding import decoded
 from ldmq_kernels.sensitivity.end_noise import EndNoise, end_noise
-from ldmq_kernels.sensitivity.ends import CALLS
 from ldmq_kernels.sensitivity.ends import PROBES as END_PROBES
 from ldmq_kernels.sensitivity.output_noise import swapped
 from ldmq_kernels.sensitivity.probes import PROBES, EndRecord, chunks_of_layers, record, record_ends
@@ -160,7 +159,7 @@ def measured(
         setup = _Setup(pipe, calibration, decoded(pipe.vae, calibration.trajectory.latents))
     ends = sampler_adjoint(
         pipe, calibration.trajectory, prompts, settings, range(len(prompts)), ends=ENDS, probes=sets * probes
-    ).thinned(CALLS)
+    )
     rows = []
     for name, candidate, noises in _estimates(setup, ends, probes, _pairs(pipe, calibration, count)):
         assert candidate.estimate is not None
@@ -189,7 +188,7 @@ def table(data: dict[str, Any]) -> str:
     lines = []
     for (guidance, end, signal), rows in groups.items():
         size = ["", ""]
-        if signal == ADJOINT:
+        if signal != OUTPUT:
             size = [
                 ", ".join(f"{row['median_size_db']:.2f}" for row in rows),
                 ", ".join(f"{row['median_db']:+.1f} ({row['p10_db']:+.1f} to {row['p90_db']:+.1f})" for row in rows),
