@@ -36,15 +36,17 @@ SETTINGS = SamplingSettings(num_inference_steps=3, guidance_scale=2.0)
 STEPS, PICTURES = 21, 2
 
 
-class _Errs(nn.Module):
-    """Adds an error of its own to what it is given."""
+EACH_ROW = torch.eye(2)[[0, 0, 1, 1]]  # the input of two prompts' rows in both halves of guidance
 
-    def __init__(self, error: Tensor) -> None:
-        super().__init__()
-        self.error = error
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.error
+def _layer(error: Tensor) -> nn.Linear:
+    """A layer whose output for the two rows of a prompt is this (2, 3) error, beside one that gives zeros."""
+    layer = nn.Linear(2, 3, bias=False)
+    layer.weight.data = error.T
+    return layer
+
+
+EXACT = _layer(torch.zeros(2, 3))
 
 
 def _ends(count: int = STEPS, probes: int = 1) -> EndTrajectory:
@@ -66,9 +68,9 @@ def _noise(ends: EndTrajectory, errors: dict[int, Tensor]) -> EndNoise:
     for of_call in ends.calls:
         step = of_call.call.step
         signs = [ones] if ends.probes == 1 else [rademacher(ones, 99 * step + probe) for probe in range(ends.probes)]
-        records += EndRecord(step, of_call.weights, torch.zeros(4, 3), signs, (0, 1, 0, 1)).folds()
-    layers = {step: _Errs(error) for step, error in errors.items()}
-    return end_noise(nn.Identity(), records, ends, {"one": lambda record: layers[record.step]})["one"]
+        records += EndRecord(step, of_call.weights, EACH_ROW, signs, (0, 1, 0, 1)).folds()
+    layers = {step: _layer(error) for step, error in errors.items()}
+    return end_noise(EXACT, records, ends, {"one": lambda record: layers[record.step]})["one"]
 
 
 ALIKE = {step: torch.full((2, 3), 0.25) for step in range(STEPS)}
@@ -103,9 +105,9 @@ def test_runs_at_several_settings_are_thinned_each_by_itself() -> None:
 
 def test_a_row_for_all_pictures_counts_once_in_all() -> None:
     ends = _ends()
-    record = EndRecord(0, ends.calls[0].weights, torch.zeros(1, 3), [torch.ones(1, 3)], ())
+    record = EndRecord(0, ends.calls[0].weights, EACH_ROW[:1], [torch.ones(1, 3)], ())
     assert record.folds() == [record]
-    noise = end_noise(nn.Identity(), [record], ends, {"one": lambda _: _Errs(torch.ones(1, 3))})["one"]
+    noise = end_noise(EXACT, [record], ends, {"one": lambda _: _layer(torch.ones(2, 3))})["one"]
     power = sum(noise.by_picture[LATENT][picture] * ends.scale[LATENT][picture] for picture in range(PICTURES))
     assert power == pytest.approx(9.0)
 
