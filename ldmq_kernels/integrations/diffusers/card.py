@@ -13,6 +13,7 @@ from ldmq_kernels.calibration.denoisers import denoisers
 from ldmq_kernels.conversion.summary import Summary, summarize
 from ldmq_kernels.integrations.diffusers.origin import MARK, Origin
 from ldmq_kernels.integrations.diffusers.quantizer import LdmqQuantizer
+from ldmq_kernels.integrations.vllm_omni import CLASSES
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.plans.plan import Plan
 
@@ -26,10 +27,9 @@ MEASURED = {
     "held_out_psnr_db": "PSNR of the pictures, mean",
     "held_out_psnr_db_worst_tenth": "PSNR of the pictures, worst tenth",
 }
-SERVED = {
-    "vLLM-Omni": "vllm serve {name} --omni --diffusion-load-format diffusers --dtype {dtype}",
-    "SGLang": "sglang serve --model-path {name} --backend diffusers",
-}
+VLLM_OMNI = "vllm serve {name} --omni --dtype {dtype}"
+BY_DIFFUSERS = " --diffusion-load-format diffusers"  # where vLLM-Omni has no pipeline of this package
+SGLANG = "sglang serve --model-path {name} --backend diffusers"
 
 
 def quantized_parts(loaded: Any) -> dict[str, tuple[nn.Module, Plan]]:
@@ -125,8 +125,10 @@ def _use(loaded: Any, name: str) -> str:
         "```",
     ]
     if not alone:
-        commands = (f"    {of.format(name=name, dtype=dtype)}    # {server}" for server, of in SERVED.items())
-        lines += ["", "Served, where `ldmq_kernels` is installed too:", "", *commands]
+        by_diffusers = "" if type(loaded).__name__ in CLASSES else BY_DIFFUSERS
+        commands = {"vLLM-Omni": VLLM_OMNI + by_diffusers, "SGLang": SGLANG}
+        shown = (f"    {of.format(name=name, dtype=dtype)}    # {server}" for server, of in commands.items())
+        lines += ["", "Served, where `ldmq_kernels` is installed too:", "", *shown]
     return "\n".join(lines)
 
 
