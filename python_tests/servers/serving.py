@@ -27,7 +27,7 @@ import ldmq_kernels as ldmq
 
 DEMO = Path(ldmq.__file__).parent / "demo" / "weights"
 PROMPT = "a small orange square above a large blue triangle on a black background"
-STEPS, GUIDANCE, SIZE = 4, 4.0, 64
+STEPS, GUIDANCE, SIZE = 2, 4.0, 64
 READY_SECONDS = 600
 
 

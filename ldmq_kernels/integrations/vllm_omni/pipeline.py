@@ -20,7 +20,7 @@ from ldmq_kernels.conversion.summary import summarize
 from ldmq_kernels.integrations.diffusers.batch_invariance import batch_invariant
 from ldmq_kernels.integrations.diffusers.card import quantized_parts
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm_omni.ldmq_kernels")  # the server shows its own
 
 SAME_IN_A_BATCH = ("height", "width", "num_inference_steps", "guidance_scale", "guidance_rescale", "eta")
 
