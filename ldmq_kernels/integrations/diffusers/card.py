@@ -13,7 +13,7 @@ from ldmq_kernels.calibration.denoisers import denoisers
 from ldmq_kernels.conversion.summary import Summary, summarize
 from ldmq_kernels.integrations.diffusers.origin import MARK, Origin
 from ldmq_kernels.integrations.diffusers.quantizer import LdmqQuantizer
-from ldmq_kernels.integrations.vllm_omni import CLASSES
+from ldmq_kernels.integrations.vllm_omni.classes import CLASSES
 from ldmq_kernels.numerics.formats import FLOAT
 from ldmq_kernels.plans.plan import Plan
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import inspect
 import logging
 
+from ldmq_kernels.integrations.vllm_omni.classes import CLASSES
+
 TRIED = "0.30.0"
 MODULE = "ldmq_kernels.integrations.vllm_omni.pipeline"
-CLASSES = {"StableDiffusionPipeline": "LdmqPipeline", "StableDiffusionXLPipeline": "LdmqXLPipeline"}
 NEEDED = ("model_arch", "module_name", "class_name", "post_process_func_name")
 
 logger = logging.getLogger(__name__)

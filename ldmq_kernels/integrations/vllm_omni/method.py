@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.transformers_utils.config import get_hf_file_to_dict
 
-from ldmq_kernels.integrations.vllm_omni import CLASSES
+from ldmq_kernels.integrations.vllm_omni.classes import CLASSES
 
 
 class LdmqMethod(QuantizationConfig):
