@@ -15,6 +15,7 @@ from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.backend import Packer
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.sqnr import sqnr_db
+from ldmq_kernels.plans.layers import refusal
 from python_tests.nn.layers import CONV_SCHEMES, SQNR_FLOOR_DB, quantized
 
 CASES = {
@@ -62,10 +63,7 @@ def given(case: str) -> Tensor:
 
 
 def can_have(case: str, scheme: str) -> bool:
-    """Groups of 64 channels cannot be folded with those of other frames where they are not whole."""
-    _, channels, kernel = CASES[case][0]
-    is_folded = "1-D" not in case and kernel != 1 and (kernel == 3 or (kernel[0] > 1 and kernel[1:] != (1, 1)))
-    return not scheme.startswith("w4a8") or not is_folded or channels % 64 == 0
+    return not refusal(made(case), SCHEMES[scheme])
 
 
 def in_int64(layer: nn.Conv1d | nn.Conv3d, x: Tensor, weight: Tensor) -> Tensor:
