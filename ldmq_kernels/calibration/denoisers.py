@@ -11,9 +11,9 @@ from ldmq_kernels.calibration.autoencoders import takes_a_timestep
 # the first that a pipeline has is planned where none is named
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "prior_prior", "decoder")
 
-
 # planned only where they are named; of several nets at once each by its place, "controlnet.nets.0"
-OTHERS = ("vae", "controlnet", "adapter")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+OTHERS = ("vae", "controlnet", "adapter", *ENCODERS)
 SEVERAL = ("nets", "adapters")
 
 
@@ -63,7 +63,7 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
 
 
 def parts_of(pipe: Any) -> dict[str, nn.Module]:
-    """All parts of a pipeline that can be planned, by name: denoisers first, then its VAE and what steers it."""
+    """All parts of a pipeline that can be planned, by name: denoisers, then its VAE, what steers it, and encoders."""
     found = denoisers(pipe)
     for name in OTHERS:
         model = getattr(pipe, name, None)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ldmq_kernels.calibration.autoencoders import WHICH, is_autoencoder, takes_a_timestep
 from ldmq_kernels.calibration.calibrate import calibrate
-from ldmq_kernels.calibration.denoisers import chosen, denoiser, denoiser_name, denoisers, whole_pipeline
+from ldmq_kernels.calibration.denoisers import ENCODERS, chosen, denoiser, denoiser_name, denoisers, whole_pipeline
 from ldmq_kernels.calibration.drawings import check_calls, given_calls
 from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP
 from ldmq_kernels.calibration.settings import SamplingSettings, Settings, changed, each_of, with_defaults
@@ -86,6 +86,8 @@ def analyzed(pipe: Any, request: PlanRequest) -> tuple[Analysis, Trajectory, str
 
 def open_session(pipe: Any, request: PlanRequest) -> Session:
     """Calibrate, analyse, and time the layers where the request needs it: all that plans for any target share."""
+    if request.ends and request.part in ENCODERS:
+        raise ValueError(f"{request.part} draws nothing itself: give target_sqnr_db, for what it gives the denoiser")
     pipe = chosen(pipe, request.part)
     model = denoiser(pipe)
     if not takes_a_timestep(model):
@@ -232,7 +234,7 @@ def plan(
         part: which denoiser is planned where a pipeline has several, such as "transformer_2"; the first one if None.
             "vae", "controlnet" and "adapter" are planned for their own outputs, as the pipeline calls them: a VAE for
             the decoded pictures, and where the calls encode, for what it encodes too; of several nets each one by its
-            place, "controlnet.nets.0".
+            place, "controlnet.nets.0". Text and image encoders, such as "text_encoder", are for what they give first.
         target_sqnr_db: least SQNR of the model's output along the float trajectory, averaged over sampling steps.
         target_latent_db: least SQNR of the final latents, in place of it: predicted by the adjoint of the sampler and
             verified by drawing held-out prompts, averaged over pictures. The plan tells the median and the worst tenth.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,28 @@ def test_a_pipeline_keeps_the_quantization_of_its_text_encoder(pipe: StableDiffu
     loaded.set_progress_bar_config(disable=True)
     assert quantized(loaded.text_encoder) == quantized(pipe.text_encoder) > 0
     assert torch.equal(draw(loaded), pictures)
+
+
+def test_a_text_encoder_has_a_plan_of_its_own(
+    shallow_pipe: StableDiffusionPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = copy.copy(shallow_pipe)
+    pipe.text_encoder = copy.deepcopy(shallow_pipe.text_encoder)
+    given = {"part": "text_encoder", "formats": ["w8a8", "fp16"], "show_progress": False}
+    drawn = {"num_inference_steps": 1, "height": 16, "width": 16}
+    with pytest.raises(ValueError, match="text_encoder draws nothing itself: give target_sqnr_db"):
+        ldmq.plan(pipe, ["a dog", "a cat"], target_latent_db=20, **given, **drawn)
+    plan = ldmq.plan(pipe, ["a dog", "a cat"], target_sqnr_db=30, out=tmp_path / "plan.json", **given, **drawn)
+    assert plan.model["part"] == "text_encoder"
+    assert plan.measured["held_out_sqnr_db"] >= 30
+    assert not any(layer_plan.scheme.has_timestep_scales for layer_plan in plan.layers(pipe.text_encoder).values())
+    ldmq.quantize(pipe, tmp_path / "plan.json")
+    assert quantized(pipe.text_encoder) > 0
+    assert quantized(pipe.unet) == 0
+    assert "stays in float" not in caplog.text
+    pipe.text_encoder.save_pretrained(tmp_path / "encoder")
+    loaded = type(pipe.text_encoder).from_pretrained(tmp_path / "encoder")
+    assert torch.equal(encode(loaded), encode(pipe.text_encoder))
 
 
 @pytest.mark.parametrize("way", ["mapping", "backend"])

@@ -6,7 +6,7 @@ Nothing is imported until a quantized encoder is loaded: transformers' tables ge
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ class ConfigStandIn:
         plan: Plan | str | Path | Mapping[str, Any] | None = None,
         checksums: Mapping[str, Any] | None = None,
         quant_method: str = METHOD,
+        modules_to_not_convert: Sequence[str] | None = None,
     ) -> None:
         """Never called: whoever compares signatures finds that of `LdmqConfig`."""
 
