@@ -14,9 +14,21 @@ from ldmq_kernels.tracing import is_compiled
 
 _LIBRARY = torch.library.Library("ldmq", "DEF")
 LDMQ = torch.ops.ldmq
+AUTOCAST = ("AutocastCPU", "AutocastCUDA")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _without_autocast(op: str, key: str) -> Callable[..., Any]:
+    """The op with autocast off inside it: what a backend computes in float32 would be rounded and overflow."""
+    autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def call(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return getattr(LDMQ, op).default(*arguments)
+
+    return call
 
 
 def _fake(spec: OpSpec, arguments: Arguments) -> Any:
@@ -54,6 +66,8 @@ def op(
         _LIBRARY.impl(spec.name, dispatch.server(spec.name), "CompositeExplicitAutograd")
         # what a backend computes in torch is differentiated as such; `gradients` refuses the rest
         _LIBRARY.impl(spec.name, torch.library.fallthrough_kernel, "Autograd")
+        for key in AUTOCAST:
+            _LIBRARY.impl(spec.name, _without_autocast(spec.name, key), key)
         torch.library.register_fake(f"ldmq::{spec.name}", lambda *a: _fake(spec, a), lib=_LIBRARY)
         return function
 

@@ -26,7 +26,7 @@ NOT_APPLICABLE = {
 }
 OTHERS = (  # tests of other quantizers, or that need an accelerator or several processes
     "BitsAndBytes",
-    "Quanto",
+    "Quant",
     "TorchAo",
     "GGUF",
     "ModelOpt",
