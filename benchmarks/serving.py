@@ -1,0 +1,197 @@
+"""What `ldmq serve` must reach, on the demo model and over a pipeline whose steps take a fixed time.
+
+The demo model's rows are also given in processor seconds, which other work on the machine does not lengthen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import random
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from PIL import Image
+
+import ldmq_kernels as ldmq
+from benchmarks.harness import results
+from benchmarks.models.memory import resident_mb
+from ldmq_kernels.demo import load_demo_pipeline
+from ldmq_kernels.serving.app import make_app
+from python_tests.serving.served import GENERATIONS, Server, SlowPipeline, settings_of, slow_app, until
+
+WHAT = "serving"
+PROMPT = "a small red circle above a large blue square on a grey background"
+GUIDANCE = 4.0
+AT_ONCE = 8
+STEP = 0.002
+LOAD_STEPS = 4
+
+
+def _model(folder: Path | None) -> Any:
+    if folder is None:
+        return ldmq.quantize(load_demo_pipeline(torch.float32), scheme="w8a8-dynamic")
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Seconds on the wall and of the processor, and the result."""
+    wall, processor = time.perf_counter(), time.process_time()
+    result = work()
+    return time.perf_counter() - wall, time.process_time() - processor, result
+
+
+def _pixels(answer: httpx.Response) -> np.ndarray:
+    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def of_the_demo_model(folder: Path | None, steps: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """The same picture, the server's overhead, and eight requests at once."""
+    pipe = _model(folder)
+
+    def draw(seed: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(seed)
+        made = pipe(PROMPT, generator=generator, num_inference_steps=steps, guidance_scale=GUIDANCE)
+        return np.asarray(made.images[0])
+
+    settings = settings_of("demo", steps=steps, guidance=GUIDANCE, limits={"max_batch": AT_ONCE, "batch_wait_s": 0.05})
+    app = make_app(settings, lambda *_: {"demo": pipe})
+    with Server(app) as url, httpx.Client(base_url=url, timeout=600) as client:
+
+        def ask(seed: int) -> httpx.Response:
+            return client.post(GENERATIONS, json={"prompt": PROMPT, "seed": seed})
+
+        def ask_all() -> list[httpx.Response]:
+            answers: dict[int, httpx.Response] = {}
+            threads = [threading.Thread(target=lambda s=s: answers.update({s: ask(s)})) for s in range(AT_ONCE)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return [answers[seed] for seed in range(AT_ONCE)]
+
+        alone = [draw(seed) for seed in range(AT_ONCE)]
+        direct, served = [], []
+        for _ in range(rounds):
+            direct.append(_timed(lambda: draw(0))[:2])
+            served.append(_timed(lambda: ask(0))[:2])
+        together = [_timed(ask_all) for _ in range(max(1, rounds // 2))]
+        equal = [np.array_equal(_pixels(answer), alone[seed]) for seed, answer in enumerate(together[-1][2])]
+        yield {"name": "equal to the bit", "pictures": AT_ONCE, "equal": sum(equal), "steps": steps}
+        ours, own = ([statistics.median(times) for times in zip(*found, strict=True)] for found in (served, direct))
+        yield {"name": "overhead", "wall": ours[0] / own[0] - 1, "processor": ours[1] / own[1] - 1, "seconds": own[0]}
+        eight = [statistics.median(times) for times in zip(*(found[:2] for found in together), strict=True)]
+        yield {"name": "8 at once", "wall": eight[0] / ours[0], "processor": eight[1] / ours[1], "seconds": eight[0]}
+
+
+async def _one(client: httpx.AsyncClient, url: str, number: int, chance: random.Random, over: float) -> Any:
+    """One request of the load: a tenth leave, some read slowly, some send what is none."""
+    await asyncio.sleep(chance.random() * over)
+    body: dict[str, Any] = {"prompt": "a", "seed": number % 256, "num_inference_steps": LOAD_STEPS}
+    if number % 20 == 1:
+        return (await client.post(GENERATIONS, content=b'{"prompt": ')).status_code
+    if number % 20 == 2:
+        async with client.stream("POST", GENERATIONS, json=body) as answer:
+            async for _ in answer.aiter_bytes(512):
+                await asyncio.sleep(0.01)
+        return answer.status_code
+    asking = asyncio.create_task(client.post(GENERATIONS, json=body))
+    if number % 10 == 0:
+        await asyncio.sleep(chance.random() * 0.05)
+        asking.cancel()
+    try:
+        answer = await asking
+    except asyncio.CancelledError:
+        return "left"
+    except httpx.TransportError:
+        return "lost"
+    if answer.status_code == 200 and [p["seed"] for p in answer.json()["data"]] != [number % 256]:
+        return "wrong"
+    return answer.status_code
+
+
+def of_the_engine(requests: int) -> Iterator[dict[str, Any]]:
+    """Eight at once, a leaver and a load of four times the capacity, where a step takes a fixed time."""
+    pipe = SlowPipeline(0.01)
+    with Server(slow_app(pipe, limits={"batch_wait_s": 0.02})) as url:
+
+        async def small() -> tuple[float, int]:
+            async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+                ask = {"prompt": "a", "num_inference_steps": 50}
+                await client.post(GENERATIONS, json=ask)
+                one = time.perf_counter()
+                await client.post(GENERATIONS, json=ask)
+                one, eight = time.perf_counter() - one, time.perf_counter()
+                await asyncio.gather(*(client.post(GENERATIONS, json=ask) for _ in range(AT_ONCE)))
+                eight = time.perf_counter() - eight
+                pipe.steps = 0
+                asking = asyncio.create_task(client.post(GENERATIONS, json=ask | {"num_inference_steps": 300}))
+                await until(lambda: pipe.steps >= 3)
+                asking.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asking
+                at = pipe.steps
+                await asyncio.sleep(0.5)
+                return eight / one, pipe.steps - at
+
+        ratio, more = asyncio.run(small())
+    yield {"name": "8 at once, steps of a fixed time", "wall": ratio}
+    yield {"name": "steps after a client left", "steps": more}
+
+    pipe = SlowPipeline(STEP)
+    app = slow_app(pipe, limits={"max_waiting": 64 * 256.0 * LOAD_STEPS})
+    capacity = AT_ONCE / (STEP * LOAD_STEPS)
+    chance, memory = random.Random(0), []
+    with Server(app) as url:
+
+        async def load(over: float) -> Counter[Any]:
+            limits = httpx.Limits(max_connections=500)
+            async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
+                return Counter(await asyncio.gather(*(_one(client, url, i, chance, over) for i in range(requests))))
+
+        asyncio.run(load(requests / (4 * capacity)))  # what is allocated once is there after it
+        for _ in range(3):
+            memory.append(resident_mb())
+            found = asyncio.run(load(requests / (4 * capacity)))
+        memory.append(resident_mb())
+        engine = app.state.served.engine
+        left = len(engine.waiting) + len(engine.running)
+    statuses = {str(status): count for status, count in sorted(found.items(), key=str)}
+    yield {
+        "name": "load",
+        "requests": requests,
+        "statuses": statuses,
+        "memory_growth": memory[-1] / memory[0] - 1,
+        "tasks_left": left,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, print and with --record keep."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks serve", description=__doc__)
+    parser.add_argument("--model", type=Path, help="a quantized pipeline; the demo model in w8a8-dynamic if left out")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=1000)
+    results.add_options(parser)
+    options = parser.parse_args(arguments)
+    output = results.Output.of(WHAT, options)
+    for row in (*of_the_engine(options.requests), *of_the_demo_model(options.model, options.steps, options.rounds)):
+        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        output.add(row)
