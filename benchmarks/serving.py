@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import random
 import statistics
 import threading
@@ -192,6 +193,7 @@ def main(arguments: list[str]) -> None:
     results.add_options(parser)
     options = parser.parse_args(arguments)
     output = results.Output.of(WHAT, options)
-    for row in (*of_the_engine(options.requests), *of_the_demo_model(options.model, options.steps, options.rounds)):
+    demo = of_the_demo_model(options.model, options.steps, options.rounds)
+    for row in itertools.chain(of_the_engine(options.requests), demo):
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         output.add(row)

@@ -23,6 +23,7 @@ from rich.text import Text
 import ldmq_kernels
 from ldmq_kernels import ops
 from ldmq_kernels.cli import op_speed
+from ldmq_kernels.cli.batches import check_batches
 from ldmq_kernels.cli.fitted import Column, output_console, print_fitted
 from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.backend import DEFINITION, backends
@@ -257,5 +258,9 @@ def run_doctor() -> bool:
     if bad:
         console.print(f"not right: {', '.join(f'{found.op} on {found.backend}' for found in bad)}", markup=False)
     elif not problem:
-        console.print("all is well")
+        is_equal, line = check_batches(torch.device("cuda" if on_gpu else "cpu"))
+        console.print(line, markup=False)
+        if is_equal:
+            console.print("all is well")
+        return is_equal
     return not bad and not problem

@@ -45,3 +45,9 @@ def same_signal_handlers() -> Iterator[None]:
     for number, handler in before.items():
         signal.signal(number, handler)
     assert after == before
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures_by_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor's pictures take seconds; test_batches draws them."""
+    monkeypatch.setattr("ldmq_kernels.cli.checks.check_batches", lambda _: (True, "not drawn here"))
