@@ -21,7 +21,7 @@ from ldmq_kernels.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ldmq_kernels.calibration.clipping import clipping, unclip
-    from ldmq_kernels.conversion import quantize
+    from ldmq_kernels.conversion import bake, quantize
     from ldmq_kernels.graphs import capture, release
     from ldmq_kernels.integrations.diffusers.batch_invariance import batch_invariant
     from ldmq_kernels.integrations.diffusers.publishing import write_card
@@ -42,6 +42,7 @@ _EXPORTS = {
     "QuantConv2d": "nn",
     "QuantConv3d": "nn",
     "QuantLinear": "nn",
+    "bake": "conversion",
     "batch_invariant": "integrations.diffusers.batch_invariance",
     "cache_time_embeddings": "integrations.diffusers.step_cache",
     "capture": "graphs",
@@ -66,6 +67,7 @@ __all__ = [
     "QuantConv2d",
     "QuantConv3d",
     "QuantLinear",
+    "bake",
     "batch_invariant",
     "cache_time_embeddings",
     "capture",
