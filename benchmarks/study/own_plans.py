@@ -15,6 +15,7 @@ from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.ranges import ALL_STEPS, static_scale
 from ldmq_kernels.calibration.settings import recorded
 from ldmq_kernels.conversion import quantize
+from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme, parse_schemes
 from ldmq_kernels.numerics.smoothing import smoothing_vector
@@ -37,6 +38,18 @@ def quantized(setup: Setup, plan: Plan) -> nn.Module:
     model = copy.deepcopy(setup.unet)
     with_unet(setup.pipe, model, lambda: quantize(setup.pipe, plan))
     return model
+
+
+def twice_computed(model: nn.Module, setup: Setup) -> str:
+    """How much of a model has split activations, in words; nothing where none has."""
+    operations = setup.calibration.operations
+    split = [
+        name
+        for name, layer in model.named_modules()
+        if name in operations and isinstance(layer, QuantizedLayer) and layer.scheme.is_split
+    ]
+    share = sum(operations[name] for name in split) / sum(operations.values())
+    return f"{len(split)} layers split, {share:.1%} of operations" if split else ""
 
 
 def plan_of(model: nn.Module, choices: Mapping[str, LayerPlan], calibration: Calibration) -> Plan:

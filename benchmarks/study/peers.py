@@ -26,6 +26,7 @@ from ldmq_kernels.calibration.ranges import ALL_STEPS
 from ldmq_kernels.sensitivity.output_noise import output_noise
 
 OURS = "ldmq_kernels"
+NOT_INSTALLED = "not installed: pip install --no-deps -r benchmarks/requirements-peers.txt"
 MODELOPT = "nvidia-modelopt"
 SIMULATED = "simulated: computes in float"
 MORE_DB = 0.5  # that a plan on a peer's layers is to have above the peer

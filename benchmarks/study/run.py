@@ -2,8 +2,8 @@
 
     pip install --no-deps -r benchmarks/requirements-peers.txt
     python -m benchmarks study                  # about half an hour on two cores; goes on where it was stopped
-    python -m benchmarks study --model second   # the same of a transformer; docs/study-second.md
-    python -m benchmarks study --report         # the page and its figure again, from the newest results alone
+    python -m benchmarks study --model second   # the same of a transformer
+    python -m benchmarks study --report         # docs/study.md and its figures again, from the newest results alone
 
 Every case is measured on the same held-out captions, drawn from several sets of seeds, which neither calibration
 nor planning sees. A result is written as soon as it is there, and a case that this commit has measured in the same
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import nn
 
 from benchmarks.harness import results
 from benchmarks.harness.machine import machine
@@ -32,29 +31,16 @@ from benchmarks.study import report
 from benchmarks.study.cases import PEERS, Case, cases, followers, quick_cases
 from benchmarks.study.evaluation import Evaluation, Setup, prepare
 from benchmarks.study.inspect_model import inspect_model
-from benchmarks.study.peers import OURS
+from benchmarks.study.own_plans import twice_computed
+from benchmarks.study.peers import NOT_INSTALLED, OURS
 from benchmarks.study.questions import as_records
 from benchmarks.study.samples import Samples, interval, measures_of, value
 from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
 from ldmq_kernels.files import check_place
-from ldmq_kernels.nn import QuantizedLayer
 
-NOT_INSTALLED = "not installed: pip install --no-deps -r benchmarks/requirements-peers.txt"
 ROWS = results.ROOT / "build" / "study.jsonl"
 CAPTIONS, SEED_SETS = 24, 3
 QUICK_CAPTIONS, QUICK_STEPS = 4, 3
-
-
-def twice_computed(model: nn.Module, setup: Setup) -> str:
-    """How much of a model has split activations, in words; nothing where none has."""
-    operations = setup.calibration.operations
-    split = [
-        name
-        for name, layer in model.named_modules()
-        if name in operations and isinstance(layer, QuantizedLayer) and layer.scheme.is_split
-    ]
-    share = sum(operations[name] for name in split) / sum(operations.values())
-    return f"{len(split)} layers split, {share:.1%} of operations" if split else ""
 
 
 def measured(case: Case, setup: Setup, evaluation: Evaluation) -> dict[str, Any]:
@@ -189,11 +175,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rows", type=Path, default=ROWS, help="where results go as they come")
     parser.add_argument("--docs", type=Path, default=report.DOCS, help="folder for the page and its figure")
     parser.add_argument("--quick", action="store_true", help="two cases in seconds, for tests")
-    parser.add_argument("--report", action="store_true", help="the pages again, from the newest results file")
+    parser.add_argument("--report", action="store_true", help="the page again, from the newest results files")
     options = parser.parse_args(arguments)
     subject = SUBJECTS[options.model]
     if options.report:
-        print("written: " + ", ".join(map(str, report.write(report.newest(subject), options.docs))))
+        print("written: " + ", ".join(map(str, report.write_newest(options.docs))))
         return
     planned = fitting(quick_cases() if options.quick else cases(subject.name), options.only or ["*"])
     os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # the numbers are the same, and nothing is timed here
@@ -211,7 +197,7 @@ def main(arguments: list[str]) -> None:
     setup, evaluation = prepare(subject, **settings, show=console.is_terminal)
     found = list(study.run(planned, setup, evaluation))
     path = write(subject, found, study.settings, evaluation.float_figures, study.key["commit"])
-    pages = report.write(path, options.docs)
+    pages = report.write_newest(options.docs)
     print("written: " + ", ".join(map(str, (path, *pages))))
     ours_failed = [row["name"] for row in found if row["failed"] and row["tool"] == OURS]
     if ours_failed:

@@ -23,7 +23,8 @@ class Subject:
         words: what the page calls it.
         load: dtype -> the pipeline, on the CPU.
         enlarged: pixels a side of its pictures for one of those that the evaluator reads.
-        page: the name of its page and figure in docs.
+        heading: of its part of the study's page.
+        figure: the name of its figure in docs.
         results: the kind of its results files.
     """
 
@@ -33,7 +34,8 @@ class Subject:
     steps: int
     guidance_scale: float
     enlarged: int
-    page: str
+    heading: str
+    figure: str
     results: str
 
 
@@ -47,6 +49,7 @@ SUBJECTS = {
             STEPS,
             GUIDANCE,
             1,
+            "The demo model in full",
             "study",
             "study",
         ),
@@ -57,6 +60,7 @@ SUBJECTS = {
             second_model.STEPS,
             second_model.GUIDANCE,
             second_model.ENLARGED,
+            "The second model in full",
             "study-second",
             "study_second",
         ),

@@ -187,5 +187,5 @@ def test_the_quick_study_takes_it(pipe: Any, tmp_path: Path, monkeypatch: pytest
     data = json.loads(report.newest(SUBJECTS[SECOND]).read_text())
     assert [row["failed"] for row in data["rows"]] == [None, None]
     assert data["settings"]["model"] == SECOND
-    assert {path.name for path in docs.iterdir()} == {"study-second.md", "study-second.svg"}
-    assert SUBJECTS[SECOND].words in (docs / "study-second.md").read_text()
+    assert {path.name for path in docs.iterdir()} == {"study.md", "study-second.svg"}
+    assert SUBJECTS[SECOND].words in (docs / "study.md").read_text()

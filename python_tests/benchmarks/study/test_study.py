@@ -304,7 +304,7 @@ def test_the_pages_tell_every_case_and_what_did_not_help(tmp_path: Path) -> None
     for folder in (tmp_path / "one", tmp_path / "two"):
         measured = tmp_path / "results.json"
         measured.write_text(json.dumps(data))
-        written.append([path.read_bytes() for path in report.write(measured, folder)])
+        written.append([path.read_bytes() for path in report.write([measured], folder)])
     assert written[0] == written[1]
     assert b"sdnq, as it comes" in written[0][1]
 

@@ -1,0 +1,248 @@
+"""How many dB in the picture, by which tool: python -m benchmarks pictures
+
+W8A8 on the layers that SDNQ computes in 8 bits, and other tools with the layers that they take, drawn on held-out
+captions by both models of the study. Every picture counts by its own dB: their mean, and the worst tenth. A row is
+written as soon as it is there, with its commit, and one that is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+from collections.abc import Callable, Collection
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ldmq_kernels
+from benchmarks.harness import results
+from benchmarks.harness.machine import device, machine
+from benchmarks.harness.tables import markdown
+from benchmarks.study.evaluation import TEST_SEED, Setup, with_unet
+from benchmarks.study.inspect_model import checkpoint_bytes, inspect_model
+from benchmarks.study.own_plans import Choices, on_layers, own_plans, plan_of, quantized, twice_computed
+from benchmarks.study.peers import NOT_INSTALLED, OURS, baselines
+from benchmarks.study.subjects import SUBJECTS, Subject
+from ldmq_kernels.calibration.calibrate import calibrate
+from ldmq_kernels.calibration.ranges import ALL_STEPS
+from ldmq_kernels.calibration.settings import SamplingSettings
+from ldmq_kernels.calibration.trajectory import record_trajectory
+from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, calibration_captions, held_out_captions
+from ldmq_kernels.numerics.formats import SCHEMES
+from ldmq_kernels.planning.drawn import FloatEnds, Spread
+from ldmq_kernels.planning.planner import HELD_OUT_SEED
+from ldmq_kernels.planning.request import split_calls
+from ldmq_kernels.plans.plan import Plan
+from ldmq_kernels.sensitivity.analysis import Analysis, analyze
+from ldmq_kernels.sensitivity.candidates import LayerCandidate
+
+ROWS = results.ROOT / "build" / "pictures.jsonl"
+RIVAL = "w8a8 dynamic, everywhere"  # SDNQ's configuration, on whose layers this package is compared
+PEERS = ((RIVAL, "sdnq"), ("w8a8 dynamic", "torchao"), ("as it comes", "sdnq"), ("w8a8 calibrated", "optimum-quanto"))
+ONE_PRODUCT, WITH_SPLIT = ("w8a8-dynamic", "w8a8-rotated"), ("w8a8-dynamic", "w8a8-rotated", "w8a8x2")
+SPLIT_SHARE = 0.05  # of the operations that SDNQ makes in 8 bits: what is made twice at most
+COUNT = "{0[stored]} / {0[computed]} / {0[all]}"
+
+
+class Comparison:
+    """One model, its float pictures of held-out captions, and all that quantizes it."""
+
+    def __init__(self, subject: Subject, captions: int) -> None:
+        dtype = torch.float16 if device().type == "cuda" else torch.float32
+        pipe = subject.load(dtype).to(device())
+        settings = SamplingSettings(subject.steps, subject.guidance_scale, 0)
+        calibrated_on, verified_on = split_calls(calibration_captions(CALIBRATION_PROMPTS))
+        held_out = record_trajectory(pipe, verified_on, replace(settings, seed=HELD_OUT_SEED))
+        self.setup = Setup(pipe, calibrate(pipe, calibrated_on, settings), held_out)
+        texts = [text for text, _ in held_out_captions(captions)]
+        self.ends = FloatEnds(pipe, texts, replace(settings, seed=TEST_SEED))
+
+    @functools.cached_property
+    def rival_layers(self) -> tuple[Collection[str], Collection[str]]:
+        """Names of the layers that SDNQ stores, and that it computes, in 8 bits."""
+        unet, call = self.setup.unet, self.setup.held_out.calls[0]
+        rival = next(q for q in baselines() if (q.configuration, q.tool) == PEERS[0])
+        seen = inspect_model(rival.build(self.setup), unet, call)
+        return seen.stored, seen.computed
+
+    @functools.cached_property
+    def analysis(self) -> Analysis:
+        """Every candidate of W8A8 with scales that are measured, and of the split form."""
+        calibration = own_plans(self.setup).calibration(ALL_STEPS)
+        return analyze(self.setup.pipe, calibration, [SCHEMES[s] for s in WITH_SPLIT], exact=0)
+
+    def plain(self) -> nn.Module:
+        """Dynamic scales on SDNQ's layers, and nothing more."""
+        plans = own_plans(self.setup)
+        choices = plans.plain_choices("w8a8-dynamic", plans.whole)
+        return self._made(plan_of(self.setup.unet, on_layers(choices, *self.rival_layers), plans.whole))
+
+    def one_product(self) -> nn.Module:
+        """Dynamic or rotated on SDNQ's layers, whichever makes less noise in the layer's own output."""
+        return self._made(self._plan({name: found.layer_plan for name, found in self._quietest().items()}))
+
+    def with_gptq(self) -> nn.Module:
+        """The same, and every weight rounded by GPTQ, which the search tries for 4 bits alone."""
+        found = self._quietest()
+        return self._made(self._plan({n: replace(c.layer_plan, rounding="gptq") for n, c in found.items()}))
+
+    def with_split(self) -> nn.Module:
+        """The same, but split activations where a product more takes most noise away, for few operations in all."""
+        choices = self._quietest()
+        operations = self.analysis.calibration.operations
+        computed = self.rival_layers[1]
+        left = SPLIT_SHARE * sum(operations[name] for name in computed)
+        gains = []
+        for name in computed:
+            split = self.analysis.candidate(name, "w8a8x2")
+            if split is not None and split.estimate is not None and choices[name].estimate is not None:
+                gains.append((_mean(choices[name]) - _mean(split), operations[name], name, split))
+        for _, cost, name, split in sorted(gains, key=lambda gain: -gain[0] / gain[1]):
+            if cost <= left:
+                left -= cost
+                choices[name] = split
+        return self._made(self._plan({name: candidate.layer_plan for name, candidate in choices.items()}))
+
+    def _quietest(self) -> dict[str, LayerCandidate]:
+        return {
+            name: min((c for c in each if str(c.scheme) in ONE_PRODUCT), key=lambda c: c.noise)
+            for name, each in self.analysis.candidates.items()
+            if each
+        }
+
+    def _plan(self, choices: Choices) -> Plan:
+        return plan_of(self.setup.unet, on_layers(choices, *self.rival_layers), self.analysis.calibration)
+
+    def _made(self, plan: Plan) -> nn.Module:
+        return quantized(self.setup, plan)
+
+    def row(self, tool: str, configuration: str, build: Callable[[], nn.Module]) -> dict[str, Any]:
+        """Draw with a model and compare."""
+        model, unet = build(), self.setup.unet
+        seen = inspect_model(model, unet, self.setup.held_out.calls[0])
+        drawn = with_unet(self.setup.pipe, model, self.ends.compare)
+        return {
+            "tool": tool,
+            "configuration": configuration,
+            "convolutions": asdict(seen.counts["conv2d"]),
+            "linears": asdict(seen.counts["linear"]),
+            "bytes": seen.bytes,
+            "note": twice_computed(model, self.setup),
+            "by_picture": {measure: list(decibels) for measure, decibels in drawn.by_picture.items()},
+        }
+
+
+def _mean(candidate: LayerCandidate) -> float:
+    """Of the estimated noise at the model's output over steps."""
+    assert candidate.estimate is not None
+    return sum(candidate.estimate.by_step.values()) / len(candidate.estimate.by_step)
+
+
+def todo(comparison: Comparison) -> list[tuple[str, str, Callable[[], nn.Module]]]:
+    """Tool, configuration and what builds the model, the most telling first."""
+    on_them = "SDNQ's layers"
+    peers = {(q.configuration, q.tool): q for q in baselines()}
+    ours = [
+        (OURS, f"w8a8 dynamic, plain, {on_them}", comparison.plain),
+        (OURS, f"w8a8 dynamic or rotated, {on_them}", comparison.one_product),
+        (OURS, f"w8a8 dynamic or rotated, GPTQ, {on_them}", comparison.with_gptq),
+        (OURS, f"w8a8 dynamic or rotated, some split, {on_them}", comparison.with_split),
+    ]
+    others = [
+        (q.tool, q.configuration, functools.partial(q.build, comparison.setup)) for q in map(peers.get, PEERS) if q
+    ]
+    return [*ours, *others]
+
+
+def measured(subject: Subject, captions: int, rows: Path, only: str) -> None:
+    """Write every row that is not there yet."""
+    known = {(r["model"], r["tool"], r["configuration"]) for r in _read(rows)}
+    comparison = Comparison(subject, captions)
+    versions = {q.tool: q for q in baselines()}
+    for tool, configuration, build in todo(comparison):
+        if (subject.name, tool, configuration) in known or only not in f"{tool}: {configuration}":
+            continue
+        try:
+            row = comparison.row(tool, configuration, build)
+        except ImportError:
+            print(f"{tool}: {NOT_INSTALLED}", flush=True)
+            continue
+        version = versions[tool].version if tool in versions else ldmq_kernels.__version__
+        head = {"model": subject.name, "captions": captions, "steps": subject.steps, "version": version}
+        full = checkpoint_bytes(comparison.setup.unet, comparison.setup.unet)
+        row |= head | {"share_of_fp16": row["bytes"] / full, "commit": machine()["commit"]}
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(_line(row), flush=True)
+
+
+def _read(rows: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    psnr, latent = (Spread.of(row["by_picture"][measure]) for measure in ("psnr", "latent"))
+    return [
+        row["model"],
+        f"{row['tool']} {row['version']}: {row['configuration']}" + (f" ({row['note']})" if row["note"] else ""),
+        f"{row['share_of_fp16']:.3f}x",
+        COUNT.format(row["convolutions"]),
+        COUNT.format(row["linears"]),
+        f"{psnr.mean:.2f}",
+        f"{psnr.worst_tenth:.2f}",
+        f"{latent.mean:.2f}",
+        row["commit"][:10],
+    ]
+
+
+HEAD = [
+    "model",
+    "tool",
+    "bytes, of fp16",
+    "convolutions",
+    "linears",
+    "PSNR, dB: mean of pictures",
+    "worst tenth",
+    "SQNR of the latent, dB",
+    "commit",
+]
+
+
+def table(data: dict[str, Any]) -> str:
+    """The first table of the study."""
+    first = data["rows"][0]
+    words = (
+        f"**What the picture keeps, for how many bytes, by which tool** ({first['captions']} held-out captions, "
+        f"{first['steps']} steps, on {data['device']}, torch {data['torch']}; layers: weights in 8 bits / computed in "
+        "8 bits / all; a picture's PSNR and its latent's SQNR are against the float model's from the same noise). "
+        "No milliseconds: this processor multiplies int8 by the definition alone, and no GPU has run the kernels."
+    )
+    order = {name: place for place, name in enumerate(SUBJECTS)}
+    rows = sorted(data["rows"], key=lambda r: (order[r["model"]], r["tool"] == OURS))
+    return f"{words}\n\n" + markdown(HEAD, [_line(row) for row in rows])
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what is not there yet, then write the results file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks pictures", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SUBJECTS, action="append", help="which models; both, if none is given")
+    parser.add_argument("--captions", type=int, default=16, help="held out, drawn once each")
+    parser.add_argument("--only", default="", help="rows whose words have this in them")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="where rows go as they come")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # the numbers are the same, and nothing is timed here
+    options.rows.parent.mkdir(parents=True, exist_ok=True)
+    for name in options.model or SUBJECTS:
+        measured(SUBJECTS[name], options.captions, options.rows, options.only)
+    rows = _read(options.rows)
+    summary = {
+        f"pictures/{row['model']}/{row['configuration']}/psnr_db": Spread.of(row["by_picture"]["psnr"]).mean
+        for row in rows
+        if row["tool"] == OURS
+    }
+    print(f"written: {results.keep('pictures', [{'op': 'picture', **row} for row in rows], summary)}")
