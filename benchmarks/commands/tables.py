@@ -32,6 +32,7 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "host_time": "machine.host_time",
     "study": "study.report",
     "study_second": "study.report",
+    "pictures": "study.pictures",
     "robustness": "study.robustness",
     "method": "study.planner_estimates",
     "ends": "study.end_noise",
