@@ -88,8 +88,8 @@ class Comparison:
 
     def with_gptq(self) -> nn.Module:
         """The same, and every weight rounded by GPTQ, which the search tries for 4 bits alone."""
-        found = self._quietest()
-        return self._made(self._plan({n: replace(c.layer_plan, rounding="gptq") for n, c in found.items()}))
+        plan = self._plan({name: found.layer_plan for name, found in self._quietest().items()})
+        return self._made(plan.with_gptq(self.setup.unet))
 
     def with_split(self) -> nn.Module:
         """The same, but split activations where a product more takes most noise away, for few operations in all."""

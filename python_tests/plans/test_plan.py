@@ -210,6 +210,19 @@ def test_gptq_of_a_layer_that_stays_float_needs_no_inputs(unet):
     assert not plan.needs_inputs
 
 
+def test_gptq_is_asked_for_every_weight_that_is_quantized_and_known_to_its_layer(unet):
+    plan = rich_plan(unet)
+    plan.exceptions["conv_in"] = {"scheme": "fp16"}
+    before = plan.to_dict()
+    rounded = plan.with_gptq(unet)
+    found = {name for name, entry in rounded.details.items() if entry["rounding"] == "gptq"}
+    assert found == {name for name, layer_plan in plan.layers(unet).items() if layer_plan.scheme.quantizes}
+    assert "conv_in" not in found
+    assert rounded.details[LINEAR] == {"first_token": True, "rounding": "gptq"}
+    assert rounded.needs_inputs
+    assert plan.to_dict() == before
+
+
 def test_a_config_leaves_out_vectors_and_texts_but_names_who_has_them(unet):
     plan = rich_plan(unet).without_vectors().to_dict()
     assert plan["smoothing"] == plan["bias_correction"] == {LINEAR: ""}
