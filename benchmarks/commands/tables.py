@@ -33,6 +33,7 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "study": "study.report",
     "study_second": "study.report",
     "pictures": "study.pictures",
+    "remedies": "study.remedies",
     "robustness": "study.robustness",
     "method": "study.planner_estimates",
     "ends": "study.end_noise",

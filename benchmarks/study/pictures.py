@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from benchmarks.harness.tables import markdown
 from benchmarks.study.evaluation import TEST_SEED, Setup, with_unet
 from benchmarks.study.inspect_model import checkpoint_bytes, inspect_model
 from benchmarks.study.own_plans import Choices, on_layers, own_plans, plan_of, quantized, twice_computed
-from benchmarks.study.peers import NOT_INSTALLED, OURS, baselines
+from benchmarks.study.peers import NOT_INSTALLED, OURS, Quantization, baselines
 from benchmarks.study.subjects import SUBJECTS, Subject
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.ranges import ALL_STEPS
@@ -53,14 +54,23 @@ class Comparison:
     """One model, its float pictures of held-out captions, and all that quantizes it."""
 
     def __init__(self, subject: Subject, captions: int) -> None:
+        self._subject, self._captions = subject, captions
+        self._settings = SamplingSettings(subject.steps, subject.guidance_scale, 0)
+
+    @functools.cached_property
+    def setup(self) -> Setup:
+        """The float pipeline, calibrated."""
         dtype = torch.float16 if device().type == "cuda" else torch.float32
-        pipe = subject.load(dtype).to(device())
-        settings = SamplingSettings(subject.steps, subject.guidance_scale, 0)
+        pipe = self._subject.load(dtype).to(device())
         calibrated_on, verified_on = split_calls(calibration_captions(CALIBRATION_PROMPTS))
-        held_out = record_trajectory(pipe, verified_on, replace(settings, seed=HELD_OUT_SEED))
-        self.setup = Setup(pipe, calibrate(pipe, calibrated_on, settings), held_out)
-        texts = [text for text, _ in held_out_captions(captions)]
-        self.ends = FloatEnds(pipe, texts, replace(settings, seed=TEST_SEED))
+        held_out = record_trajectory(pipe, verified_on, replace(self._settings, seed=HELD_OUT_SEED))
+        return Setup(pipe, calibrate(pipe, calibrated_on, self._settings), held_out)
+
+    @functools.cached_property
+    def ends(self) -> FloatEnds:
+        """The float pictures."""
+        texts = [text for text, _ in held_out_captions(self._captions)]
+        return FloatEnds(self.setup.pipe, texts, replace(self._settings, seed=TEST_SEED))
 
     @functools.cached_property
     def rival_layers(self) -> tuple[Collection[str], Collection[str]]:
@@ -157,6 +167,10 @@ def todo(comparison: Comparison) -> list[tuple[str, str, Callable[[], nn.Module]
         (q.tool, q.configuration, functools.partial(q.build, comparison.setup)) for q in map(peers.get, PEERS) if q
     ]
     return [*ours, *others]
+
+
+def _built(peer: Quantization, comparison: Comparison) -> nn.Module:
+    return peer.build(comparison.setup)
 
 
 def measured(subject: Subject, captions: int, rows: Path, only: str) -> None:

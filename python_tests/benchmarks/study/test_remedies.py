@@ -1,0 +1,38 @@
+"""What rounds activations more finely in the study, and how it is told."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from benchmarks.study import remedies
+from ldmq_kernels.sensitivity.probes import EndRecord
+
+
+def test_each_remedy_helps_where_it_should() -> None:
+    x = torch.rand(2, 9, 64)  # above zero
+    x[..., 5] *= 8
+    rounds = remedies.remedies([x])
+    noise = {words: float((rounded(x, True) - x).square().sum()) for words, rounded in rounds.items()}
+    plain = noise.pop("one scale a token or sample")
+    assert {words for words, value in noise.items() if value > plain} == {"its range cut to 0.8"}
+    assert noise["a scale for each pixel"] == plain
+
+
+def test_noise_is_weighted_with_the_square_of_the_adjoint_at_the_input() -> None:
+    layer, x = nn.Linear(32, 3, bias=False), torch.randn(4, 32)
+    gradient = torch.randn(4, 3)
+    found = remedies.layer_noise(layer, [EndRecord(0, x, [gradient], (0, 1, 2, 3))])
+    error = remedies.as_it_is(x, True) - x
+    wanted = (error.square() * (gradient @ layer.weight.detach()).square()).sum()
+    torch.testing.assert_close(found["one scale a token or sample"], float(wanted), rtol=1e-4, atol=0)
+
+
+def test_the_table_takes_each_remedy_everywhere_and_where_it_is_better() -> None:
+    rows = [
+        {"model": "demo", "noise": {"one": 1e-3, "other": 1e-4}},
+        {"model": "demo", "noise": {"one": 1e-4, "other": 1e-3}},
+    ]
+    lines = remedies.table({"rows": rows, "device": "a device", "torch": "2"}).splitlines()[-2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells == [["demo", "one", "29.6", "29.6"], ["demo", "other", "29.6", "37.0"]]
