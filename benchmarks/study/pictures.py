@@ -163,9 +163,7 @@ def todo(comparison: Comparison) -> list[tuple[str, str, Callable[[], nn.Module]
         (OURS, f"w8a8 dynamic or rotated, GPTQ, {on_them}", comparison.with_gptq),
         (OURS, f"w8a8 dynamic or rotated, some split, {on_them}", comparison.with_split),
     ]
-    others = [
-        (q.tool, q.configuration, functools.partial(q.build, comparison.setup)) for q in map(peers.get, PEERS) if q
-    ]
+    others = [(q.tool, q.configuration, partial(_built, q, comparison)) for q in map(peers.get, PEERS) if q]
     return [*ours, *others]
 
 
