@@ -29,10 +29,16 @@ def check(backend: Backend, x: Tensor, tanh: bool, mode: str) -> None:
     assert_quantized(backend, *backend.call("gelu_quantize", x, tanh, *given_factors), y, error, *given_factors)
 
 
-@pytest.mark.parametrize("tanh", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((17, 320), torch.float16), ((3, 5, 20), torch.float32), ((2, 2560), torch.bfloat16), ((5, 1), torch.float32)],
+    ("shape", "dtype", "tanh"),
+    [
+        ((17, 320), torch.float16, True),
+        ((3, 5, 20), torch.float32, True),
+        ((17, 320), torch.float32, False),
+        ((2, 2560), torch.bfloat16, True),
+        ((3, 5, 20), torch.bfloat16, False),
+        ((5, 1), torch.float16, False),
+    ],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_is_the_definition(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...], mode: str, tanh: bool) -> None:

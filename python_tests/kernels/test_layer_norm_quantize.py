@@ -59,8 +59,11 @@ def test_parameters_may_be_wider_than_the_activations(backend: Backend) -> None:
     check(backend, x, weight, bias if backend.name != "cpu" else bias.half(), "measured")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("runs", [(3, 1), (1, 1), (3, 5)], ids=["of samples", "one", "of tokens"])
+@pytest.mark.parametrize(
+    ("runs", "dtype"),
+    [((3, 1), torch.float16), ((1, 1), torch.float32), ((3, 5), torch.bfloat16)],
+    ids=["of samples", "one", "of tokens"],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_modulation_has_a_row_for_each_run_of_tokens(
     backend: Backend, dtype: torch.dtype, runs: tuple[int, int], mode: str
