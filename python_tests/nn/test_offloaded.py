@@ -58,7 +58,7 @@ OPAQUE = Packer(
     "a test",
     lambda weight: weight.is_mkldnn,
     lambda weight, _multiplier, _channels: weight.float().to_mkldnn(),
-    lambda packed, _multiplier: packed.to_dense().to(torch.int8),
+    lambda packed, _multiplier, _outputs: packed.to_dense().to(torch.int8),
 )
 
 
@@ -69,6 +69,7 @@ def test_a_model_whose_weights_are_packed_is_exported_and_saved_unpacked(
     model, x = Model("w8a8-static", [0.03]), torch.randn(3, 8)
     wanted, stored = model(x, 1.0), model.linear.plain_weight.clone()
     monkeypatch.setattr(dispatch, "packer", lambda *_: OPAQUE)
+    model.linear.unpack()
     model.linear.pack()
     assert model.linear.packed_weight.is_mkldnn
     with unpacked(model):

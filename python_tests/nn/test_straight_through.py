@@ -11,6 +11,7 @@ from torch import nn
 
 from ldmq_kernels.nn import QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES
+from ldmq_kernels.plans.layers import refusal
 from python_tests.nn.layers import dequantized_weight, quantized
 
 QUANTIZING = [name for name, scheme in SCHEMES.items() if scheme.quantizes]
@@ -36,8 +37,8 @@ def test_they_are_those_of_the_weight_that_it_stores(scheme: str, kind: str) -> 
     make, shape = LAYERS[kind]
     torch.manual_seed(0)
     made = make()
-    if ("linear" if isinstance(made, nn.Linear) else "conv2d") not in SCHEMES[scheme].format.layers:
-        pytest.skip(f"there is no {scheme} convolution")
+    if reason := refusal(made, SCHEMES[scheme]):
+        pytest.skip(reason)
     layer = quantized(made, scheme, smooth=kind != "grouped" and SCHEMES[scheme].quantizes_activations)
     exact = made.double()
     weight = layer.from_channels_last(layer.real_weight()).double()
