@@ -27,6 +27,7 @@ from PIL import Image
 
 import ldmq_kernels as ldmq
 from benchmarks.harness import results
+from benchmarks.harness.tables import markdown
 from benchmarks.models.memory import resident_mb
 from ldmq_kernels.demo import load_demo_pipeline
 from ldmq_kernels.serving.app import make_app
@@ -130,7 +131,7 @@ async def _one(client: httpx.AsyncClient, url: str, number: int, chance: random.
 def of_the_engine(requests: int) -> Iterator[dict[str, Any]]:
     """Eight at once, a leaver and a load of four times the capacity, where a step takes a fixed time."""
     pipe = SlowPipeline(0.01)
-    with Server(slow_app(pipe, limits={"batch_wait_s": 0.02})) as url:
+    with Server(slow_app(pipe, limits={"batch_wait_s": 0.05})) as url:
 
         async def small() -> tuple[float, int]:
             async with httpx.AsyncClient(base_url=url, timeout=600) as client:
@@ -181,6 +182,34 @@ def of_the_engine(requests: int) -> Iterator[dict[str, Any]]:
         "memory_growth": memory[-1] / memory[0] - 1,
         "tasks_left": left,
     }
+
+
+def table(data: dict[str, Any]) -> str:
+    """What was reached, for the page of all results."""
+    rows = {row["name"]: row for row in data["rows"]}
+    lines = []
+    if "equal to the bit" in rows:
+        row = rows["equal to the bit"]
+        lines.append([f"pictures of {row['pictures']} in one batch that equal the pipeline's own", str(row["equal"])])
+    if "overhead" in rows:
+        row = rows["overhead"]
+        shown = f"{100 * row['wall']:+.1f} % of wall time, {100 * row['processor']:+.1f} % of processor time"
+        lines.append([f"one request beside the pipeline's own call of {row['seconds']:.1f} s", shown])
+    if "8 at once" in rows:
+        row = rows["8 at once"]
+        lines.append(["8 requests at once, the demo model", f"{row['wall']:.1f} times one"])
+    if "8 at once, steps of a fixed time" in rows:
+        found = rows["8 at once, steps of a fixed time"]["wall"]
+        lines.append(["8 requests at once, steps of a fixed time", f"{found:.2f} times one"])
+    if "steps after a client left" in rows:
+        lines.append(["steps after a client left", str(rows["steps after a client left"]["steps"])])
+    if "load" in rows:
+        row = rows["load"]
+        statuses = ", ".join(f"{name}: {count}" for name, count in row["statuses"].items())
+        lines.append([f"{row['requests']} requests at four times the capacity", statuses])
+        lines.append(["memory after the same load again and again", f"{100 * row['memory_growth']:+.1f} %"])
+        lines.append(["pictures left in the queue", str(row["tasks_left"])])
+    return "**Serving** (`ldmq serve`)\n\n" + markdown(["", "found"], lines)
 
 
 def main(arguments: list[str]) -> None:

@@ -45,6 +45,7 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "plan_sd15_end": "study.plan_large",
     "plan_sdxl": "study.plan_large",
     "breadth": "breadth",
+    "serving": "serving",
 }
 INTRODUCTION = """# Results
 
