@@ -80,7 +80,8 @@ def test_a_saved_pipeline_has_its_card_and_no_path(pipe: Any, tmp_path: Path) ->
     check(card)
     assert REVISION in card.text
     assert 'DiffusionPipeline.from_pretrained("small-model", torch_dtype=torch.float32)' in card.text
-    assert "    vllm serve small-model --omni --dtype float32 " in card.text
+    assert "\n    vllm serve small-model --omni --dtype float32\n" in card.text
+    assert "\n    ldmq serve small-model " in card.text
     saved = contents(tmp_path / "small-model")
     assert not paths_in(saved)
     assert json.loads(saved["unet/config.json"])["_name_or_path"] == BASE

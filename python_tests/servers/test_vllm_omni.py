@@ -15,7 +15,13 @@ import torch
 
 pytest.importorskip("vllm_omni", reason="`make test-servers` installs it")
 
-from python_tests.servers.serving import Server, draw, save_model, serving
+from diffusers import StableDiffusionXLPipeline
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+import ldmq_kernels as ldmq
+from python_tests.breadth.parts import stable_diffusion_xl
+from python_tests.servers.serving import PROMPT, Server, draw, save_model, serving
 
 SERVE = ("--omni", "--dtype", "float32", "--max-num-seqs", "8", "--request-batch-max-wait-ms", "200")
 
@@ -70,6 +76,39 @@ def test_a_model_of_another_class_is_refused(saved: tuple[Path, Any], tmp_path: 
         LdmqMethod().maybe_update_config(str(tmp_path / "flux"))
     with pytest.raises(ValueError, match="is a layer of vLLM's"):
         LdmqMethod().get_quant_method(torch.nn.Linear(1, 1), "unet.proj")
+
+
+def test_sdxl_is_drawn_in_a_batch_as_alone(tmp_path: Path) -> None:
+    from ldmq_kernels.integrations.vllm_omni import pipeline
+
+    pipe = ldmq.quantize(StableDiffusionXLPipeline(**stable_diffusion_xl()), scheme="w8a8-dynamic")
+    pipe.save_pretrained(tmp_path)
+    served = pipeline.LdmqXLPipeline(od_config=SimpleNamespace(model=str(tmp_path), dtype=torch.float32, revision=None))
+    size = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 4.0}
+    seeds = (3, 9, 11)
+    prompts = ["a red circle", {"prompt": "a blue square", "negative_prompt": "grey"}, "a green circle"]
+    params = [OmniDiffusionSamplingParams(seed=seed, **size) for seed in seeds]
+    requests = [
+        SimpleNamespace(prompt=prompt, sampling_params=one) for prompt, one in zip(prompts, params, strict=True)
+    ]
+    outputs = served.forward(DiffusionRequestBatch(requests=requests))
+    for seed, request, output in zip(seeds, requests, outputs, strict=True):
+        alone = served.forward(DiffusionRequestBatch(requests=[request]))[0].output[0]
+        assert np.array_equal(np.asarray(output.output[0]), np.asarray(alone)), seed
+    generator = torch.Generator().manual_seed(3)
+    expected = served.pipe(prompts[0], generator=generator, **size).images[0]
+    assert np.array_equal(np.asarray(outputs[0].output[0]), np.asarray(expected))
+
+
+def test_sdxl_is_served_by_this_package_s_pipeline(tmp_path: Path) -> None:
+    pipe = ldmq.quantize(StableDiffusionXLPipeline(**stable_diffusion_xl()), scheme="w8a8-dynamic")
+    pipe.save_pretrained(tmp_path / "xl")
+    again = StableDiffusionXLPipeline.from_pretrained(tmp_path / "xl", torch_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(7)
+    drawing = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16}
+    expected = np.asarray(again(PROMPT, generator=generator, **drawing).images[0])
+    with serving(("vllm", "serve", str(tmp_path / "xl"), *SERVE), tmp_path / "log") as server:
+        assert np.array_equal(server.pictures(seed=7, size="16x16")[0], expected)
 
 
 def test_sdxl_in_float_is_vllm_omni_s_own(saved: tuple[Path, Any], tmp_path: Path, monkeypatch: Any) -> None:

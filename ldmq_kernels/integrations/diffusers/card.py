@@ -126,9 +126,12 @@ def _use(loaded: Any, name: str) -> str:
     ]
     if not alone:
         by_diffusers = "" if type(loaded).__name__ in CLASSES else BY_DIFFUSERS
-        commands = {"vLLM-Omni": VLLM_OMNI + by_diffusers, "SGLang": SGLANG}
-        shown = (f"    {of.format(name=name, dtype=dtype)}    # {server}" for server, of in commands.items())
-        lines += ["", "Served, where `ldmq_kernels` is installed too:", "", *shown]
+        folder = name.rpartition("/")[2]
+        commands = [f"hf download {name} --local-dir {folder}"] if folder != name else []
+        commands += [f"ldmq serve {folder}    # pip install 'ldmq_kernels[serve]'"]
+        commands += [of.format(name=name, dtype=dtype) for of in (VLLM_OMNI + by_diffusers, SGLANG)]
+        shown = (f"    {command}" for command in commands)
+        lines += ["", "Served, where `ldmq_kernels` is installed beside the server:", "", *shown]
     return "\n".join(lines)
 
 

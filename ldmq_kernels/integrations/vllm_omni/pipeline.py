@@ -68,10 +68,26 @@ class LdmqPipeline(nn.Module):
         Raises:
             ValueError: a request has pictures or a LoRA.
         """
-        params, count = req.sampling_params_list, max(1, req.sampling_params_list[0].num_outputs_per_prompt)
         texts = [_texts(prompt) for prompt in req.prompts]
-        if any(one.lora_request is not None for one in params):
+        if any(one.lora_request is not None for one in req.sampling_params_list):
             raise ValueError("a LoRA cannot be asked for here: merge it before quantizing, or load it in diffusers")
+        outputs: dict[int, DiffusionOutput] = {}
+        for places in self._together(texts):
+            chosen = [texts[place] for place in places], [req.sampling_params_list[place] for place in places]
+            outputs |= zip(places, self._draw(*chosen), strict=True)
+        return [outputs[place] for place in range(len(texts))]
+
+    def _together(self, texts: list[tuple[str, str]]) -> list[list[int]]:
+        """Which requests are drawn in one call: SDXL has zeros for no negative prompt, and a text for an empty one."""
+        places = range(len(texts))
+        if not self.pipe.config.get("force_zeros_for_empty_prompt"):
+            return [list(places)]
+        kinds = ([p for p in places if texts[p][1]], [p for p in places if not texts[p][1]])
+        return [kind for kind in kinds if kind]
+
+    def _draw(self, texts: list[tuple[str, str]], params: list[Any]) -> list[DiffusionOutput]:
+        """One call of diffusers' pipeline."""
+        count = max(1, params[0].num_outputs_per_prompt)
         shared = {name: getattr(params[0], name, None) for name in SAME_IN_A_BATCH}
         with torch.inference_mode(), batch_invariant(self.pipe, count * len(params)):
             pictures = self.pipe(
