@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("vllm_omni", reason="`make test-servers` installs it")
 
 from diffusers import StableDiffusionXLPipeline
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -89,7 +90,8 @@ def test_sdxl_is_drawn_in_a_batch_as_alone(tmp_path: Path) -> None:
     prompts = ["a red circle", {"prompt": "a blue square", "negative_prompt": "grey"}, "a green circle"]
     params = [OmniDiffusionSamplingParams(seed=seed, **size) for seed in seeds]
     requests = [
-        SimpleNamespace(prompt=prompt, sampling_params=one) for prompt, one in zip(prompts, params, strict=True)
+        OmniDiffusionRequest(prompt=prompt, sampling_params=one, request_id="a")
+        for prompt, one in zip(prompts, params, strict=True)
     ]
     outputs = served.forward(DiffusionRequestBatch(requests=requests))
     for seed, request, output in zip(seeds, requests, outputs, strict=True):

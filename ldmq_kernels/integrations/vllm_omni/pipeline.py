@@ -74,7 +74,7 @@ class LdmqPipeline(nn.Module):
         outputs: dict[int, DiffusionOutput] = {}
         for places in self._together(texts):
             chosen = [texts[place] for place in places], [req.sampling_params_list[place] for place in places]
-            outputs |= zip(places, self._draw(*chosen), strict=True)
+            outputs |= zip(places, self._draw(*chosen, in_own_size=req.is_dummy_run()), strict=True)
         return [outputs[place] for place in range(len(texts))]
 
     def _together(self, texts: list[tuple[str, str]]) -> list[list[int]]:
@@ -85,10 +85,14 @@ class LdmqPipeline(nn.Module):
         kinds = ([p for p in places if texts[p][1]], [p for p in places if not texts[p][1]])
         return [kind for kind in kinds if kind]
 
-    def _draw(self, texts: list[tuple[str, str]], params: list[Any]) -> list[DiffusionOutput]:
-        """One call of diffusers' pipeline."""
+    def _draw(
+        self, texts: list[tuple[str, str]], params: list[Any], *, in_own_size: bool = False
+    ) -> list[DiffusionOutput]:
+        """One call of diffusers' pipeline; the server's warm-up, whatever size it names, in the model's own."""
         count = max(1, params[0].num_outputs_per_prompt)
         shared = {name: getattr(params[0], name, None) for name in SAME_IN_A_BATCH}
+        if in_own_size:
+            shared["height"] = shared["width"] = None
         with torch.inference_mode(), batch_invariant(self.pipe, count * len(params)):
             pictures = self.pipe(
                 prompt=[prompt for prompt, _ in texts],
