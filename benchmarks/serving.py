@@ -11,6 +11,7 @@ import base64
 import contextlib
 import io
 import itertools
+import json
 import random
 import statistics
 import threading
@@ -72,7 +73,7 @@ def of_the_demo_model(folder: Path | None, steps: int, rounds: int) -> Iterator[
         made = pipe(PROMPT, generator=generator, num_inference_steps=steps, guidance_scale=GUIDANCE)
         return np.asarray(made.images[0])
 
-    settings = settings_of("demo", steps=steps, guidance=GUIDANCE, limits={"max_batch": AT_ONCE, "batch_wait_s": 0.05})
+    settings = settings_of("demo", steps=steps, guidance=GUIDANCE, limits={"max_batch": AT_ONCE})
     app = make_app(settings, lambda *_: {"demo": pipe})
     with Server(app) as url, httpx.Client(base_url=url, timeout=600) as client:
 
@@ -102,30 +103,39 @@ def of_the_demo_model(folder: Path | None, steps: int, rounds: int) -> Iterator[
         yield {"name": "8 at once", "wall": eight[0] / ours[0], "processor": eight[1] / ours[1], "seconds": eight[0]}
 
 
-async def _one(client: httpx.AsyncClient, url: str, number: int, chance: random.Random, over: float) -> Any:
+async def _post(port: int, body: bytes, pause: float = 0.0) -> tuple[int, bytes]:
+    """Status and body of an answer, by a connection of its own, which is read slowly if there is a pause."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        parts = []
+        while part := await reader.read(256 if pause else 65536):
+            parts.append(part)
+            await asyncio.sleep(pause)
+        head, _, rest = b"".join(parts).partition(b"\r\n\r\n")
+        return int(head.split()[1]), rest
+    finally:
+        writer.close()
+
+
+async def _one(port: int, number: int, chance: random.Random, over: float) -> Any:
     """One request of the load: a tenth leave, some read slowly, some send what is none."""
     await asyncio.sleep(chance.random() * over)
-    body: dict[str, Any] = {"prompt": "a", "seed": number % 256, "num_inference_steps": LOAD_STEPS}
-    if number % 20 == 1:
-        return (await client.post(GENERATIONS, content=b'{"prompt": ')).status_code
-    if number % 20 == 2:
-        async with client.stream("POST", GENERATIONS, json=body) as answer:
-            async for _ in answer.aiter_bytes(512):
-                await asyncio.sleep(0.01)
-        return answer.status_code
-    asking = asyncio.create_task(client.post(GENERATIONS, json=body))
-    if number % 10 == 0:
+    body = json.dumps({"prompt": "a", "seed": number % 256, "num_inference_steps": LOAD_STEPS}).encode()
+    bad, slow, leaves = number % 20 == 1, number % 20 == 2, number % 10 == 0
+    asking = asyncio.create_task(_post(port, body[: 5 if bad else None], 0.01 if slow else 0.0))
+    if leaves:
         await asyncio.sleep(chance.random() * 0.05)
         asking.cancel()
     try:
-        answer = await asking
+        status, rest = await asking
     except asyncio.CancelledError:
         return "left"
-    except httpx.TransportError:
-        return "lost"
-    if answer.status_code == 200 and [p["seed"] for p in answer.json()["data"]] != [number % 256]:
+    if status == 200 and [p["seed"] for p in json.loads(rest)["data"]] != [number % 256]:
         return "wrong"
-    return answer.status_code
+    return status
 
 
 def of_the_engine(requests: int) -> Iterator[dict[str, Any]]:
@@ -163,9 +173,8 @@ def of_the_engine(requests: int) -> Iterator[dict[str, Any]]:
     with Server(app) as url:
 
         async def load(over: float) -> Counter[Any]:
-            limits = httpx.Limits(max_connections=500)
-            async with httpx.AsyncClient(base_url=url, limits=limits, timeout=900) as client:
-                return Counter(await asyncio.gather(*(_one(client, url, i, chance, over) for i in range(requests))))
+            port = int(url.rpartition(":")[2])
+            return Counter(await asyncio.gather(*(_one(port, i, chance, over) for i in range(requests))))
 
         asyncio.run(load(requests / (4 * capacity)))  # what is allocated once is there after it
         for _ in range(2):

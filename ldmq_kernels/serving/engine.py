@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from ldmq_kernels.serving.errors import ApiError
@@ -58,6 +59,7 @@ class Engine:
         self._came = asyncio.Condition()
         self._speed = 0.0  # pixels x steps a second of a lane, of late
         self._loops: list[asyncio.Task[None]] = []
+        self._threads: list[ThreadPoolExecutor] = []
 
     def start(self) -> None:
         """Begin to draw, in the running loop."""
@@ -72,6 +74,8 @@ class Engine:
         await asyncio.gather(*self._loops, return_exceptions=True)
         while self.running:
             await asyncio.sleep(0.01)
+        for thread in self._threads:
+            thread.shutdown(wait=False)
 
     def is_alive(self) -> bool:
         """Whether every lane draws."""
@@ -144,11 +148,14 @@ class Engine:
 
     async def _run(self, lane: Drawer) -> None:
         loop = asyncio.get_running_loop()
+        # always the same: what libraries keep for a thread is made once
+        thread = ThreadPoolExecutor(1, "ldmq-lane")
+        self._threads.append(thread)
         while True:
             batch = await self._batch()
             for task in batch:
                 self.metrics.queued.observe(loop.time() - task.arrived)
-            drawing = asyncio.create_task(asyncio.to_thread(self._draw, lane, batch, loop))
+            drawing = loop.run_in_executor(thread, self._draw, lane, batch, loop)
             drawing.add_done_callback(functools.partial(self._end, batch))
             await asyncio.shield(drawing)
 
