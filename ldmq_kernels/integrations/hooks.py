@@ -14,6 +14,7 @@ WRAPPED = (
     ("diffusers.models.modeling_utils", "diffusers.models:wrap_models"),
     ("diffusers.hooks._helpers", "diffusers.models:wrap_registry"),
     ("diffusers.loaders.single_file_model", "diffusers.models:wrap_single_files"),
+    ("diffusers.pipelines.pipeline_utils", "diffusers.models:wrap_pipelines"),
     ("diffusers.pipelines.pipeline_utils", "diffusers.publishing:wrap_pipelines"),
     ("torch.distributed.tensor.parallel.api", "tensor_parallel:watch_sharding"),
     ("transformers.quantizers.auto", "transformers:register"),

@@ -235,18 +235,25 @@ class PackedWeight(nn.Module):
         return state
 
 
-@contextlib.contextmanager
-def unpacked(model: M) -> Iterator[M]:
-    """Inside this block a model holds plain weights, which `torch.export.save` can write; the same numbers.
+def hold_plain(model: nn.Module) -> list[PackedWeight]:
+    """Have a model hold plain weights until it is moved; gives the layers that held packed ones.
 
     oneDNN's packed weights, which layers on a CPU hold where it serves, are tensors that nothing but it can read.
-
-    Args:
-        model: with quantized layers in it, or none.
     """
     layers = [m for m in model.modules() if isinstance(m, PackedWeight) and m.packed_weight is not None]
     for layer in layers:
         layer.unpack()
+    return layers
+
+
+@contextlib.contextmanager
+def unpacked(model: M) -> Iterator[M]:
+    """Inside this block a model holds plain weights, which `torch.export.save` can write; the same numbers.
+
+    Args:
+        model: with quantized layers in it, or none.
+    """
+    layers = hold_plain(model)
     try:
         yield model
     finally:

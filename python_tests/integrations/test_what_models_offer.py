@@ -10,6 +10,8 @@ from diffusers import UNet2DConditionModel
 
 import ldmq_kernels as ldmq
 from ldmq_kernels.integrations.diffusers import CheckpointError, LdmqConfig
+from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.kernels.backend import Packer
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -97,3 +99,24 @@ def test_a_single_file_of_a_quantized_model_is_refused_with_the_way_to_load_it(t
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     with pytest.raises(CheckpointError, match=r"model\.safetensors is of a quantized model.* with from_pretrained"):
         UNet2DConditionModel.from_single_file(str(file), config=str(tmp_path))
+
+
+def test_group_offload_to_disk_takes_weights_that_a_backend_has_packed(tmp_path, monkeypatch):
+    unet = tiny_unet(**SHALLOW)
+    ldmq.quantize(unet, mixed_plan(unet))
+    before = run_unet(unet)
+    packed = Packer(
+        "a test",
+        lambda weight: weight.is_mkldnn,
+        lambda weight, _multiplier, _channels: weight.float().to_mkldnn(),
+        lambda held, _multiplier, _outputs: held.to_dense().to(torch.int8),
+    )
+    layer = unet.conv_out
+    layer.unpack()
+    monkeypatch.setattr(dispatch, "packer", lambda *_: packed)
+    layer.pack()
+    assert layer.packed_weight.is_mkldnn
+    cpu = torch.device("cpu")
+    unet.enable_group_offload(cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    for _ in range(2):
+        assert torch.equal(run_unet(unet), before)

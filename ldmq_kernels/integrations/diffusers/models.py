@@ -12,19 +12,39 @@ import wrapt
 from torch import nn
 
 from ldmq_kernels.nn import QuantizedLayer
+from ldmq_kernels.nn.packed import hold_plain
 from ldmq_kernels.plans.layers import layer_shape
 
 Call = Callable[..., Any]
 
 
 def wrap_models(module: ModuleType) -> None:
-    """Have models count the weights of quantized layers, and refuse to cast those to 8-bit floats.
+    """Have models count the weights of quantized layers, offload them plain, and refuse to cast to 8-bit floats.
 
     Args:
         module: `diffusers.models.modeling_utils`, which is complete.
     """
     wrapt.wrap_function_wrapper(module, "ModelMixin.num_parameters", _num_parameters)
     wrapt.wrap_function_wrapper(module, "ModelMixin.enable_layerwise_casting", _enable_layerwise_casting)
+    wrapt.wrap_function_wrapper(module, "ModelMixin.enable_group_offload", _offload_plain)
+
+
+def wrap_pipelines(module: ModuleType) -> None:
+    """Have pipelines offload the weights of quantized layers plain.
+
+    Args:
+        module: `diffusers.pipelines.pipeline_utils`, which is complete.
+    """
+    wrapt.wrap_function_wrapper(module, "DiffusionPipeline.enable_sequential_cpu_offload", _offload_plain)
+
+
+def _offload_plain(offload: Call, owner: Any, args: Any, kwargs: Any) -> Any:
+    """Offloading moves tensors one by one, to disk or another device, where packed ones cannot go."""
+    parts = [owner] if isinstance(owner, nn.Module) else owner.components.values()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            hold_plain(part)
+    return offload(*args, **kwargs)
 
 
 def wrap_registry(module: ModuleType) -> None:
