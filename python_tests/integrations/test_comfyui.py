@@ -99,6 +99,15 @@ def test_smoothed_and_four_bit_linears_and_convolutions_stay_in_floating_point(u
     assert exported.layers["floating point: rotated"] > 0
 
 
+def test_rotated_linears_are_written_unrotated() -> None:
+    unet = ldmq.quantize(tiny_unet(), scheme="w8a8-rotated")
+    exported = export(unet)
+    tensors = load(exported.content)
+    name, layer = next((n, m) for n, m in unet.named_modules() if isinstance(m, QuantLinear))
+    assert torch.equal(tensors[original(name, unet) + ".weight"], layer.weight + 0)
+    assert exported.layers["floating point: rotated"] == sum(isinstance(m, QuantLinear) for m in unet.modules())
+
+
 def test_own_layers_are_all_there(unet: Any) -> None:
     exported = export(unet, own_layers=True)
     tensors = load(exported.content)
