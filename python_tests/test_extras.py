@@ -16,7 +16,7 @@ from ldmq_kernels.extras import EXTRA_OF
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ldmq_kernels"
 CORE = {"numpy", "safetensors", "torch", "wrapt"}
-DISTRIBUTION = {"PIL": "pillow"}
+DISTRIBUTION = {"PIL": "pillow", "prometheus_client": "prometheus-client"}
 BARE = f"import sys; sys.modules |= dict.fromkeys({sorted(EXTRA_OF)!r}); import torch, ldmq_kernels as ldmq; "
 
 

@@ -139,7 +139,7 @@ def test_the_exit_code_tells(install: Callable[..., None], capsys: pytest.Captur
     assert "not right: conv2d_w8a8 on trial" in told(capsys)
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, 200, None])
+@pytest.mark.parametrize("width", [66, 80, 120, 200, None])
 def test_no_gain_and_no_reason_is_cut_at_any_width(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int | None
 ) -> None:
