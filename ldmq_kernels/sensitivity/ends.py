@@ -17,9 +17,9 @@ from ldmq_kernels.sensitivity.redrawn import NoAdjoint
 logger = logging.getLogger(__name__)
 
 WHOLE_MODEL = 100_000_000  # parameters up to which all pictures and calls count
-PROBES = 8  # at each end; with 4 sizes are 1 dB off in the median, by the chance of which probes are drawn
+PROBES = 8  # at each end; with fewer, sizes scatter more by the chance of which probes are drawn
 LARGE_PICTURES, LARGE_PROBES = 2, 1  # of a larger model
-LARGE_CALLS = 8  # of each run, at which layers are recorded: sizes come out too small, for all layers alike
+LARGE_CALLS = 8  # of each run, at which layers are recorded: in the median sizes come out smaller than by all
 
 
 def is_whole(model: nn.Module) -> bool:
