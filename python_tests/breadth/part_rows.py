@@ -26,7 +26,8 @@ assert image_rows, other_rows
 ROWS.update({name: Row(name, ROWS[of].build, part, ROWS[of].is_large) for name, (of, part) in PARTS.items()})
 
 
-@row("controlnet-xs")
+# in float, too, this one comes back from disk with other numbers: diffusers saves not all that it is made from
+@row("controlnet-xs", is_large=True, is_saved_whole=False)
 def _() -> Any:
     torch.manual_seed(5)
     unet = parts.tiny_unet(norm_num_groups=4, layers_per_block=2)

@@ -17,7 +17,7 @@ class Row:
         build: makes the pipeline and three calls of it, of which the last one verifies the plan.
         part: which of its denoisers is planned; the first one if None.
         is_large: whether its models are large, so that two calls are enough for the matrix.
-        is_saved_whole: whether all that the model computes is saved with it: adapters and FreeU are not.
+        is_saved_whole: whether the model in float comes back from disk as it was: adapters and FreeU do not.
     """
 
     name: str
