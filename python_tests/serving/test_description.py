@@ -33,7 +33,7 @@ def test_no_request_that_the_description_allows_breaks_the_server(operations: li
     strategy = operations[number].as_strategy()
 
     @hypothesis.settings(
-        max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
     )
     @hypothesis.given(strategies.data())
     def ask(data: Any) -> None:

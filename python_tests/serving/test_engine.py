@@ -259,9 +259,9 @@ def test_nothing_is_lost_under_more_than_it_can_do() -> None:
         async def work() -> None:
             limits = httpx.Limits(max_connections=400)
             async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as client:
-                statuses = Counter(await asyncio.gather(*(one(client, i) for i in range(300))))
+                statuses = Counter(await asyncio.gather(*(one(client, i) for i in range(120))))
             assert set(statuses) <= {200, 429, None}
-            assert statuses[200] > 20
+            assert statuses[200] > 10
 
         run(work())
         engine = app.state.served.engine

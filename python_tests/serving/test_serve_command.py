@@ -102,7 +102,7 @@ def test_a_port_is_one_servers_and_sigterm_lets_what_runs_finish(
                 main(["serve", str(saved / "quantized"), "--port", str(port)])
             assert "cannot be served" in capsys.readouterr().err
             answers: list[int] = []
-            body = {"prompt": "a cat", "num_inference_steps": 60}
+            body = {"prompt": "a cat", "num_inference_steps": 30}
             thread = threading.Thread(target=lambda: answers.append(client.post(GENERATIONS, json=body).status_code))
             thread.start()
             while "ldmq_requests_running 1.0" not in httpx.get(f"http://127.0.0.1:{port}/metrics").text:
