@@ -2,7 +2,7 @@
 
     python -m python_tests.servers FOLDER [NAME ...]
 
-Each is pinned to versions that were tried together. Packages come from PyPI; vllm_omni takes about 4 GB.
+Each is pinned to versions that were tried together. Packages come from PyPI; vllm_omni and sglang take about 7 GB.
 """
 
 from __future__ import annotations
@@ -50,6 +50,14 @@ def with_a_cpu_platform(packages: Path) -> None:
 
 
 OWN = ("wrapt", "jsonschema", "pytest", "safetensors")
+OF_SGLANG = (  # what it imports without a GPU, of what it asks for
+    "aiohttp anthropic blobfile==3.0.0 compressed-tensors==0.18.0 datasets distro easydict einops fastapi gguf IPython",
+    "interegular kernels==0.14.1 llguidance mistral_common modelscope msgspec numba==0.65.1 openai==2.8.0 orjson",
+    "openai-harmony==0.0.4 outlines==0.1.11 partial_json_parser prometheus-client psutil pybase64 python-multipart",
+    "pyzmq scipy sentencepiece==0.2.1 setproctitle soundfile==0.13.1 tiktoken timm==1.0.25 uvicorn uvloop watchfiles",
+    "xgrammar==0.2.7 xxhash zstandard addict==2.4.0 av==16.1.0 cloudpickle==3.1.2 imageio==2.36.0 moviepy msgpack",
+    "imageio-ffmpeg==0.5.1 opencv-python-headless==4.10.0.84 remote-pdb==2.1.0 scikit-image==0.25.2 trimesh websockets",
+)
 ENVIRONMENTS = {
     "comfyui": Environment(
         (
@@ -88,6 +96,16 @@ ENVIRONMENTS = {
         ),
         ("test_vllm_omni.py",),
         with_a_cpu_platform,
+    ),
+    "sglang": Environment(
+        (
+            ("torch==2.13.0", "torchvision==0.28.0", "diffusers==0.37.0", "transformers==5.19.0", "accelerate", *OWN),
+            ("--no-deps", "sglang==0.5.23", "cache-dit==1.5.1"),
+            ("triton==3.9.0", "apache-tvm-ffi==0.1.11"),
+            *(tuple(line.split()) for line in OF_SGLANG),
+        ),
+        ("test_sglang.py",),
+        without_torchvision_s_kernels,
     ),
 }
 
