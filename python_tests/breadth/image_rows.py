@@ -350,7 +350,7 @@ def _() -> Any:
     return pipe, three(call, **DRAWN)
 
 
-@row("ip-adapter sdxl")
+@row("ip-adapter sdxl", is_saved_whole=False)
 def _() -> Any:
     pipe = StableDiffusionXLPipeline(**parts.stable_diffusion_xl())
     parts.add_ip_adapter(pipe.unet, 2 * TEXT_WIDTH)
