@@ -58,8 +58,11 @@ class InputScale(nn.Module):
         return self._beside_layer(self._call_inv_scale if self._view is None else self._view.inv_scale())
 
     def _beside_layer(self, values: Tensor | None) -> Tensor | None:
-        """Values of the call on the device where the layer's buffers are: offloading moves those, and nothing else."""
-        if values is None or values.device == self.input_scale.device:
+        """Values of the call on the device where the layer's buffers are: offloading moves those, and nothing else.
+
+        Those of a layer that a loader has filled are on the meta device until `finish` makes them.
+        """
+        if values is None or values.is_meta or values.device == self.input_scale.device:
             return values
         return values.to(self.input_scale.device)
 
