@@ -194,7 +194,7 @@ def gather_conv2d(
         epilogue.x_scale,
         weight,
         multiplier,
-        *epilogue[1:],
+        *epilogue.conv2d_terms,
         out,
         *conv.gather_sizes(),
         weight.shape[-1],

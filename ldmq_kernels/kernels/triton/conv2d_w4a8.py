@@ -142,7 +142,7 @@ def conv2d_w4a8(
             call.epilogue.x_scale,
             conv.weight_descriptor(packed, call.tile.n, call.tile.k // 2),
             multiplier,
-            *call.epilogue[1:],
+            *call.epilogue.conv2d_terms,
             call.out,
             *call.sizes,
             ONE_SCALE=call.epilogue.has_one_scale,

@@ -168,7 +168,7 @@ def conv2d_w8a8(
             call.epilogue.x_scale,
             flat or conv.weight_descriptor(weight, tile.main_n, tile.k),
             conv.weight_descriptor(weight, tile.extra_n, tile.k) if tile.extra_n else None,
-            *call.epilogue[1:],
+            *call.epilogue.conv2d_terms,
             call.out,
             *call.sizes,
             ONE_SCALE=call.epilogue.has_one_scale,

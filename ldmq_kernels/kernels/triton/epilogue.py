@@ -60,6 +60,11 @@ class Epilogue(NamedTuple):
         """Whether one activation scale holds for all rows."""
         return self.x_scale is not None and self.x_scale.numel() == 1
 
+    @property
+    def conv2d_terms(self) -> tuple[Tensor | None, ...]:
+        """What the kernels of a convolution take after its activation scale; no gate."""
+        return self.weight_scale, self.bias, self.sample_bias, self.residual
+
     def gate_rows(self, m: int) -> int:
         """How many of m rows share a row of the gate."""
         return 1 if self.gate is None else m // self.gate.shape[0]
