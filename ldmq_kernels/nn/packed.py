@@ -199,7 +199,7 @@ class PackedWeight(nn.Module):
 
     def _unpacked(self, packed: Tensor) -> Tensor:
         assert self.packer is not None
-        outputs = self._buffers["weight_scale"].shape[0]  # type: ignore[union-attr]
+        outputs: Any = self.out_features if isinstance(self, nn.Linear) else self.out_channels
         weight = self.packer.unpack(packed, self._multiplier(self._packed_for_linear), outputs)
         return weight.reshape(weight.shape[0], *self.taps, -1) if self.taps else weight
 

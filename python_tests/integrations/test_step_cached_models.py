@@ -21,6 +21,7 @@ from ldmq_kernels.integrations.diffusers.step_cache import (
     cache_time_embeddings,
     uncache_time_embeddings,
 )
+from ldmq_kernels.nn.quantized import QuantizedLayer
 from ldmq_kernels.plans.plan import uniform_plan
 from python_tests.integrations.cached_unets import RESNET, STEPS, layer_calls, made, run
 from python_tests.test_graphs import FakeGpu
@@ -246,6 +247,9 @@ def test_a_captured_unet_replays_one_graph_for_all_rows(monkeypatch: pytest.Monk
     unet = made()
     wanted = {step: run(unet, step) for step in STEPS}
     cache_time_embeddings(unet, STEPS)
+    for module in unet.modules():
+        if isinstance(module, QuantizedLayer):
+            module.unpack()  # a graph's weights are a GPU's, which packs none
     monkeypatch.setattr(graphs, "_Gpu", FakeGpu)
     monkeypatch.setattr(FakeGpu, "recorded", 0)
     unet.forward = graphs._Replayer(unet, torch.device("cpu"))

@@ -72,6 +72,7 @@ def sixteen_bit(layer: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("scheme", INT8_SCHEMES)
 @pytest.mark.parametrize("smoothing", [None, SMOOTHING], ids=["plain", "smoothed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()  # with gradients an op that does not round is computed by its definition, in another order of sums
 def test_the_first_tokens_row_is_that_of_16_bit_and_the_others_are_as_without_it(
     scheme: str, smoothing: Tensor | None, dtype: torch.dtype
 ) -> None:
@@ -99,7 +100,7 @@ def test_copies_and_moves_keep_the_first_token(scheme: str, duplicate: Any) -> N
     assert set(layer.state_dict()) == set(made(linear(), scheme, smoothing=SMOOTHING).state_dict())
     layer.unpack()
     with use_backend("reference"):
-        torch.testing.assert_close(layer(text()), out, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(layer(text()), out, rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_token_of_16_bit_activations_is_as_all_others() -> None:

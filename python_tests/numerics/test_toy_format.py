@@ -129,6 +129,7 @@ def test_a_saved_model_loads_to_the_same_bits(quantized: Any, tmp_path: Path) ->
 
 
 def test_a_value_that_it_never_stores_is_refused(quantized: Any, tmp_path: Path) -> None:
+    quantized.conv_in.unpack()
     quantized.conv_in.quantized_weight[0, 0, 0, 0] = 4
     with pytest.raises(ValueError, match=r"conv_in\.weight holds a value that is not in \[-3, 3\]"):
         quantized.load_state_dict(quantized.state_dict())

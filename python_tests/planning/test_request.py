@@ -103,6 +103,7 @@ def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPat
         "width": 40,
         "scheduler": "DDIMScheduler",
         "settings": [{}, {"seed": 41, "scheduler": "PNDMScheduler"}],
+        "cut_latents": True,
         "work_dir": "folder",
         "show_progress": False,
     }

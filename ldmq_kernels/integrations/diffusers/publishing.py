@@ -74,12 +74,17 @@ def write_card(
     _put_card(loaded, folder, name or folder.resolve().name, origin)
 
 
+def _as_text(name: str) -> str:
+    """A folder's name in characters that a text file can hold; bytes that are none become question marks."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def _put_card(loaded: Any, folder: Path, name: str, origin: Origin) -> None:
     """Write the card, with the pictures that lie in the folder or that the model was loaded with."""
     kept = None if origin.folder is None else origin.folder / PICTURES
     if not (folder / PICTURES).exists() and kept is not None and kept.is_file() and _wrote_card_in(kept.parent):
         shutil.copyfile(kept, folder / PICTURES)
-    card = card_of(loaded, name, origin, pictures=(folder / PICTURES).exists())
+    card = card_of(loaded, _as_text(name), origin, pictures=(folder / PICTURES).exists())
     write_whole(folder / CARD, card.content.encode())
 
 
