@@ -85,9 +85,13 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize(  # a dtype is only loaded, and more channels are more of the same: all of both on small maps
+@pytest.mark.parametrize(  # a dtype is only loaded, and more channels are more of the same: all of both on a small map
     ("shape", "groups", "dtype", "mode"),
-    [*((*small, dtype, mode) for small in SMALL for dtype in DTYPES for mode in MODES), *WIDE],
+    [
+        *((*SMALL[0], torch.float16, mode) for mode in MODES),
+        *((*SMALL[1], dtype, mode) for dtype in DTYPES for mode in MODES),
+        *WIDE,
+    ],
 )
 def test_is_the_definition(
     backend: Backend, dtype: torch.dtype, shape: tuple[int, ...], groups: int, mode: str
@@ -119,7 +123,6 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> Backend:
     [
         ((2, 20, 17, 9), 4, torch.float16),
         ((1, 96, 5, 5), 32, torch.bfloat16),
-        ((2, 4, 13, 7), 2, torch.float16),
         ((2, 192, 1, 1), 2, torch.float32),
     ],
 )
