@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +14,7 @@ from matplotlib.ticker import FuncFormatter
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.numerics.sqnr import to_db
 from ldmq_kernels.report.rows import LayerRow
+from ldmq_kernels.report.stages import Stage, stages
 from ldmq_kernels.report.svg import INK, LINE, MUTED, PAPER, draw, plain_axes, scheme_colour
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.output_noise import StepNoise, finite_db
@@ -22,15 +24,8 @@ NOISE_MAP = LinearSegmentedColormap.from_list(
 )
 NAMED_LINES = 5
 MANYFOLD = 4.0
+LETTER = 0.0075  # of the width of the map of all layers: what a letter below it takes
 WIDTH = 11.0
-
-
-def _stage(layer: str) -> str:
-    """The part of a UNet that a reader thinks in: "down 0", "mid", "up 1", "conv_in"."""
-    parts = layer.split(".")
-    if parts[0] in ("down_blocks", "up_blocks"):
-        return f"{parts[0].removesuffix('_blocks')} {parts[1]}"
-    return "mid" if parts[0] == "mid_block" else "time" if parts[0].startswith("time") else parts[0]
 
 
 def _range(values: np.ndarray) -> Normalize:
@@ -42,20 +37,14 @@ def _range(values: np.ndarray) -> Normalize:
 def layer_heatmap(rows: Sequence[LayerRow], schemes: Sequence[str]) -> str:
     """SQNR at the output of every layer alone, layers left to right, schemes top to bottom, with the plan dotted."""
     values = np.array([[row.sqnr_db.get(scheme, np.nan) for row in rows] for scheme in schemes])
-    stages = [_stage(row.name) for row in rows]
-    starts = [i for i in range(len(rows)) if i == 0 or stages[i] != stages[i - 1]]
+    parts = stages([row.name for row in rows])
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         plain_axes(axes)
         image = axes.imshow(values, aspect="auto", interpolation="none", cmap=NOISE_MAP, norm=_range(values))
         axes.set_yticks(range(len(schemes)), schemes, color=INK)
-        ends = [*starts[1:], len(rows)]
-        wide = [(a, b) for a, b in zip(starts, ends, strict=True) if b - a >= 3]
-        axes.set_xticks([(a + b - 1) / 2 for a, b in wide], [stages[a] for a, _ in wide])
-        axes.tick_params(axis="x", pad=9)
-        for a, b in wide:
-            axes.plot([a - 0.35, b - 0.65], [len(schemes) - 0.42] * 2, color=MUTED, linewidth=1, clip_on=False)
+        _name_stages(axes, parts, len(schemes))
         for row in range(1, len(schemes)):
             axes.axhline(row - 0.5, color=PAPER, linewidth=2)
         chosen = [(x, schemes.index(row.scheme)) for x, row in enumerate(rows) if row.scheme in schemes]
@@ -74,7 +63,33 @@ def layer_heatmap(rows: Sequence[LayerRow], schemes: Sequence[str]) -> str:
         bar.outline.set_visible(False)
         bar.set_label("SQNR, dB")
 
-    return draw("layers", WIDTH, 0.9 + 0.42 * len(schemes), paint)
+    lists = any(stage.is_entry for stage in parts)
+    return draw("layers", WIDTH, 0.9 + 0.42 * len(schemes) + (0.2 if lists else 0), paint)
+
+
+def _name_stages(axes: Axes, parts: Sequence[Stage], schemes: int) -> None:
+    """A line and a label below each stage that is wide enough; the name of a list of blocks below their numbers."""
+    letter = LETTER * parts[-1].end
+    named = [s for s in parts if s.is_entry or s.end - s.start >= letter * len(s.label)]
+    axes.set_xticks([(stage.start + stage.end - 1) / 2 for stage in named], [stage.label for stage in named])
+    axes.tick_params(axis="x", pad=9)
+    for stage in named:
+        ends = [stage.start - 0.35, stage.end - 0.65]
+        axes.plot(ends, [schemes - 0.42] * 2, color=MUTED, linewidth=1, clip_on=False)
+    for (part, together), members in groupby((s for s in parts if s.is_entry), lambda s: (s.part, s.together)):
+        each = list(members)
+        words = part if together == 1 else f"{part}, {together} in one"
+        axes.annotate(
+            words,
+            ((each[0].start + each[-1].end - 1) / 2, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -27),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            color=MUTED,
+            annotation_clip=False,
+        )
 
 
 def block_figure(analysis: Analysis, schemes: Sequence[str]) -> str:
