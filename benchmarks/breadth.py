@@ -13,8 +13,10 @@ import argparse
 import json
 import logging
 import os
+import subprocess
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -22,12 +24,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import results
+from benchmarks.harness.machine import machine
 from benchmarks.harness.tables import markdown
 
 FORMATS = ("w8a8-static", "w8a8-dynamic", "fp16")
 TARGET_DB, OTHER_SEEDS_DB = 20.0, 3.0
 WHAT = "breadth"
-HEAD = ["pipeline", "convolutions", "linears", "MACs in 8 bits", "held out, dB", "other seeds, dB", "in float"]
+NOT_RUN, FOR_THE_TARGET = "not run by these calls", "by the plan, for its dB"
+HEAD = [
+    "pipeline",
+    "convolutions",
+    "linears",
+    "MACs in 8 bits",
+    "held out, dB",
+    "other seeds, dB",
+    "in float",
+]
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -48,8 +60,9 @@ def measure(name: str) -> dict[str, Any]:
     except Exception as error:
         return row | {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
     summary = found.summary
-    kinds = {kind: len(modules) for kind, modules in summary.without_scheme.items()}
+    kinds = {f"{kind}, no scheme": len(modules) for kind, modules in summary.without_scheme.items()}
     layers = [module for module in summary.in_float if module.has_scheme]
+    why = Counter(NOT_RUN if module.name in found.not_run else FOR_THE_TARGET for module in layers)
     return row | {
         "ok": found.held_out_db >= TARGET_DB and found.called_db >= TARGET_DB - OTHER_SEEDS_DB and found.is_reloaded,
         "convolutions": [summary.quantized_convolutions, summary.convolutions],
@@ -60,13 +73,14 @@ def measure(name: str) -> dict[str, Any]:
         "drawn_db": found.drawn_db,
         "share_in_8_bits": found.share_in_8_bits,
         "reloaded": found.is_reloaded,
-        "in_float": kinds | ({"by the plan": len(layers)} if layers else {}),
+        "in_float": kinds | dict(why),
+        "planning_seconds": round(found.planning_seconds, 1),
         "seconds": round(time.process_time() - start, 1),
     }
 
 
 def _in_words(in_float: dict[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in in_float.items()) or "nothing"
+    return ", ".join(f"{count} {why}" for why, count in in_float.items()) or "nothing"
 
 
 def models_table(data: dict[str, Any]) -> str:
@@ -74,7 +88,7 @@ def models_table(data: dict[str, Any]) -> str:
     lines = []
     for row in sorted(data["rows"], key=lambda row: row["name"]):
         if "error" in row:
-            lines.append([row["name"], "", "", "", "", "", f"fails: {row['error']}"])
+            lines.append([row["name"], *[""] * (len(HEAD) - 2), f"fails: {row['error']}"])
             continue
         counts = [f"{done} of {total}" if total else "-" for done, total in (row["convolutions"], row["linears"])]
         asked = "" if row["ok"] else ", below what was asked for"
@@ -89,6 +103,27 @@ def models_table(data: dict[str, Any]) -> str:
             ]
         )
     return markdown(HEAD, lines)
+
+
+def earlier_runs(pattern: str = f"benchmarks/results/*/*-{WHAT}.json") -> list[dict[str, Any]]:
+    """Date, commit, rows and right rows of every results file of the matrix that git knows, the oldest first."""
+    git = ["git", "-C", str(results.ROOT)]
+    log = subprocess.run(
+        [*git, "log", "--reverse", "--diff-filter=AM", "--format=%H", "--name-only", "--", f":(glob){pattern}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found, commit = [], ""
+    for line in log.stdout.split():
+        if "/" not in line:
+            commit = line
+            continue
+        shown = subprocess.run([*git, "show", f"{commit}:{line}"], capture_output=True, text=True, check=True)
+        data = json.loads(shown.stdout)
+        right = sum(row["ok"] for row in data["rows"])
+        found.append({"date": data["date"], "commit": data["commit"], "rows": len(data["rows"]), "ok": right})
+    return found
 
 
 def table(data: dict[str, Any]) -> str:
@@ -144,5 +179,6 @@ def main(arguments: list[str]) -> int:
     if options.row:
         print(json.dumps(rows, indent=1))
     else:
-        print(f"written: {results.keep(WHAT, rows, {'breadth/rows': len(rows), 'breadth/ok': right})}")
+        summary = {"breadth/rows": len(rows), "breadth/ok": right}
+        print(f"written: {results.keep(WHAT, rows, summary, machine() | {'earlier': earlier_runs()})}")
     return int(right < len(rows))

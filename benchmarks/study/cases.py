@@ -28,7 +28,7 @@ from benchmarks.study.own_plans import (
 from benchmarks.study.peers import MODELOPT_SKIPS, OURS, Quantization, baselines, own_beside, own_planned_beside
 from benchmarks.study.subjects import DEMO, SECOND
 from ldmq_kernels.calibration.calibrate import calibrate
-from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, SAMPLED_STEPS
+from ldmq_kernels.calibration.ranges import ALL_STEPS, DRAWN_STEPS, FIRST_STEP, SAMPLED_STEPS
 from ldmq_kernels.plans.plan import Plan
 from ldmq_kernels.sensitivity.candidates import Method
 
@@ -41,7 +41,12 @@ SECTIONS = {
     PEERS: "Peers: each beside this package on the same layers, and planned within the same bytes",
 }
 STATIC, TIMESTEP, DYNAMIC, W4_STATIC = "w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w4a8-static"
-MODES = {FIRST_STEP: "first step", SAMPLED_STEPS: "sampled steps", ALL_STEPS: "all steps"}
+MODES = {
+    FIRST_STEP: "first step",
+    SAMPLED_STEPS: "sampled steps",
+    DRAWN_STEPS: "drawn steps",
+    ALL_STEPS: "all steps",
+}
 PARTS = {
     "smoothing": Method(smoothing=False),
     "ranges": Method(ranges=False),
@@ -168,7 +173,7 @@ def _with_seed(plans: OwnPlans, seed: int) -> OwnPlans:
 
 def _calibration() -> list[Case]:
     cases = []
-    for mode in (FIRST_STEP, SAMPLED_STEPS):
+    for mode in (FIRST_STEP, SAMPLED_STEPS, DRAWN_STEPS):
         cases.append(_own(CALIBRATION, words(STATIC, mode), lambda p, m=mode: p.plain(STATIC, m)))
         cases.append(_own(CALIBRATION, words(STATIC, mode, "searched"), lambda p, m=mode: p.searched(STATIC, m)))
     for seed in CALIBRATION_SEEDS:

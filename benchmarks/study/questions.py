@@ -27,6 +27,8 @@ from benchmarks.study.cases import (
 from benchmarks.study.peers import baselines
 from benchmarks.study.samples import Interval, Samples, difference
 
+CALIBRATION_QUESTIONS = "calibration of static scales"
+
 
 @dataclass(frozen=True)
 class Question:
@@ -77,11 +79,11 @@ def questions() -> list[Question]:
     """All of them."""
     found = [
         Question(
-            "calibration of static scales, searched",
+            f"{CALIBRATION_QUESTIONS}, searched",
             {word: own_name(words(STATIC, mode, "searched")) for mode, word in MODES.items()},
         ),
         Question(
-            "calibration of static scales, plain",
+            f"{CALIBRATION_QUESTIONS}, plain",
             {word: own_name(words(STATIC, mode)) for mode, word in MODES.items()},
         ),
         *(

@@ -13,6 +13,7 @@ from benchmarks.study import figure, pictures, remedies
 from benchmarks.study.cases import FORMATS, PEERS, PLANNER, SECTIONS
 from benchmarks.study.samples import CONFIDENCE, RESAMPLES
 from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
+from ldmq_kernels.calibration.ranges import SAMPLED
 
 DOCS = results.ROOT / "docs"
 HEADER = [
@@ -70,6 +71,20 @@ Measured on {machine}.
 ![SQNR, Frechet distance and attributes against bytes]({figure}.svg)
 """
 
+PART_INTRODUCTIONS = {
+    "calibration": """# Which steps calibrate
+
+Measured by `{command}`: the rows of one decision, all at this state, of the {name} model with {captions} captions, each
+drawn in {seed_sets} of seeds, {steps} sampling steps; words and measures as in [the model's study](#{anchor}). Ranges
+are taken from the **first step** alone, as in the paper; from {sampled} **sampled steps**, spread evenly, the first and
+the last among them; from {sampled} **drawn steps**, drawn once from a normal distribution over the trajectory (its mean
+the middle, its deviation a quarter of it), a way of PQD (arXiv 2501.00124), whose mean and deviation are not public; or
+from **all steps**.
+
+Measured on {machine}.
+"""
+}
+
 
 def newest(subject: Subject) -> Path:
     """The newest results file of the study of a model, on whatever device.
@@ -92,8 +107,9 @@ def _newest_of(what: str) -> Path | None:
     return found[-1] if found else None
 
 
-def _command(subject: Subject) -> str:
-    return "python -m benchmarks study" + ("" if subject.name == DEMO else f" --model {subject.name}")
+def _command(subject: Subject, part: str | None = None) -> str:
+    model = "" if subject.name == DEMO else f" --model {subject.name}"
+    return f"python -m benchmarks study{model}" + (f" --part {part}" if part else "")
 
 
 def _subject(data: dict[str, Any]) -> Subject:
@@ -107,14 +123,15 @@ def write_newest(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is no study.
     """
-    found = [_newest(subject) for subject in SUBJECTS.values()]
+    kinds = [kind for s in SUBJECTS.values() for kind in (s.results, *(f"{s.results}_{p}" for p in PART_INTRODUCTIONS))]
+    found = [_newest_of(kind) for kind in kinds]
     if not any(found):
         newest(SUBJECTS[DEMO])
     return write([path for path in found if path], folder, {what: _newest_of(what) for what in FIRST})
 
 
 def write(measured: Sequence[Path], folder: Path, first: Mapping[str, Path | None] | None = None) -> list[Path]:
-    """Write the page of results files, one a model, and a figure of each.
+    """Write the page of results files, one a model or a part of its study, and a figure of each model.
 
     Args:
         first: the results files that the page begins with, by their kind, of `FIRST`.
@@ -127,15 +144,19 @@ def write(measured: Sequence[Path], folder: Path, first: Mapping[str, Path | Non
     for path in measured:
         data = json.loads(path.read_text())
         parts.append(text(data))
-        paths.append(folder / f"{_subject(data).figure}.svg")
-        figure.draw(data, paths[-1])
+        if "part" not in data["settings"]:
+            paths.append(folder / f"{_subject(data).figure}.svg")
+            figure.draw(data, paths[-1])
     paths[0].write_text("\n\n".join(part.strip("\n") for part in parts) + "\n")
     return paths
 
 
 def text(data: dict[str, Any]) -> str:
-    """One model's part of the page."""
+    """What the page says of one model, or of a part of its study."""
     parts = [_introduction(data)]
+    if "part" in data["settings"]:
+        parts += [_table(HEADER, [_line(row) for row in data["rows"]]), _defaults(data), _negative(data)]
+        return "\n".join(part for part in parts if part)
     for section, title in SECTIONS.items():
         found = [row for row in data["rows"] if row["section"] == section]
         if found:
@@ -145,7 +166,8 @@ def text(data: dict[str, Any]) -> str:
 
 
 def table(data: dict[str, Any]) -> str:
-    """Bytes and noise of this package's formats and plans, for the page of all results."""
+    """Bytes and noise of this package's formats and plans, or of a part's cases, for the page of all results."""
+    part = data["settings"].get("part")
     lines = [
         [
             row["configuration"],
@@ -154,13 +176,11 @@ def table(data: dict[str, Any]) -> str:
             f"{row['figures']['psnr_db']['value']:.1f} dB",
         ]
         for row in data["rows"]
-        if row["failed"] is None and row["section"] in (FORMATS, PLANNER)
+        if row["failed"] is None and (part or row["section"] in (FORMATS, PLANNER))
     ]
     subject = _subject(data)
-    words = (
-        f"**The study** of the {subject.name} model; intervals, peers, other measures and what did not help: "
-        f"[{PAGE}]({PAGE})"
-    )
+    called = f"{subject.name} model" + (f", {part}" if part else "")
+    words = f"**The study** of the {called}; intervals, peers, other measures and what did not help: [{PAGE}]({PAGE})"
     return f"{words}\n\n" + markdown(["", "of fp16", "SQNR", "PSNR"], lines)
 
 
@@ -168,11 +188,15 @@ def _introduction(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {data[name]}" for name in ("torch", "diffusers") if data.get(name))
     commit = (data.get("commit") or "no commit")[:10]
     subject, count = _subject(data), data["settings"]["seed_sets"]
-    return INTRODUCTION.format(
+    part = data["settings"].get("part")
+    return (PART_INTRODUCTIONS[part] if part else INTRODUCTION).format(
         captions=data["settings"]["captions"],
         seed_sets=f"{count} set" + ("s" if count > 1 else ""),
         steps=data["settings"]["steps"],
-        command=_command(subject),
+        command=_command(subject, part),
+        name=subject.name,
+        anchor=subject.heading.lower().replace(" ", "-"),
+        sampled=SAMPLED,
         model=subject.words,
         heading=subject.heading,
         figure=subject.figure,

@@ -3,6 +3,7 @@
     pip install --no-deps -r benchmarks/requirements-peers.txt
     python -m benchmarks study                  # about half an hour on two cores; goes on where it was stopped
     python -m benchmarks study --model second   # the same of a transformer
+    python -m benchmarks study --part calibration   # the cases of one decision, all at this state
     python -m benchmarks study --report         # docs/study.md and its figures again, from the newest results alone
 
 Every case is measured on the same held-out captions, drawn from several sets of seeds, which neither calibration
@@ -33,7 +34,7 @@ from benchmarks.study.evaluation import Evaluation, Setup, prepare
 from benchmarks.study.inspect_model import inspect_model
 from benchmarks.study.own_plans import twice_computed
 from benchmarks.study.peers import NOT_INSTALLED, OURS
-from benchmarks.study.questions import as_records
+from benchmarks.study.questions import CALIBRATION_QUESTIONS, as_records, questions
 from benchmarks.study.samples import Samples, interval, measures_of, value
 from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
 from ldmq_kernels.files import check_place
@@ -41,6 +42,7 @@ from ldmq_kernels.files import check_place
 ROWS = results.ROOT / "build" / "study.jsonl"
 CAPTIONS, SEED_SETS = 24, 3
 QUICK_CAPTIONS, QUICK_STEPS = 4, 3
+PART_QUESTIONS = {"calibration": CALIBRATION_QUESTIONS}  # how the questions begin that a part of the study answers
 
 
 def measured(case: Case, setup: Setup, evaluation: Evaluation) -> dict[str, Any]:
@@ -137,6 +139,13 @@ def fitting(planned: list[Case], patterns: list[str]) -> list[Case]:
     return found
 
 
+def of_part(planned: list[Case], part: str) -> list[Case]:
+    """The cases that the questions of a part compare."""
+    asked = [question for question in questions() if question.what.startswith(PART_QUESTIONS[part])]
+    compared = {case for question in asked for case in question.options.values()}
+    return [case for case in planned if case.name in compared]
+
+
 def summary(found: list[dict[str, Any]]) -> dict[str, float | None]:
     """The figures that later measurements are compared with: SQNR of every case of this package."""
     return {
@@ -156,19 +165,22 @@ def write(
     """The results file: figures and answers, without the samples that they come from.
 
     Args:
+        settings: of the measurements; "part" where these are the cases of a part alone.
         commit: that the cases were measured at, which may be older than the tree is now.
     """
     samples = {row["name"]: Samples.from_json(row["samples"]) for row in found if row["failed"] is None}
     kept = [{k: v for k, v in row.items() if k not in ("samples", "layers", "key")} for row in found]
     questions = as_records(samples)
     record = machine() | {"commit": commit, "settings": settings, "float": float_figures, "questions": questions}
-    return results.keep(subject.results, [{"op": "unet", **row} for row in kept], summary(found), record)
+    kind = f"{subject.results}_{part}" if (part := settings.get("part")) else subject.results
+    return results.keep(kind, [{"op": "unet", **row} for row in kept], summary(found), record)
 
 
 def main(arguments: list[str]) -> None:
     """Run what is not measured yet, then write the results and the pages."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks study", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SUBJECTS, default=DEMO, help="which model it is made on")
+    parser.add_argument("--part", choices=PART_QUESTIONS, help="the cases of one decision; a results file of their own")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="cases whose words fit; may be repeated")
     parser.add_argument("--captions", type=int, default=CAPTIONS, help="held out; eights keep batches equal")
     parser.add_argument("--seed-sets", type=int, default=SEED_SETS, help="how often each caption is drawn")
@@ -182,6 +194,7 @@ def main(arguments: list[str]) -> None:
         print("written: " + ", ".join(map(str, report.write_newest(options.docs))))
         return
     planned = fitting(quick_cases() if options.quick else cases(subject.name), options.only or ["*"])
+    planned = of_part(planned, options.part) if options.part else planned
     os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # the numbers are the same, and nothing is timed here
     captions = QUICK_CAPTIONS if options.quick else options.captions
     settings = {
@@ -196,7 +209,8 @@ def main(arguments: list[str]) -> None:
     study = Study(options.rows, settings | {"model": subject.name}, console)
     setup, evaluation = prepare(subject, **settings, show=console.is_terminal)
     found = list(study.run(planned, setup, evaluation))
-    path = write(subject, found, study.settings, evaluation.float_figures, study.key["commit"])
+    part = {"part": options.part} if options.part else {}
+    path = write(subject, found, study.settings | part, evaluation.float_figures, study.key["commit"])
     pages = report.write_newest(options.docs)
     print("written: " + ", ".join(map(str, (path, *pages))))
     ours_failed = [row["name"] for row in found if row["failed"] and row["tool"] == OURS]

@@ -24,7 +24,7 @@ from benchmarks.study.peers import OURS, Quantization
 from benchmarks.study.samples import MEASURES, interval, value
 from benchmarks.study.subjects import DEMO, SUBJECTS
 from ldmq_kernels.calibration.calibrate import calibrate
-from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP
+from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, MODES
 from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.demo.models import build_unet
@@ -307,6 +307,24 @@ def test_the_pages_tell_every_case_and_what_did_not_help(tmp_path: Path) -> None
         written.append([path.read_bytes() for path in report.write([measured], folder)])
     assert written[0] == written[1]
     assert b"sdnq, as it comes" in written[0][1]
+
+
+def test_a_part_of_the_study_has_its_cases_and_its_question_alone(tmp_path: Path) -> None:
+    planned = run.of_part(cases.cases(), "calibration")
+    modes = {case.quantization.configuration for case in planned}
+    assert modes == {cases.words("w8a8-static", mode, how) for mode in MODES for how in ("plain", "searched")}
+    data = _data([case.name for case in planned])
+    data["settings"]["part"] = "calibration"
+    page = report.text(data)
+    assert "python -m benchmarks study --part calibration" in page
+    assert "## What the defaults should be" in page
+    assert "drawn steps against" in page
+    assert not {f"## {title}" for title in cases.SECTIONS.values()} & set(page.splitlines())
+    measured = tmp_path / "results.json"
+    measured.write_text(json.dumps(data))
+    assert report.write([measured], tmp_path / "docs") == [tmp_path / "docs" / report.PAGE]
+    for case in planned:
+        assert f"| {case.quantization.configuration} |" in report.table(data)
 
 
 def test_one_seed_set_has_no_distance_to_another() -> None:
