@@ -86,10 +86,14 @@ class ProductHandle:
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
+        self._before = layer.__dict__.get("_conv_forward")  # what tiling, for one, has put there
 
     def remove(self) -> None:
         """Watch no longer."""
-        del self._layer._conv_forward
+        if self._before is None:
+            del self._layer._conv_forward
+        else:
+            self._layer._conv_forward = self._before
 
 
 def watch_product(layer: Any, hook: Callable[..., Tensor | None]) -> Any:
@@ -110,8 +114,9 @@ def watch_product(layer: Any, hook: Callable[..., Tensor | None]) -> Any:
         given = hook(layer, (x,), {}, output)
         return output if given is None else given
 
+    handle = ProductHandle(layer)
     layer._conv_forward = watched
-    return ProductHandle(layer)
+    return handle
 
 
 def own_computation(layer: nn.Module) -> str:

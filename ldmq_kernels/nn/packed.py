@@ -258,4 +258,5 @@ def unpacked(model: M) -> Iterator[M]:
         yield model
     finally:
         for layer in layers:
-            layer.pack()
+            if layer.packed_weight is None:  # moving the model inside the block has packed it
+                layer.pack()

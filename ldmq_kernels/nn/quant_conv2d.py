@@ -62,7 +62,7 @@ class QuantConv2d(QuantConvolution, nn.Conv2d):
         if not self.scheme.quantizes or self.has_own_convolution:
             return nn.Conv2d.forward(self, x)
         shape = x.shape
-        if shape[-3] != self.in_channels or x.dtype not in ACTIVATION_DTYPES:
+        if not 3 <= len(shape) <= 4 or shape[-3] != self.in_channels or x.dtype not in ACTIVATION_DTYPES:
             self.refuse(x, self.in_channels)
         if len(shape) == 3:
             return QuantConv2d.forward(self, x.unsqueeze(0)).squeeze(0)

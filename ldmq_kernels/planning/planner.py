@@ -104,7 +104,7 @@ def open_session(pipe: Any, request: PlanRequest) -> Session:
         times=measure_layers(model, analysis, show=request.show) if request.needs_times else None,
         hybrid=request.hybrid,
         verified_on=verified_on,
-        part=None if denoiser_name(pipe) == next(iter(denoisers(pipe))) else denoiser_name(pipe),
+        part=None if denoiser_name(pipe) == next(iter(denoisers(pipe)), None) else denoiser_name(pipe),
         ends=end_check(pipe, request, analysis) if request.ends else None,
     )
 
@@ -242,7 +242,7 @@ def plan(
         target_bytes: most bytes of the UNet's quantizable weights.
         target_milliseconds: most time of one UNet call for one picture on the pipeline's device.
         target_layers: most layers that may stay in 16 bit.
-        formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic and split.
+        formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic, split and rotated.
         calibration_mode: "first-step" (the paper's single sampling step), "sampled-steps" (four, spread evenly),
             "drawn-steps" (four, from a normal distribution) or "all-steps": which steps a static range starts
             from. The search widens it where the analysed trajectory shows more.

@@ -159,8 +159,9 @@ class Plan:
             PlanError: the plan does not fit the model.
         """
         rounded = replace(self, details={name: dict(entry) for name, entry in self.details.items()})
+        quantizable = quantizable_layers(model)
         for name, layer_plan in self.layers(model).items():
-            if layer_plan.scheme.quantizes and getattr(model.get_submodule(name), "groups", 1) == 1:
+            if layer_plan.scheme.quantizes and getattr(quantizable[name], "groups", 1) == 1:
                 rounded.details.setdefault(name, {})["rounding"] = "gptq"
         return rounded
 

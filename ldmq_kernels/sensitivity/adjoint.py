@@ -101,7 +101,7 @@ def _spread_over(run: Sequence[EndCall], count: int) -> list[EndCall]:
     kept = []
     for place, row in zip(places, np.eye(len(places)), strict=True):
         share = torch.from_numpy(np.interp(every, places, row))[:, None]
-        times = size / size[place]
+        times = torch.where(size[place] > 0, size / size[place], 0.0)  # 0: a call that the end does not depend on
         weights = CallWeights((share * times).sum(0), (share * times.square()).sum(0))
         kept.append(replace(run[place], weights=weights))
     return kept

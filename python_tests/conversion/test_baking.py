@@ -104,5 +104,15 @@ def test_what_depends_on_the_input_is_refused_and_nothing_is_changed() -> None:
     assert type(model[0]) is ModulatedConv2d
     with pytest.raises(ConversionError, match=r"0: the weight of this ModulatedConv2d has shape \(4, 3, 3\)"):
         ldmq.bake(model, {ModulatedConv2d: lambda layer: layer.weight[0]})
+    with pytest.raises(ConversionError, match="0: a ModulatedConv2d computes something else"):
+        ldmq.bake(model, {ModulatedConv2d: lambda layer: layer.weight * torch.nan})
     with pytest.raises(ConversionError, match="Haar is neither a linear nor a convolution"):
         ldmq.bake(model, {Haar: lambda layer: layer.kernel})
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_another_tensor_than_a_weight_keeps_its_norm() -> None:
+    recurrent = nn.utils.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
+    model = ldmq.bake(nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), recurrent))
+    assert {*model[0]._parameters} == {"weight", "bias"}
+    assert hasattr(recurrent, "weight_hh_l0_g")

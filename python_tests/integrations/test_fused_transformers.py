@@ -156,6 +156,34 @@ def test_a_wan_block_takes_a_time_for_each_token() -> None:
     assert served(lambda: run(model, call))["layer_norm_quantize"] == 3
 
 
+def test_a_wan_block_takes_one_time_for_each_token_of_all_samples() -> None:
+    model, _ = quantized("wan", "w8a8-dynamic")
+    block: Any = model.blocks[0]
+    width = block.scale_shift_table.shape[-1]
+    torch.manual_seed(0)
+    x, text, temb = torch.randn(2, 12, width), torch.randn(2, 5, width), torch.randn(1, 12, 6, width)
+    rotary = [torch.ones(1, 12, 1, width // block.attn1.heads) for _ in range(2)]
+    out = run_block(unfused(block), x, text, temb, rotary)
+    assert float(sqnr_db(out, run_block(block, x, text, temb, rotary))) > NEAR
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, *arguments: Any) -> Tensor:
+    out: Tensor = block(*arguments)
+    return out
+
+
+def test_an_empty_batch_gives_an_empty_output() -> None:
+    model, call = quantized("sd3", "w8a8-dynamic")  # diffusers' own code refuses one of the others
+    samples = call["hidden_states"].shape[0]
+    shape = run(model, call).shape
+    empty = {
+        key: value[:0] if isinstance(value, Tensor) and len(value) == samples and "ids" not in key else value
+        for key, value in call.items()
+    }
+    assert run(model, empty).shape == (0, *shape[1:])
+
+
 @pytest.mark.parametrize("name", OF_OWN_FUSED_BLOCKS)
 def test_gradients_pass_through_a_block_layer_by_layer(name: str) -> None:
     model, call = quantized(name, "w8a8-dynamic")

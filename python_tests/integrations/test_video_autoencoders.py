@@ -136,6 +136,18 @@ def test_what_is_watched_is_the_product_of_the_prepared_input() -> None:
         assert ldmq.sqnr_db(product_of_layer(quantized, prepared), out) > FLOOR_DB
 
 
+def test_what_replaced_the_product_is_watched_and_kept() -> None:
+    layer, _, x = causal()
+    with torch.no_grad():
+        layer._conv_forward = lambda x, weight, bias: nn.functional.conv3d(x, weight) * 2  # as tiling does
+        wanted, seen = layer(x), []
+        handle = watch_product(layer, lambda _layer, _args, _kwargs, output: seen.append(output))
+        layer(x)
+        handle.remove()
+        assert torch.equal(seen[0], wanted)
+        assert torch.equal(layer(x), wanted)
+
+
 def test_a_plan_from_before_such_layers_had_schemes_leaves_them_in_float(tmp_path: Path) -> None:
     model = made(wan)
     plan = uniform_plan(model, "w8a8-dynamic")

@@ -81,6 +81,13 @@ def test_a_modulation_whose_runs_do_not_divide_the_rows_is_refused(backend: Back
             backend.call("layer_norm_quantize", torch.randn(3, 20), None, None, NORM_EPS, None, None, modulation, None)
 
 
+@pytest.mark.parametrize("runs", [0, 1])
+def test_an_empty_batch_has_a_modulation_of_no_rows_or_of_one(backend: Backend, runs: int) -> None:
+    x, modulation = torch.randn(0, 5, 20), torch.randn(runs, 1, 20)
+    q, scale = backend.call("layer_norm_quantize", x, None, None, NORM_EPS, None, None, modulation, modulation)
+    assert (q.shape, q.dtype, scale.shape) == (x.shape, torch.int8, (0, 5))
+
+
 @pytest.mark.parametrize("channels", [20, 960])
 def test_a_small_variance_about_a_large_mean_is_found(backend: Backend, channels: int) -> None:
     """The mean of the squares less the square of the mean would have no digit of it."""

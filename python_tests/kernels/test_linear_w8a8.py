@@ -99,6 +99,13 @@ def test_a_gate_of_other_rows_is_refused(backend: Backend) -> None:
             backend.call("linear_w8a8", x, ONE, weight, torch.ones(16), None, None, torch.float32, gate)
 
 
+@pytest.mark.parametrize("runs", [0, 1])
+def test_an_empty_batch_has_a_gate_of_no_rows_or_of_one(backend: Backend, runs: int) -> None:
+    x, weight, gate = random_int8(0, 5, 32), random_int8(16, 32), torch.randn(runs, 1, 16)
+    out = backend.call("linear_w8a8", x, ONE, weight, torch.ones(16), None, None, torch.float16, gate)
+    assert (out.shape, out.dtype) == ((0, 5, 16), torch.float16)
+
+
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 3, 5), (2, 1, 3, 2)])
 def test_tokens_may_have_any_number_of_axes(backend: Backend, batch: tuple[int, ...]) -> None:
     x, weight, weight_scale = random_int8(*batch, 32), random_int8(20, 32), random_scale(20)

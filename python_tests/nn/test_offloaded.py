@@ -77,4 +77,7 @@ def test_a_model_whose_weights_are_packed_is_exported_and_saved_unpacked(
         torch.export.save(program, tmp_path / "model.pt2")
     assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x, 1.0), wanted)
     assert model.linear.packed_weight.is_mkldnn
+    with unpacked(model):
+        model.to("cpu")  # which packs what is moved
+    assert model.linear.packed_weight.is_mkldnn
     assert torch.equal(model.linear.plain_weight, stored)

@@ -45,6 +45,15 @@ def test_a_convolution_takes_its_own_channels_alone(scheme: str, kernel: int) ->
     assert layer(torch.randn(66, 3, 4)).shape[0] == 20
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a16"])
+def test_a_convolution_takes_a_picture_or_a_batch_of_them(scheme: str, kernel: int) -> None:
+    layer = quantized(nn.Conv2d(8, 4, kernel), scheme)
+    for shape in ((8,), (8, 5), (2, 3, 8, 5, 5)):
+        with pytest.raises(ValueError, match=rf"a layer \({scheme} conv2d\) is given an input of shape"):
+            layer(torch.randn(shape))
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_integers_and_eight_bit_floats_are_no_activations(scheme: str, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,3 +125,19 @@ def test_a_recorded_call_runs_in_the_dtype_that_the_pipeline_had(overflowing: Au
         recorded = output_tensor(overflowing(torch.zeros(1, 3, 16, 16), **{WHICH: "encode"}))
         assert recorded.shape == (1, 8, 8, 8)
     assert {parameter.dtype for parameter in overflowing.parameters()} == {torch.float16}
+
+
+def test_a_pipeline_that_only_decodes_is_planned() -> None:
+    class Decoding:
+        def __init__(self) -> None:
+            self.vae = AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=4).eval()
+
+        def __call__(self, latents: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(images=decoded(self.vae, latents))
+
+    pipe, formats = Decoding(), ["w8a8-dynamic", "fp16"]
+    calls = [{"latents": torch.randn(1, 4, 4, 4)} for _ in range(2)]
+    plan = ldmq.plan(pipe, calls=calls, part="vae", target_sqnr_db=20, formats=formats, show_progress=False)
+    assert plan.model["part"] == "vae"
+    ldmq.quantize(pipe, plan)
+    assert summarize(pipe.vae).quantized_convolutions > 0

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch import nn
 
 from ldmq_kernels.numerics.formats import FORMER_NAMES, SCHEMES
 from ldmq_kernels.plans.layers import fingerprint
@@ -221,6 +222,12 @@ def test_gptq_is_asked_for_every_weight_that_is_quantized_and_known_to_its_layer
     assert rounded.details[LINEAR] == {"first_token": True, "rounding": "gptq"}
     assert rounded.needs_inputs
     assert plan.to_dict() == before
+
+
+def test_gptq_is_not_asked_for_a_grouped_convolution_below_an_adapter():
+    model, adapter = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3)), nn.Module()
+    adapter.base_layer, model[0] = model[0], adapter
+    assert list(uniform_plan(model, "w8a8-dynamic").with_gptq(model).details) == ["1"]
 
 
 def test_a_config_leaves_out_vectors_and_texts_but_names_who_has_them(unet):

@@ -103,6 +103,14 @@ def test_runs_at_several_settings_are_thinned_each_by_itself() -> None:
     assert [float(c.weights.amplitude) for c in both.calls] == [10.5, 10.5, 1.5, 1.5]
 
 
+def test_a_call_that_does_not_reach_the_end_counts_for_nothing() -> None:
+    whole = _ends()
+    unseen = replace(whole.calls[0], adjoints=torch.zeros_like(whole.calls[0].adjoints))  # as where all is clipped
+    first, last = replace(whole, calls=[unseen, *whole.calls[1:]]).thinned(2).calls
+    assert (float(first.weights.amplitude), float(first.weights.power)) == (0.0, 0.0)
+    assert float(last.weights.amplitude) == 10.5
+
+
 def test_a_row_for_all_pictures_counts_once_in_all() -> None:
     ends = _ends()
     record = EndRecord(0, ends.calls[0].weights, EACH_ROW[:1], [torch.ones(1, 3)], ())

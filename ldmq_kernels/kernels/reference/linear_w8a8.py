@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.reference.producers import in_runs
+
 
 def linear_w8a8(
     x_q: Tensor,
@@ -24,7 +26,7 @@ def linear_w8a8(
         out = out + bias.float()
     if gate is not None:
         rows = gate.reshape(-1, 1, gate.shape[-1])
-        out = (out.reshape(len(rows), -1, out.shape[-1]) * rows.float()).reshape(out.shape)
+        out = (in_runs(out, rows) * rows.float()).reshape(out.shape)
     if residual is not None:
         out = out + residual.float()
     return out.to(out_dtype)

@@ -21,11 +21,17 @@ def quantize_tokens(y: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | No
     return quantize_per_token(y, inv_smooth)
 
 
+def in_runs(y: Tensor, terms: Tensor) -> Tensor:
+    """y (..., C) as one run of rows for each of the terms (runs, 1, C); no row at all is a run of any number."""
+    rows = y.numel() // max(1, y.shape[-1])
+    return y.reshape(len(terms), rows // max(1, len(terms)), y.shape[-1])
+
+
 def modulated(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """y * (1 + scale) + shift in float32, where there are such: (..., C) each, one row for an equal run of y's."""
     rows = [None if term is None else term.float().reshape(-1, 1, term.shape[-1]) for term in (scale, shift)]
     for term, is_factor in zip(rows, (True, False), strict=True):
         if term is not None:
-            runs = y.reshape(len(term), -1, y.shape[-1])
+            runs = in_runs(y, term)
             y = (runs * (1 + term) if is_factor else runs + term).reshape(y.shape)
     return y

@@ -12,6 +12,7 @@ import triton.language as tl
 
 ROWS_IN_A_BAND = tl.constexpr(8)
 STORED_COLUMNS = tl.constexpr(64)  # of one slice of a tile in the epilogue
+GATED_COLUMNS = tl.constexpr(32)  # the same with a gate, whose values take registers beside the residual's
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def store_tile(
     gate_rows: tl.tensor = 1,  # that share a row of the gate
 ) -> None:
     """Store a tile with its epilogue, or split-K's partial sums, slice by slice: few registers are left for it."""
-    if accumulator.shape[1] > STORED_COLUMNS:
+    if accumulator.shape[1] > (STORED_COLUMNS if gate_ptr is None else GATED_COLUMNS):
         left, right = halves(accumulator)
         second = first_column + right.shape[1]
         store_tile(

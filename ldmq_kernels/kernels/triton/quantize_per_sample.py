@@ -98,6 +98,8 @@ def quantize_pictures(x: Tensor, inv_smooth: Tensor | None, rotated: int) -> tup
     pixels = height * width
     factor = factors(None, inv_smooth, channels)
     parts = parts_of_samples(samples, pixels, channels)
+    if rotated > 1:  # sums of pairs hold a tile twice in registers
+        parts.tile["BLOCK_M"] = max(1, parts.tile["BLOCK_M"] // 2)
     tile, programs = sample_tile(samples, pixels, channels)
     maxima = torch.empty((samples, parts.count * parts.column_blocks), dtype=torch.float32, device=x.device)
     with on_device(x):

@@ -59,8 +59,9 @@ class FusedWanTransformerBlock(SharesProjections, WanTransformerBlock):
         self.look_again(hidden_states)
         x, text = hidden_states, encoder_hidden_states
         table = self.scale_shift_table
-        if temb.ndim == 4:  # of each token
-            terms = [term.squeeze(2) for term in (table.unsqueeze(0) + temb.float()).chunk(6, dim=2)]
+        if temb.ndim == 4:  # of each token, of each sample or of all
+            terms_of = (table.unsqueeze(0) + temb.float()).expand(len(x), -1, -1, -1)
+            terms = [term.squeeze(2) for term in terms_of.chunk(6, dim=2)]
         else:
             terms = [*(table + temb.float()).chunk(6, dim=1)]
         x = self._self_attention(x, terms, rotary_emb)
