@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from ldmq_kernels.cli.bench.command import bench as bench_command
+from ldmq_kernels.cli.exporting import export as export_command
 from ldmq_kernels.cli.options import (
     DEFAULT_FORMATS,
     BaseModel,
@@ -44,6 +45,7 @@ from ldmq_kernels.cli.options import (
     TargetMs,
     TargetPsnr,
     Times,
+    Variant,
     Width,
     WorkDir,
     at_home,
@@ -168,6 +170,7 @@ def plan(
     scheduler: Scheduler = None,
     settings: SettingsFile = None,
     dtype: Dtype = "float32",
+    variant: Variant = None,
     work: WorkDir = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -181,13 +184,14 @@ def plan(
     """
     from ldmq_kernels.cli.calls import drawn
     from ldmq_kernels.cli.method import preview, run_pareto, run_plan, target_of
+    from ldmq_kernels.cli.models import Loading
     from ldmq_kernels.planning.request import PlanRequest
 
     limits = (target_sqnr, target_bytes, target_ms, target_layers, target_latent, target_psnr)
     if pareto and any(limit is not None for limit in limits):
         raise typer.BadParameter("give either --pareto or targets: a Pareto front holds plans for all of them")
     target = None if pareto else target_of(*limits)
-    place = require_out(out, dry_run=dry_run)
+    place, how = require_out(out, dry_run=dry_run), Loading(dtype, variant)
     request = PlanRequest(
         drawn(model, prompts, calls),
         target,
@@ -202,11 +206,11 @@ def plan(
         show=True,
     )
     if dry_run:
-        preview(model, request)
+        preview(model, request, how)
     elif pareto:
-        run_pareto(model, request, place, dtype)
+        run_pareto(model, request, place, how)
     else:
-        run_plan(model, request, place, dtype)
+        run_plan(model, request, place, how)
 
 
 @app.command()
@@ -233,6 +237,7 @@ def quantize(
     scheduler: Scheduler = None,
     settings: SettingsFile = None,
     dtype: Dtype = "float32",
+    variant: Variant = None,
     work: WorkDir = None,
     base_model: BaseModel = None,
     pictures: Pictures = 0,
@@ -246,9 +251,10 @@ def quantize(
     """
     from ldmq_kernels.cli.calls import drawn
     from ldmq_kernels.cli.method import quantize_by_plan, quantize_by_prompts, target_of
+    from ldmq_kernels.cli.models import Loading
     from ldmq_kernels.planning.request import PlanRequest
 
-    place = require_out(out, dry_run=dry_run)
+    place, how = require_out(out, dry_run=dry_run), Loading(dtype, variant)
     has_target = any(db is not None for db in (target_sqnr, target_latent, target_psnr))
     if plan is not None:
         if prompts is not None or calls is not None or has_target:
@@ -257,7 +263,7 @@ def quantize(
             raise typer.BadParameter("--work keeps an analysis, and --plan needs none: leave --work out")
         if pictures:
             raise typer.BadParameter("--pictures draws held-out prompts, and --plan has none: leave --pictures out")
-        quantize_by_plan(model, plan, place, dtype, dry_run=dry_run, base_model=base_model)
+        quantize_by_plan(model, plan, place, how, dry_run=dry_run, base_model=base_model)
         return
     if (prompts is None and calls is None) or not has_target:
         raise typer.BadParameter("give --plan FILE, or --prompts or --calls FILE with --target-sqnr DB or the like")
@@ -271,7 +277,7 @@ def quantize(
         work_dir=work,
         show=True,
     )
-    quantize_by_prompts(model, request, place, dtype, dry_run=dry_run, base_model=base_model, pictures=pictures)
+    quantize_by_prompts(model, request, place, how, dry_run=dry_run, base_model=base_model, pictures=pictures)
 
 
 @app.command()
@@ -308,11 +314,13 @@ def analyze(
     scheduler: Scheduler = None,
     settings: SettingsFile = None,
     dtype: Dtype = "float32",
+    variant: Variant = None,
     work: WorkDir = None,
 ) -> None:
     """Measure what quantizing each layer of MODEL does to its output, and show it on a page."""
     from ldmq_kernels.cli.calls import drawn
     from ldmq_kernels.cli.method import run_analyze, target_of
+    from ldmq_kernels.cli.models import Loading
     from ldmq_kernels.planning.request import PlanRequest
 
     if target_sqnr is None and target_latent is None and target_psnr is None:
@@ -327,7 +335,7 @@ def analyze(
         work_dir=work,
         show=True,
     )
-    run_analyze(model, request, out, dtype, with_pareto=pareto)
+    run_analyze(model, request, out, Loading(dtype, variant), with_pareto=pareto)
 
 
 @app.command()
@@ -348,6 +356,7 @@ def check(
     scheduler: Scheduler = None,
     settings: SettingsFile = None,
     dtype: Dtype = "float32",
+    variant: Variant = None,
 ) -> None:
     """Find which layers' calibrated ranges clip where MODEL draws at other settings than --plan was made for.
 
@@ -357,34 +366,13 @@ def check(
     """
     from ldmq_kernels.cli.calls import drawn
     from ldmq_kernels.cli.clipping import run_check
+    from ldmq_kernels.cli.models import Loading
 
     given = sampling(steps, guidance, seed, height, width, prompts, scheduler, settings)
-    run_check(model, plan, drawn(model, prompts, calls), given, out, dtype)
+    run_check(model, plan, drawn(model, prompts, calls), given, out, Loading(dtype, variant))
 
 
-@app.command()
-def export(
-    model: Model,
-    out: Annotated[
-        Path,
-        typer.Option(help="Where to write the safetensors file, over an older one of this command.", callback=at_home),
-    ],
-    comfyui: Annotated[
-        bool, typer.Option("--comfyui", help="For ComfyUI: its int8 linears, and all else in floating point.")
-    ] = False,
-    own_layers: Annotated[
-        bool,
-        typer.Option("--own-layers", help="All layers as they are, convolutions too, for the nodes in comfyui/."),
-    ] = False,
-) -> None:
-    """Write the UNet of MODEL, which `ldmq quantize` made, for another program."""
-    from ldmq_kernels.cli.export import run_export
-
-    if not comfyui:
-        raise typer.BadParameter("say for which program: --comfyui")
-    run_export(model, out, own_layers=own_layers)
-
-
+app.command("export")(export_command)
 app.command("bench")(bench_command)
 app.command("serve")(serve_command)
 

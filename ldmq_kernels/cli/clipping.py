@@ -12,7 +12,7 @@ from ldmq_kernels.calibration.denoisers import chosen, denoiser
 from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.calibration.settings import SamplingSettings, recorded
 from ldmq_kernels.cli.fitted import Column, output_console, print_fitted, say
-from ldmq_kernels.cli.models import load_pipeline
+from ldmq_kernels.cli.models import Loading, load_pipeline
 from ldmq_kernels.conversion.hessian import RecordedHessians
 from ldmq_kernels.files import printable
 from ldmq_kernels.planning.evaluate import measure_plan
@@ -27,12 +27,12 @@ def run_check(
     drawn: Sequence[Call],
     settings: Sequence[SamplingSettings],
     out: Path | None,
-    dtype: str,
+    how: Loading,
 ) -> None:
     """Print what clips, and the SQNR of the plan at each setting; with `out`, write the mended plan, measured too."""
     plan = Plan.load(plan_file)
     with contextlib.nullcontext() if out is None else plan_output(out) as write:
-        pipe = load_pipeline(model, dtype)
+        pipe = load_pipeline(model, how)
         found = observe_clipping(pipe, plan, drawn, settings, show=True)
         _print(found)
         mended = unclip(plan, found)

@@ -16,10 +16,11 @@ import ldmq_kernels
 from ldmq_kernels.calibration.denoisers import chosen, denoiser
 from ldmq_kernels.calibration.drawings import described
 from ldmq_kernels.cli.fitted import say
-from ldmq_kernels.cli.models import is_pipeline, load, load_pipeline, load_structure, to_stored_dtype
+from ldmq_kernels.cli.models import Loading, is_pipeline, load, load_pipeline, load_structure, to_stored_dtype
 from ldmq_kernels.conversion import Summary, quantize, summarize
 from ldmq_kernels.conversion.left_in_float import lines_of
 from ldmq_kernels.files import output_folder, printable, write_whole
+from ldmq_kernels.files.variants import chosen_variant
 from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
 from ldmq_kernels.planning.assignment import MOST_DB
@@ -71,12 +72,13 @@ def target_of(
         raise typer.BadParameter(str(error)) from None
 
 
-def preview(model: Path, request: PlanRequest) -> None:
+def preview(model: Path, request: PlanRequest, how: Loading) -> None:
     """Print what each scheme would make of the model; nothing runs and nothing is written."""
     from rich.table import Table
     from rich.text import Text
 
     schemes = [s for s in parse_schemes(request.schemes) if s.quantizes]
+    chosen_variant(model, how.variant)
     layers = quantizable_layers(load_structure(model, request.part)).values()
     what = "prompts" if all(isinstance(call, str) for call in request.drawn) else "calls"
     counted = f"weights of all quantizable layers, before planning on {len(request.drawn)} {what}"
@@ -95,17 +97,17 @@ def preview(model: Path, request: PlanRequest) -> None:
     console.print("A plan mixes these to meet the target; nothing was written.")
 
 
-def run_plan(model: Path, request: PlanRequest, out: Path, dtype: str) -> None:
+def run_plan(model: Path, request: PlanRequest, out: Path, how: Loading) -> None:
     """Make a plan and write it."""
     with plan_output(out) as write:
-        pipe = load_pipeline(model, dtype)
+        pipe = load_pipeline(model, how)
         result = make_plan(pipe, request)
         write(result.plan)
     _print_summary(summarize(denoiser(chosen(pipe, request.part)), result.plan))
     say(f"{_reached(result.plan)}\nwritten to {printable(out)}")
 
 
-def run_pareto(model: Path, request: PlanRequest, out: Path, dtype: str) -> None:
+def run_pareto(model: Path, request: PlanRequest, out: Path, how: Loading) -> None:
     """Make plans of all sizes, print them as a table, and write them with a table of numbers and a picture."""
     from ldmq_kernels.report.pareto import pareto_csv, pareto_picture
 
@@ -116,7 +118,7 @@ def run_pareto(model: Path, request: PlanRequest, out: Path, dtype: str) -> None
         write_whole(folder / "pareto.svg", pareto_picture(points).encode())
 
     with output_folder(out) as write:
-        session = open_session(load_pipeline(model, dtype), request)
+        session = open_session(load_pipeline(model, how), request)
         points = pareto_front(session, axis="milliseconds" if request.time_layers else "bytes", show=request.show)
         write(fill)
     console.print(_pareto_table(points, session.measure, session.verified_on))
@@ -163,26 +165,27 @@ def _print_summary(summary: Summary) -> None:
 
 
 def quantize_by_plan(
-    model: Path, plan_file: Path, out: Path, dtype: str, *, dry_run: bool, base_model: str | None = None
+    model: Path, plan_file: Path, out: Path, how: Loading, *, dry_run: bool, base_model: str | None = None
 ) -> None:
     """Quantize a pipeline or a model alone as a plan file says."""
     plan = Plan.load(plan_file)
     structure = load_structure(model, plan.model.get("part") if is_pipeline(model) else None)
     _print_summary(summarize(structure, plan))
     if dry_run:
+        chosen_variant(model, how.variant)
         console.print("nothing was written")
         return
     with output_folder(out) as write:
-        loaded = load(model, dtype)
+        loaded = load(model, how)
         quantize(loaded, plan)
-        _save(loaded, model, out, write, base_model)
+        _save(loaded, model, how, out, write, base_model)
 
 
 def quantize_by_prompts(
     model: Path,
     request: PlanRequest,
     out: Path,
-    dtype: str,
+    how: Loading,
     *,
     dry_run: bool,
     base_model: str | None = None,
@@ -190,20 +193,20 @@ def quantize_by_prompts(
 ) -> None:
     """Make a plan and quantize the pipeline by it; the card shows so many held-out prompts, float and quantized."""
     if dry_run:
-        _planned(model, request, dtype)
+        _planned(model, request, how)
         console.print("nothing was written")
         return
     with output_folder(out) as write:
-        pipe, plan = _planned(model, request, dtype)
+        pipe, plan = _planned(model, request, how)
         pairs = _quantize_between_pictures(pipe, request, plan, pictures) if pictures else None
         if pairs is None:
             _quantize(pipe, request, plan)
-        _save(pipe, model, out, write, base_model, pairs)
+        _save(pipe, model, how, out, write, base_model, pairs)
 
 
-def _planned(model: Path, request: PlanRequest, dtype: str) -> tuple[Any, Plan]:
+def _planned(model: Path, request: PlanRequest, how: Loading) -> tuple[Any, Plan]:
     """The float pipeline and its plan, which is shown."""
-    pipe = load_pipeline(model, dtype)
+    pipe = load_pipeline(model, how)
     result = make_plan(pipe, request)
     _print_summary(summarize(denoiser(chosen(pipe, request.part)), result.plan))
     console.print(_reached(result.plan))
@@ -232,6 +235,7 @@ def _quantize_between_pictures(pipe: Any, request: PlanRequest, plan: Plan, coun
 def _save(
     loaded: Any,
     model: Path,
+    how: Loading,
     out: Path,
     write: Callable[[Fill], None],
     base_model: str | None,
@@ -245,7 +249,7 @@ def _save(
         from ldmq_kernels.report.side_by_side import side_by_side
 
         png = side_by_side(pairs)
-    to_stored_dtype(loaded, model)
+    to_stored_dtype(loaded, model, how.variant)
 
     def fill(folder: Path) -> None:
         loaded.save_pretrained(folder)
@@ -257,7 +261,7 @@ def _save(
         say("its README.md names no base model: give --base-model OWNER/NAME, or write it there before publishing")
 
 
-def run_analyze(model: Path, request: PlanRequest, out: Path, dtype: str, *, with_pareto: bool) -> None:
+def run_analyze(model: Path, request: PlanRequest, out: Path, how: Loading, *, with_pareto: bool) -> None:
     """Measure, plan, draw before and after, and write the page and the table of layers.
 
     Where the formats cannot reach the target, the page has no plan and says so.
@@ -275,7 +279,7 @@ def run_analyze(model: Path, request: PlanRequest, out: Path, dtype: str, *, wit
             plan.save(folder / "plan.json")
 
     with output_folder(out) as write:
-        pipe = load_pipeline(model, dtype)
+        pipe = load_pipeline(model, how)
         planned = chosen(pipe, request.part)
         session = open_session(pipe, request)
         analysis = session.analysis

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,30 @@ from torch import nn
 from ldmq_kernels.calibration.denoisers import DENOISERS, OTHERS
 from ldmq_kernels.cli.quiet import quiet_libraries
 from ldmq_kernels.files import NotJsonError, alias_in_ascii, printable, read_json
+from ldmq_kernels.files.variants import PIPELINE_FILE, chosen_variant, weights_of
 
-PIPELINE_FILE, MODEL_FILE = "model_index.json", "config.json"
+MODEL_FILE = "config.json"
 # str.splitlines parts lines at these too; a byte order mark is no letter
 _IN_A_LINE = {ord(mark): " " for mark in "\v\f\x1c\x1d\x1e\x85\u2028\u2029"} | {0xFEFF: None}
-# a file of weights: plain, of a variant as model.fp16.safetensors, or a shard of either
-WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
-)
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class ModelError(ValueError):
     """A directory that is not a model which the command can take."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the weights of a directory are loaded.
+
+    Attributes:
+        dtype: float32, bfloat16 or float16, to compute in.
+        variant: of the files that are loaded, such as fp16 for *.fp16.safetensors; None for plain ones, or the only
+            variant that is there.
+    """
+
+    dtype: str = "float32"
+    variant: str | None = None
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -152,20 +163,20 @@ def load_structure(folder: Path, part_name: str | None = None) -> nn.Module:
     return model
 
 
-def load(folder: Path, dtype: str) -> Any:
+def load(folder: Path, how: Loading) -> Any:
     """A pipeline, or the model alone where that is what the directory holds, on the best device.
 
-    Where weights are there as one variant only, as a download of it leaves them, that is taken.
-
     Raises:
-        ModelError: as `denoiser_folder`, diffusers cannot load it, or its weights are several variants and no other.
+        ModelError: as `denoiser_folder`, or diffusers cannot load it.
+        VariantError: as `chosen_variant`.
     """
     quiet_libraries()
     import diffusers
 
     part = denoiser_folder(folder)
     kind = diffusers.DiffusionPipeline if is_pipeline(folder) else _model_class(part)
-    chosen = {"torch_dtype": getattr(torch, dtype), "variant": _needed_variant(folder), "local_files_only": True}
+    variant = chosen_variant(folder, how.variant)
+    chosen = {"torch_dtype": getattr(torch, how.dtype), "variant": variant, "local_files_only": True}
     try:
         with alias_in_ascii(folder) as place:
             loaded: Any = kind.from_pretrained(place, **chosen)
@@ -176,7 +187,7 @@ def load(folder: Path, dtype: str) -> Any:
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_pipeline(folder: Path, dtype: str) -> Any:
+def load_pipeline(folder: Path, how: Loading) -> Any:
     """A pipeline that can draw.
 
     Raises:
@@ -188,7 +199,7 @@ def load_pipeline(folder: Path, dtype: str) -> Any:
             f"{folder} is a model alone: planning draws pictures, give the whole pipeline's directory "
             "(`ldmq quantize --plan` takes a model alone)"
         )
-    return load(folder, dtype)
+    return load(folder, how)
 
 
 def _stored_dtypes(file: Path) -> Iterator[torch.dtype]:
@@ -203,35 +214,9 @@ def _stored_dtypes(file: Path) -> Iterator[torch.dtype]:
     yield from (STORED_DTYPES[name] for name in names if name in STORED_DTYPES)
 
 
-def _weights(folder: Path) -> dict[str | None, list[Path]]:
-    """The files of weights in a part's folder, by variant; those of none at None."""
-    found: dict[str | None, list[Path]] = {}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = WEIGHTS.fullmatch(file.name)
-        if match is not None:
-            found.setdefault(match["variant"], []).append(file)
-    return found
-
-
-def _needed_variant(folder: Path) -> str | None:
-    """The variant without which a part of the directory has no weights; None where each has plain ones."""
-    parts = [folder / name for name in _read_config(folder / PIPELINE_FILE)] if is_pipeline(folder) else [folder]
-    lacking = {part: set(found) for part in parts if (found := _weights(part)) and None not in found}
-    if not lacking:
-        return None
-    common = set.intersection(*lacking.values())
-    if len(common) != 1:
-        listed = "; ".join(f"{part.name} {', '.join(sorted(map(str, found)))}" for part, found in lacking.items())
-        raise ModelError(
-            f"{printable(folder)} holds weights as variants alone, and not as one for all parts ({listed}): keep the "
-            "files of one variant"
-        )
-    return common.pop()
-
-
 def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
     """The float dtype of what diffusers loads from a folder: the variant where it is, *.safetensors before *.bin."""
-    by_variant = _weights(folder)
+    by_variant = weights_of(folder)
     candidates = by_variant.get(variant) or by_variant.get(None, [])
     for ending in (".safetensors", ".bin"):
         files = [file for file in candidates if file.suffix == ending]
@@ -242,9 +227,9 @@ def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
     return None
 
 
-def to_stored_dtype(loaded: Any, folder: Path) -> None:
+def to_stored_dtype(loaded: Any, folder: Path, variant: str | None) -> None:
     """Bring every part back to the dtype that its directory stores, so that saving does not widen it."""
-    parts, variant = dict(loaded.components) if is_pipeline(folder) else {".": loaded}, _needed_variant(folder)
+    parts, variant = dict(loaded.components) if is_pipeline(folder) else {".": loaded}, chosen_variant(folder, variant)
     for name, part in parts.items():
         dtype = _stored_dtype(folder / name, variant) if isinstance(part, nn.Module) else None
         if dtype is not None:

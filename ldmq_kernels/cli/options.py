@@ -198,6 +198,15 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"],
     typer.Option(help="What to compute in; the result is stored in the dtype that MODEL is stored in."),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the weights that are loaded, such as fp16 for *.fp16.safetensors; a part without it is loaded "
+        "plain. What is written is plain. [default: plain weights, or the only variant that is there]",
+        metavar="NAME",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be quantized and write nothing.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ldmq_kernels import extras
-from ldmq_kernels.cli.options import Dtype, at_home
+from ldmq_kernels.cli.options import Dtype, Variant, at_home
 
 Models = Annotated[
     list[Path],
@@ -46,6 +46,7 @@ def serve(
         list[str] | None, typer.Option(help="A lane of work for each. [default: all GPUs, or cpu]", show_default=False)
     ] = None,
     dtype: Dtype = "float32",
+    variant: Variant = None,
     steps: Annotated[int | None, typer.Option(help="Of requests that give none.", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="Of requests that give none.", min=0)] = None,
     lora: Annotated[
@@ -95,6 +96,7 @@ def serve(
         _loras(lora),
         allow_unknown,
         limits,
+        variant,
     )
     run(settings, host, port, drain_seconds)
 

@@ -15,6 +15,7 @@ import torch
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.conversion.summary import summarize
 from ldmq_kernels.files import printable, read_json
+from ldmq_kernels.files.variants import VariantError, chosen_variant, variants_in
 from ldmq_kernels.integrations.diffusers.batch_invariance import batch_invariant, find_variance
 from ldmq_kernels.serving.settings import ServerSettings
 
@@ -92,8 +93,9 @@ def load(settings: ServerSettings, device: str) -> dict[str, Any]:
             raise ServingError(f"two models are called {model.name!r}: give each a name of its own")
         check_folder(model.folder)
         dtype = getattr(torch, settings.dtype)
+        given = {"torch_dtype": dtype, "variant": _variant(model.folder, settings), "local_files_only": True}
         try:
-            pipe = DiffusionPipeline.from_pretrained(model.folder, torch_dtype=dtype, local_files_only=True)
+            pipe = DiffusionPipeline.from_pretrained(model.folder, **given)
         except Exception as error:
             raise ServingError(f"{printable(model.folder)} does not load: {error}") from error
         pipe.to(device)
@@ -114,6 +116,16 @@ def load(settings: ServerSettings, device: str) -> dict[str, Any]:
                 raise ServingError(f"the adapter {name} of {printable(place)} does not load: {error}") from error
         first.disable_lora()
     return pipes
+
+
+def _variant(folder: Path, settings: ServerSettings) -> str | None:
+    """The variant that is asked for, of a folder that has it; an error where no folder has it."""
+    asked = settings.variant
+    is_there = [model.folder for model in settings.models if asked in set().union(*variants_in(model.folder).values())]
+    try:
+        return chosen_variant(folder, asked if folder in is_there or not is_there else None)
+    except VariantError as error:
+        raise ServingError(str(error)) from None
 
 
 def describe(pipe: Any, name: str, settings: ServerSettings) -> Served:

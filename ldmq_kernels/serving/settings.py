@@ -59,6 +59,7 @@ class ServerSettings:
         models: the first is drawn by requests that name none.
         devices: a lane of work for each, with its own copy of the models.
         dtype: float32, float16 or bfloat16, in which the models are loaded.
+        variant: of the weights that are loaded, in the folders that have it.
         steps, guidance: of requests that give none; a pipeline's own if None.
         api_keys: one of which a request must bear; none are needed where there are none.
         loras: name and place of adapters, loaded into the first model.
@@ -74,3 +75,4 @@ class ServerSettings:
     loras: Mapping[str, Path] = field(default_factory=dict)
     allow_unknown: bool = False
     limits: Limits = field(default_factory=Limits)
+    variant: str | None = None

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldmq_kernels.cli.models import read_prompts
-from python_tests.cli.commands import run
+from python_tests.cli.commands import complaint, run
 from python_tests.tiny import SHALLOW, tiny_unet
 
 
@@ -98,8 +98,27 @@ def test_of_several_variants_none_is_guessed(
     for variant in ("fp16", "ema"):
         tiny_unet(**SHALLOW).save_pretrained(tmp_path / "model", variant=variant)
     assert run("quantize", tmp_path / "model", "--plan", plan_file, "--out", tmp_path / "out") == 1
-    assert "ema, fp16" in " ".join(capsys.readouterr().err.split())
+    assert "model (ema, fp16): say which variant is meant" in complaint(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_variant_that_is_named_is_loaded_and_another_is_refused(
+    model: Path, plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the UNet both are there; the other parts have plain weights alone, as diffusers allows."""
+    shutil.copytree(model, tmp_path / "model")
+    weights = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
+    save_file({name: t.bfloat16() for name, t in load_file(weights).items()}, weights.with_suffix(".bf16.safetensors"))
+    command = ("quantize", tmp_path / "model", "--plan", plan_file)
+    for out, named, dtype in (("plain", (), torch.float16), ("bf16", ("--variant", "bf16"), torch.bfloat16)):
+        assert run(*command, *named, "--out", tmp_path / out) == 0
+        assert _dtypes(tmp_path / out / "unet") == {dtype}
+    for place in (("--dry-run",), ("--out", tmp_path / "none")):
+        capsys.readouterr()
+        assert run(*command, "--variant", "fp32", *place) == 1
+        assert "no weights of the variant 'fp32', it holds" in (error := complaint(capsys))
+        assert "unet (bf16, plain); vae (plain): give a variant that is there" in error
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_config_that_is_nonsense_is_named(model: Path, plan_file: Path, tmp_path: Path) -> None:

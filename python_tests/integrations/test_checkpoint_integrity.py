@@ -91,6 +91,14 @@ def test_a_variant_in_half_precision_lies_beside_the_float_one(unet: Model, tmp_
     )
 
 
+def test_a_variant_that_is_not_there_is_refused_with_those_that_are(unet: Model, tmp_path: Path) -> None:
+    unet.save_pretrained(tmp_path / "unet", variant="fp16")
+    for options in ({}, {"variant": "bf16"}):
+        with pytest.raises(OSError, match=r"it holds unet \(fp16\): give a variant that is there"):
+            load(tmp_path, subfolder="unet", **options)
+    assert torch.equal(run_unet(load(tmp_path, subfolder="unet", variant="fp16")), run_unet(unet))
+
+
 def test_a_pickled_checkpoint_is_compared_too(unet: Model, tmp_path: Path) -> None:
     unet.save_pretrained(tmp_path, safe_serialization=False)
     assert torch.equal(run_unet(load(tmp_path, use_safetensors=False)), run_unet(unet))

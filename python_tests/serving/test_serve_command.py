@@ -74,6 +74,11 @@ def test_two_models_of_one_name_are_refused(saved: Path, capsys: pytest.CaptureF
     assert "two models are called 'quantized'" in refused(capsys, *twice)
 
 
+def test_a_variant_that_no_model_has_is_refused(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = (saved / "quantized", "--compare", saved / "float", "--variant", "fp16")
+    assert "unet (plain); vae (plain): give a variant that is there" in refused(capsys, *both)
+
+
 def free_port() -> int:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import wrapt
 from torch import nn
 
+from ldmq_kernels.files import NotJsonError
+from ldmq_kernels.files.variants import VariantError, check_variant, variants_in
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.nn.packed import hold_plain
 from ldmq_kernels.plans.layers import layer_shape
 
 Call = Callable[..., Any]
+LDMQ = b'"quant_method": "ldmq"'  # as it is in config.json
 
 
 def wrap_models(module: ModuleType) -> None:
     """Have models count the weights of quantized layers, offload them plain, and refuse to cast to 8-bit floats.
+
+    A variant that a quantized model's folder does not hold is refused with those that it does.
 
     Args:
         module: `diffusers.models.modeling_utils`, which is complete.
@@ -27,15 +33,17 @@ def wrap_models(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(module, "ModelMixin.num_parameters", _num_parameters)
     wrapt.wrap_function_wrapper(module, "ModelMixin.enable_layerwise_casting", _enable_layerwise_casting)
     wrapt.wrap_function_wrapper(module, "ModelMixin.enable_group_offload", _offload_plain)
+    wrapt.wrap_function_wrapper(module, "ModelMixin.from_pretrained", _from_pretrained)
 
 
 def wrap_pipelines(module: ModuleType) -> None:
-    """Have pipelines offload the weights of quantized layers plain.
+    """Have pipelines offload the weights of quantized layers plain, and refuse variants as models do.
 
     Args:
         module: `diffusers.pipelines.pipeline_utils`, which is complete.
     """
     wrapt.wrap_function_wrapper(module, "DiffusionPipeline.enable_sequential_cpu_offload", _offload_plain)
+    wrapt.wrap_function_wrapper(module, "DiffusionPipeline.from_pretrained", _from_pretrained)
 
 
 def _offload_plain(offload: Call, owner: Any, args: Any, kwargs: Any) -> Any:
@@ -45,6 +53,32 @@ def _offload_plain(offload: Call, owner: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(part, nn.Module):
             hold_plain(part)
     return offload(*args, **kwargs)
+
+
+def _from_pretrained(load: Call, _kind: Any, args: Any, kwargs: Any) -> Any:
+    """What diffusers makes of a folder; where that fails for want of the variant, which variants are there."""
+    try:
+        return load(*args, **kwargs)
+    except (OSError, ValueError) as error:
+        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if isinstance(error, VariantError) or not isinstance(place, str | os.PathLike):
+            raise
+        try:
+            _check_variant(Path(place, kwargs.get("subfolder") or ""), kwargs)
+        except VariantError as why:
+            raise VariantError(f"{error} {why}") from None
+        raise
+
+
+def _check_variant(folder: Path, given: Mapping[str, Any]) -> None:
+    try:
+        parts = {name: variants for name, variants in variants_in(folder).items() if name not in given}
+    except NotJsonError:
+        return
+    configs = [folder / "config.json", *(folder / name / "config.json" for name in parts)]
+    is_quantized = any(LDMQ in file.read_bytes() for file in configs if file.is_file())
+    if is_quantized or given.get("quantization_config") is not None:
+        check_variant(folder, given.get("variant"), parts)
 
 
 def wrap_registry(module: ModuleType) -> None:
