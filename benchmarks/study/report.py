@@ -79,7 +79,7 @@ drawn in {seed_sets} of seeds, {steps} sampling steps; words and measures as in 
 are taken from the **first step** alone, as in the paper; from {sampled} **sampled steps**, spread evenly, the first and
 the last among them; from {sampled} **drawn steps**, drawn once from a normal distribution over the trajectory (its mean
 the middle, its deviation a quarter of it), a way of PQD (arXiv 2501.00124), whose mean and deviation are not public; or
-from **all steps**.
+from **all steps**. The search that follows runs along all steps in every mode: after it the mode decides little.
 
 Measured on {machine}.
 """

@@ -140,10 +140,11 @@ def fitting(planned: list[Case], patterns: list[str]) -> list[Case]:
 
 
 def of_part(planned: list[Case], part: str) -> list[Case]:
-    """The cases that the questions of a part compare."""
+    """The cases that the questions of a part compare, in the order of their options."""
     asked = [question for question in questions() if question.what.startswith(PART_QUESTIONS[part])]
-    compared = {case for question in asked for case in question.options.values()}
-    return [case for case in planned if case.name in compared]
+    by_name = {case.name: case for case in planned}
+    compared = dict.fromkeys(case for question in asked for case in question.options.values())
+    return [by_name[name] for name in compared if name in by_name]
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -170,9 +171,12 @@ def write(
     """
     samples = {row["name"]: Samples.from_json(row["samples"]) for row in found if row["failed"] is None}
     kept = [{k: v for k, v in row.items() if k not in ("samples", "layers", "key")} for row in found]
-    questions = as_records(samples)
-    record = machine() | {"commit": commit, "settings": settings, "float": float_figures, "questions": questions}
-    kind = f"{subject.results}_{part}" if (part := settings.get("part")) else subject.results
+    part = settings.get("part")
+    asked = [
+        record for record in as_records(samples) if record["what"].startswith(PART_QUESTIONS[part] if part else "")
+    ]
+    record = machine() | {"commit": commit, "settings": settings, "float": float_figures, "questions": asked}
+    kind = f"{subject.results}_{part}" if part else subject.results
     return results.keep(kind, [{"op": "unet", **row} for row in kept], summary(found), record)
 
 
