@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS)
 # What every op, layer, plan and number must hold to; no kernel for a GPU, no compiled model, no converted pipeline.
 QUICK := calibration kernels nn numerics ops plans
 
-# The interpreter of the GPU machine that `python -m benchmarks gpu` is run on.
+# The interpreter of the GPU machine that benchmarks/on_gpu.py is run on.
 GPU_PYTHON ?= 3.12
 
 # Where the environments of `make test-servers` are made; COMFYUI is a checkout of ComfyUI, where there is one.

@@ -7,6 +7,7 @@ forms as they are and as CUDA graphs; on a CPU, a UNet in float32, bfloat16 and 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,8 @@ from benchmarks.commands.op import names
 from benchmarks.harness import machine, results
 from benchmarks.models import cpu, gpu
 from benchmarks.models.definitions import MODELS, TOYS
+
+BY = ("triton", "cuda")
 
 
 def main(arguments: list[str]) -> None:
@@ -28,6 +31,8 @@ def main(arguments: list[str]) -> None:
         metavar="NAMES",
         help=f"with commas between: {', '.join(gpu.BASELINES)}; on a CPU {', '.join(cpu.BASELINES)}; without: all",
     )
+    parser.add_argument("--by", choices=BY, help="offer every call to this backend before the others")
+    parser.add_argument("--trace", type=Path, help="write a trace of one replayed call there, on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="without: the GPU where there is one")
     parser.add_argument("--rounds", type=int, help="timed calls of each: 15 on a GPU, 7 on a CPU")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
@@ -58,11 +63,17 @@ def main(arguments: list[str]) -> None:
         dtype = torch.bfloat16 if options.model == "vae_decoder" else torch.float16
         described = (TOYS if options.toy else MODELS)[options.model]
         rows = gpu.measure(
-            options.model, described, torch.float32 if options.toy else dtype, options.rounds or 15, against
+            options.model,
+            described,
+            torch.float32 if options.toy else dtype,
+            options.rounds or 15,
+            against,
+            options.trace,
         )
-        text, what = gpu.text, f"model_{options.model}"
+        text, what = gpu.text, f"model_{options.model}{f'_{options.by}' if options.by else ''}"
     output = results.Output.of(what, options)
-    for row in rows:
-        output.add(row)
-        print(text(row), flush=True)
+    with gpu.served_first(options.by):
+        for row in rows:
+            output.add(row)
+            print(text(row), flush=True)
     print(*output.files, sep="\n", end="")

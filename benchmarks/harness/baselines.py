@@ -107,6 +107,18 @@ def by_torchao(model: nn.Module) -> nn.Module:
     return clone
 
 
+def by_torchao_fp8(model: nn.Module) -> nn.Module:
+    """A copy with its linears by torchao: FP8 weights and activations, multiplied by torch._scaled_mm.
+
+    Scales are per tensor: those per row it takes for bfloat16 alone.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+
+    clone = copy.deepcopy(model)
+    quantize_(clone, Float8DynamicActivationFloat8WeightConfig(set_inductor_config=False))
+    return clone
+
+
 def by_sdnq(model: nn.Module) -> nn.Module:
     """A copy with all linears and convolutions by SDNQ, multiplied in int8."""
     from sdnq.quantizer import sdnq_post_load_quant
@@ -123,4 +135,4 @@ def by_sdnq(model: nn.Module) -> nn.Module:
     )
 
 
-TOOLS = {"torchao": by_torchao, "sdnq": by_sdnq}
+TOOLS = {"torchao": by_torchao, "torchao_fp8": by_torchao_fp8, "sdnq": by_sdnq}

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.harness.baselines import BASELINES
-from benchmarks.harness.machine import device, gpu_state, int8_peak, synchronize
+from benchmarks.harness.clocks import sampled
+from benchmarks.harness.machine import device, int8_peak, synchronize
 from benchmarks.harness.timing import Call, Variants, interleaved
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.backend import backends, usual_order
@@ -122,14 +123,15 @@ def working(variants: Variants, needed: Collection[str] = (OURS,)) -> tuple[Vari
 def measure(
     cases: Iterable[Case], rounds: int = ROUNDS, against: Collection[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A row for each case as soon as it is measured, its variants interleaved, with the GPU's state after it."""
+    """A row for each case as soon as it is measured, its variants interleaved, with the GPU's state meanwhile."""
     for case in cases:
         with torch.inference_mode():
             variants, missing = variants_of(case, usual(case) if against is None else against)
             kept, failed = working(variants)
-            times = interleaved(kept, rounds)
+            with sampled() as state:
+                times = interleaved(kept, rounds)
             backend = served_by(case.op, kept[OURS])
-        yield row(case, backend, times, missing | failed) | gpu_state()
+        yield row(case, backend, times, missing | failed) | state
 
 
 def row(case: Case, backend: str, times: dict[str, Samples], notes: dict[str, str]) -> dict[str, Any]:

@@ -73,9 +73,9 @@ def _cpu_name() -> str:
 
 def machine() -> dict[str, Any]:
     """Device, driver, versions, commit and date: the head of a results file."""
-    record: dict[str, Any] = {"device": _cpu_name(), "driver": None, "clocks_mhz": None, "power_w": None}
+    record: dict[str, Any] = {"device": _cpu_name(), "driver": None}
     if device().type == "cuda":
-        record |= {"device": torch.cuda.get_device_name(), "driver": _query("driver_version")[0], **gpu_state()}
+        record |= {"device": torch.cuda.get_device_name(), "driver": query("driver_version")[0]}
     return record | {
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -91,7 +91,7 @@ def _noted_commit() -> str | None:
     return COMMIT_FILE.read_text().strip() if COMMIT_FILE.exists() else None
 
 
-def _query(*fields: str) -> list[str | None]:
+def query(*fields: str) -> list[str | None]:
     """Values of nvidia-smi for the current GPU, None where it has none."""
     found = _output(
         "nvidia-smi",
@@ -100,17 +100,6 @@ def _query(*fields: str) -> list[str | None]:
         "--format=csv,noheader,nounits",
     )
     return [value.strip() or None for value in found.split(",")] if found else [None] * len(fields)
-
-
-def gpu_state() -> dict[str, float | None]:
-    """Clock of the multiprocessors and power, now; empty on a CPU."""
-    if device().type != "cuda":
-        return {}
-    values = _query("clocks.sm", "power.draw")
-    return {
-        name: float(value) if value and value.replace(".", "").isdigit() else None
-        for name, value in zip(("clocks_mhz", "power_w"), values, strict=True)
-    }
 
 
 def int8_peak() -> float | None:

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.harness.baselines import BASELINES
 from benchmarks.harness.cases import working
-from benchmarks.harness.machine import device, dtype, gpu_state
+from benchmarks.harness.clocks import sampled
+from benchmarks.harness.machine import device, dtype
 from benchmarks.harness.tables import markdown
 from benchmarks.harness.timing import Variants, medians
 
@@ -35,13 +36,15 @@ def measure(rounds: int = 15) -> Iterator[dict[str, Any]]:
     """A row for each size of GEMM, and one for a copy."""
     for size in SIZES[device().type]:
         kept, notes = working(_gemms(size), ())
-        ms = medians(kept, rounds)
+        with sampled() as state:
+            ms = medians(kept, rounds)
         tops = {name: 2e-9 * size**3 / value for name, value in ms.items()}
-        yield {"name": f"{size}^3", "tops": tops, "ms": ms, "notes": notes} | gpu_state()
+        yield {"name": f"{size}^3", "tops": tops, "ms": ms, "notes": notes} | state
     copied = COPIED[device().type]
     source = torch.zeros(copied, dtype=torch.int8, device=device())
-    ms = medians({"copy": source.clone}, rounds)
-    yield {"name": "copy", "gbps": 2 * copied / ms["copy"] / 1e6, "ms": ms} | gpu_state()
+    with sampled() as state:
+        ms = medians({"copy": source.clone}, rounds)
+    yield {"name": "copy", "gbps": 2 * copied / ms["copy"] / 1e6, "ms": ms} | state
 
 
 def table(data: dict[str, Any]) -> str:

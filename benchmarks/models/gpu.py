@@ -1,16 +1,19 @@
 """One model on a GPU, in turns float, compiled and quantized, eager and as CUDA graphs.
 
 Weights are random, so these are speed figures and say nothing of quality. All layers are W8A8 with static
-scales. "compiled_fp16" is channels_last, cudnn.benchmark, torch.compile with Inductor's defaults, replayed as a
-CUDA graph as ours is. The VAE decoder is measured in bfloat16.
+scales. "graph_fp16" is eager torch, replayed as a CUDA graph. "compiled_fp16" is channels_last, cudnn.benchmark,
+torch.compile with Inductor's defaults, replayed as a CUDA graph as ours is. The VAE decoder is measured in bfloat16.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +21,14 @@ from torch import Tensor, nn
 import ldmq_kernels as ldmq
 from benchmarks.harness.baselines import TOOLS, lazily
 from benchmarks.harness.cases import working
+from benchmarks.harness.clocks import sampled
 from benchmarks.harness.machine import device
 from benchmarks.harness.tables import markdown
 from benchmarks.harness.timing import Call, Variants, medians
 from benchmarks.models.definitions import Model
 from ldmq_kernels.integrations.diffusers.fused import fuse, unfuse
+from ldmq_kernels.kernels import dispatch, measurements
+from ldmq_kernels.kernels.backend import usual_order
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES
 
@@ -33,6 +39,7 @@ KINDS = {
     "attention": ("flash", "fmha", "attention", "cudnn_generated_fort_native_sdpa"),
     "int8 linear": ("_linear_w8a8", "_linear_w4a8", "add_splits"),
     "int8 convolution": ("_conv2d_w8a8", "_conv2d_w4a8", "_convolve"),
+    "int8 linear or convolution, CUDA": ("ldmq::sm90::gemm_kernel", "ldmq::sm80::gemm_kernel"),
     "norm and quantization": (
         "statistics",
         "normalize",
@@ -147,11 +154,19 @@ def peak_bytes(call: Callable[[], Tensor]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def breakdown(call: Callable[[], Tensor]) -> dict[str, float]:
-    """Milliseconds of the GPU by kind of kernel in one call; "gaps" is what lies between kernels."""
+def breakdown(call: Callable[[], Tensor], trace: Path | None = None) -> dict[str, float]:
+    """Milliseconds of the GPU by kind of kernel in one call; "gaps" is what lies between kernels.
+
+    Args:
+        call: what is looked at; a replayed graph has the GPU's own gaps, an eager call those of the host.
+        trace: where a trace of every kernel is written, for a browser; compressed where it ends with .gz.
+    """
+    call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
+    if trace is not None:
+        profile.export_chrome_trace(str(trace))
     kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     found: dict[str, float] = {}
     for event in kernels:
@@ -164,13 +179,48 @@ def breakdown(call: Callable[[], Tensor]) -> dict[str, float]:
     return found
 
 
+@contextlib.contextmanager
+def served_first(backend: str | None) -> Iterator[None]:
+    """Offer every call to a backend before the others inside of the block; None leaves the usual order."""
+    if backend is None:
+        yield
+        return
+    order = (backend, *(name for name in usual_order(device()) if name != backend))
+    with mock.patch.object(dispatch, "usual_order", return_value=order):
+        measurements.forget()
+        try:
+            yield
+        finally:
+            measurements.forget()
+
+
+def served(call: Call) -> dict[str, dict[str, int]]:
+    """How many calls of each op each backend serves in a call of a model."""
+    dispatch.reset_dispatch_report()
+    call()
+    found: dict[str, dict[str, int]] = {}
+    for (op, name), count in sorted(dispatch.calls_by_backend().items()):
+        found.setdefault(op, {})[name] = count
+    return found
+
+
 def measure(
-    name: str, model: Model, dtype: torch.dtype, rounds: int, against: Collection[str] = BASELINES
+    name: str,
+    model: Model,
+    dtype: torch.dtype,
+    rounds: int,
+    against: Collection[str] = BASELINES,
+    trace: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The model's row, first without what has to be compiled, then again with each compiled form.
 
     Args:
+        name: the model's.
+        model: how it is made and called.
+        dtype: of the float model and of what lies between quantized layers.
+        rounds: timed calls of each form.
         against: those of `BASELINES` to measure; "eager_fp16", which all ratios start from, always is.
+        trace: where a trace of one replayed call is written, on a GPU.
     """
     on = device()
     torch.backends.cudnn.benchmark = True
@@ -189,18 +239,28 @@ def measure(
         "peak_bytes": {form: peak_bytes(calls[form]) for form in NEEDED},
         "weight_bytes": {"ldmq": weight_bytes(ours), "float": weight_bytes(float_model)},
         "weight_share_of_fp16": weight_bytes(ours) / (2 * sum(p.numel() for p in float_model.parameters())),
-        "breakdown_ms": breakdown(calls["ldmq_eager"]) if on_gpu else None,
+        "served": served(calls["ldmq_eager"]),
     }
-    row |= {"ms": medians(calls, rounds), "notes": notes}
-    yield row | {"summary": summary(row)}
+    timed = _timed(row, calls, notes, rounds)
+    yield timed
+    if on_gpu:
+        row["breakdown_ms"] = breakdown(calls.get("ldmq_graph", calls["ldmq_eager"]), trace)
+        yield timed | {"breakdown_ms": row["breakdown_ms"]}
     more = compiled_forms(float_model, ours, inputs) if on_gpu else {}
     for form in [form for form in more if form not in left_out]:
         kept, failed = working({form: more[form]}, ())
         notes |= failed
         if kept:
             calls |= kept
-            row |= {"ms": medians(calls, rounds), "notes": notes}
-            yield row | {"summary": summary(row)}
+            yield _timed(row, calls, notes, rounds)
+
+
+def _timed(row: dict[str, Any], calls: Variants, notes: dict[str, str], rounds: int) -> dict[str, Any]:
+    """The row with the milliseconds of the calls in turns, and the GPU's clock and power meanwhile."""
+    with sampled() as state:
+        ms = medians(calls, rounds)
+    timed = row | {"ms": ms, "notes": dict(notes)} | state
+    return timed | {"summary": summary(timed)}
 
 
 def summary(row: dict[str, Any]) -> dict[str, float]:
@@ -229,6 +289,6 @@ def table(data: dict[str, Any]) -> str:
 def text(row: dict[str, Any]) -> str:
     """A row as lines for a terminal."""
     lines = [f"{form:24} {value:9.3f} ms" for form, value in sorted(row["ms"].items(), key=lambda pair: pair[1])]
-    lines += [f"  {part:22} {value:9.3f} ms" for part, value in (row["breakdown_ms"] or {}).items()]
+    lines += [f"  {part:22} {value:9.3f} ms" for part, value in (row.get("breakdown_ms") or {}).items()]
     lines += [f"{form} is left out: {why}" for form, why in row["notes"].items()]
     return "\n".join([*lines, *(f"{key}: {value:.4g}" for key, value in row["summary"].items())])

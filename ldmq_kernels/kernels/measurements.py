@@ -218,6 +218,26 @@ def switch_on(op: str, backend: str, device: torch.device) -> bool:
     return True
 
 
+def refuse(device: torch.device, keys: Collection[str], tile: Any, reason: str) -> None:
+    """Let the tuner leave out a tile for products on devices of this kind, as one that it found to be wrong.
+
+    Args:
+        device: one of the kind.
+        keys: the products, as the file names them.
+        tile: as the file has it.
+        reason: what is wrong.
+
+    Raises:
+        ValueError: the user's file is damaged.
+        OSError: the file cannot be written.
+    """
+    content = _for_change(device)
+    refused = content.setdefault("refused", {})
+    for key in keys:
+        refused[key] = [line for line in refused.get(key, []) if line[0] != tile] + [[tile, reason]]
+    _write(device, content)
+
+
 def _for_change(device: torch.device) -> dict[str, Any]:
     path = user_file(device)
     content = read_file(path) or {"gpu": gpu_of(device).name, "tiles": {}}

@@ -26,6 +26,14 @@ class Call:
     shape: Linear | Conv2d | Input
     make: Callable[[], tuple[Any, ...]]
 
+    @property
+    def work(self) -> int:
+        """Products of all calls of a model, by which the tuner orders; 0 of an op that only quantizes."""
+        if isinstance(self.shape, Input):
+            return 0
+        m, n, k = self.shape.product
+        return self.shape.count * m * n * k
+
 
 def calls(names: tuple[str, ...], models: tuple[str, ...], device: torch.device) -> Iterator[Call]:
     """The ops of these names at the shapes of these models, as layers ask for them, the most work first.

@@ -98,10 +98,10 @@ def _warn_of_what_is_off(names: tuple[str, ...], served: list[Backend], device: 
 def _todo(
     names: tuple[str, ...], models: tuple[str, ...], device: torch.device, seen: list[str]
 ) -> list[tuple[Call, list[str]]]:
-    """Calls, each with what says in "seen" afterwards that its backends were measured."""
+    """Calls, those with the most work first, each with what says in "seen" afterwards that it was measured."""
     todo = []
     entrants = {op: compared_backends(op, device) for op in names}
-    for call in calls(names, models, device):
+    for call in sorted(calls(names, models, device), key=lambda call: -call.work):
         # the usual backend has nothing to measure where it has no tiles: the others are measured against it
         has_tiles = [b.tiles is not None and b.tiles.has(call.op) for b in entrants[call.op][:1]]
         measured = entrants[call.op][0 if all(has_tiles) and not isinstance(call.shape, Input) else 1 :]
