@@ -134,7 +134,7 @@ def _of_tiles(backend: Backend, tiles: Tiles, op: str) -> Iterator[Case]:
     defaults: set[Any] = set()
     for key in dict.fromkeys(key for key, _ in _products(op)):
         candidates = tiles.candidates(key, device())
-        defaults.update(candidates[:1])
+        defaults.add(tiles.chosen(key, device()))
         for tile in candidates:
             keys.setdefault(tile, []).append(key)
     most: dict[Any, Any] = {}
@@ -182,9 +182,9 @@ def tuned_cases(seen: set[str]) -> list[list[Case]]:
             assert backend.tiles is not None
             if not backend.has(op) or backend.tiles.mark(key) in seen:
                 continue
-            candidates = backend.tiles.candidates(key, device())
+            candidates, chosen = backend.tiles.candidates(key, device()), backend.tiles.chosen(key, device())
             sizes = sizes_of(ops.spec_of(op), shape)
-            found.append([Case(backend.name, op, sizes, "fp16", t, (key,), t is candidates[0]) for t in candidates])
+            found.append([Case(backend.name, op, sizes, "fp16", t, (key,), t == chosen) for t in candidates])
     return found
 
 

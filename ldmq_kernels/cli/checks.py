@@ -1,7 +1,8 @@
 """`ldmq doctor`: does this installation compute what it should, and with which backends?
 
-Each op of each backend is compared with the reference on a few small odd shapes. One that is wrong or fails on any
-is switched off for devices of this kind, until a later run of the doctor finds it right (see `kernels.measurements`).
+Each op of each backend is compared with the reference on a few small odd shapes and, on a GPU, at the sizes that models
+spend their time in (see `model_sizes`). One that is wrong or fails on any is switched off for devices of this kind,
+until a later run of the doctor finds it right (see `kernels.measurements`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.text import Text
 
 import ldmq_kernels
 from ldmq_kernels import ops
-from ldmq_kernels.cli import op_speed
+from ldmq_kernels.cli import model_sizes, op_speed
 from ldmq_kernels.cli.batches import check_batches
 from ldmq_kernels.cli.fitted import Column, output_console, print_fitted
 from ldmq_kernels.kernels import dispatch, measurements
@@ -32,6 +33,7 @@ from ldmq_kernels.progress import track
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "accelerate", "scipy")
 COLOURS = {"ok": "green", "refuses": "yellow", "not checked": "yellow"}
+WHOLE_MODELS_ON = ("cuda",)  # device types on which sizes of models take no time, and choose tiles of their own
 
 # odd in every size and in what they leave out
 SHAPES = (
@@ -88,6 +90,15 @@ def _check_case(op: str, function: Callable[..., Any], device: torch.device, arg
     return agreement.difference(first, expected) or agreement.difference(second, expected), taken
 
 
+def _operands(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """The arguments that an op is compared with: small ones and, on a GPU, those of models, in half precision."""
+    for shape in SHAPES:
+        yield example(op, shape, device, dtype)
+    if device.type in WHOLE_MODELS_ON:
+        for call in model_sizes.compared(op, backends()[backend], device):
+            yield call.make()
+
+
 def check_op(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Finding:
     """Run one op on a backend at every size and compare it with the reference; on a GPU, time it as well."""
     function = getattr(backends()[backend], op, None)
@@ -96,8 +107,7 @@ def check_op(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     times, refusals, where, speed = [], [], "", None
     try:
         spec = ops.spec_of(op)
-        for shape in SHAPES:
-            arguments = example(op, shape, device, dtype)
+        for arguments in _operands(op, backend, device, dtype):
             where = f"at {spec.shape_text(arguments)}, {dtype}"
             try:
                 problem, taken = _check_case(op, function, device, arguments)
@@ -117,7 +127,7 @@ def check_op(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     except Exception as error:
         return Finding(op, backend, "fails", f"{type(error).__name__}: {error}, {where}")
     taken, speed_up = speed or (times[0], None)
-    partly = f"; refuses {len(refusals)} of {len(SHAPES)} shapes: {refusals[0]}" if refusals else ""
+    partly = f"; refuses {len(refusals)} of {len(refusals) + len(times)} shapes: {refusals[0]}" if refusals else ""
     return Finding(op, backend, "ok", f"{taken:.2f} ms{partly}", speed_up)
 
 

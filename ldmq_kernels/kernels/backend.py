@@ -77,6 +77,14 @@ class Tiles(ABC):
         """The tiles worth a measurement, the most promising first."""
 
     @abstractmethod
+    def chosen(self, key: str, device: torch.device) -> Any:
+        """The tile that an op takes for a product: the one that was measured, or else the best estimate.
+
+        Returns:
+            None where there is none.
+        """
+
+    @abstractmethod
     def forced(self, tile: Any) -> AbstractContextManager[Any]:
         """Take this tile for every product inside a block."""
 
@@ -144,6 +152,17 @@ class Backend:
 
     def remark(self, device: torch.device) -> str:
         """What to know of how it serves a device, for `ldmq doctor`; empty where nothing is unusual."""
+        return ""
+
+    def launch_failure(self, error: Exception) -> str:
+        """Why a call could not be launched here, where another backend can still serve it.
+
+        Args:
+            error: what the call raised.
+
+        Returns:
+            Empty for anything else, above all for a fault of a kernel that ran: the device is unusable then.
+        """
         return ""
 
     def packer(self, op: str) -> Packer | None:

@@ -3,8 +3,10 @@
 A call is offered to one backend after the other: to the one that was measured to be the fastest at its shape, where
 that was measured on this GPU, and to the others in the usual order. The refusal of each is counted, and
 `dispatch_report` tells. A backend that `ldmq doctor` switched off for an op is passed over in the same way, with a
-warning. A call that is differentiated is computed by the definition, see `gradients`. With an override (`use_backend`
-or the environment variable LDMQ_BACKEND) there is no next one: the reason becomes an error.
+warning. So is one that could not launch a call, from then on for such calls: what a GPU's limits or a compiler refuse
+is no fault, and the next backend computes it. A call that is differentiated is computed by the definition, see
+`gradients`. With an override (`use_backend` or the environment variable LDMQ_BACKEND) there is no next one: the reason
+becomes an error.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ldmq_kernels.files import shortened
 from ldmq_kernels.kernels import gradients, measurements
 from ldmq_kernels.kernels.backend import DEFINITION, Packer, backends, usual_order
 from ldmq_kernels.kernels.backend import Unsupported as Unsupported
@@ -74,6 +77,7 @@ class Choice:
         weight, multiplier, weight_scale: the places of these arguments, None where the op has none.
         key: what tells the shapes of the op's calls apart.
         known: the order by that key, for the shapes that were met.
+        unlaunched: why a backend could not launch a call, by its name and what tells the call apart.
     """
 
     spec: OpSpec
@@ -87,6 +91,7 @@ class Choice:
     weight_scale: int | None
     key: Callable[[Arguments], Key]
     known: dict[Hashable, tuple[str, ...]] = field(default_factory=dict)
+    unlaunched: dict[Hashable, str] = field(default_factory=dict)
 
     def order(self, arguments: Arguments) -> tuple[str, ...]:
         """The backends for a call, the best first."""
@@ -100,6 +105,18 @@ class Choice:
             found = self.known[key] = self.measured.get(self.spec.shape.text(key), self.usual)
         return found
 
+    def not_launched(self, name: str, arguments: Arguments) -> str | None:
+        """Why a backend could not launch such a call before; None where nothing is known."""
+        return self.unlaunched.get((name, _signature(arguments)))
+
+    def note_unlaunched(self, name: str, arguments: Arguments, why: str) -> str:
+        """Offer no more such calls to a backend, said once as a warning; the reason as reports have it."""
+        if len(self.unlaunched) >= MOST_SHAPES:
+            self.unlaunched.clear()
+        told = self.unlaunched[name, _signature(arguments)] = f"could not be launched: {shortened(why)}"
+        measurements.warn_once(f"ldmq::{self.spec.name} on {name} {told}; the next backend serves such calls")
+        return told
+
     def plain(self, name: str, arguments: Arguments) -> Arguments:
         """The arguments for a backend, with a weight that another one packed as it was before."""
         at = self.weight
@@ -112,6 +129,11 @@ class Choice:
                     outputs = arguments[self.weight_scale].shape[0]
                     return (*arguments[:at], packer.unpack(weight, multiplier, outputs), *arguments[at + 1 :])
         return arguments
+
+
+def _signature(arguments: Arguments) -> Hashable:
+    """What tells launches apart: shapes and dtypes of tensors, and all other arguments."""
+    return tuple((a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments)
 
 
 @measurements.emptied_by_forget
@@ -205,12 +227,19 @@ def server(op: str) -> Callable[..., Any]:
                 why = chosen.absent
             elif (function := getattr(backend, op, None)) is None:
                 why = "has no such op"
+            elif chosen.unlaunched and not forced and (earlier := chosen.not_launched(name, arguments)):
+                why = earlier
             else:
                 taken = chosen.plain(name, arguments) if chosen.foreign.get(name) else arguments
                 try:
                     result = function(*taken)
                 except Unsupported as refusal:
                     why = str(refusal)
+                except Exception as error:
+                    failure = "" if forced else backend.launch_failure(error)
+                    if not failure:
+                        raise
+                    why = chosen.note_unlaunched(name, arguments, failure)
                 else:
                     _calls[op, name, device] += 1
                     if reasons and name == DEFINITION:

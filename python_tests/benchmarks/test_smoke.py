@@ -124,7 +124,7 @@ def test_every_tile_that_the_models_take_is_a_case_and_those_taken_by_default_ar
     tiles = triton.tiles
     assert tiles is not None
     for op in ("linear_w8a8", "conv2d_w8a8"):
-        defaults = {tiles.candidates(key, CPU)[0] for key, _ in cases._products(op)}
+        defaults = {tiles.chosen(key, CPU) for key, _ in cases._products(op)}
         assert defaults == {case.tile for case in found if case.op == op and case.tile and case.is_default}
     batches = cases.tuned_cases({"linear_w8a8 2048x10240x1280"})
     assert all(len({case.keys for case in batch}) == 1 for batch in batches)

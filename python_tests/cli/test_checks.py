@@ -16,6 +16,8 @@ from ldmq_kernels.cli.bench import layer_times
 from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.backend import Backend, backends
 from ldmq_kernels.kernels.reference import backend as reference
+from ldmq_kernels.ops.operands import Shape, example
+from ldmq_kernels.tuning.calls import Call
 from ldmq_kernels.tuning.shapes import Conv2d, Linear
 
 CPU = torch.device("cpu")
@@ -104,6 +106,27 @@ def test_a_kernel_that_is_wrong_at_one_size_alone_is_wrong(install: Callable[...
         found = checks.check_op("linear_w8a8", "trial", CPU, torch.float32)
         assert found.verdict == "wrong"
         assert f"at {sizes.tokens}x{sizes.channels} to {sizes.out}, torch.float32" in found.detail
+
+
+def test_a_kernel_that_is_wrong_at_a_size_of_models_alone_is_wrong_and_switched_off(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong_at_it(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        right = reference.linear_w8a8(x, *rest)
+        return right * 1.01 if len(x) == 48 else right
+
+    install(**RIGHT | {"linear_w8a8": wrong_at_it})
+    call = Call(
+        "linear_w8a8", Linear(1, 48, 32, 24), lambda: example("linear_w8a8", Shape(48, 32, 24), CPU, torch.half)
+    )
+    monkeypatch.setattr(checks.model_sizes, "compared", lambda op, *_: [call] if op == "linear_w8a8" else [])
+    assert checks.check_op("linear_w8a8", "trial", CPU, torch.float32).verdict == "ok"
+    monkeypatch.setattr(checks, "WHOLE_MODELS_ON", ("cpu",))
+    found = checks.check_op("linear_w8a8", "trial", CPU, torch.float32)
+    assert found.verdict == "wrong"
+    assert "at 48x32 to 24" in found.detail
+    assert not checks.run_doctor()
+    assert "at 48x32 to 24" in str(measurements.switched_off("linear_w8a8", "trial", CPU))
 
 
 def test_a_wrong_scale_of_a_producer_is_wrong(install: Callable[..., None]) -> None:

@@ -15,6 +15,7 @@ import torch
 from ldmq_kernels import ops
 from ldmq_kernels.cli.checks import SHAPES
 from ldmq_kernels.kernels import dispatch, measurements
+from ldmq_kernels.kernels.backend import backends
 from ldmq_kernels.kernels.cuda import backend as cuda_backend
 from ldmq_kernels.kernels.gpu import ABSENT, Gpu
 from ldmq_kernels.kernels.op_spec import spec_of
@@ -31,6 +32,8 @@ Files = Callable[..., Path]
 
 class OnGpu(SimpleNamespace):
     """What the choice of a backend looks at of a tensor on a GPU."""
+
+    __hash__ = object.__hash__
 
     def __init__(self, *shape: int) -> None:
         super().__init__(shape=torch.Size(shape), device=GPU, requires_grad=False)
@@ -267,6 +270,59 @@ def test_asking_for_a_backend_that_is_switched_off_is_an_error_with_the_reason()
         dispatch.use_backend("triton"),
         pytest.raises(RuntimeError, match="triton: switched off by `ldmq doctor`: fails: illegal instruction"),
     ):
+        served_by(linear())
+
+
+class OutOfResources(Exception):
+    """Under the name and module of Triton's own."""
+
+
+OutOfResources.__module__ = "triton.runtime.errors"
+LAUNCHES = {
+    "shared memory": ("triton", OutOfResources("out of resource: shared memory, Required: 300000")),
+    "a compiler's pass": ("triton", RuntimeError("PassManager::run failed")),
+    "a cooperative grid": ("cuda", RuntimeError("failed on cuda:0: too many blocks in cooperative launch (built ..)")),
+    "registers": ("cuda", RuntimeError("failed on cuda:0: too many resources requested for launch (built for 90a)")),
+}
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_a_launch_that_fails_without_a_fault_goes_to_the_next_backend_and_is_not_tried_again(
+    kind: str, write: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, error = LAUNCHES[kind]
+    write("user", backends=faster(name) if name == "cuda" else {})
+    tried, arguments = [], linear()
+
+    def fails(*_: Any) -> None:
+        tried.append(name)
+        raise error
+
+    monkeypatch.setitem(vars(backends()[name]), OP, fails)
+    monkeypatch.setitem(vars(backends()["reference"]), OP, lambda *_: "reference")
+    next_one = "triton" if name == "cuda" else "reference"
+    with pytest.warns(UserWarning, match=rf"linear_w8a8 on {name} could not be launched") as told:
+        assert [served_by(arguments) for _ in range(3)] == [next_one] * 3
+    assert len([each for each in told if "launched" in str(each.message)]) == 1
+    assert tried == [name]
+    assert f"{name} refused 3 times: could not be launched" in " ".join(dispatch.dispatch_report().split())
+    if name == "triton":  # what was measured is for one size
+        assert served_by(linear(rows=9)) == next_one  # another size is tried by itself
+        assert tried == [name] * 2
+    with dispatch.use_backend(name), pytest.raises(type(error)):  # who asks for a backend is told what happened
+        served_by(linear())
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_fault_is_no_refusal(name: str, write: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("user", backends=faster(name) if name == "cuda" else {})
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fails(*_: Any) -> None:
+        raise fault
+
+    monkeypatch.setitem(vars(backends()[name]), OP, fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
         served_by(linear())
 
 

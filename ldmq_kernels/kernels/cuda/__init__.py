@@ -7,6 +7,16 @@ import torch
 from ldmq_kernels.kernels.backend import Backend, register
 from ldmq_kernels.kernels.cuda.tuning import CudaTiles
 
+# cudaGetErrorString of launches that never began: a cooperative grid that does not fit at once (MPS, green contexts),
+# too many registers or too much shared memory, a size that the device does not have, no code for it, no TMA
+NOT_LAUNCHED = (
+    "too many blocks in cooperative launch",
+    "too many resources requested for launch",
+    "invalid configuration argument",
+    "no kernel image is available for execution on the device",
+    "operation not supported",
+)
+
 
 class _Cuda(Backend):
     name = "cuda"
@@ -25,6 +35,10 @@ class _Cuda(Backend):
         if not torch.cuda.is_available():
             return "needs an NVIDIA GPU and a torch build with CUDA"
         return "the package was built without it: install again with LDMQ_CUDA_ARCHS set"
+
+    def launch_failure(self, error: Exception) -> str:
+        """Whether CUDA refused the launch."""
+        return str(error) if any(text in str(error) for text in NOT_LAUNCHED) else ""
 
 
 backend = register(_Cuda())

@@ -33,6 +33,19 @@ class CudaTiles(Tiles):
         m, n, k = map(int, product.split("x"))
         return tiles.candidates(op, m, n, k, device)
 
+    def chosen(self, key: str, device: torch.device) -> Any:
+        """The measured tile, or the one with the least estimate; a K that nine taps divide is that of a 3x3 kernel."""
+        from ldmq_kernels.kernels.cuda import tiles
+        from ldmq_kernels.kernels.dispatch import Unsupported
+
+        op, product = key.split()
+        m, n, k = map(int, product.split("x"))
+        taps = 9 if op.startswith("conv2d") and k % 9 == 0 else 1
+        try:
+            return tiles.choose(op, m, n, k, device, taps)
+        except Unsupported:
+            return None
+
     def forced(self, tile: Any) -> AbstractContextManager[Any]:
         """Take this tile for every product inside a block."""
         from ldmq_kernels.kernels.cuda import tiles

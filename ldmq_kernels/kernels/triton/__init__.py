@@ -14,6 +14,9 @@ import torch
 from ldmq_kernels.kernels.backend import Backend, register
 from ldmq_kernels.kernels.triton.tuning import TritonTiles
 
+# too much shared memory or too many registers for this GPU; what ptxas or Triton's compiler does not take
+NOT_LAUNCHED = ("OutOfResources", "PTXASError", "CompilationError")
+FAILED_PASS = "PassManager::run failed"  # a RuntimeError of Triton's compiler
 WITHOUT_CUDA = "needs an NVIDIA GPU and a torch build with CUDA"
 
 
@@ -49,6 +52,12 @@ class _Triton(Backend):
         if not torch.cuda.is_available():
             return f"{WITHOUT_CUDA} (TRITON_INTERPRET=1 runs it slowly on a CPU)"
         return "needs compute capability 8.0 or newer"
+
+    def launch_failure(self, error: Exception) -> str:
+        """Whether Triton's compiler, ptxas or this GPU's limits refused the kernel."""
+        names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("triton.")]
+        is_refused = any(name in NOT_LAUNCHED for name in names) or FAILED_PASS in str(error)
+        return f"{type(error).__name__}: {error}" if is_refused else ""
 
 
 backend = register(_Triton())

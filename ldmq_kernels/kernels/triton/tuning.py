@@ -45,6 +45,13 @@ class TritonTiles(Tiles):
         forms = [replace(tile, persistent=True, splittable=False) for tile in shortlist[:3] if tile.split_k == 1]
         return shortlist + [tile for tile in forms if tile in known]
 
+    def chosen(self, key: str, device: torch.device) -> Tile:
+        """The measured tile, or the one with the least estimate; convolutions are gathered where there is no TMA."""
+        table, _, sizes = key.rpartition(" ")
+        if f"{table} gather" in TILES and not tile_choice.has_tma(device):
+            table = f"{table} gather"
+        return tile_choice.choose(table, Problem(*map(int, sizes.split("x"))), device)
+
     def forced(self, tile: Any) -> AbstractContextManager[None]:
         """Take this tile for every product inside a block."""
         return tile_choice.forced(tile)
