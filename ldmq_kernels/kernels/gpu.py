@@ -19,6 +19,7 @@ class Gpu(NamedTuple):
     multiprocessors: int
 
 
+FLOAT8_FROM = 89  # the first capability with FP8 in its instructions: Ada, then Hopper and Blackwell
 ABSENT = Gpu("no GPU", 90, 132)  # in Triton's interpreter: tiles as on an H100 or H200
 
 

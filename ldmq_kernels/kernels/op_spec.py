@@ -26,6 +26,7 @@ SCHEMA_TYPES = {
     "float": "float",
     "bool": "bool",
     "torch.dtype": "ScalarType",
+    "torch.dtype | None": "ScalarType?",
     "tuple[int, int]": "int[2]",
     "tuple[int, int, int, int]": "int[4]",
 }
@@ -157,6 +158,7 @@ class OpSpec:
         example: (spec, operands) -> arguments, of `ops.operands.Operands`.
         rounds: whether it rounds activations or takes rounded ones: it has no gradients. The definition of any other
             op is differentiable.
+        operand_dtype: of the quantized activations and of the 8-bit weight that it takes.
     """
 
     function: Callable[..., Any]
@@ -165,6 +167,7 @@ class OpSpec:
     agreement: Agreement
     example: Callable[[OpSpec, Any], Arguments]
     rounds: bool = True
+    operand_dtype: torch.dtype = torch.int8
 
     @property
     def name(self) -> str:
@@ -179,7 +182,8 @@ class OpSpec:
     @functools.cached_property
     def optional(self) -> set[str]:
         """The arguments that may be None."""
-        return {name for name in self.arguments if self.function.__annotations__.get(name) == "Tensor | None"}
+        of = self.function.__annotations__
+        return {name for name in self.arguments if of.get(name) in ("Tensor | None", "torch.dtype | None")}
 
     @functools.cached_property
     def may_be_left_out(self) -> set[str]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.gpu import FLOAT8_FROM, gpu_of
+from ldmq_kernels.kernels.measurements import warn_once
 
 
 def plain(weight: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
@@ -25,12 +27,35 @@ def plain(weight: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     return weight.contiguous()
 
 
-def int8(x_q: Tensor) -> Tensor:
-    """The quantized activations, once their dtype is int8.
+def quantized(x_q: Tensor, dtype: torch.dtype) -> Tensor:
+    """The quantized activations, once their dtype is this one.
 
     Raises:
         Unsupported: the dtype is another one.
     """
-    if x_q.dtype != torch.int8:
-        raise Unsupported(f"quantized activations are {x_q.dtype}; the GPU kernels take int8")
+    if x_q.dtype != dtype:
+        raise Unsupported(f"quantized activations are {x_q.dtype}; this kernel takes {dtype}")
     return x_q
+
+
+def only_int8(q_dtype: torch.dtype | None) -> None:
+    """Accept that an op that quantizes is asked for int8, which it is where no dtype is given.
+
+    Raises:
+        Unsupported: another dtype.
+    """
+    if q_dtype not in (None, torch.int8):
+        raise Unsupported(f"{q_dtype} is asked for; this kernel makes int8")
+
+
+def check_float8(device: torch.device) -> None:
+    """Accept a GPU that has e4m3 in its instructions, and any device that is none: an interpreter has.
+
+    Raises:
+        Unsupported: its compute capability is below 8.9; said once as a warning, too.
+    """
+    capability = gpu_of(device).capability
+    if capability < FLOAT8_FROM:
+        why = f"FP8 needs compute capability 8.9 or newer, this is {capability // 10}.{capability % 10}"
+        warn_once(f"{why}: FP8 layers run by their definition on {device}, slowly; choose w8a8 schemes for this GPU")
+        raise Unsupported(why)

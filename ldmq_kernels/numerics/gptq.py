@@ -9,10 +9,13 @@ form: Frantar et al., GPTQ, arXiv 2210.17323; Chen et al., The Geometry of LLM Q
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Nearest = Callable[[Tensor], Tensor]
 
 BLOCK = 128  # columns whose errors reach the later columns by one matrix product
 DAMPING = 0.01  # of the mean diagonal, added to it
@@ -99,29 +102,34 @@ def rounding_order(hessian: Tensor, width: int) -> RoundingOrder:
     return RoundingOrder(order, factor.div_(diagonal), importance)
 
 
-def gptq_round(weight: Tensor, steps: Tensor, largest: int, inputs: RoundingOrder) -> Tensor:
-    """Integers in [-largest, largest] for a weight on a grid that is given.
+def integers_up_to(largest: int) -> Nearest:
+    """The integers in [-largest, largest], as the grid of `gptq_round`."""
+    return lambda values: values.round_().clamp_(-largest, largest)
+
+
+def gptq_round(weight: Tensor, steps: Tensor, nearest: Nearest, inputs: RoundingOrder) -> Tensor:
+    """Points of a given grid for a weight.
 
     An input that is always zero, or shares nothing with others, is rounded to nearest.
 
     Args:
         weight: (out, K) float32.
-        steps: (out, K) float32, positive: the distance of two grid points at each place.
+        steps: (out, K) float32, positive: the unit of the grid at each place.
+        nearest: the grid point next to each value, in these units; may overwrite them.
 
     Returns:
-        (out, K) int8, so that integers * steps is near the weight.
+        (out, K) float32, grid points, so that points * steps is near the weight.
     """
     order, reach = inputs.order, inputs.reach
     columns, steps = weight.t()[order], steps.t()[order]
-    integers, error = torch.empty_like(columns), torch.empty_like(columns)
+    points, error = torch.empty_like(columns), torch.empty_like(columns)
     for end in range(len(order), 0, -BLOCK):
         start = max(0, end - BLOCK)
         target = torch.addmm(columns[start:end], reach[end:, start:end].t(), error[end:])
         for column in range(end - 1, start - 1, -1):
-            nearest = torch.round(target[column - start] / steps[column])
-            integers[column] = nearest.clamp_(-largest, largest)
-            error[column] = columns[column] - integers[column] * steps[column]
+            points[column] = nearest(target[column - start] / steps[column])
+            error[column] = columns[column] - points[column] * steps[column]
             target[: column - start].addr_(reach[column, start:column], error[column])
-    rounded = torch.empty_like(weight, dtype=torch.int8)
-    rounded[:, order] = integers.t().to(torch.int8)
+    rounded = torch.empty_like(weight)
+    rounded[:, order] = points.t()
     return rounded

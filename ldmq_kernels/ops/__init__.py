@@ -6,8 +6,15 @@ operands. What computes an op is chosen when it runs, by `kernels.dispatch`, amo
 """
 
 from ldmq_kernels.kernels.op_spec import spec_of, specs
-from ldmq_kernels.ops.conv2d import conv2d_w4a8, conv2d_w8a8, conv2d_w8a16
-from ldmq_kernels.ops.linear import linear_static_w8a8, linear_w4a8, linear_w4a16, linear_w8a8, linear_w8a16
+from ldmq_kernels.ops.conv2d import conv2d_fp8, conv2d_w4a8, conv2d_w8a8, conv2d_w8a16
+from ldmq_kernels.ops.linear import (
+    linear_fp8,
+    linear_static_w8a8,
+    linear_w4a8,
+    linear_w4a16,
+    linear_w8a8,
+    linear_w8a16,
+)
 from ldmq_kernels.ops.norms import (
     geglu_quantize,
     gelu_quantize,
@@ -24,6 +31,7 @@ from ldmq_kernels.ops.quantize import (
 )
 
 __all__ = [
+    "conv2d_fp8",
     "conv2d_w4a8",
     "conv2d_w8a8",
     "conv2d_w8a16",
@@ -31,6 +39,7 @@ __all__ = [
     "gelu_quantize",
     "group_norm_silu_quantize",
     "layer_norm_quantize",
+    "linear_fp8",
     "linear_static_w8a8",
     "linear_w4a8",
     "linear_w4a16",

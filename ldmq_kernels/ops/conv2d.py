@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.agreement import FLOAT8_SUMS
 from ldmq_kernels.kernels.geometry import conv2d_output_size
 from ldmq_kernels.kernels.op_spec import Conv2dShape
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 from ldmq_kernels.ops.operands import of_picture
 from ldmq_kernels.ops.spec import LDMQ, op
 
@@ -138,6 +140,74 @@ def conv2d_w4a8(
         x_scale,
         weight,
         multiplier,
+        weight_scale,
+        bias,
+        sample_bias,
+        residual,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        upsample,
+        out_dtype,
+    )
+
+
+@op(
+    fake=lambda call: _metadata(call, call.x_q, call.out_dtype),
+    shape=Conv2dShape(),
+    example=of_picture,
+    agreement=FLOAT8_SUMS,
+    operand_dtype=FLOAT8,
+)
+def conv2d_fp8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    upsample: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Convolution on FP8 activations and FP8 weights, zero padding.
+
+    out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, the sum of products in
+    float32, as `linear_fp8` has it.
+
+    Args:
+        x_q: (N, C, H, W) float8_e4m3fn.
+        x_scale: (1,) or (N,) float32.
+        weight: (K, R, S, C / groups) float8_e4m3fn, or a backend's packed form of it.
+        weight_scale: (K,) float32.
+        bias: (K,) floating.
+        sample_bias: (N, K) floating, added to every position (the time embedding).
+        residual: (N, K, P, Q) floating, added last.
+        kernel_size: (R, S), which a packed weight no longer shows.
+        stride: steps (vertical, horizontal).
+        padding: zeros at (top, bottom, left, right).
+        dilation: distances of the taps (vertical, horizontal).
+        groups: of channels, which divide C and K.
+        upsample: factor of nearest-neighbour enlargement of the input, 1 or 2.
+        out_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        (N, K, P, Q) of `out_dtype`, channels_last.
+
+    Raises:
+        RuntimeError: no backend takes these arguments; the text says why each of them refused.
+    """
+    return LDMQ.conv2d_fp8.default(
+        x_q,
+        x_scale,
+        weight,
         weight_scale,
         bias,
         sample_bias,

@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.agreement import FLOAT8_SUMS
 from ldmq_kernels.kernels.op_spec import LinearShape
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 from ldmq_kernels.ops.operands import of_tokens
 from ldmq_kernels.ops.spec import LDMQ, op
 
@@ -124,6 +126,48 @@ def linear_static_w8a8(
         RuntimeError: no backend takes these arguments; the text says why each of them refused.
     """
     return LDMQ.linear_static_w8a8.default(x, inv_scale, x_scale, weight, weight_scale, bias, residual, gate)
+
+
+@op(
+    fake=lambda call: _metadata(call.x_q, call.weight_scale, call.out_dtype),
+    shape=LinearShape(),
+    example=of_tokens,
+    agreement=FLOAT8_SUMS,
+    operand_dtype=FLOAT8,
+)
+def linear_fp8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Linear layer on FP8 activations and FP8 weights.
+
+    out = ((x_q @ weight^T) * x_scale * weight_scale + bias) * gate + residual, each product exact in
+    float32, and their sum in float32; on Hopper, whose tensor cores keep about 14 bits of it, a kernel may sum so.
+
+    Args:
+        x_q: (..., K) float8_e4m3fn.
+        x_scale: (1,) or (...) float32.
+        weight: (N, K) float8_e4m3fn, or a backend's packed form of it.
+        weight_scale: (N,) float32.
+        bias: (N,) floating.
+        residual: (..., N) floating, added last.
+        out_dtype: float16, bfloat16 or float32.
+        gate: (G, ..., N) floating, what each product with its bias is multiplied by before the residual is added: one
+            row of N for each of G equal runs of rows, such as (samples, 1, N).
+
+    Returns:
+        (..., N) of `out_dtype`.
+
+    Raises:
+        RuntimeError: no backend takes these arguments; the text says why each of them refused.
+    """
+    return LDMQ.linear_fp8.default(x_q, x_scale, weight, weight_scale, bias, residual, out_dtype, gate)
 
 
 @op(

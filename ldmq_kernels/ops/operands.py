@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.op_spec import OpSpec, spec_of
+from ldmq_kernels.numerics.formats.float8 import FLOAT8, FLOAT8_MAX, round_to_float8
 from ldmq_kernels.numerics.formats.int4 import group_count
 
 EVERY_OPTION = frozenset({"bias", "sample_bias", "residual", "inv_scale", "inv_smooth", "norm_weight", "norm_bias"})
@@ -28,12 +29,14 @@ class Shape:
         picture: samples, height and width.
         kernel, stride, upsample: of a convolution, padded by kernel // 2 on all sides.
         norm_groups: of a group norm.
-        options: the operands that are there of those that may be None. Beside an inv_scale there is no inv_smooth.
+        options: the operands that are there of those that may be None. Beside an inv_scale there is no inv_smooth;
+            with "q_dtype", what quantizes makes FP8.
         scale_per_row: whether activations have a scale for each token or sample, and calibrated ones for each channel.
         per_token: whether a norm over pictures measures a scale for each pixel.
         prefers_picture: whether an op that takes both is given a picture.
         has_normal_integers: whether int8 values are rounded normal ones with the largest at 127, as quantization makes
-            them: the power that a GPU draws, and so its clock, depends on it. Without, they are uniform.
+            them: the power that a GPU draws, and so its clock, depends on it. Without, they are uniform. FP8 values are
+            always rounded normal ones, with the largest at 448.
     """
 
     tokens: int = 1
@@ -70,7 +73,9 @@ class Operands:
         self._random = torch.Generator(self._made_on).manual_seed(0)
         self._makers: dict[str, Callable[[OpSpec, bool], Any]] = {
             "x": lambda _, is_picture: self.input(is_picture),
-            "x_q": lambda _, is_picture: self._laid_out(self.int8(*self._input_sizes(is_picture)), is_picture),
+            "x_q": lambda spec, is_picture: self._laid_out(
+                self.quantized(spec, *self._input_sizes(is_picture)), is_picture
+            ),
             "x_scale": lambda spec, is_picture: self.positive(self._scales(spec, is_picture)),
             "inv_scale": lambda *_: 1 / self.positive(shape.channels if shape.scale_per_row else 1),
             "inv_smooth": lambda *_: self.positive(shape.channels),
@@ -99,6 +104,7 @@ class Operands:
             "groups": lambda *_: 1,
             "upsample": lambda *_: shape.upsample,
             "out_dtype": lambda *_: dtype,
+            "q_dtype": lambda *_: FLOAT8,
         }
 
     def of(self, spec: OpSpec, is_picture: bool) -> tuple[Any, ...]:
@@ -131,8 +137,11 @@ class Operands:
         """Scales around 0.01, float32."""
         return (torch.rand(sizes, generator=self._random, device=self._made_on) * 0.02 + 0.001).to(self.device)
 
-    def int8(self, *sizes: int) -> Tensor:
-        """Over [-127, 127], as the shape says."""
+    def quantized(self, spec: OpSpec, *sizes: int) -> Tensor:
+        """Values over the range of the op's 8-bit operands, as the shape says."""
+        if spec.operand_dtype == FLOAT8:
+            values = self._normal(*sizes)
+            return round_to_float8(values.mul_(FLOAT8_MAX / values.abs().amax())).to(self.device)
         if self.shape.has_normal_integers:
             values = self._normal(*sizes)
             return (values * (127 / values.abs().amax())).round_().to(torch.int8).to(self.device)
@@ -173,7 +182,7 @@ class Operands:
     def _weight(self, spec: OpSpec, _is_picture: bool) -> Tensor:
         *outer, channels = self._weight_sizes(spec)
         if not {"multiplier", "group_scale"} & set(spec.arguments):
-            return self.int8(*outer, channels)
+            return self.quantized(spec, *outer, channels)
         low, high = (self._integers(-7, 8, (*outer, -(-channels // 2))) for _ in range(2))
         return ((low & 15) | ((high & 15) << 4)).to(torch.uint8)
 

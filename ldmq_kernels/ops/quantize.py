@@ -12,11 +12,11 @@ from ldmq_kernels.ops.operands import of_either, of_picture, of_tokens
 from ldmq_kernels.ops.spec import LDMQ, op
 
 
-def int8_like(x: Tensor, is_picture: bool = False) -> Tensor:
-    """The metadata of int8 values of x's shape; channels_last for a 4-D picture."""
+def quantized_like(x: Tensor, q_dtype: torch.dtype | None, is_picture: bool = False) -> Tensor:
+    """The metadata of quantized values of x's shape, int8 without a dtype; channels_last for a 4-D picture."""
     if is_picture and x.dim() == 4:
-        return torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
-    return x.new_empty(x.shape, dtype=torch.int8)
+        return torch.empty(x.shape, dtype=q_dtype or torch.int8, device=x.device, memory_format=torch.channels_last)
+    return x.new_empty(x.shape, dtype=q_dtype or torch.int8)
 
 
 def scales(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -25,12 +25,15 @@ def scales(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 @op(
-    fake=lambda call: int8_like(call.x, call.channel_dim == 1), shape=InputShape(takes_pictures=True), example=of_either
+    fake=lambda call: quantized_like(call.x, call.q_dtype, call.channel_dim == 1),
+    shape=InputShape(takes_pictures=True),
+    example=of_either,
 )
 def quantize_static(
     x: Tensor,
     inv_scale: Tensor,
     channel_dim: int,
+    q_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Quantize with a calibrated scale.
 
@@ -40,20 +43,27 @@ def quantize_static(
         x: any shape, floating; (N, C, H, W) where `channel_dim` is 1.
         inv_scale: (1,) or (C,) float32, the inverse smoothing vector over the scale.
         channel_dim: the axis of x that `inv_scale` runs along, 1 or -1.
+        q_dtype: torch.float8_e4m3fn for FP8: clamped to [-448, 448] and rounded to nearest, half to even; NaN stays.
+            None is int8.
 
     Returns:
-        int8 of x's shape, channels_last for a 4-D x with channels in axis 1.
+        `q_dtype` of x's shape, channels_last for a 4-D x with channels in axis 1.
 
     Raises:
         RuntimeError: no backend takes these arguments; the text says why each of them refused.
     """
-    return LDMQ.quantize_static.default(x, inv_scale, channel_dim)
+    return LDMQ.quantize_static.default(x, inv_scale, channel_dim, q_dtype)
 
 
-@op(fake=lambda call: (int8_like(call.x), scales(call.x, call.x.shape[:-1])), shape=InputShape(), example=of_tokens)
+@op(
+    fake=lambda call: (quantized_like(call.x, call.q_dtype), scales(call.x, call.x.shape[:-1])),
+    shape=InputShape(),
+    example=of_tokens,
+)
 def quantize_per_token(
     x: Tensor,
     inv_smooth: Tensor | None,
+    q_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value.
 
@@ -62,24 +72,27 @@ def quantize_per_token(
     Args:
         x: (..., K) floating.
         inv_smooth: (K,) float32 inverse smoothing vector, multiplied in first.
+        q_dtype: torch.float8_e4m3fn for FP8: 448 takes the place of 127, and values are rounded as e4m3 has them; None
+            is int8.
 
     Returns:
-        (..., K) int8 and the scales (...) float32.
+        (..., K) of `q_dtype` and the scales (...) float32.
 
     Raises:
         RuntimeError: no backend takes these arguments; the text says why each of them refused.
     """
-    return LDMQ.quantize_per_token.default(x, inv_smooth)
+    return LDMQ.quantize_per_token.default(x, inv_smooth, q_dtype)
 
 
 @op(
-    fake=lambda call: (int8_like(call.x, is_picture=True), scales(call.x, call.x.shape[:1])),
+    fake=lambda call: (quantized_like(call.x, call.q_dtype, is_picture=True), scales(call.x, call.x.shape[:1])),
     shape=InputShape(takes_pictures=True),
     example=of_picture,
 )
 def quantize_per_sample(
     x: Tensor,
     inv_smooth: Tensor | None,
+    q_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize each picture of a batch with the scale of its own largest value.
 
@@ -88,17 +101,23 @@ def quantize_per_sample(
     Args:
         x: (N, C, H, W) floating.
         inv_smooth: (C,) float32 inverse smoothing vector, multiplied in first.
+        q_dtype: torch.float8_e4m3fn for FP8: 448 takes the place of 127, and values are rounded as e4m3 has them; None
+            is int8.
 
     Returns:
-        (N, C, H, W) int8, channels_last, and the scales (N,) float32.
+        (N, C, H, W) of `q_dtype`, channels_last, and the scales (N,) float32.
 
     Raises:
         RuntimeError: no backend takes these arguments; the text says why each of them refused.
     """
-    return LDMQ.quantize_per_sample.default(x, inv_smooth)
+    return LDMQ.quantize_per_sample.default(x, inv_smooth, q_dtype)
 
 
-@op(fake=lambda call: (int8_like(call.x), scales(call.x, call.x.shape[:-1])), shape=InputShape(), example=of_tokens)
+@op(
+    fake=lambda call: (quantized_like(call.x, None), scales(call.x, call.x.shape[:-1])),
+    shape=InputShape(),
+    example=of_tokens,
+)
 def rotate_quantize_per_token(
     x: Tensor,
     inv_smooth: Tensor | None,
@@ -122,7 +141,7 @@ def rotate_quantize_per_token(
 
 
 @op(
-    fake=lambda call: (int8_like(call.x, is_picture=True), scales(call.x, call.x.shape[:1])),
+    fake=lambda call: (quantized_like(call.x, None, is_picture=True), scales(call.x, call.x.shape[:1])),
     shape=InputShape(takes_pictures=True),
     example=of_picture,
 )

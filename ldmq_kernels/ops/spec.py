@@ -45,6 +45,7 @@ def op(
     example: Callable[[OpSpec, Any], tuple[Any, ...]],
     agreement: Agreement = EXACT,
     rounds: bool = True,
+    operand_dtype: torch.dtype = torch.int8,
 ) -> Callable[[Function], Function]:
     """Define an op: a decorator of the typed function that calls it.
 
@@ -54,13 +55,14 @@ def op(
         example: (spec, operands) -> arguments.
         agreement: how near backends' results must come to each other.
         rounds: whether it rounds activations or takes rounded ones, and so has no gradients.
+        operand_dtype: of the quantized activations and of the 8-bit weight that it takes.
 
     Raises:
         ValueError: the specification is not whole; the text names the op and the part.
     """
 
     def define(function: Function) -> Function:
-        spec = OpSpec(function, fake, shape, agreement, example, rounds)
+        spec = OpSpec(function, fake, shape, agreement, example, rounds, operand_dtype)
         op_spec.register(spec)
         _LIBRARY.define(spec.schema, tags=_TAGS)
         _LIBRARY.impl(spec.name, dispatch.server(spec.name), "CompositeExplicitAutograd")

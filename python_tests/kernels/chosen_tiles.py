@@ -51,6 +51,8 @@ def by_triton() -> Chosen:
         return words + f" split-K {tile.split_k}" * (tile.split_k > 1) + " transposed" * tile.transposed
 
     for table, families in TILES.items():
+        if "fp8" in table:  # as int8
+            continue
         for capability, multiprocessors in GPUS.items():
             if family(capability) in families:
                 gpu = Gpu(f"without measurements {capability}", capability, multiprocessors)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from ldmq_kernels import ops  # noqa: F401  (defines torch.ops.ldmq)
 from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.kernels.agreement import FLOAT8_SUMS
 from ldmq_kernels.numerics.formats.int4 import GROUP_SIZE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,6 +36,8 @@ def cuda_refusal(op: str, operands: dict[str, Any]) -> str | None:
     csrc/README.md states these rules. python_tests/kernels/cuda has what a wrapper or the binding refuses otherwise.
     """
     x = operands.get("x", operands.get("x_q"))
+    if operands.get("q_dtype") not in (None, torch.int8):
+        return "this kernel makes int8"
     if op.startswith("quantize"):  # which lays out nothing anew, unlike the other ops
         channels_last = x.dim() == 4 and (op == "quantize_per_sample" or operands.get("channel_dim") == 1)
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -100,6 +103,12 @@ def random_int4(*shape: int) -> Tensor:
 def random_multiplier(*shape: int) -> Tensor:
     """Uniform over 1..18 for weights of this shape: a multiplier for each group along the last axis."""
     return torch.randint(1, 19, (*shape[:-1], -(-shape[-1] // GROUP_SIZE)), dtype=torch.uint8)
+
+
+def random_float8(*shape: int) -> Tensor:
+    """Normal values of about 50, some of them subnormal, with the largest at 448."""
+    values = torch.randn(shape) * torch.exp2(torch.randint(-10, 1, shape[-1:]).float())
+    return (values * (448 / values.abs().amax().clamp_min(1e-9) if values.numel() else 1)).to(torch.float8_e4m3fn)
 
 
 def random_scale(*shape: int) -> Tensor:
@@ -184,6 +193,33 @@ def rounded_int8(y: np.ndarray) -> np.ndarray:
     """clamp(rint(y), -127, 127), half to even."""
     assert y.dtype == np.float32
     return np.clip(np.rint(y), -127, 127).astype(np.int8)
+
+
+def rounded_float8(y: np.ndarray) -> Tensor:
+    """The e4m3 values next to float32 ones, half to even, from the list of all of them."""
+    assert y.dtype == np.float32
+    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().double().numpy()  # 0 to 448
+    size = np.minimum(np.abs(y.astype(np.float64)), 448)
+    above = np.searchsorted(grid, size).clip(1, 126)
+    low, high = grid[above - 1], grid[above]
+    is_even_high = above % 2 == 0
+    up = (size - low > high - size) | ((size - low == high - size) & is_even_high)
+    return torch.from_numpy(np.copysign(np.where(up, high, low), y)).float().to(torch.float8_e4m3fn)
+
+
+def assert_float8_sum(backend: Backend, actual: Tensor, exact: Tensor, magnitude: Tensor) -> None:
+    """A float32 sum in any order, rounded once; on a GPU the sum of Hopper's tensor cores, see FLOAT8_SUMS.
+
+    Args:
+        backend: where it comes from.
+        actual: the output.
+        exact: float64.
+        magnitude: of all terms of the sum.
+    """
+    if backend.name == "cuda" or backend.device.type == "cuda":
+        assert not FLOAT8_SUMS.difference(actual, exact.to(actual.dtype))
+    else:
+        assert_rounded_once(actual, exact, magnitude, steps=16)
 
 
 def dynamically_quantized(y: np.ndarray, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmq_kernels.numerics.gptq import damped_cholesky, gptq_round, rounding_order
+from ldmq_kernels.numerics.gptq import damped_cholesky, gptq_round, integers_up_to, rounding_order
 
 WIDTHS = [1, 20, 63, 64, 65, 129, 320]
 
@@ -54,7 +54,7 @@ def _column_by_column(weight: Tensor, steps: Tensor, largest: int, hessian: Tens
 def test_it_is_the_published_algorithm(width):
     weight, hessian = _weight(6, width), correlated(width)
     steps = 0.2 + 0.2 * torch.rand(6, width, generator=torch.Generator().manual_seed(2))
-    found = gptq_round(weight, steps, 7, rounding_order(hessian, width))
+    found = gptq_round(weight, steps, integers_up_to(7), rounding_order(hessian, width))
     expected = _column_by_column(weight, steps, 7, hessian)
     assert (found != expected).float().mean() < 0.005  # a tie may fall otherwise in float32
     assert (found != _nearest(weight, steps, 7)).any()
@@ -65,8 +65,8 @@ def test_it_is_the_published_algorithm(width):
 def test_the_output_error_is_less_than_that_of_the_nearest(width, largest):
     weight, hessian = _weight(16, width), correlated(width)
     steps = (weight.abs().amax(1, keepdim=True) / largest).expand_as(weight)
-    found = gptq_round(weight, steps, largest, rounding_order(hessian, width))
-    assert found.dtype == torch.int8
+    found = gptq_round(weight, steps, integers_up_to(largest), rounding_order(hessian, width))
+    assert torch.equal(found, found.round())
     assert found.abs().max() <= largest
     better = output_error(weight - found * steps, hessian)
     assert better < 0.8 * output_error(weight - _nearest(weight, steps, largest) * steps, hessian)
@@ -78,7 +78,7 @@ def test_inputs_that_share_nothing_are_rounded_to_nearest(width):
     powers = torch.rand(width, generator=torch.Generator().manual_seed(3)) * 100
     powers[::3] = 0  # dead
     steps = torch.full_like(weight, 0.31)
-    found = gptq_round(weight, steps, 7, rounding_order(torch.diag(powers), width))
+    found = gptq_round(weight, steps, integers_up_to(7), rounding_order(torch.diag(powers), width))
     assert torch.equal(found, _nearest(weight, steps, 7).to(torch.int8))
 
 
@@ -87,7 +87,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_the_others_as_ever():
     dead = torch.arange(0, 40, 5)
     hessian[dead], hessian[:, dead] = 0, 0
     steps = torch.full_like(weight, 0.4)
-    found = gptq_round(weight, steps, 7, rounding_order(hessian, 40))
+    found = gptq_round(weight, steps, integers_up_to(7), rounding_order(hessian, 40))
     assert torch.equal(found[:, dead], _nearest(weight, steps, 7)[:, dead].to(torch.int8))
     assert (found != _column_by_column(weight, steps, 7, hessian)).float().mean() < 0.005
 
@@ -96,7 +96,7 @@ def test_two_equal_inputs_take_the_best_pair_of_integers():
     hessian = torch.tensor([[1.0, 1.0], [1.0, 1.0]]) * 50
     weight = torch.tensor([[0.4, 0.4], [1.3, -0.4], [0.7, 0.7]])
     steps = torch.ones_like(weight)
-    found = gptq_round(weight, steps, 7, rounding_order(hessian, 2))
+    found = gptq_round(weight, steps, integers_up_to(7), rounding_order(hessian, 2))
     assert found.sum(1).tolist() == [1, 1, 1]  # nearest gives 0, 1 and 2 for sums of 0.8, 0.9 and 1.4
 
 
@@ -109,7 +109,7 @@ def test_against_all_roundings_of_tiny_weights():
         weight, steps = torch.rand(1, 4, generator=random) * 4 - 2, torch.ones(1, 4)
         every = torch.tensor([*itertools.product(range(-3, 4), repeat=4)], dtype=torch.float32)
         errors = [output_error(weight - integers, hessian) for integers in every]
-        mine = output_error(weight - gptq_round(weight, steps, 3, rounding_order(hessian, 4)), hessian)
+        mine = output_error(weight - gptq_round(weight, steps, integers_up_to(3), rounding_order(hessian, 4)), hessian)
         assert mine >= min(errors) * 0.9999
         found, best = found + mine, best + min(errors)
         nearest += output_error(weight - _nearest(weight, steps, 3), hessian)
@@ -121,7 +121,7 @@ def test_fewer_rows_than_inputs_are_enough():
     x = torch.randn(30, 200, generator=torch.Generator().manual_seed(4))
     weight, hessian = _weight(8, 200), x.t() @ x
     steps = torch.full_like(weight, 0.4)
-    found = gptq_round(weight, steps, 7, rounding_order(hessian, 200))
+    found = gptq_round(weight, steps, integers_up_to(7), rounding_order(hessian, 200))
     error = output_error(weight - found * steps, hessian)
     assert error < 0.3 * output_error(weight - _nearest(weight, steps, 7) * steps, hessian)
 
@@ -129,14 +129,16 @@ def test_fewer_rows_than_inputs_are_enough():
 def test_the_power_of_the_inputs_does_not_matter():
     weight, hessian = _weight(8, 65), correlated(65)
     steps = torch.full_like(weight, 0.4)
-    rounded = [gptq_round(weight, steps, 7, rounding_order(hessian * p, 65)) for p in (2.0**-60, 1.0, 2.0**60)]
+    rounded = [
+        gptq_round(weight, steps, integers_up_to(7), rounding_order(hessian * p, 65)) for p in (2.0**-60, 1.0, 2.0**60)
+    ]
     assert torch.equal(rounded[0], rounded[1])
     assert torch.equal(rounded[2], rounded[1])
 
 
 def test_a_hessian_of_zeros_rounds_to_nearest():
     weight = _weight(3, 10)
-    found = gptq_round(weight, torch.full_like(weight, 0.5), 7, rounding_order(torch.zeros(10, 10), 10))
+    found = gptq_round(weight, torch.full_like(weight, 0.5), integers_up_to(7), rounding_order(torch.zeros(10, 10), 10))
     assert torch.equal(found, _nearest(weight, torch.tensor(0.5), 7).to(torch.int8))
 
 

@@ -3,6 +3,7 @@
 Its int8 products, reached through `torch.ops.onednn`, take int8 activations as uint8 with zero point 128 and give
 float32 or bfloat16, with scales and bias applied. Without VNNI they saturate silently: where a self-check finds that,
 the same integers are multiplied in float32, exactly (`widened`).
+So is FP8, which no CPU multiplies: e4m3 is exact in float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from ldmq_kernels.kernels.cpu.self_check import is_exact
 # server that sees many sizes would keep 1,024
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
+FLOAT8_REMARK = "FP8 is multiplied in float32: such layers have the time and the memory of float ones"
+
 
 class _Cpu(Backend):
     name = "cpu"
@@ -34,13 +37,13 @@ class _Cpu(Backend):
         return "this torch lacks oneDNN: install an x86-64 build of torch 2.10 or newer"
 
     def remark(self, device: torch.device) -> str:
-        """That this processor multiplies no int8 exactly, and what is done instead."""
+        """That no CPU multiplies FP8, and where this one multiplies no int8 exactly, and what is done instead."""
         if is_exact():
-            return ""
+            return FLOAT8_REMARK
         return (
             "this processor lacks AVX-512 VNNI, AVX-VNNI and AMX, so that oneDNN's int8 products are not exact: the "
             "same integers are multiplied in float32, exactly; large layers take about the time of float ones, small "
-            "ones more, and weights the memory of float32"
+            f"ones more, and weights the memory of float32; {FLOAT8_REMARK}"
         )
 
     def packer(self, op: str) -> Packer | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.reference.quantize_static import refuse_nan
+from ldmq_kernels.numerics.formats.float8 import FLOAT8, FLOAT8_MAX
 
 BLOCK_PER_THREAD = 1 << 17  # float32 elements; half a megabyte, a quarter of a server core's L2
 
@@ -19,13 +20,13 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def quantize_rows(x: Tensor, factors: tuple[Tensor, ...], out: Tensor, *, is_static: bool = False) -> None:
-    """out = clamp(rint(fp32(x) * factors[0] * factors[1] ...), -127, 127), multiplied in this order.
+    """out = clamp(rint(fp32(x) * factors[0] * factors[1] ...), -127, 127), multiplied in this order; of FP8 as e4m3.
 
     Args:
         x: (M, C) floating, contiguous.
         factors: float32 (1,) or (C,) each.
-        out: (M, C) int8, contiguous.
-        is_static: whether the scale is calibrated, and so does not show NaN.
+        out: (M, C) int8 or FP8, contiguous.
+        is_static: whether the scale is calibrated, and so does not show NaN, which int8 lacks.
 
     Raises:
         ValueError: there is NaN where the scale is calibrated.
@@ -34,6 +35,9 @@ def quantize_rows(x: Tensor, factors: tuple[Tensor, ...], out: Tensor, *, is_sta
         y = x[block].float() * factors[0] if x.dtype == torch.float32 else x[block].float().mul_(factors[0])
         for factor in factors[1:]:
             y.mul_(factor)
+        if out.dtype == FLOAT8:
+            out[block].copy_(y.clamp_(-FLOAT8_MAX, FLOAT8_MAX))
+            continue
         y.round_().clamp_(-127, 127)
         if is_static:
             refuse_nan(y)

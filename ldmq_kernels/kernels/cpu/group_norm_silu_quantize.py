@@ -19,6 +19,7 @@ def group_norm_silu_quantize(
     inv_scale: Tensor | None,
     inv_smooth: Tensor | None,
     per_token: bool,
+    q_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Group normalization, SiLU where asked for, and the quantization of the result.
 
@@ -29,6 +30,6 @@ def group_norm_silu_quantize(
     y = torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)
     y = torch.nn.functional.silu(y) if silu else y
     if per_token or inv_scale is not None:
-        q, scale = quantize_tokens(y.permute(0, 2, 3, 1), inv_scale, inv_smooth)
+        q, scale = quantize_tokens(y.permute(0, 2, 3, 1), inv_scale, inv_smooth, q_dtype)
         return q.permute(0, 3, 1, 2), scale
-    return quantize_per_sample(y, inv_smooth)
+    return quantize_per_sample(y, inv_smooth, q_dtype)

@@ -18,10 +18,11 @@ def layer_norm_quantize(
     inv_smooth: Tensor | None,
     modulation_scale: Tensor | None = None,
     modulation_shift: Tensor | None = None,
+    q_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Layer normalization over the last axis, its modulation where there is one, and the quantization of the result."""
     weight, bias = in_dtype_of(x, norm_weight), in_dtype_of(x, norm_bias)
     normed = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     if modulation_scale is not None or modulation_shift is not None:
         normed = modulated(normed, modulation_scale, modulation_shift)
-    return quantize_tokens(normed, inv_scale, inv_smooth)
+    return quantize_tokens(normed, inv_scale, inv_smooth, q_dtype)

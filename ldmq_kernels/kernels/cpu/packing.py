@@ -1,4 +1,4 @@
-"""How the weights of int8 products are held, exact both ways: in oneDNN's int8 layouts, or widened to float32.
+"""How the weights of 8-bit products are held, exact both ways: in oneDNN's int8 layouts, or widened to float32.
 
 A linear is blocked at once. Which blocks suit a convolution depends on the size of its input (the
 wrong ones are reordered in every call, for longer than the convolution takes on an 8x8 map), so its
@@ -100,9 +100,24 @@ def _packer(layout: str, pack: Callable[[Tensor], Tensor], unpack: Callable[[Ten
 
 @functools.cache
 def packers() -> Mapping[str, Packer]:
-    """How the weights of the int8 products are held on this processor, by op."""
+    """How the weights of the products of quantized activations are held on this processor, by op."""
     layout = "oneDNN" if self_check.is_exact() else "float32"
     linear = _packer(layout, pack_linear, lambda packed, _: unpack_linear(packed))
     conv2d = _packer(layout, pack_conv2d, unpack_conv2d)
     linears = dict.fromkeys(("linear_w8a8", "linear_static_w8a8", "linear_w4a8"), linear)
-    return linears | dict.fromkeys(("conv2d_w8a8", "conv2d_w4a8"), conv2d)
+    convolutions = dict.fromkeys(("conv2d_w8a8", "conv2d_w4a8"), conv2d)
+    float8 = {
+        "linear_fp8": Packer(
+            "float32",
+            is_packed,
+            lambda weight, *_: widened.pack_linear_float8(weight),
+            lambda packed, *_: widened.unpack_linear_float8(packed),
+        ),
+        "conv2d_fp8": Packer(
+            "float32",
+            is_packed,
+            lambda weight, *_: widened.pack_conv2d_float8(weight),
+            lambda packed, *_: widened.unpack_conv2d_float8(packed),
+        ),
+    }
+    return {**linears, **convolutions, **float8}

@@ -8,13 +8,16 @@ from torch import Tensor
 from ldmq_kernels.kernels.cpu.blocks import row_blocks
 from ldmq_kernels.kernels.geometry import check_channels
 from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
 
-def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_token(
+    x: Tensor, inv_smooth: Tensor | None, q_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value."""
     check_channels(x.shape[-1], inv_smooth)
     x = x.contiguous()
-    out = torch.empty_like(x, dtype=torch.int8)
+    out = torch.empty_like(x, dtype=q_dtype or torch.int8)
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if not x.numel():
         return out, scale
@@ -28,7 +31,8 @@ def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Te
         if inv_smooth is not None:
             y.mul_(inv_smooth)
         absmax = torch.maximum(y.amax(-1), y.amin(-1).neg_())
-        scales[block] = dynamic_scale(absmax)
-        # no clamp: absmax times the reciprocal of its own scale rounds to 127
-        out_rows[block].copy_(y.mul_((1 / scales[block]).unsqueeze(-1)).round_())
+        scales[block] = dynamic_scale(absmax, q_dtype)
+        # no clamp: absmax times the reciprocal of its own scale rounds to 127, or to 448 as it is copied
+        y.mul_((1 / scales[block]).unsqueeze(-1))
+        out_rows[block].copy_(y if q_dtype == FLOAT8 else y.round_())
     return out, scale

@@ -8,6 +8,8 @@ from torch import Tensor
 from ldmq_kernels.kernels.cpu.producers import quantize_tokens
 
 
-def silu_quantize(x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+def silu_quantize(
+    x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None, q_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """SiLU and the quantization of its result."""
-    return quantize_tokens(torch.nn.functional.silu(x), inv_scale, inv_smooth)
+    return quantize_tokens(torch.nn.functional.silu(x), inv_scale, inv_smooth, q_dtype)

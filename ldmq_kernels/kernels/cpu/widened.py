@@ -1,4 +1,4 @@
-"""Exact int8 products in float32, on weights widened once: for processors whose int8 instructions saturate.
+"""Products in float32, on weights widened once: exact ones of int8 where its instructions saturate, and those of FP8.
 
 float32 holds every integer up to 2**24. Where the products of a weight's output channel with the largest activations
 could add up to more, its input channels are cut into equal parts, whose sums are exact, and these are added.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
 LARGEST_EXACT = 1 << 24
 LARGEST_ACTIVATION = 127
@@ -56,6 +58,26 @@ def unpack_conv2d(packed: Tensor, outputs: int) -> Tensor:
     """The (K, R, S, C / groups) int8 that `pack_conv2d` packed, whatever its layout is by now; `outputs` is K."""
     by_part = packed.to_dense().unflatten(0, (-1, outputs))
     return by_part.permute(1, 3, 4, 0, 2).flatten(3).to(torch.int8, memory_format=torch.contiguous_format)
+
+
+def pack_linear_float8(weight: Tensor) -> Tensor:
+    """(N, K) e4m3 to (1, N, K) float32: one part, whose sums are float32's."""
+    return weight.float()[None].contiguous()
+
+
+def unpack_linear_float8(packed: Tensor) -> Tensor:
+    """The (N, K) e4m3 that `pack_linear_float8` packed."""
+    return packed[0].to(FLOAT8)
+
+
+def pack_conv2d_float8(weight: Tensor) -> Tensor:
+    """(K, R, S, C / groups) e4m3 to (K, C / groups, R, S) float32, opaque, in plain order."""
+    return weight.float().permute(0, 3, 1, 2).contiguous().to_mkldnn()
+
+
+def unpack_conv2d_float8(packed: Tensor) -> Tensor:
+    """The (K, R, S, C / groups) e4m3 that `pack_conv2d_float8` packed, whatever its layout is by now."""
+    return packed.to_dense().permute(0, 2, 3, 1).contiguous().to(FLOAT8)
 
 
 def prepack_conv2d(

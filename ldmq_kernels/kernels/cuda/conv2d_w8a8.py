@@ -8,7 +8,7 @@ from torch import Tensor
 from ldmq_kernels.kernels.cuda import gemm
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.geometry import conv2d_output_size
-from ldmq_kernels.kernels.operands import int8, plain
+from ldmq_kernels.kernels.operands import plain, quantized
 
 
 def conv2d_w8a8(
@@ -48,7 +48,7 @@ def conv2d_w8a8(
     out_channels = weight_scale.shape[0]
     size = conv2d_output_size((height, width), kernel_size, stride, padding, dilation, upsample)
     weight = plain(weight, torch.int8, (out_channels, *kernel_size, channels))
-    x = int8(x_q).contiguous(memory_format=torch.channels_last)
+    x = quantized(x_q, torch.int8).contiguous(memory_format=torch.channels_last)
     out = torch.empty(
         (samples, out_channels, *size), dtype=out_dtype, device=x.device, memory_format=torch.channels_last
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.cuda.producers import factors, vector
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.operands import only_int8
 from ldmq_kernels.kernels.reference.producers import no_scale
 
 
@@ -24,6 +25,7 @@ def group_norm_silu_quantize(
     inv_scale: Tensor | None,
     inv_smooth: Tensor | None,
     per_token: bool,
+    q_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Group normalization, SiLU where asked for, and the quantization of the result.
 
@@ -33,9 +35,10 @@ def group_norm_silu_quantize(
         norm_bias: (C,) of any of these dtypes, or None for zeros.
 
     Raises:
-        Unsupported: another dtype, device or size of an operand, groups that do not divide the channels, or too many
-            channels for a scale of each pixel.
+        Unsupported: FP8, another dtype, device or size of an operand, groups that do not divide the channels, or too
+            many channels for a scale of each pixel.
     """
+    only_int8(q_dtype)
     if x.dim() != 4:
         raise Unsupported(f"x has {x.dim()} axes, must be (N, C, H, W)")
     x = x.contiguous(memory_format=torch.channels_last)

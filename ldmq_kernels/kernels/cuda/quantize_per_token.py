@@ -7,17 +7,21 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.operands import only_int8
 
 
-def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_token(
+    x: Tensor, inv_smooth: Tensor | None, q_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value.
 
     Args:
         x: (..., K) contiguous, float32, float16 or bfloat16.
 
     Raises:
-        Unsupported: another dtype, layout or device.
+        Unsupported: FP8, another dtype, layout or device.
     """
+    only_int8(q_dtype)
     if x.dim() == 0:
         raise Unsupported("x has no axis of channels")
     arguments = extension.source(x, torch.contiguous_format) | extension.target(x)

@@ -7,17 +7,19 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.operands import only_int8
 
 
-def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
+def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int, q_dtype: torch.dtype | None = None) -> Tensor:
     """Quantize with a calibrated scale.
 
     Args:
         x: float32, float16 or bfloat16; (N, C, H, W) channels_last with `channel_dim` 1, or (..., C) contiguous.
 
     Raises:
-        Unsupported: another dtype, layout or device.
+        Unsupported: FP8, another dtype, layout or device.
     """
+    only_int8(q_dtype)
     is_image = x.dim() == 4 and channel_dim == 1
     if x.dim() == 0 or not (is_image or channel_dim % x.dim() == x.dim() - 1):
         raise Unsupported(f"channel_dim is {channel_dim} of {x.dim()} axes, must be the last, or 1 of (N, C, H, W)")

@@ -14,11 +14,13 @@ def no_scale(like: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=like.device)
 
 
-def quantize_tokens(y: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_tokens(
+    y: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None, q_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """(..., C) with a calibrated scale, or with each token's own."""
     if inv_scale is not None:
-        return quantize_static(y, inv_scale, -1), no_scale(y)
-    return quantize_per_token(y, inv_smooth)
+        return quantize_static(y, inv_scale, -1, q_dtype), no_scale(y)
+    return quantize_per_token(y, inv_smooth, q_dtype)
 
 
 def in_runs(y: Tensor, terms: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""q = clamp(rint(fp32(x) * r[c]), -127, 127), with r made once from the scale and the smoothing."""
+"""q = clamp(rint(fp32(x) * r[c]), -127, 127), with r made once from the scale and the smoothing.
+
+In FP8 the clamp is to [-448, 448], before the rounding to e4m3, half to even.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,17 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.geometry import check_channels
+from ldmq_kernels.numerics.formats.float8 import FLOAT8, round_to_float8
 
 
 def round_to_int8(y: Tensor) -> Tensor:
     """Round half to even and clamp to [-127, 127]; overwrites y, float32."""
     return y.round_().clamp_(-127, 127).to(torch.int8)
+
+
+def rounded_to(y: Tensor, q_dtype: torch.dtype | None) -> Tensor:
+    """Round and clamp to int8, without a dtype, or to FP8; overwrites y, float32."""
+    return round_to_float8(y) if q_dtype == FLOAT8 else round_to_int8(y)
 
 
 def refuse_nan(rounded: Tensor) -> None:
@@ -31,16 +40,18 @@ def refuse_nan(rounded: Tensor) -> None:
         )
 
 
-def _round_static(y: Tensor) -> Tensor:
+def _round_static(y: Tensor, q_dtype: torch.dtype | None) -> Tensor:
+    if q_dtype == FLOAT8:  # which has NaN, and hands it on
+        return round_to_float8(y)
     y.round_().clamp_(-127, 127)
     refuse_nan(y)
     return y.to(torch.int8)
 
 
-def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
+def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int, q_dtype: torch.dtype | None = None) -> Tensor:
     """Quantize with a calibrated scale."""
     check_channels(x.shape[channel_dim] if x.dim() else 1, inv_scale)
     if x.dim() == 4 and channel_dim == 1:
         x = x.contiguous(memory_format=torch.channels_last)
-        return _round_static(x.float() * inv_scale.view(1, -1, 1, 1))
-    return _round_static(x.contiguous().float() * inv_scale)
+        return _round_static(x.float() * inv_scale.view(1, -1, 1, 1), q_dtype)
+    return _round_static(x.contiguous().float() * inv_scale, q_dtype)

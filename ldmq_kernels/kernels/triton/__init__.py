@@ -12,6 +12,7 @@ import os
 import torch
 
 from ldmq_kernels.kernels.backend import Backend, register
+from ldmq_kernels.kernels.gpu import FLOAT8_FROM, gpu_of
 from ldmq_kernels.kernels.triton.tuning import TritonTiles
 
 # too much shared memory or too many registers for this GPU; what ptxas or Triton's compiler does not take
@@ -58,6 +59,12 @@ class _Triton(Backend):
         names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("triton.")]
         is_refused = any(name in NOT_LAUNCHED for name in names) or FAILED_PASS in str(error)
         return f"{type(error).__name__}: {error}" if is_refused else ""
+
+    def remark(self, device: torch.device) -> str:
+        """That a GPU has no FP8, and what is done instead."""
+        if gpu_of(device).capability >= FLOAT8_FROM:
+            return ""
+        return "this GPU has no FP8, which needs compute capability 8.9: FP8 layers run by their definition, slowly"
 
 
 backend = register(_Triton())

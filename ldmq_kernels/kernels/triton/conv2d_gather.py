@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.triton.convolution import ConvShape
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
-from ldmq_kernels.kernels.triton.launch import dot_dtype
-from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program, unpack_int4
+from ldmq_kernels.kernels.triton.launch import EIGHT_BIT, dot_dtype
+from ldmq_kernels.kernels.triton.matrix import added_product, store_tile, tile_of_program, unpack_int4
 from ldmq_kernels.kernels.triton.tile_tables import Tile
 
 FEW_CHANNELS = 32
@@ -62,21 +62,21 @@ def _load_weight(
     else:
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = column_mask[:, None] & (k < tap_length)[None, :]
-        weight = tl.load(weight_ptr + row * tap_length + k[None, :], mask=mask, other=0)
+        weight = tl.load(weight_ptr + row * tap_length + k[None, :], mask=mask, other=0.0)
     return weight.to(DOT)
 
 
 @triton.jit
 def _gather_conv2d(
-    x_ptr: tl.tensor,  # (N, H, W, C) int8 or floating
+    x_ptr: tl.tensor,  # (N, H, W, C) int8, FP8 or floating
     x_scale_ptr: tl.tensor,  # (1,) or (N,) float32, or None
-    weight_ptr: tl.tensor,  # (K, R, S, tap_length) int8
+    weight_ptr: tl.tensor,  # (K, R, S, tap_length) int8 or FP8
     multiplier_ptr: tl.tensor,  # (K, R, S, groups of BLOCK_K) uint8 where the weight holds int4, or None
     weight_scale_ptr: tl.tensor,  # (K,) float32
     bias_ptr: tl.tensor,  # (K,) floating, or None
     sample_bias_ptr: tl.tensor,  # (N, K) floating, or None
     residual_ptr: tl.tensor,  # (N, P, Q, K) floating, or None
-    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLIT_K, N, P, Q, K) int32
+    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLIT_K, N, P, Q, K) of the accumulator
     m: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
@@ -97,7 +97,8 @@ def _gather_conv2d(
     S: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     FLAT: tl.constexpr,  # few channels: taps and channels are one K
-    DOT: tl.constexpr,  # int8, or the dtype of a floating tl.dot
+    DOT: tl.constexpr,  # the dtype of tl.dot's operands
+    EIGHT_BIT: tl.constexpr,  # whether that is int8 or FP8
     ONE_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -146,9 +147,9 @@ def _gather_conv2d(
             )
         inside = (h_k >= 0) & (h_k < height * UPSAMPLE) & (w_k >= 0) & (w_k < width * UPSAMPLE)
         pixel = (sample[:, None] * height + h_k // UPSAMPLE) * width + w_k // UPSAMPLE
-        x = tl.load(x_ptr + pixel * channels + channel, mask=inside & row_mask[:, None] & mask, other=0)
-        if tl.int8 == DOT:
-            accumulator = tl.dot(x, weight.T, accumulator, out_dtype=tl.int32)
+        x = tl.load(x_ptr + pixel * channels + channel, mask=inside & row_mask[:, None] & mask, other=0.0)
+        if EIGHT_BIT:
+            accumulator = added_product(x, weight.T, accumulator)
         else:
             accumulator = tl.dot(x.to(DOT), weight.T, accumulator, input_precision="ieee")
     terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, sample_bias_ptr, residual_ptr)
@@ -182,11 +183,11 @@ def gather_conv2d(
     Args:
         conv: the sizes.
         tile: the tile.
-        x: (N, C, H, W) int8 or floating, channels_last.
-        weight: (K, R, S, C / groups) int8, or (K, R, S, bytes) int8 holding int4.
+        x: (N, C, H, W) int8, FP8 or floating, channels_last.
+        weight: (K, R, S, C / groups) int8 or FP8, or (K, R, S, bytes) int8 holding int4.
         multiplier: (K, R, S, weight groups) uint8, of an int4 weight.
         epilogue: the epilogue's operands, expanded.
-        out: (N, K, P, Q) floating, channels_last, or (split_k, N * P * Q, K) int32.
+        out: (N, K, P, Q) floating, channels_last, or (split_k, N * P * Q, K) of the accumulator.
     """
     grid = (tile.programs(conv.m, conv.group_out_channels), tile.split_k, conv.groups)
     _gather_conv2d[grid](
@@ -203,6 +204,7 @@ def gather_conv2d(
         UPSAMPLE=conv.upsample,
         FLAT=multiplier is None and conv.group_channels < FEW_CHANNELS,
         DOT=dot_dtype(x),
+        EIGHT_BIT=x.dtype in EIGHT_BIT,
         ONE_SCALE=epilogue.has_one_scale,
         SPLIT_K=tile.split_k,
         **tile.options(),

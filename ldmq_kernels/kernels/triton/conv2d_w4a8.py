@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.operands import int8, plain
+from ldmq_kernels.kernels.operands import plain, quantized
 from ldmq_kernels.kernels.triton.convolution import ConvShape, image_tile_start, load_image_tile, pixels_of_tile
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import Conv2dLaunch, conv2d
@@ -151,4 +151,4 @@ def conv2d_w4a8(
         )
 
     epilogue = Epilogue(x_scale, weight_scale, bias, sample_bias, residual)
-    return conv2d("conv2d_w4a8", conv, int8(x_q), packed, epilogue, out_dtype, launch, multiplier)
+    return conv2d("conv2d_w4a8", conv, quantized(x_q, torch.int8), packed, epilogue, out_dtype, launch, multiplier)

@@ -1,5 +1,7 @@
 """out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, in exact int32.
 
+Of FP8, for `conv2d_fp8`, the sums are float32.
+
 As operand A an image tile of x goes through registers, since it is reshaped; transposed, with the weight as operand A,
 both operands reach the tensor cores straight from shared memory. N = 160 is two accumulators, as in linear_w8a8. See
 `convolution` for the image tiles.
@@ -12,24 +14,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.operands import int8, plain
+from ldmq_kernels.kernels.operands import plain, quantized
 from ldmq_kernels.kernels.triton.convolution import ConvShape, image_tile_start, load_image_tile, pixels_of_tile
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import Conv2dLaunch, conv2d
-from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program
+from ldmq_kernels.kernels.triton.launch import EIGHT_BIT_SUMS
+from ldmq_kernels.kernels.triton.matrix import added_product, store_tile, tile_of_program
 
 
 @triton.jit
 def _conv2d_w8a8(
-    x: tl.tensor,  # descriptor of (N, H, W, C) int8
+    x: tl.tensor,  # descriptor of (N, H, W, C) int8 or FP8
     x_scale_ptr: tl.tensor,  # (1,) or (N,) float32
-    weight: tl.tensor,  # descriptor of (K, R * S, C) int8, or of (K, R * S * C) if TRANSPOSED
+    weight: tl.tensor,  # descriptor of (K, R * S, C) int8 or FP8, or of (K, R * S * C) if TRANSPOSED
     extra_weight: tl.tensor,  # the same with blocks of EXTRA_N rows, or None
     weight_scale_ptr: tl.tensor,  # (K,) float32
     bias_ptr: tl.tensor,  # (K,) floating, or None
     sample_bias_ptr: tl.tensor,  # (N, K) floating, or None
     residual_ptr: tl.tensor,  # (N, P, Q, K) floating, or None
-    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLIT_K, N, P, Q, K) int32
+    out_ptr: tl.tensor,  # (N, P, Q, K) floating, or (SPLIT_K, N, P, Q, K) of the accumulator
     image_tiles: tl.tensor,
     samples: tl.tensor,
     out_height: tl.tensor,
@@ -53,6 +56,7 @@ def _conv2d_w8a8(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,  # int32 of int8, float32 of FP8
     TRANSPOSED: tl.constexpr,
 ) -> None:
     BLOCK_S: tl.constexpr = BLOCK_M // (BLOCK_H * BLOCK_W)
@@ -67,9 +71,9 @@ def _conv2d_w8a8(
             tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W
         )
         first_column = tile_column * (BLOCK_N + EXTRA_N)
-        accumulator = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.int32)
+        accumulator = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), ACCUMULATOR)
         if EXTRA_N > 0:
-            extra = tl.zeros((BLOCK_M, EXTRA_N), tl.int32)
+            extra = tl.zeros((BLOCK_M, EXTRA_N), ACCUMULATOR)
         for step in range(start, stop):
             tap, c = step // blocks, step % blocks * BLOCK_K
             x_block = load_image_tile(
@@ -93,13 +97,13 @@ def _conv2d_w8a8(
             )
             if TRANSPOSED:
                 block = weight.load([first_column, tap * channels + c])
-                accumulator = tl.dot(block, x_block.T, accumulator, out_dtype=tl.int32)
+                accumulator = added_product(block, x_block.T, accumulator)
             else:
                 block = tl.reshape(weight.load([first_column, tap, c]), (BLOCK_N, BLOCK_K))
-                accumulator = tl.dot(x_block, block.T, accumulator, out_dtype=tl.int32)
+                accumulator = added_product(x_block, block.T, accumulator)
             if EXTRA_N > 0:
                 block = tl.reshape(extra_weight.load([first_column + BLOCK_N, tap, c]), (EXTRA_N, BLOCK_K))
-                extra = tl.dot(x_block, block.T, extra, out_dtype=tl.int32)
+                extra = added_product(x_block, block.T, extra)
         row, sample, row_mask = pixels_of_tile(
             first_sample, h, w, parity, samples, out_height, out_width, UPSAMPLE, BLOCK_M, BLOCK_H, BLOCK_W
         )
@@ -158,7 +162,34 @@ def conv2d_w8a8(
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
     conv = ConvShape.of(x_q, weight_scale.shape[0], kernel_size, stride, padding, dilation, groups, upsample)
-    weight = plain(weight, torch.int8, (conv.out_channels, *conv.kernel_size, conv.group_channels))
+    epilogue = Epilogue(x_scale, weight_scale, bias, sample_bias, residual)
+    return convolve("conv2d_w8a8", torch.int8, conv, x_q, weight, epilogue, out_dtype)
+
+
+def convolve(
+    op: str,
+    dtype: torch.dtype,
+    conv: ConvShape,
+    x_q: Tensor,
+    weight: Tensor,
+    epilogue: Epilogue,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Launch the kernel, or the one that gathers, on operands of an 8-bit dtype.
+
+    Args:
+        op: the table of tiles.
+        dtype: int8 or FP8.
+        conv: the sizes.
+        x_q: (N, C, H, W) of `dtype`.
+        weight: (K, R, S, C / groups) of `dtype`.
+        epilogue: the epilogue's operands, as the op was given them.
+        out_dtype: float16, bfloat16 or float32.
+
+    Raises:
+        Unsupported: a packed weight, or an operand of another dtype or size.
+    """
+    weight = plain(weight, dtype, (conv.out_channels, *conv.kernel_size, conv.group_channels))
 
     def launch(call: Conv2dLaunch) -> None:
         tile = call.tile
@@ -175,9 +206,9 @@ def conv2d_w8a8(
             EXTRA_N=tile.extra_n,
             SPLIT_K=tile.split_k,
             PERSISTENT=tile.persistent,
+            ACCUMULATOR=EIGHT_BIT_SUMS[weight.dtype],
             TRANSPOSED=flat is not None,
             **call.options,
         )
 
-    epilogue = Epilogue(x_scale, weight_scale, bias, sample_bias, residual)
-    return conv2d("conv2d_w8a8", conv, int8(x_q), weight, epilogue, out_dtype, launch)
+    return conv2d(op, conv, quantized(x_q, dtype), weight, epilogue, out_dtype, launch)

@@ -98,11 +98,11 @@ class Epilogue(NamedTuple):
         )
 
 
-def partial_sums(out: Tensor, tile: Tile, m: int, n: int) -> Tensor:
-    """The tensor that the main loop's sums are stored to: `out` itself, or (split_k, m, n) int32."""
+def partial_sums(out: Tensor, tile: Tile, m: int, n: int, dtype: torch.dtype) -> Tensor:
+    """The tensor that the main loop's sums are stored to: `out` itself, or (split_k, m, n) of this dtype."""
     if tile.split_k == 1:
         return out
-    return torch.empty((tile.split_k, m, n), dtype=torch.int32, device=out.device)
+    return torch.empty((tile.split_k, m, n), dtype=dtype, device=out.device)
 
 
 def _expanded(

@@ -1,12 +1,13 @@
-"""q = quantize(value * gelu(gate)), in float32 up to the int8 rounding; GELU by the error function."""
+"""q = quantize(value * gelu(gate)), in float32 up to the last rounding; GELU by the error function."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device
 from ldmq_kernels.kernels.triton.producers import (
     elementwise_tile,
     factors,
@@ -23,7 +24,7 @@ from ldmq_kernels.kernels.triton.producers import (
 def _geglu_quantize(
     x_ptr: tl.tensor,  # (rows, 2 channels) floating: the values, then their gates
     factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
-    out_ptr: tl.tensor,  # (rows, channels) int8
+    out_ptr: tl.tensor,  # (rows, channels) int8 or FP8
     scale_ptr: tl.tensor,  # (rows,) float32, or (0,) with a calibrated scale
     rows: tl.tensor,
     channels: tl.tensor,
@@ -54,7 +55,9 @@ def _geglu_quantize(
     )
 
 
-def geglu_quantize(x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+def geglu_quantize(
+    x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | None, q_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """The gated half of a GEGLU layer and the quantization of its result.
 
     Raises:
@@ -62,9 +65,9 @@ def geglu_quantize(x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | Non
     """
     x = floating(x).contiguous()
     channels = x.shape[-1] // 2
-    q, scale = token_outputs(x, channels, inv_scale)
+    q, scale = token_outputs(x, channels, inv_scale, q_dtype)
     if q.numel() == 0:
-        return q, scale
+        return as_asked(q, q_dtype), scale
     rows = q.numel() // channels
     tile = row_tile(channels) if inv_scale is None else elementwise_tile(rows, channels)
     keywords = factors(inv_scale, inv_smooth, channels) | tile
@@ -72,4 +75,4 @@ def geglu_quantize(x: Tensor, inv_scale: Tensor | None, inv_smooth: Tensor | Non
         _geglu_quantize[(programs(rows, channels, tile),)](
             x, out_ptr=q, scale_ptr=scale, rows=rows, channels=channels, DYNAMIC=inv_scale is None, **keywords
         )
-    return q, scale
+    return as_asked(q, q_dtype), scale

@@ -1,12 +1,13 @@
-"""q = quantize(gelu(x)), in float32 up to the int8 rounding; GELU by the error function, or by tanh."""
+"""q = quantize(gelu(x)), in float32 up to the last rounding; GELU by the error function, or by tanh."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device
 from ldmq_kernels.kernels.triton.producers import (
     elementwise_tile,
     factors,
@@ -24,7 +25,7 @@ from ldmq_kernels.kernels.triton.producers import (
 def _gelu_quantize(
     x_ptr: tl.tensor,  # (rows, channels) floating
     factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
-    out_ptr: tl.tensor,  # (rows, channels) int8
+    out_ptr: tl.tensor,  # (rows, channels) int8 or FP8
     scale_ptr: tl.tensor,  # (rows,) float32, or (0,) with a calibrated scale
     rows: tl.tensor,
     channels: tl.tensor,
@@ -58,7 +59,9 @@ def _gelu_quantize(
     )
 
 
-def gelu_quantize(x: Tensor, tanh: bool, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+def gelu_quantize(
+    x: Tensor, tanh: bool, inv_scale: Tensor | None, inv_smooth: Tensor | None, q_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """GELU and the quantization of its result.
 
     Raises:
@@ -66,9 +69,9 @@ def gelu_quantize(x: Tensor, tanh: bool, inv_scale: Tensor | None, inv_smooth: T
     """
     x = floating(x).contiguous()
     channels = x.shape[-1]
-    q, scale = token_outputs(x, channels, inv_scale)
+    q, scale = token_outputs(x, channels, inv_scale, q_dtype)
     if q.numel() == 0:
-        return q, scale
+        return as_asked(q, q_dtype), scale
     rows = q.numel() // channels
     tile = row_tile(channels) if inv_scale is None else elementwise_tile(rows, channels)
     keywords = factors(inv_scale, inv_smooth, channels) | tile
@@ -83,4 +86,4 @@ def gelu_quantize(x: Tensor, tanh: bool, inv_scale: Tensor | None, inv_smooth: T
             DYNAMIC=inv_scale is None,
             **keywords,
         )
-    return q, scale
+    return as_asked(q, q_dtype), scale

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ldmq_kernels.kernels.triton.conv2d_gather import gather_conv2d
 from ldmq_kernels.kernels.triton.convolution import ConvShape
 from ldmq_kernels.kernels.triton.epilogue import Epilogue, partial_sums
-from ldmq_kernels.kernels.triton.launch import on_device, stored_dtype
+from ldmq_kernels.kernels.triton.launch import accumulator_dtype, on_device, stored_dtype
 from ldmq_kernels.kernels.triton.tile_choice import Problem, choose, grid, has_tma
 from ldmq_kernels.kernels.triton.tile_tables import TILES, Tile
 
@@ -34,7 +34,7 @@ class LinearLaunch(NamedTuple):
         weight: (n, k), or (n, bytes) int8 holding int4, in the same way.
         extra_weight: the same with blocks for the second accumulator, or None.
         epilogue: the epilogue's operands.
-        out: (m, n) floating, or (split_k, m, n) int32.
+        out: (m, n) floating, or (split_k, m, n) of the accumulator.
         sizes: m, n and k.
         options: what every kernel takes by keyword.
     """
@@ -58,7 +58,7 @@ class Conv2dLaunch(NamedTuple):
         grid: programs: tiles of the output, and split_k.
         x: a descriptor of the activations.
         epilogue: the epilogue's operands.
-        out: (N, K, P, Q) floating, channels_last, or (split_k, N * P * Q, K) int32.
+        out: (N, K, P, Q) floating, channels_last, or (split_k, N * P * Q, K) of the accumulator.
         sizes: the run-time sizes, from `image_tiles` to `left`.
         options: what every kernel takes by keyword.
     """
@@ -84,8 +84,8 @@ def linear(
 
     Args:
         op: the table's name.
-        x: (..., k) int8 or floating.
-        weight: (n, k) int8, or (n, ceil(k / 2)) uint8 holding int4; contiguous.
+        x: (..., k) int8, FP8 or floating.
+        weight: (n, k) int8 or FP8, or (n, ceil(k / 2)) uint8 holding int4; contiguous.
         epilogue: the epilogue's operands, as the op was given them.
         out_dtype: float16, bfloat16 or float32.
         launch: calls the op's kernel.
@@ -109,7 +109,7 @@ def linear(
     weight_k = tile.k
     if weight.dtype == torch.uint8:
         weight, weight_k = weight.view(torch.int8), tile.k // 2
-    partial = partial_sums(out, tile, m, n)
+    partial = partial_sums(out, tile, m, n, accumulator_dtype(weight))
     call = LinearLaunch(
         tile,
         grid(tile, -(-m // tile.m), n, x.device),
@@ -142,8 +142,8 @@ def conv2d(
     Args:
         op: the name of the table of the tma_tiled kernel.
         conv: the sizes.
-        x: (N, C, H, W) int8 or floating.
-        weight: (K, R, S, C / groups) int8, or (K, R, S, ceil(C / groups / 2)) int8 holding int4; contiguous.
+        x: (N, C, H, W) int8, FP8 or floating.
+        weight: (K, R, S, C / groups) int8 or FP8, or (K, R, S, ceil(C / groups / 2)) int8 holding int4; contiguous.
         epilogue: the epilogue's operands, as the op was given them.
         out_dtype: float16, bfloat16 or float32.
         launch: calls the op's tma_tiled kernel.
@@ -163,7 +163,7 @@ def conv2d(
     tma_tiled = has_tma(x.device) and conv.fits_tma_tiles and x.dtype != torch.float32 and _are_aligned(x, weight)
     gather = f"{op} gather float32" if x.dtype == torch.float32 else f"{op} gather"
     tile = choose(op if tma_tiled else gather, conv.problem, x.device)
-    partial = partial_sums(out, tile, conv.m, conv.out_channels)
+    partial = partial_sums(out, tile, conv.m, conv.out_channels, accumulator_dtype(weight))
     with on_device(x):
         if tma_tiled:
             image_tile = conv.image_tile(tile.m)

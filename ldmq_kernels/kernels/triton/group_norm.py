@@ -193,7 +193,7 @@ def normalize(
     bias_ptr: tl.tensor,  # (channels,) floating, or None
     factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
     bound_ptr: tl.tensor,  # (samples, groups) float32 for a scale of each sample, or None
-    out_ptr: tl.tensor,  # (samples, pixels, channels) int8
+    out_ptr: tl.tensor,  # (samples, pixels, channels) int8 or FP8
     scale_ptr: tl.tensor,  # (samples,), (samples, pixels) or (0,) float32
     pixels: tl.tensor,
     channels: tl.tensor,
@@ -222,7 +222,7 @@ def normalize(
     if bound_ptr is not None:
         if factor_ptr is not None:
             y = y * tl.load(factor_ptr + channel, mask=channel_mask, other=0.0)
-        y = y * tl.div_rn(1.0, sample_scale(bound_ptr, scale_ptr, sample, groups))
+        y = y * tl.div_rn(1.0, sample_scale(bound_ptr, scale_ptr, sample, groups, out_ptr.dtype.element_ty))
         factor_ptr = None
     store_quantized(
         y,
@@ -245,7 +245,7 @@ def group_norm_slab(
     weight_ptr: tl.tensor,  # (channels,) floating, or None
     bias_ptr: tl.tensor,  # (channels,) floating, or None
     factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
-    out_ptr: tl.tensor,  # (samples, pixels, channels) int8, or None where another launch quantizes
+    out_ptr: tl.tensor,  # (samples, pixels, channels) int8 or FP8, or None where another launch quantizes
     normalization_ptr: tl.tensor,  # (samples, 2, channels) float32: mean, multiplier; or None
     bound_ptr: tl.tensor,  # (samples, groups) float32, or None
     pixels: tl.tensor,

@@ -1,4 +1,4 @@
-"""q = quantize(silu(group_norm(x))), in float32 up to the int8 rounding.
+"""q = quantize(silu(group_norm(x))), in float32 up to the last rounding.
 
 Memory is read twice, for the statistics and for the quantization; the second time a UNet's maps come from a cache.
 Where a group of a sample is small, one program does all of it in one launch, or two with a measured scale. Otherwise
@@ -16,7 +16,7 @@ from torch import Tensor
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.reference.producers import no_scale
 from ldmq_kernels.kernels.triton.group_norm import group_norm_slab, merge_statistics, normalize, partial_statistics
-from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device, quantized_dtype
 from ldmq_kernels.kernels.triton.producers import channel_vector, factors, row_tile
 from ldmq_kernels.kernels.triton.samples import parts_of_samples, sample_tile, within_samples
 
@@ -35,6 +35,7 @@ def group_norm_silu_quantize(
     inv_scale: Tensor | None,
     inv_smooth: Tensor | None,
     per_token: bool,
+    q_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Group normalization, SiLU where asked for, and the quantization of the result.
 
@@ -47,13 +48,14 @@ def group_norm_silu_quantize(
     if num_groups < 1 or channels % num_groups:
         raise Unsupported(f"{num_groups} groups for {channels} channels")
     per_token = per_token and inv_scale is None
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
+    stored = quantized_dtype(x, q_dtype)
+    q = torch.empty(x.shape, dtype=stored, device=x.device, memory_format=torch.channels_last)
     if inv_scale is not None:
         scale = no_scale(x)
     else:
         scale = x.new_empty((samples, height, width) if per_token else (samples,), dtype=torch.float32)
     if x.numel() == 0:
-        return q, scale
+        return as_asked(q, q_dtype), scale
     pixels, group = height * width, channels // num_groups
     norm = {"weight_ptr": channel_vector(norm_weight, channels), "bias_ptr": channel_vector(norm_bias, channels)}
     factor = factors(inv_scale, inv_smooth, channels)
@@ -61,7 +63,7 @@ def group_norm_silu_quantize(
     with on_device(x):
         if is_slab and inv_scale is not None:
             _launch_slabs(x, norm, factor, q, None, None, num_groups, eps, silu)
-            return q, scale
+            return as_asked(q, q_dtype), scale
         bounds = None
         if inv_scale is None and not per_token:
             bounds = x.new_empty((samples, num_groups), dtype=torch.float32)
@@ -89,7 +91,7 @@ def group_norm_silu_quantize(
             **factor,
             **tile,
         )
-    return q, scale
+    return as_asked(q, q_dtype), scale
 
 
 def _launch_slabs(

@@ -1,15 +1,16 @@
-"""q = quantize(layer_norm(x) * (1 + modulation_scale) + modulation_shift), in float32 up to the int8 rounding.
+"""q = quantize(layer_norm(x) * (1 + modulation_scale) + modulation_shift), in float32 up to the last rounding.
 
 A row is in registers when its statistics are taken, so the variance is that of the centered values.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device
 from ldmq_kernels.kernels.triton.producers import (
     channel_vector,
     factors,
@@ -29,7 +30,7 @@ def _layer_norm_quantize(
     modulation_scale_ptr: tl.tensor,  # (runs, channels) floating, or None
     modulation_shift_ptr: tl.tensor,  # (runs, channels) floating, or None
     factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
-    out_ptr: tl.tensor,  # (rows, channels) int8
+    out_ptr: tl.tensor,  # (rows, channels) int8 or FP8
     scale_ptr: tl.tensor,  # (rows,) float32, or (0,) with a calibrated scale
     rows: tl.tensor,
     channels: tl.tensor,
@@ -85,6 +86,7 @@ def layer_norm_quantize(
     inv_smooth: Tensor | None,
     modulation_scale: Tensor | None = None,
     modulation_shift: Tensor | None = None,
+    q_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Layer normalization over the last axis, its modulation where there is one, and the quantization of the result.
 
@@ -94,9 +96,9 @@ def layer_norm_quantize(
     """
     x = floating(x).contiguous()
     channels = x.shape[-1]
-    q, scale = token_outputs(x, channels, inv_scale)
+    q, scale = token_outputs(x, channels, inv_scale, q_dtype)
     if q.numel() == 0:
-        return q, scale
+        return as_asked(q, q_dtype), scale
     rows = q.numel() // channels
     scales, scale_rows = runs(modulation_scale, rows, channels)
     shifts, shift_rows = runs(modulation_shift, rows, channels)
@@ -118,4 +120,4 @@ def layer_norm_quantize(
             **factors(inv_scale, inv_smooth, channels),
             **row_tile(channels),
         )
-    return q, scale
+    return as_asked(q, q_dtype), scale

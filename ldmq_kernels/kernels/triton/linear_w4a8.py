@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.operands import int8, plain
+from ldmq_kernels.kernels.operands import plain, quantized
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import LinearLaunch, linear
 from ldmq_kernels.kernels.triton.matrix import load_block, store_tile, tile_of_program, unpack_int4
@@ -106,4 +106,4 @@ def linear_w4a8(
         )
 
     epilogue = Epilogue(x_scale, weight_scale, bias, residual=residual, gate=gate)
-    return linear("linear_w4a8", int8(x_q), weight, epilogue, out_dtype, launch)
+    return linear("linear_w4a8", quantized(x_q, torch.int8), weight, epilogue, out_dtype, launch)

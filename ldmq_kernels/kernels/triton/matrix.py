@@ -25,6 +25,16 @@ def tile_of_program(program: tl.tensor, tile_rows: tl.tensor, tile_columns: tl.t
 
 
 @triton.jit
+def added_product(a: tl.tensor, b: tl.tensor, accumulator: tl.tensor) -> tl.tensor:
+    """accumulator + a @ b, of int8 in exact int32, of FP8 in float32.
+
+    Hopper keeps about 14 bits of a sum of FP8 products. Adding it to float32 now and then (`max_num_imprecise_acc`)
+    makes the next product wait for the registers, and gains little: what is cut off is far below e4m3's own rounding.
+    """
+    return tl.dot(a, b, accumulator, out_dtype=accumulator.dtype)
+
+
+@triton.jit
 def load_block(
     source: tl.tensor,  # a descriptor of (rows, k) with blocks of (BLOCK, BLOCK_K), or a pointer to its start
     first_row: tl.tensor,
@@ -42,7 +52,7 @@ def load_block(
         row = first_row + tl.arange(0, BLOCK)
         column = first_k + tl.arange(0, BLOCK_K)
         pointers = source + row.to(tl.int64)[:, None] * k + column[None, :]
-        block = tl.load(pointers, mask=(row < rows)[:, None] & (column < k)[None, :], other=0)
+        block = tl.load(pointers, mask=(row < rows)[:, None] & (column < k)[None, :], other=0.0)
     return block
 
 
@@ -105,7 +115,7 @@ def store_tile(
     accumulator: tl.tensor,  # (BLOCK_M, any width) int32 or float32
     terms: tl.tuple,  # pointers or None: x_scale (one, or one a sample), weight_scale (n,), both float32;
     # bias (n,), sample_bias (samples, n), residual (m, n), floating
-    out_ptr: tl.tensor,  # (m, n) floating, or (SPLIT_K, m, n) int32
+    out_ptr: tl.tensor,  # (m, n) floating, or (SPLIT_K, m, n) of the accumulator
     m: tl.tensor,
     n: tl.tensor,
     row: tl.tensor,  # (BLOCK_M,) int64: the rows of this tile, in any order
@@ -180,7 +190,7 @@ def store_tile(
 
 @triton.jit
 def reduce_split_k(
-    partial_ptr: tl.tensor,  # (SPLIT_K, m, n) int32
+    partial_ptr: tl.tensor,  # (SPLIT_K, m, n) int32 or float32
     x_scale_ptr: tl.tensor,
     weight_scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -197,13 +207,13 @@ def reduce_split_k(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """Add split-K's exact int32 partial sums and apply the epilogue; arguments as `store_tile`."""
+    """Add split-K's partial sums, always in the same order, and apply the epilogue; arguments as `store_tile`."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = row < m, column < n
     mask = row_mask[:, None] & column_mask[None, :]
     offset = row[:, None] * n + column[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), partial_ptr.dtype.element_ty)
     for split in tl.static_range(SPLIT_K):
         total += tl.load(partial_ptr + split * (m.to(tl.int64) * n) + offset, mask=mask, other=0)
     terms = (x_scale_ptr, weight_scale_ptr, bias_ptr, sample_bias_ptr, residual_ptr)

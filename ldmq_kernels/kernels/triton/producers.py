@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.reference.producers import no_scale
-from ldmq_kernels.kernels.triton.rounding import absolute_maximum, dynamic_scale, round_to_int8
+from ldmq_kernels.kernels.triton.launch import quantized_dtype
+from ldmq_kernels.kernels.triton.rounding import absolute_maximum, dynamic_scale, rounded_to
 
 MANY_PROGRAMS = 4 * 132  # four for each multiprocessor of an H100 or H200
 CHANNELS = 64  # of an elementwise tile; 128 bytes of a row in 16 bits
@@ -101,9 +102,15 @@ def factors(inv_scale: Tensor | None, inv_smooth: Tensor | None, channels: int) 
     return {"factor_ptr": inv_scale.contiguous(), "ONE_FACTOR": inv_scale.numel() == 1}
 
 
-def token_outputs(x: Tensor, channels: int, inv_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Empty results of a producer over the last axis: (..., channels) int8, and the scales or (0,)."""
-    q = torch.empty((*x.shape[:-1], channels), dtype=torch.int8, device=x.device)
+def token_outputs(
+    x: Tensor, channels: int, inv_scale: Tensor | None, q_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Empty results of a producer over the last axis: (..., channels) as a kernel stores it, and the scales or (0,).
+
+    Raises:
+        Unsupported: FP8 on a GPU that has none.
+    """
+    q = torch.empty((*x.shape[:-1], channels), dtype=quantized_dtype(x, q_dtype), device=x.device)
     if inv_scale is not None:
         return q, no_scale(x)
     return q, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -167,7 +174,7 @@ def scaled(
 def store_quantized(
     y: tl.tensor,  # (BLOCK_M, BLOCK_C) float32, zero outside of the matrix's channels
     factor_ptr: tl.tensor,  # (1,) or (channels,) float32, or None
-    out_ptr: tl.tensor,  # to the tile's first row, int8
+    out_ptr: tl.tensor,  # to the tile's first row, int8 or FP8
     scale_ptr: tl.tensor,  # to the tile's first row, float32, or None with a calibrated scale
     row: tl.tensor,  # (BLOCK_M, 1), from the tile's first
     channel: tl.tensor,  # (1, BLOCK_C)
@@ -180,7 +187,8 @@ def store_quantized(
     """Quantize a tile and store it, with the scales that it measures."""
     y = scaled(y, factor_ptr, channel, channel_mask, ONE_FACTOR)
     if DYNAMIC:
-        scale = dynamic_scale(tl.expand_dims(absolute_maximum(y, 1), 1))
+        scale = dynamic_scale(tl.expand_dims(absolute_maximum(y, 1), 1), out_ptr.dtype.element_ty)
         tl.store(scale_ptr + row, scale, mask=row_mask)
         y = y * tl.div_rn(1.0, scale)
-    tl.store(out_ptr + row * channels + channel, round_to_int8(y), mask=row_mask & channel_mask)
+    q = rounded_to(y, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * channels + channel, q, mask=row_mask & channel_mask)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.triton.hadamard import rotate
-from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device, quantized_dtype
 from ldmq_kernels.kernels.triton.producers import factors, scaled, store_quantized
 from ldmq_kernels.kernels.triton.rounding import magnitude_bits
 from ldmq_kernels.kernels.triton.samples import (
@@ -57,7 +57,7 @@ def _quantize_samples(
     x_ptr: tl.tensor,  # (samples, pixels, channels) floating
     factor_ptr: tl.tensor,  # (channels,) float32, or None
     maximum_ptr: tl.tensor,  # (samples, maxima) float32
-    out_ptr: tl.tensor,  # (samples, pixels, channels) int8
+    out_ptr: tl.tensor,  # (samples, pixels, channels) int8 or FP8
     scale_ptr: tl.tensor,  # (samples,) float32
     pixels: tl.tensor,
     channels: tl.tensor,
@@ -74,27 +74,32 @@ def _quantize_samples(
     mask = row_mask & channel_mask
     x = tl.load(x_ptr + start + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
     y = rotate(scaled(x, factor_ptr, channel, channel_mask, ONE_FACTOR), channel, BLOCK_M, BLOCK_C, ROTATED)
-    y = y * tl.div_rn(1.0, sample_scale(maximum_ptr, scale_ptr, sample, maxima))
+    y = y * tl.div_rn(1.0, sample_scale(maximum_ptr, scale_ptr, sample, maxima, out_ptr.dtype.element_ty))
     store_quantized(y, None, out_ptr + start, None, row, channel, row_mask, channel_mask, channels, False, False)
 
 
-def quantize_per_sample(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_sample(
+    x: Tensor, inv_smooth: Tensor | None, q_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize each picture of a batch with the scale of its own largest value.
 
     Raises:
         Unsupported: x is not float16, bfloat16 or float32.
     """
-    return quantize_pictures(x, inv_smooth, 1)
+    return quantize_pictures(x, inv_smooth, 1, q_dtype)
 
 
-def quantize_pictures(x: Tensor, inv_smooth: Tensor | None, rotated: int) -> tuple[Tensor, Tensor]:
+def quantize_pictures(
+    x: Tensor, inv_smooth: Tensor | None, rotated: int, q_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """The same with the channels rotated in blocks of `rotated`."""
     x = floating(x).contiguous(memory_format=torch.channels_last)
     samples, channels, height, width = x.shape
-    out = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
+    stored = quantized_dtype(x, q_dtype)
+    out = torch.empty(x.shape, dtype=stored, device=x.device, memory_format=torch.channels_last)
     scale = torch.empty(samples, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return out, scale
+        return as_asked(out, q_dtype), scale
     pixels = height * width
     factor = factors(None, inv_smooth, channels)
     parts = parts_of_samples(samples, pixels, channels)
@@ -126,4 +131,4 @@ def quantize_pictures(x: Tensor, inv_smooth: Tensor | None, rotated: int) -> tup
             **factor,
             **tile,
         )
-    return out, scale
+    return as_asked(out, q_dtype), scale

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.triton.hadamard import rotate
-from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device, quantized_dtype
 from ldmq_kernels.kernels.triton.producers import factors, row_tile, scaled, store_quantized, tile_start
 
 
@@ -16,7 +16,7 @@ from ldmq_kernels.kernels.triton.producers import factors, row_tile, scaled, sto
 def _quantize_per_token(
     x_ptr: tl.tensor,  # (rows, channels) floating
     factor_ptr: tl.tensor,  # (channels,) float32, or None
-    out_ptr: tl.tensor,  # (rows, channels) int8
+    out_ptr: tl.tensor,  # (rows, channels) int8 or FP8
     scale_ptr: tl.tensor,  # (rows,) float32
     rows: tl.tensor,
     channels: tl.tensor,
@@ -36,23 +36,27 @@ def _quantize_per_token(
     store_quantized(y, None, out_ptr, scale_ptr, row, channel, row_mask, channel_mask, channels, False, DYNAMIC=True)
 
 
-def quantize_per_token(x: Tensor, inv_smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_per_token(
+    x: Tensor, inv_smooth: Tensor | None, q_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize each row with the scale of its own largest value.
 
     Raises:
         Unsupported: x is not float16, bfloat16 or float32, or K is above 16384.
     """
-    return quantize_rows(x, inv_smooth, 1)
+    return quantize_rows(x, inv_smooth, 1, q_dtype)
 
 
-def quantize_rows(x: Tensor, inv_smooth: Tensor | None, rotated: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, inv_smooth: Tensor | None, rotated: int, q_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """The same with the channels rotated in blocks of `rotated`."""
     x = floating(x).contiguous()
     channels = x.shape[-1]
-    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    out = torch.empty(x.shape, dtype=quantized_dtype(x, q_dtype), device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return out, scale
+        return as_asked(out, q_dtype), scale
     rows = scale.numel()
     with on_device(x):
         _quantize_per_token[(rows,)](
@@ -65,4 +69,4 @@ def quantize_rows(x: Tensor, inv_smooth: Tensor | None, rotated: int) -> tuple[T
             **factors(None, inv_smooth, channels),
             **row_tile(channels),
         )
-    return out, scale
+    return as_asked(out, q_dtype), scale

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.launch import floating, on_device
+from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device, quantized_dtype
 from ldmq_kernels.kernels.triton.producers import elementwise_tile, factors, programs, store_quantized, tile_start
 
 
@@ -15,7 +15,7 @@ from ldmq_kernels.kernels.triton.producers import elementwise_tile, factors, pro
 def _quantize_static(
     x_ptr: tl.tensor,  # (rows, channels) floating
     factor_ptr: tl.tensor,  # (1,) or (channels,) float32
-    out_ptr: tl.tensor,  # (rows, channels) int8
+    out_ptr: tl.tensor,  # (rows, channels) int8 or FP8
     rows: tl.tensor,
     channels: tl.tensor,
     ONE_FACTOR: tl.constexpr,
@@ -33,7 +33,7 @@ def _quantize_static(
     )
 
 
-def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
+def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int, q_dtype: torch.dtype | None = None) -> Tensor:
     """Quantize with a calibrated scale.
 
     Raises:
@@ -41,15 +41,16 @@ def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int) -> Tensor:
     """
     layout = torch.channels_last if x.dim() == 4 and channel_dim == 1 else torch.contiguous_format
     x = floating(x).contiguous(memory_format=layout)
-    out = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=layout)
+    stored = quantized_dtype(x, q_dtype)
+    out = torch.empty(x.shape, dtype=stored, device=x.device, memory_format=layout)
     channels = x.shape[1] if layout == torch.channels_last else x.shape[-1] if x.dim() else 1
     keywords = factors(inv_scale, None, channels)
     if x.numel() == 0:
-        return out
+        return as_asked(out, q_dtype)
     rows = x.numel() // channels
     tile = elementwise_tile(rows, channels)
     with on_device(x):
         _quantize_static[(programs(rows, channels, tile),)](
             x, out_ptr=out, rows=rows, channels=channels, **keywords, **tile
         )
-    return out
+    return as_asked(out, q_dtype)

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 from ldmq_kernels.kernels.reference.quantize_per_token import ABSMAX_FLOOR
+from ldmq_kernels.numerics.formats.float8 import FLOAT8_MAX
 
+FLOAT8_LARGEST = tl.constexpr(FLOAT8_MAX)
 INT8_MAX = tl.constexpr(127.0)
 FLOOR = tl.constexpr(ABSMAX_FLOOR)
 # 1.5 * 2^23: float32 has no fraction bits there, so adding it rounds half to even, and the sum's lowest
@@ -26,6 +28,17 @@ def round_to_int8(y: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def rounded_to(y: tl.tensor, OUT: tl.constexpr) -> tl.tensor:
+    """Clamp and round to int8; else to FP8, NaN staying NaN, or in the interpreter clamp alone."""
+    if tl.int8 == OUT:
+        q = round_to_int8(y)
+    else:
+        q = tl.maximum(y, -FLOAT8_LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        q = tl.minimum(q, FLOAT8_LARGEST, propagate_nan=tl.PropagateNan.ALL).to(OUT)
+    return q
+
+
+@triton.jit
 def magnitude_bits(y: tl.tensor) -> tl.tensor:
     """int32 that is ordered as the absolute values of float32 are, with NaN above all of them."""
     return y.to(tl.int32, bitcast=True) & MAGNITUDE
@@ -38,6 +51,8 @@ def absolute_maximum(y: tl.tensor, axis: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def dynamic_scale(absmax: tl.tensor) -> tl.tensor:
-    """max(absmax, floor) / 127, by IEEE division."""
-    return tl.div_rn(tl.maximum(absmax, FLOOR, propagate_nan=tl.PropagateNan.ALL), INT8_MAX)
+def dynamic_scale(absmax: tl.tensor, OUT: tl.constexpr) -> tl.tensor:
+    """max(absmax, floor) / 127 for int8, else / 448, by IEEE division."""
+    return tl.div_rn(
+        tl.maximum(absmax, FLOOR, propagate_nan=tl.PropagateNan.ALL), INT8_MAX if tl.int8 == OUT else FLOAT8_LARGEST
+    )

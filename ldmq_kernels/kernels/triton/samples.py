@@ -82,6 +82,7 @@ def sample_scale(
     scale_ptr: tl.tensor,  # (samples,) float32
     sample: tl.tensor,
     maxima: tl.tensor,
+    OUT: tl.constexpr,
 ) -> tl.tensor:
     """The scale of a sample from the maxima of its parts; stored too, the same value by every program."""
     index = tl.arange(0, LANES)
@@ -89,6 +90,6 @@ def sample_scale(
     for start in range(0, maxima, LANES):
         values = tl.load(maximum_ptr + sample * maxima + start + index, mask=start + index < maxima, other=0.0)
         largest = tl.maximum(largest, magnitude_bits(values))
-    scale = dynamic_scale(tl.max(largest, 0).to(tl.float32, bitcast=True))
+    scale = dynamic_scale(tl.max(largest, 0).to(tl.float32, bitcast=True), OUT)
     tl.store(scale_ptr + sample, scale)
     return scale

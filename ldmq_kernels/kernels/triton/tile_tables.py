@@ -204,3 +204,7 @@ TILES: dict[str, Table] = {
     "conv2d_w8a16 gather": _everywhere(_HALF_GATHER),
     "conv2d_w8a16 gather float32": _everywhere(_FLOAT32),
 }
+# FP8 loads as many bytes and multiplies at the same rate
+TILES |= {
+    table.replace("w8a8", "fp8"): TILES[table] for table in TILES if table.startswith(("linear_w8a8", "conv2d_w8a8"))
+}

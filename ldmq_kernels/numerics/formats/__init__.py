@@ -11,6 +11,7 @@ from ldmq_kernels.numerics.formats.base import (
     WeightFormat,
     product_of,
 )
+from ldmq_kernels.numerics.formats.float8 import FP8
 from ldmq_kernels.numerics.formats.float16 import FP16
 from ldmq_kernels.numerics.formats.int4_grouped import W4A16
 from ldmq_kernels.numerics.formats.int4_two_level import W4A8
@@ -28,7 +29,7 @@ from ldmq_kernels.numerics.formats.registry import (
     unregister,
 )
 
-for _format in (W8A8, W4A8, W8A16, W4A16, FP16):  # in the order of lists and tables
+for _format in (W8A8, W4A8, FP8, W8A16, W4A16, FP16):  # in the order of lists and tables
     register(_format)
 FLOAT = SCHEMES["fp16"]
 

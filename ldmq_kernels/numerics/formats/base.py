@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -115,6 +116,11 @@ class ActivationFormat:
     quantize_static: str = ""
     quantize_per_token: str = ""
     quantize_per_sample: str = ""
+
+    @cached_property
+    def op_dtype(self) -> tuple[torch.dtype, ...]:
+        """What an op that ends in a quantization takes last: nothing for int8, which it makes without being told."""
+        return () if self.dtype in (None, torch.int8) else (self.dtype,)
 
 
 FLOAT_ACTIVATIONS = ActivationFormat("float", is_precise=True)

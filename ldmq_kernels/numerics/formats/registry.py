@@ -29,8 +29,8 @@ class Scheme:
         is_split: whether each activation is two int8 values: as exact as 16 bits, at the price of two products.
         is_rotated: whether the channels of the input and of the weight are rotated by a Hadamard matrix.
         is_precise: whether it is of those that sensitive blocks of a model start with.
-        takes_int8: whether activations are one int8 value each, as the ops that end in a quantization make them; none
-            of these rotates.
+        takes_quantized: whether activations are one 8-bit value each, as the ops that end in a quantization make them;
+            none of these rotates.
     """
 
     def __init__(self, format: Format, activations: ActivationFormat) -> None:
@@ -43,7 +43,7 @@ class Scheme:
         self.is_split = activations.name == "split"
         self.is_rotated = activations.is_rotated
         self.is_precise = format.weight.is_precise and activations.is_precise
-        self.takes_int8 = activations.dtype is torch.int8 and not self.is_split and not self.is_rotated
+        self.takes_quantized = self.quantizes_activations and not self.is_split and not self.is_rotated
         self._name = format.name + activations.suffix
 
     def __str__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldmq_kernels.numerics.gptq import RoundingOrder, gptq_round, rounding_order
+from ldmq_kernels.numerics.gptq import Nearest, RoundingOrder, gptq_round, integers_up_to, rounding_order
 
 SMALLEST_SCALE = 1e-30  # of an all-zero channel, whose integers are all zero
 
@@ -28,10 +28,22 @@ def order_of(weight: Tensor, hessian: Tensor | None) -> RoundingOrder | None:
 
 def rounded(weight: Tensor, steps: Tensor, largest: int, inputs: RoundingOrder | None) -> Tensor:
     """The int8 integers of a weight on the grid of steps: to nearest or, where the inputs are known, as GPTQ does."""
+    return rounded_on_grid(weight, steps, integers_up_to(largest), inputs).to(torch.int8)
+
+
+def rounded_on_grid(weight: Tensor, steps: Tensor, nearest: Nearest, inputs: RoundingOrder | None) -> Tensor:
+    """The grid points of a weight in units of its steps, float32, rounded as `rounded` does.
+
+    Args:
+        weight: (out, ..., C) float32.
+        steps: float32, positive, that broadcasts to the weight.
+        nearest: the grid point next to each value; may overwrite them.
+        inputs: for GPTQ.
+    """
     if inputs is None:
-        return torch.round(weight / steps).clamp_(-largest, largest).to(torch.int8)
+        return nearest(weight / steps)
     flat_steps = steps.expand_as(weight).flatten(1)
-    return gptq_round(weight.flatten(1), flat_steps, largest, inputs).view_as(weight)
+    return gptq_round(weight.flatten(1), flat_steps, nearest, inputs).view_as(weight)
 
 
 def not_positive(scale: Tensor) -> tuple[Tensor, str]:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.cpu import FLOAT8_REMARK, onednn, self_check
 from ldmq_kernels.kernels.cpu import backend as cpu
-from ldmq_kernels.kernels.cpu import onednn, self_check
 
 
 def _has_vnni() -> bool:
@@ -58,7 +58,7 @@ def test_no_other_device_is_served():
 @pytest.mark.skipif(not _has_vnni(), reason="the processor has no AVX-512 VNNI")
 def test_a_processor_with_vnni_multiplies_int8():
     assert self_check.is_exact()
-    assert not cpu.remark(torch.device("cpu"))
+    assert cpu.remark(torch.device("cpu")) == FLOAT8_REMARK
 
 
 @pytest.mark.needs_exact_onednn

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.triton.tile_tables import Tile
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
 F16, F32, I8, U8 = torch.float16, torch.float32, torch.int8, torch.uint8
 
@@ -27,6 +28,12 @@ def conv2d_w8a8(channels: int, size: int, out_channels: int, stride: int = 1, up
     floats = empty(F16, out_channels), empty(F16, 2, out_channels), empty(F16, 2, out_channels, out_size, out_size)
     x = empty(I8, 2, channels, size, size), empty(F32, 2)
     return *x, *weight, *floats, *geometry(stride, upsample), F16
+
+
+def conv2d_fp8(channels: int, size: int, out_channels: int) -> tuple:
+    """The same in FP8."""
+    x, x_scale, weight, *rest = conv2d_w8a8(channels, size, out_channels)
+    return x.to(FLOAT8), x_scale, weight.to(FLOAT8), *rest
 
 
 def conv2d_w4a8(channels: int, size: int, out_channels: int) -> tuple:
@@ -52,6 +59,9 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
     ("conv2d_w8a8", "8x8", conv2d_w8a8(1280, 8, 1280), None),
     ("conv2d_w8a8", "odd extent", conv2d_w8a8(640, 65, 640, stride=2), None),
     ("conv2d_w8a8", "stride 2", conv2d_w8a8(640, 64, 640, stride=2), None),
+    ("conv2d_fp8", "main", conv2d_fp8(320, 128, 320), None),
+    ("conv2d_fp8", "160 columns", conv2d_fp8(640, 64, 640), None),
+    ("conv2d_fp8", "conv_in", conv2d_fp8(4, 64, 320), None),
     ("conv2d_w4a8", "main", conv2d_w4a8(320, 128, 320), None),
     ("conv2d_w8a16", "main", conv2d_w8a16(320, 128, 320), None),
     ("conv2d_w8a16", "float32", conv2d_w8a16(320, 128, 320, F32), None),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.triton.tile_tables import Tile
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
 F16, F32, I8, U8 = torch.float16, torch.float32, torch.int8, torch.uint8
 
@@ -19,6 +20,12 @@ def linear_w8a8(m: int, k: int, n: int) -> tuple:
     """Per-token scales, bias and residual."""
     floats = empty(F16, n), empty(F16, m, n)
     return empty(I8, m, k), empty(F32, m), empty(I8, n, k), empty(F32, n), *floats, F16
+
+
+def linear_fp8(m: int, k: int, n: int) -> tuple:
+    """The same in FP8."""
+    x, x_scale, weight, *rest = linear_w8a8(m, k, n)
+    return x.to(FLOAT8), x_scale, weight.to(FLOAT8), *rest
 
 
 def gated(arguments: tuple, n: int) -> tuple:
@@ -63,6 +70,10 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
     ("linear_w8a8", "gated", gated(linear_w8a8(8192, 12288, 3072), 3072), None),
     ("linear_w8a8", "gated split", gated(linear_w8a8(128, 5120, 1280), 1280), None),
     ("linear_static_w8a8", "gated", gated(linear_static_w8a8(8192, 320, 320, smoothed=False), 320), None),
+    ("linear_fp8", "main", linear_fp8(8192, 640, 5120), None),
+    ("linear_fp8", "160 columns", linear_fp8(2048, 1280, 1280), None),
+    ("linear_fp8", "unaligned", linear_fp8(2048, 1284, 1280), None),
+    ("linear_fp8", "split", linear_fp8(128, 5120, 1280), None),
     ("linear_w4a8", "gated", gated(linear_w4a8(8192, 1536, 1536), 1536), None),
     ("linear_static_w8a8", "main", linear_static_w8a8(8192, 320, 320, smoothed=False), None),
     ("linear_static_w8a8", "smoothed", linear_static_w8a8(2048, 640, 640, smoothed=True), None),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.triton.tile_tables import Tile
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -46,6 +47,7 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
     ("quantize_static", "small", (empty(F16, 2, 1280, 8, 8), empty(F32, 1), 1), None),
     ("quantize_per_token", "main", (empty(F16, 8192, 10240), empty(F32, 10240)), None),
     ("quantize_per_sample", "main", (empty(F16, 2, 320, 128, 128), empty(F32, 320)), None),
+    ("quantize_per_token", "fp8", (empty(F16, 8192, 640), empty(F32, 640), FLOAT8), None),
     ("rotate_quantize_per_token", "main", (empty(F16, 8192, 2560), None), None),
     ("rotate_quantize_per_sample", "main", (empty(F16, 2, 320, 128, 128), None), None),
     ("silu_quantize", "static", (empty(F16, 2, 1280), *factors("static", 1280)), None),

@@ -28,10 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ldmq_kernels.kernels.gpu import Gpu
+from ldmq_kernels.kernels.gpu import FLOAT8_FROM, Gpu
 from ldmq_kernels.kernels.triton import backend as triton_backend
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_tables import TILES, Tile, family
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 from python_tests.kernels.triton import compile_conv2d, compile_linear, compile_producers
 
 TYPES = {
@@ -39,26 +40,30 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.uint8: "u8",
     torch.int32: "i32",
 }
 COUNTED = (
     "IGMMA",
+    "QGMMA",
     "HGMMA",
     "UTCIMMA",
     "UTCHMMA",
     "UTCQMMA",
     "IMMA",
+    "QMMA",
     "HMMA",
     "UTMALDG",
     "LDS",
     "STS",
     "LDSM",
+    "F2FP",
     "STL",
     "LDL",
 )
 INSTRUCTION = re.compile(rf"\b({'|'.join(COUNTED)})\b")
-MATRIX = {"IGMMA", "HGMMA", "UTCIMMA", "UTCHMMA", "UTCQMMA", "IMMA", "HMMA"}
+MATRIX = {"IGMMA", "QGMMA", "QMMA", "HGMMA", "UTCIMMA", "UTCHMMA", "UTCQMMA", "IMMA", "HMMA"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # stand-ins for what `gpu_of` would find
@@ -145,11 +150,18 @@ def compile_call(op: str, case: str, arguments: tuple, tile: Tile | None, capabi
     return rows
 
 
+def is_float8(arguments: tuple) -> bool:
+    """Whether a call takes or makes FP8."""
+    return any(a == FLOAT8 or (isinstance(a, Tensor) and a.dtype == FLOAT8) for a in arguments)
+
+
 def tile_calls(capability: int) -> list[tuple[str, str, tuple, Tile | None]]:
     """A call for every tile of every table of an architecture; those that can have split-K also with 2."""
     calls: list[tuple[str, str, tuple, Tile | None]] = []
     for table, families in TILES.items():
         if table.startswith("conv2d") and "gather" not in table and capability < 90:
+            continue
+        if "fp8" in table:  # the tiles of int8, of which `CALLS` has some
             continue
         for tile in families[family(capability)]:
             if table.startswith("linear"):
@@ -170,7 +182,8 @@ def main() -> None:
     for capability in capabilities:
         with mock.patch.object(tile_choice, "gpu_of", lambda _, gpu=GPUS[capability]: gpu):
             for op, case, given, tile in tile_calls(capability) if "--tiles" in sys.argv else CALLS:
-                rows += compile_call(op, case, given, tile, capability)
+                if capability >= FLOAT8_FROM or not is_float8(given):
+                    rows += compile_call(op, case, given, tile, capability)
     for row in rows:
         loop = " ".join(f"{name} {count}" for name, count in sorted(row["loop"].items()))
         print(

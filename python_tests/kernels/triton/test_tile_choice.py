@@ -128,13 +128,19 @@ def test_every_op_has_candidates_on_every_family_for_every_size() -> None:
     gpus = [Gpu("", capability, 100) for capability in (80, 86, 89, 90, 100, 120)]
     assert {family(gpu.capability) for gpu in gpus} == set(FAMILIES)
     for op, table in TILES.items():
-        is_tma_tiled = op in ("conv2d_w8a8", "conv2d_w4a8", "conv2d_w8a16")
+        is_tma_tiled = op in ("conv2d_w8a8", "conv2d_fp8", "conv2d_w4a8", "conv2d_w8a16")
         assert set(table) == set(FAMILIES) - ({"80"} if is_tma_tiled else set())
         for gpu in gpus[is_tma_tiled:]:
             for problem in (Problem(1, 1, 1), Problem(10**6, 10240, 23040), Problem(77, 4, 2880, groups=3)):
                 tiles = [t for t in tile_choice.candidates(op, problem, gpu) if not t.persistent]
                 assert tiles
                 assert all(tile_choice.estimate(tile, problem, gpu) > 0 for tile in tiles)
+
+
+def test_fp8_has_the_tiles_of_int8() -> None:
+    tables = [table for table in TILES if "fp8" in table]
+    assert len(tables) == 4
+    assert all(TILES[table] is TILES[table.replace("fp8", "w8a8")] for table in tables)
 
 
 def test_a_persistent_tile_starts_no_more_programs_than_multiprocessors() -> None:

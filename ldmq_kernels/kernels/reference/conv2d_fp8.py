@@ -1,0 +1,43 @@
+"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, sums in float64, rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.reference.conv2d_w8a8 import conv2d_w8a8
+
+
+def conv2d_fp8(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    residual: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    upsample: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Convolution on FP8 activations and FP8 weights: the integers' definition, whose float64 holds e4m3 too."""
+    return conv2d_w8a8(  # torch pads and enlarges no float8
+        x_q.float(),
+        x_scale,
+        weight.float(),
+        weight_scale,
+        bias,
+        sample_bias,
+        residual,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        upsample,
+        out_dtype,
+    )
