@@ -117,6 +117,13 @@ def run_unet(unet: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         return unet(**unet_inputs(dtype)).sample
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, also in FP8, which torch compares on no CPU."""
+    if a.dtype != torch.float8_e4m3fn:
+        return torch.equal(a, b)
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
 def mixed_plan(model: nn.Module) -> Plan:
     """Every scheme in turn over the layers, each third 8-bit one smoothed; scales that need no calibration run.
 

@@ -28,14 +28,14 @@ from ldmq_kernels.cli.batches import check_batches
 from ldmq_kernels.cli.fitted import Column, output_console, print_fitted
 from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.backend import DEFINITION, backends
-from ldmq_kernels.ops.operands import EVERY_OPTION, MODULATION, Shape, example
+from ldmq_kernels.ops.operands import EVERY_OPTION, MODULATION, NORM, Shape, example
 from ldmq_kernels.progress import track
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "accelerate", "scipy")
 COLOURS = {"ok": "green", "refuses": "yellow", "not checked": "yellow"}
 WHOLE_MODELS_ON = ("cuda",)  # device types on which sizes of models take no time, and choose tiles of their own
 
-# odd in every size and in what they leave out
+# odd in every size and in what they leave out; with the last, what quantizes makes FP8
 SHAPES = (
     Shape(17, 68, 37, (2, 9, 7), 3, options=EVERY_OPTION, scale_per_row=True),
     Shape(63, 20, 4, (1, 5, 6), 3, upsample=2, prefers_picture=True),
@@ -44,6 +44,7 @@ SHAPES = (
     Shape(63, 96, 40, (1, 5, 6), 3, stride=2, prefers_picture=True),
     Shape(63, 320, 68, (1, 6, 5), per_token=True, prefers_picture=True),
     Shape(34, 64, 72, (1, 6, 5), options=EVERY_OPTION | MODULATION, scale_per_row=True),
+    Shape(18, 64, 40, (2, 5, 6), 3, options=NORM | {"q_dtype"}),
 )
 
 

@@ -150,7 +150,7 @@ Formats = Annotated[
     str,
     typer.Option(
         help="Formats or schemes to choose among, with commas: w8a8, w4a8 (each static, timestep, dynamic, rotated and "
-        "split, w8a8x2), w8a16, w4a16, fp16, or w8a8-static and so on."
+        "split, w8a8x2), fp8 (static, dynamic), w8a16, w4a16, fp16, or w8a8-static and so on."
     ),
 ]
 Calibration = Annotated[

@@ -67,11 +67,11 @@ class FoldedConvolution(QuantConvolution):
             weight = self.as_picture(self.plain_weight)
             out = product(self.pictures(samples, x), weight, *self._operands(), self.bias, *self.geometry())
             return self.whole(out, x)
-        activations = self.scheme.activations
+        activations, op_dtype = self.scheme.activations, self.scheme.activations.op_dtype
         if activations.is_calibrated:
-            x_q, scale = getattr(ops, activations.quantize_static)(samples, self.input_inv_scale, 1), None
+            x_q, scale = getattr(ops, activations.quantize_static)(samples, self.input_inv_scale, 1, *op_dtype), None
         else:
-            x_q, scale = getattr(ops, activations.quantize_per_sample)(samples, self.smoothing)
+            x_q, scale = getattr(ops, activations.quantize_per_sample)(samples, self.smoothing, *op_dtype)
         low = None
         if self.scheme.is_split:
             low = self._product(self.low_part(samples, x_q, 1), None, x, second=True)
@@ -95,11 +95,11 @@ class FoldedConvolution(QuantConvolution):
 
     def _project(self, x: Tensor) -> Tensor:
         """A pointwise layer: a linear over positions."""
-        tokens, activations = x.movedim(1, -1), self.scheme.activations
+        tokens, activations, op_dtype = x.movedim(1, -1), self.scheme.activations, self.scheme.activations.op_dtype
         if activations.is_calibrated:
-            x_q, scale = getattr(ops, activations.quantize_static)(tokens, self.input_inv_scale, -1), None
+            x_q, scale = getattr(ops, activations.quantize_static)(tokens, self.input_inv_scale, -1, *op_dtype), None
         else:
-            x_q, scale = getattr(ops, activations.quantize_per_token)(tokens, self.smoothing)
+            x_q, scale = getattr(ops, activations.quantize_per_token)(tokens, self.smoothing, *op_dtype)
         low = None
         if self.scheme.is_split:
             low = self.linear(self.low_part(tokens, x_q, -1), None, x.dtype, second=True)

@@ -104,7 +104,7 @@ class _Checked(TorchDispatchMode):
         is_ours = func.namespace == "ldmq"
         name = next((self._names[place] for place in map(_place, tensors) if place in self._names), None)
         if name is not None or is_ours:
-            wrong = not all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point() and not t.is_mkldnn)
+            wrong = not all(is_finite(t) for t in tensors if t.is_floating_point() and not t.is_mkldnn)
             if name is not None and (wrong or (is_ours and self.pending)):
                 raise ValueError(
                     f"{name}: its input holds NaN or infinity; it is the first layer of this call that gets any "
@@ -113,6 +113,11 @@ class _Checked(TorchDispatchMode):
             if wrong:
                 self.pending = f"ldmq::{func.__name__.split('.')[0]}"
         return func(*args, **kwargs)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor infinity; torch looks at no float8."""
+    return bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all())
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

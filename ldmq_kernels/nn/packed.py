@@ -19,6 +19,7 @@ from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.backend import Packer
 from ldmq_kernels.nn.dequantized import READ_ONLY, DequantizedWeight
 from ldmq_kernels.numerics.formats import FLOAT, Scheme
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 from ldmq_kernels.numerics.hadamard import unrotate
 from ldmq_kernels.tracing import is_exported
 
@@ -40,6 +41,21 @@ class _ByValue:
 
     def __reduce__(self) -> tuple[Any, tuple[Any]]:
         return torch.from_numpy, (self._tensor.numpy(),)
+
+
+class _AsBytes:
+    """A float8 tensor that is pickled as its bytes, since torch pickles no float8 but in its own files."""
+
+    def __init__(self, tensor: Tensor, by_value: bool) -> None:
+        values = tensor.view(torch.uint8)
+        self._given = _ByValue(values) if by_value else values, tensor.dtype
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _of_bytes, self._given
+
+
+def _of_bytes(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.view(dtype)
 
 
 class PackedWeight(nn.Module):
@@ -223,13 +239,17 @@ class PackedWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        if self.packed_weight is not None:
-            plain: Any = self.plain_weight
-            if multiprocessing.context.get_spawning_popen() is not None:
-                # by value: a tensor goes as a file that is shared, which is closed with this one before it is opened
-                plain = _ByValue(plain)
+        is_packed, plain = self.packed_weight is not None, self._buffers.get(PLAIN)
+        if is_packed or (plain is not None and plain.dtype == FLOAT8):
+            held: Any = self.plain_weight
+            # by value: a tensor goes as a file that is shared, which is closed with this one before it is opened
+            by_value = is_packed and multiprocessing.context.get_spawning_popen() is not None
+            if held.dtype == FLOAT8:
+                held = _AsBytes(held, by_value)
+            elif by_value:
+                held = _ByValue(held)
             buffers = {name: buffer for name, buffer in self._buffers.items() if name != PACKED}
-            state["_buffers"] = {**buffers, PLAIN: plain}
+            state["_buffers"] = {**buffers, PLAIN: held}
             state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {PACKED} | {PLAIN}
             state["packer"] = None
         return state

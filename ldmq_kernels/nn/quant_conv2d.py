@@ -82,10 +82,12 @@ class QuantConv2d(QuantConvolution, nn.Conv2d):
         """x (N, C, H, W) as the scheme says: int8, and the scales of a dynamic one, (N, H, W) where pointwise."""
         activations = self.scheme.activations
         if activations.is_calibrated:
-            return getattr(ops, activations.quantize_static)(x, self.input_inv_scale, 1), None
+            return getattr(ops, activations.quantize_static)(x, self.input_inv_scale, 1, *activations.op_dtype), None
         if not self.is_pointwise:
-            return getattr(ops, activations.quantize_per_sample)(x, self.smoothing)
-        x_q, x_scale = getattr(ops, activations.quantize_per_token)(x.permute(0, 2, 3, 1), self.smoothing)
+            return getattr(ops, activations.quantize_per_sample)(x, self.smoothing, *activations.op_dtype)
+        x_q, x_scale = getattr(ops, activations.quantize_per_token)(
+            x.permute(0, 2, 3, 1), self.smoothing, *activations.op_dtype
+        )
         return x_q.permute(0, 3, 1, 2), x_scale
 
     def geometry(self, padding: tuple[int, int, int, int] | None = None, upsample: int = 1) -> tuple[Any, ...]:

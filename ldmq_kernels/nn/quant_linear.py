@@ -88,8 +88,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             self.refuse(x, self.in_features)
         activations = self.scheme.activations
         if activations.is_calibrated:
-            return getattr(ops, activations.quantize_static)(x, self.input_inv_scale, -1), None
-        return getattr(ops, activations.quantize_per_token)(x, self.smoothing)
+            return getattr(ops, activations.quantize_static)(x, self.input_inv_scale, -1, *activations.op_dtype), None
+        return getattr(ops, activations.quantize_per_token)(x, self.smoothing, *activations.op_dtype)
 
     def _project_quantized(self, x: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         scheme = self.scheme

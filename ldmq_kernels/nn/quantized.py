@@ -313,9 +313,9 @@ class QuantizedLayer(PackedWeight, InputScale):
         return (scale / LOW_STEPS, None) if second else (scale, self.bias)
 
     @property
-    def takes_int8(self) -> bool:
+    def takes_quantized(self) -> bool:
         """Whether an input that is quantized already is all that the layer needs."""
-        return self.scheme.takes_int8 and not self.first_token
+        return self.scheme.takes_quantized and not self.first_token
 
     def operands(self) -> list[Tensor]:
         """The stored tensors that the product takes beside the weight, in its order."""
@@ -346,9 +346,11 @@ class QuantizedLayer(PackedWeight, InputScale):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         weight = state_dict.get(prefix + "weight")
-        if self.scheme.quantizes and isinstance(weight, Tensor) and weight.is_floating_point():
+        is_float = self.scheme.quantizes and isinstance(weight, Tensor) and weight.is_floating_point()
+        found: Any = weight.dtype if isinstance(weight, Tensor) else None
+        if is_float and found != self.scheme.dtypes["weight"]:
             raise ValueError(
-                f"{prefix}weight is {weight.dtype}, {self.scheme.dtypes['weight']} is needed: the layer is quantized "
+                f"{prefix}weight is {found}, {self.scheme.dtypes['weight']} is needed: the layer is quantized "
                 f"({self.scheme}), load this into the float model and quantize that with ldmq.quantize"
             )
         for name in self.scheme.dtypes:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ldmq_kernels.nn.kinds import CLASSES, FloatLayer
 from ldmq_kernels.nn.packed import SAVED_NAME
 from ldmq_kernels.numerics.formats import FORMATS
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
 INTEGERS = (torch.int8, torch.uint8)
 
@@ -33,7 +34,7 @@ def _load_state_dict(load: Callable[..., Any], module: nn.Module, args: Any, kwa
 
 
 def refuse_integers(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Refuse a state dict that has the integers of a quantized layer where a module has a float one.
+    """Refuse a state dict that has the stored weights of a quantized layer where a module has a float one.
 
     Args:
         module: into which the state dict would be loaded.
@@ -48,7 +49,9 @@ def refuse_integers(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         if leaf not in leaves:
             continue
         weight = state_dict.get(f"{name}.weight" if name else "weight")
-        if isinstance(weight, Tensor) and not weight.is_floating_point() and _is_float(_layer(module, name), leaf):
+        if not isinstance(weight, Tensor) or (weight.is_floating_point() and weight.dtype != FLOAT8):
+            continue
+        if _is_float(_layer(module, name), leaf):
             saved = getattr(state_dict, "_metadata", {}).get(name, {}).get(SAVED_NAME)
             raise ValueError(
                 f"{saved or name or 'the layer'} is quantized in this state dict ({weight.dtype} and {leaf}) and a "

@@ -13,7 +13,7 @@ import ldmq_kernels as ldmq
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.plans.plan import VERSION
 from python_tests.processes import run_each_anew
-from python_tests.tiny import draw, mixed_plan, run_unet, tiny_pipeline, tiny_unet
+from python_tests.tiny import draw, mixed_plan, run_unet, same_bits, tiny_pipeline, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def assert_same_tensors(model, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert same_bits(found[name], tensor), name
 
 
 def test_the_folder_holds_safetensors_and_config_and_nothing_else(saved):
@@ -58,12 +58,12 @@ def test_the_folder_holds_safetensors_and_config_and_nothing_else(saved):
     assert set(config["plan"]["smoothing"].values()) == {""}
 
 
-def test_the_file_holds_int4_packed_and_int8_weights_and_float32_scales(pipe, saved):
+def test_the_file_holds_int4_packed_int8_and_fp8_weights_and_float32_scales(pipe, saved):
     stored = load_file(saved / "unet" / "diffusion_pytorch_model.safetensors")
     for name, layer in pipe.unet.named_modules():
         if isinstance(layer, QuantizedLayer):
-            four_bit = str(layer.scheme).startswith("w4")
-            assert stored[f"{name}.weight"].dtype == (torch.uint8 if four_bit else torch.int8)
+            expected = {"w4": torch.uint8, "fp": torch.float8_e4m3fn}.get(str(layer.scheme)[:2], torch.int8)
+            assert stored[f"{name}.weight"].dtype == expected
             scales = ("weight_scale", "group_scale", "input_scale", "smoothing")
             present = [f"{name}.{leaf}" for leaf in scales if f"{name}.{leaf}" in stored]
             assert present
@@ -152,7 +152,7 @@ def test_a_loaded_model_saves_the_same_files_again(saved, tmp_path):
     first = load_file(saved / "unet" / "diffusion_pytorch_model.safetensors")
     second = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(same_bits(first[name], second[name]) for name in first)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (saved / "unet", tmp_path)]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 

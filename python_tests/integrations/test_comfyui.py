@@ -20,7 +20,7 @@ from ldmq_kernels.integrations.comfyui import check_known, export, ldm_names
 from ldmq_kernels.integrations.comfyui.export import INT8, INT8_WEIGHTS, OWN_LAYERS, PREFIX
 from ldmq_kernels.nn import QuantConv2d, QuantizedLayer, QuantLinear
 from python_tests.cli.commands import complaint, run
-from python_tests.tiny import mixed_plan, tiny_unet
+from python_tests.tiny import mixed_plan, same_bits, tiny_unet
 
 ADDED = {  # as Stable Diffusion XL: two text encoders, the size and the crop
     "addition_embed_type": "text_time",
@@ -61,7 +61,7 @@ def test_names_are_those_that_diffusers_reads_back(changes: dict[str, Any]) -> N
     assert len(renamed) == len(unet.state_dict())
     back = convert_ldm_unet_checkpoint(renamed, dict(unet.config))
     assert back.keys() == unet.state_dict().keys()
-    assert all(torch.equal(tensor, unet.state_dict()[key]) for key, tensor in back.items())
+    assert all(same_bits(tensor, unet.state_dict()[key]) for key, tensor in back.items())
 
 
 def test_linears_are_int8_and_the_rest_has_the_same_values(unet: Any, written: dict[str, Tensor]) -> None:
@@ -79,7 +79,7 @@ def test_linears_are_int8_and_the_rest_has_the_same_values(unet: Any, written: d
             torch.testing.assert_close(weight * scale, layer.weight + 0, rtol=0, atol=0)
             said = json.loads(written[original(name, unet) + ".comfy_quant"].numpy().tobytes())
             assert said.pop("format") == "int8_tensorwise"
-            assert said == ({} if layer.takes_int8 or layer.first_token else {"full_precision_matrix_mult": True})
+            assert said == ({} if layer.takes_quantized or layer.first_token else {"full_precision_matrix_mult": True})
         else:
             counted["float"] += 1
             assert torch.equal(weight, layer.weight + 0)
@@ -115,7 +115,7 @@ def test_own_layers_are_all_there(unet: Any) -> None:
     for name, layer in unet.named_modules():
         if isinstance(layer, QuantizedLayer) and layer.scheme.quantizes:
             for leaf, stored in layer.stored_tensors().items():
-                assert torch.equal(tensors[f"{PREFIX}{names[name]}.ldmq.{leaf}"], stored)
+                assert same_bits(tensors[f"{PREFIX}{names[name]}.ldmq.{leaf}"], stored)
             assert json.loads(tensors[f"{PREFIX}{names[name]}.ldmq"].numpy().tobytes())["scheme"] == str(layer.scheme)
     assert set(exported.layers) == {OWN_LAYERS}
 

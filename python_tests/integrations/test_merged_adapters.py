@@ -12,7 +12,7 @@ import ldmq_kernels as ldmq
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.plans.plan import Plan, uniform_plan
 from python_tests.integrations.test_adapters import LAYERS, METHODS, TARGETS, adapted, quantized_two
-from python_tests.tiny import SHALLOW, mixed_plan, run_unet, tiny_unet
+from python_tests.tiny import SHALLOW, mixed_plan, run_unet, same_bits, tiny_unet
 
 peft = pytest.importorskip("peft")
 
@@ -39,13 +39,13 @@ def test_it_computes_what_the_adapter_computes_and_comes_out_again_to_the_bit(me
         for layer in layers:
             layer.merge(safe_merge=safe)
         assert sqnr_db(exact, wrapped(x)) > sqnr_db(base, plain) - 3
-        changed = [name for name, tensor in wrapped.state_dict().items() if not torch.equal(tensor, state[name])]
+        changed = [name for name, tensor in wrapped.state_dict().items() if not same_bits(tensor, state[name])]
         integers_or_scales = {name.rpartition(".")[0] for name in changed if "base_layer.weight" in name}
         assert len(integers_or_scales) == len(layers)
         for layer in layers:
             layer.unmerge()
         assert torch.equal(wrapped(x), unmerged)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in wrapped.state_dict().items())
+    assert all(same_bits(tensor, state[name]) for name, tensor in wrapped.state_dict().items())
 
 
 def unet_with_lora(plan_of, layers=("to_q", "to_k", "conv1", "ff.net.2"), **config) -> tuple[nn.Module, Tensor]:
@@ -79,7 +79,7 @@ def test_a_unet_of_every_scheme_is_fused_and_unfused(dora: bool) -> None:
     assert sqnr_db(before, run_unet(unet)) < 20
     unet.unfuse_lora()
     assert torch.equal(run_unet(unet), unfused)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in unet.state_dict().items())
+    assert all(same_bits(tensor, state[name]) for name, tensor in unet.state_dict().items())
     unet.unload_lora()
     assert torch.equal(run_unet(unet), before)
 
@@ -133,7 +133,7 @@ def test_an_adapter_that_is_not_finite_is_refused_by_the_layers_name(safe: bool)
     assert not layer.merged
     base = "attn1.to_q.base_layer"
     after = unet.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in state.items() if base in name)
+    assert all(same_bits(after[name], tensor) for name, tensor in state.items() if base in name)
 
 
 @torch.no_grad()

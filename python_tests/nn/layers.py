@@ -13,11 +13,11 @@ from ldmq_kernels.numerics.formats.int4_two_level import fold_multiplier
 from ldmq_kernels.numerics.hadamard import rotate
 
 LINEAR_SCHEMES = [name for name, s in SCHEMES.items() if s.quantizes and not s.is_split]
-INT8_SCHEMES = [name for name in LINEAR_SCHEMES if SCHEMES[name].quantizes_activations]
+EIGHT_BIT_SCHEMES = [name for name in LINEAR_SCHEMES if SCHEMES[name].quantizes_activations]
 SMOOTHED_OR_NOT = [
-    (name, smooth) for name in LINEAR_SCHEMES for smooth in (False, True) if name in INT8_SCHEMES or not smooth
+    (name, smooth) for name in LINEAR_SCHEMES for smooth in (False, True) if name in EIGHT_BIT_SCHEMES or not smooth
 ]
-SQNR_FLOOR_DB = {"w8a8": 35.0, "w8a16": 40.0, "w4a8": 15.0, "w4a16": 18.0}
+SQNR_FLOOR_DB = {"w8a8": 35.0, "fp8": 26.0, "w8a16": 40.0, "w4a8": 15.0, "w4a16": 18.0}
 CONV_SCHEMES = [name for name in LINEAR_SCHEMES if "conv2d" in SCHEMES[name].format.layers]
 
 
@@ -55,8 +55,16 @@ def dequantized_input(
     smoothed = x.float() if layer.smoothing is None else x.float() * layer.smoothing.view(shape)
     if layer.scheme.is_static:
         inv_scale = layer.input_inv_scale if layer.smoothing is None else layer.input_inv_scale.view(shape)
-        return torch.round(x.float() * inv_scale).clamp(-127, 127).double() * layer.input_scale.double()
+        return rounded_input(layer, x.float() * inv_scale) * layer.input_scale.double()
     if layer.scheme.is_rotated:
         smoothed = rotate(smoothed.movedim(channel_dim, -1)).movedim(-1, channel_dim)
-    scale = smoothed.abs().amax(amax_dims, keepdim=True) / 127
-    return torch.round(smoothed * (1 / scale)).clamp(-127, 127).double() * scale.double()
+    scale = smoothed.abs().amax(amax_dims, keepdim=True) / layer.scheme.activations.largest
+    return rounded_input(layer, smoothed * (1 / scale)) * scale.double()
+
+
+def rounded_input(layer: QuantLinear | QuantConv2d, y: Tensor) -> Tensor:
+    """Float32 values as the layer's activations hold them, in float64."""
+    clamped = y.clamp(-layer.scheme.activations.largest, layer.scheme.activations.largest)
+    if layer.scheme.activations.dtype == torch.int8:
+        return torch.round(clamped).double()
+    return clamped.to(layer.scheme.activations.dtype).double()

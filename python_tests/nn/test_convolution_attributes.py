@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_int8
+from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_quantized
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from python_tests.nn.layers import quantized
 
@@ -68,7 +68,7 @@ def test_a_convolution_that_is_put_in_later_is_called_with_the_float_weight(sche
     plain = made(x)
     for each in (layer, made):
         each._conv_forward = tiled.__get__(each, type(each))
-    assert not takes_int8(made)
+    assert not takes_quantized(made)
     with torch.no_grad():
         assert sqnr_db(layer(x), made(x)) > 35
         assert sqnr_db(layer(x), plain) < 20

@@ -18,9 +18,10 @@ from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.formats.int8 import quantize_weight_int8
 from ldmq_kernels.numerics.hadamard import block_size, rotate
 from ldmq_kernels.numerics.sqnr import sqnr_db
-from python_tests.nn.layers import INT8_SCHEMES, LINEAR_SCHEMES
+from python_tests.nn.layers import EIGHT_BIT_SCHEMES, LINEAR_SCHEMES
 
 DUPLICATES = [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), lambda m: m.double().float()]
+WITH_FIRST_TOKEN = [name for name in EIGHT_BIT_SCHEMES if SCHEMES[name].format.first_token_op]
 
 
 def made(layer: nn.Module, scheme: str, **corrections: Any) -> Any:
@@ -69,7 +70,7 @@ def sixteen_bit(layer: Any, x: Tensor) -> Tensor:
     return ops.linear_w4a16(x, stored["weight"], group_scale, layer.bias)
 
 
-@pytest.mark.parametrize("scheme", INT8_SCHEMES)
+@pytest.mark.parametrize("scheme", WITH_FIRST_TOKEN)
 @pytest.mark.parametrize("smoothing", [None, SMOOTHING], ids=["plain", "smoothed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()  # with gradients an op that does not round is computed by its definition, in another order of sums
@@ -91,7 +92,7 @@ def test_the_first_tokens_row_is_that_of_16_bit_and_the_others_are_as_without_it
     assert torch.equal(added[:, 1:], plain.project(x, residual)[:, 1:])
 
 
-@pytest.mark.parametrize("scheme", INT8_SCHEMES)
+@pytest.mark.parametrize("scheme", WITH_FIRST_TOKEN)
 @pytest.mark.parametrize("duplicate", DUPLICATES)
 def test_copies_and_moves_keep_the_first_token(scheme: str, duplicate: Any) -> None:
     layer = made(linear(), scheme, smoothing=SMOOTHING, first_token=True)
@@ -154,7 +155,7 @@ def correlated(rows: int, width: int) -> Tensor:
 @pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
 def test_a_hessian_makes_gptq_rounding_which_errs_less_on_those_inputs(scheme: str) -> None:
     float_layer, x = linear(), correlated(500, 70)
-    smoothing = SMOOTHING if scheme in INT8_SCHEMES else None
+    smoothing = SMOOTHING if scheme in EIGHT_BIT_SCHEMES else None
     layers = [made(float_layer, scheme, smoothing=smoothing, hessian=h) for h in (None, x.T @ x)]
     for layer in layers:
         layer.unpack()

@@ -112,7 +112,9 @@ def test_the_environment_guards_what_is_quantized_and_loaded(tmp_path: Any, monk
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("scheme", [name for name in QUANTIZED if SCHEMES[name].is_static])
+@pytest.mark.parametrize(
+    "scheme", [n for n in QUANTIZED if SCHEMES[n].is_static and SCHEMES[n].activations.dtype == torch.int8]
+)
 def test_a_cpu_refuses_nan_that_a_calibrated_scale_would_hide(
     scheme: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,3 +128,13 @@ def test_a_cpu_refuses_nan_that_a_calibrated_scale_would_hide(
         wrong.view(-1)[5], wrong.view(-1)[6] = torch.inf, -torch.inf  # clipped, as other large values
         with torch.no_grad(), use_backend("reference"):
             assert layer(wrong).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_fp8_hands_nan_on_in_its_own_row(backend: str) -> None:
+    x = torch.randn(3, 8)
+    x[1, 5] = torch.nan
+    for scheme in ("fp8-static", "fp8-dynamic"):
+        with torch.no_grad(), use_backend(backend):
+            out = quantized(nn.Linear(8, 4), scheme)(x)
+        assert out.isnan().all(1).tolist() == out.isnan().any(1).tolist() == [False, True, False]

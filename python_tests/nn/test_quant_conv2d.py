@@ -15,13 +15,14 @@ from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from python_tests.nn.layers import (
     CONV_SCHEMES,
-    INT8_SCHEMES,
+    EIGHT_BIT_SCHEMES,
     SMOOTHED_OR_NOT,
     SQNR_FLOOR_DB,
     dequantized_input,
     dequantized_weight,
     quantized,
 )
+from python_tests.tiny import same_bits
 
 CASES = {
     "unet": ((32, 48, 3), {"padding": 1}, (2, 32, 8, 8)),
@@ -100,7 +101,7 @@ def test_the_output_is_the_convolution_of_what_is_stored(scheme, case, memory_fo
     assert out.shape == float_layer(x).shape
 
 
-@pytest.mark.parametrize("scheme", INT8_SCHEMES)
+@pytest.mark.parametrize("scheme", EIGHT_BIT_SCHEMES)
 @pytest.mark.parametrize("case", ["unet", "shortcut", "circular", "downsampler"])
 def test_smoothing_multiplies_the_input_and_not_the_padding(scheme, case):
     float_layer, x = make(case)
@@ -151,7 +152,7 @@ def test_the_reference_backend_gives_the_same_from_the_plain_weight(scheme, case
             torch.testing.assert_close(layer(x), out, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("scheme", INT8_SCHEMES)
+@pytest.mark.parametrize("scheme", EIGHT_BIT_SCHEMES)
 @pytest.mark.parametrize("case", ["unet", "shortcut"])
 def test_a_sample_of_a_batch_is_computed_as_it_would_be_alone(scheme, case):
     float_layer, x = make(case)
@@ -180,18 +181,18 @@ def test_copies_and_state_are_exact_before_and_after_the_first_call(scheme, case
             state = other.state_dict()
             assert set(state) - {"bias"} <= set(layer.scheme.dtypes)
             for name, tensor in stored.items():
-                assert torch.equal(state[name], tensor), name
+                assert same_bits(state[name], tensor), name
                 assert state[name].is_contiguous()
             assert torch.equal(other(x), layer(x))
 
 
 @pytest.mark.parametrize("scheme", CONV_SCHEMES)
 def test_a_change_of_dtype_leaves_integers_and_scales_alone(scheme):
-    layer = quantized(make()[0], scheme, smooth=scheme in INT8_SCHEMES)
+    layer = quantized(make()[0], scheme, smooth=scheme in EIGHT_BIT_SCHEMES)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer.half()
     for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, before[name]) or name == "bias"
+        assert same_bits(tensor, before[name]) or name == "bias"
         assert tensor.dtype == (torch.float16 if name == "bias" else before[name].dtype)
 
 
@@ -243,7 +244,7 @@ def test_its_text_says_geometry_and_scheme():
 @pytest.mark.parametrize("case", ["unet", "shortcut", "circular", "unbatched"])
 def test_compiled_without_graph_breaks_it_gives_the_same(scheme, case):
     float_layer, x = make(case)
-    layer = quantized(float_layer, scheme, smooth=scheme in INT8_SCHEMES)
+    layer = quantized(float_layer, scheme, smooth=scheme in EIGHT_BIT_SCHEMES)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

@@ -14,7 +14,7 @@ from ldmq_kernels.nn import QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from python_tests.nn.layers import (
-    INT8_SCHEMES,
+    EIGHT_BIT_SCHEMES,
     LINEAR_SCHEMES,
     SMOOTHED_OR_NOT,
     SQNR_FLOOR_DB,
@@ -22,6 +22,7 @@ from python_tests.nn.layers import (
     dequantized_weight,
     quantized,
 )
+from python_tests.tiny import same_bits
 
 
 def make(in_features=70, out_features=33, *, bias=True, dtype=torch.float32):
@@ -85,7 +86,7 @@ def test_an_empty_batch_gives_an_empty_output(scheme, shape):
 
 @pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
 def test_the_reference_backend_gives_the_same_from_the_plain_weight(scheme):
-    layer = quantized(make(), scheme, smooth=scheme in INT8_SCHEMES)
+    layer = quantized(make(), scheme, smooth=scheme in EIGHT_BIT_SCHEMES)
     x = inputs(17, 70)
     out = layer(x)
     layer.unpack()
@@ -96,7 +97,7 @@ def test_the_reference_backend_gives_the_same_from_the_plain_weight(scheme):
 @pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_are_independent_and_compute_the_same(scheme, duplicate):
-    layer = quantized(make(), scheme, smooth=scheme in INT8_SCHEMES)
+    layer = quantized(make(), scheme, smooth=scheme in EIGHT_BIT_SCHEMES)
     x = inputs(5, 70)
     out = layer(x)
     other = duplicate(layer)
@@ -109,39 +110,39 @@ def test_copies_are_independent_and_compute_the_same(scheme, duplicate):
 
 @pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
 def test_the_state_dict_holds_plain_tensors_and_restores_them_bit_for_bit(scheme):
-    layer = quantized(make(), scheme, smooth=scheme in INT8_SCHEMES)
+    layer = quantized(make(), scheme, smooth=scheme in EIGHT_BIT_SCHEMES)
     stored = layer.state_dict()
     assert set(stored) - {"bias"} <= set(layer.scheme.dtypes)
     assert all(tensor.layout == torch.strided and tensor.is_contiguous() for tensor in stored.values())
-    other = quantized(nn.Linear(70, 33), scheme, smooth=scheme in INT8_SCHEMES)
+    other = quantized(nn.Linear(70, 33), scheme, smooth=scheme in EIGHT_BIT_SCHEMES)
     other.load_state_dict(stored)
     for name, tensor in other.state_dict().items():
-        assert torch.equal(tensor, stored[name]), name
+        assert same_bits(tensor, stored[name]), name
     assert torch.equal(other(inputs(5, 70)), layer(inputs(5, 70)))
 
 
-@pytest.mark.parametrize("scheme", INT8_SCHEMES)
+@pytest.mark.parametrize("scheme", EIGHT_BIT_SCHEMES)
 def test_packed_and_plain_layers_have_the_same_state(scheme):
     layer = quantized(make(), scheme, smooth=True)
     packed = layer.state_dict()
     weight = layer.plain_weight
     layer.unpack()
-    assert torch.equal(layer.plain_weight, weight)
+    assert same_bits(layer.plain_weight, weight)
     for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, packed[name]), name
+        assert same_bits(tensor, packed[name]), name
 
 
 @pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
 @pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
 def test_a_change_of_dtype_leaves_integers_and_scales_alone(scheme, move):
-    layer = quantized(make(), scheme, smooth=scheme in INT8_SCHEMES)
+    layer = quantized(make(), scheme, smooth=scheme in EIGHT_BIT_SCHEMES)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     inv_scale = layer.input_inv_scale
     move(layer)
     for name, tensor in layer.state_dict().items():
         if name != "bias":
             assert tensor.dtype == before[name].dtype
-            assert torch.equal(tensor, before[name]), name
+            assert same_bits(tensor, before[name]), name
     assert layer.bias.dtype != torch.float32
     if inv_scale is not None:
         assert torch.equal(layer.input_inv_scale, inv_scale)
@@ -206,7 +207,7 @@ def test_its_text_says_shape_scheme_and_scale():
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
 def test_compiled_without_graph_breaks_it_gives_the_same(scheme):
-    layer = quantized(make(), scheme, smooth=scheme in INT8_SCHEMES)
+    layer = quantized(make(), scheme, smooth=scheme in EIGHT_BIT_SCHEMES)
     x = inputs(5, 70)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -218,3 +219,17 @@ def test_compiled_without_graph_breaks_it_gives_the_same(scheme):
 def test_under_meta_it_tells_the_output_shape(scheme):
     layer = quantized(make(), scheme).to("meta")
     assert layer(torch.empty(2, 5, 70, device="meta")).shape == (2, 5, 33)
+
+
+def test_beside_a_token_of_large_values_fp8_keeps_more_of_the_others_and_int8_more_without_one():
+    layer, x = make(320, 64), inputs(32, 320)
+    x[0] *= 60
+    kept = {}
+    for scheme in ("w8a8-static", "fp8-static"):
+        for first in (0, 1):  # a range that covers all tokens, or all but the large one
+            scale = float(x[first:].abs().max()) / SCHEMES[scheme].activations.largest
+            with torch.no_grad():
+                kept[scheme, first] = sqnr_db(layer(x[1:]), quantized(layer, scheme, scale=scale)(x[1:]))
+    assert kept["w8a8-static", 1] > kept["fp8-static", 1] + 5
+    assert kept["fp8-static", 0] > kept["w8a8-static", 0] + 10
+    assert kept["fp8-static", 0] > kept["fp8-static", 1] - 1

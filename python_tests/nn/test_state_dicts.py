@@ -30,13 +30,13 @@ def test_a_model_that_is_made_of_a_quantized_one_is_refused(make: Callable, quan
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w4a8-dynamic", "w8a16", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w4a8-dynamic", "fp8-dynamic", "w8a16", "w4a16"])
 def test_float_linears_take_no_integers(scheme: str, strict: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
     state_dict = ldmq.quantize(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)), scheme=scheme).state_dict()
     before = model[0].weight.detach().clone()
     for given in (state_dict, dict(state_dict)):
-        with pytest.raises(ValueError, match=r"0 is quantized in this state dict \(torch\.u?int8 and"):
+        with pytest.raises(ValueError, match=r"0 is quantized in this state dict \(torch\.(u?int8|float8_e4m3fn) and"):
             model.load_state_dict(given, strict=strict)
     assert torch.equal(model[0].weight, before)
 

@@ -13,9 +13,10 @@ from torch import nn
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.sqnr import sqnr_db
-from python_tests.nn.layers import CONV_SCHEMES, INT8_SCHEMES, LINEAR_SCHEMES, quantized
+from python_tests.nn.layers import CONV_SCHEMES, EIGHT_BIT_SCHEMES, LINEAR_SCHEMES, quantized
+from python_tests.tiny import same_bits
 
-FLOOR_DB = {"w8": 38.0, "w4": 14.0}
+FLOOR_DB = {"w8": 38.0, "fp": 30.0, "w4": 14.0}
 CASES = [
     (scheme, kind)
     for kind in ("linear", "conv2d", "pointwise", "grouped")
@@ -35,7 +36,7 @@ def float_layer(kind: str) -> nn.Linear | nn.Conv2d:
 @pytest.mark.parametrize(("scheme", "kind"), CASES)
 def test_it_is_the_float_layers_but_for_rounding(scheme: str, kind: str) -> None:
     layer = float_layer(kind)
-    smooth = scheme in INT8_SCHEMES and kind != "grouped"
+    smooth = scheme in EIGHT_BIT_SCHEMES and kind != "grouped"
     read = quantized(layer, scheme, smooth=smooth).weight
     assert read.shape == layer.weight.shape
     assert read.dtype == torch.float32
@@ -112,12 +113,12 @@ def test_a_layer_that_is_constructed_as_a_float_one_holds_its_parameter() -> Non
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
 def test_checkpoints_call_the_integers_weight(scheme: str, assign: bool) -> None:
-    layer, other = (quantized(nn.Linear(70, 24), scheme, smooth=scheme in INT8_SCHEMES) for _ in range(2))
+    layer, other = (quantized(nn.Linear(70, 24), scheme, smooth=scheme in EIGHT_BIT_SCHEMES) for _ in range(2))
     state = layer.state_dict()
     assert set(state) - {"bias"} <= set(SCHEMES[scheme].dtypes)
-    assert not state["weight"].is_floating_point()
+    assert state["weight"].dtype == SCHEMES[scheme].dtypes["weight"]
     other.load_state_dict(state, assign=assign)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+    assert all(same_bits(tensor, state[name]) for name, tensor in other.state_dict().items())
     assert torch.equal(other.weight, layer.weight)
     with pytest.raises(RuntimeError, match=r'Missing key.*"weight"'):
         other.load_state_dict({name: tensor for name, tensor in state.items() if name != "weight"})

@@ -123,7 +123,7 @@ def _for_comfyui(layer: Any) -> tuple[dict[str, Tensor | None], str]:
         return as_float, FLOAT_SMOOTHED
     if layer.scheme.is_rotated:
         return as_float, FLOAT_ROTATED
-    is_integer = layer.scheme.takes_int8
+    is_integer = layer.scheme.takes_quantized
     said: dict[str, Any] = {"format": "int8_tensorwise"}
     if not is_integer:
         said["full_precision_matrix_mult"] = True

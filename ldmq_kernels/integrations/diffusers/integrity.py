@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldmq_kernels.nn import QuantizedLayer
+from ldmq_kernels.nn.guard import is_finite
 from ldmq_kernels.numerics.checksum import checksum
 from ldmq_kernels.plans.plan import LayerPlan
 
@@ -58,7 +59,7 @@ def checksums(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
         if name in exact or not tensor.is_floating_point():
             tensors[name] = f"{checksum(tensor):08x}"
             continue
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise CheckpointError(f"{name} holds NaN or infinite values: such a model is not saved")
         tensors[name] = {_name(dtype): f"{checksum(tensor.to(dtype)):08x}" for dtype in _and_narrower(tensor.dtype)}
     return {"plan": plan_checksum(plan), "tensors": tensors}
@@ -98,10 +99,6 @@ def _and_narrower(dtype: torch.dtype) -> Sequence[torch.dtype]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all())
 
 
 # -- loading -----------------------------------------------------------------------------------------
@@ -217,7 +214,7 @@ class TensorChecks:
         elif tensor.is_floating_point() != is_floating:
             needed = "a floating dtype" if is_floating else "an integer dtype"
             raise ValueError(f"{name} is {tensor.dtype}, {needed} is needed: the checkpoint is damaged: {SAVE_AGAIN}")
-        elif is_floating and name not in self.own and not _is_finite(tensor):
+        elif is_floating and name not in self.own and not is_finite(tensor):
             raise ValueError(f"{name} holds a value that is not finite: the checkpoint is damaged: {SAVE_AGAIN}")
         if self.said is not None and not is_as_said:
             raise ValueError(

@@ -21,12 +21,12 @@ def is_unwrapped(module: Any, kind: type) -> bool:
     return type(module) is kind and isinstance(module, nn.Module) and is_unhooked(module)
 
 
-def takes_int8(layer: Any) -> bool:
-    """Whether a layer is unwrapped and needs no more than int8 activations, which a producer can give it."""
+def takes_quantized(layer: Any) -> bool:
+    """Whether a layer is unwrapped and needs no more than 8-bit activations, which a producer can give it."""
     kind = type(layer)
     if kind is QuantConv2d and layer.has_own_convolution:
         return False
-    return kind in (QuantLinear, QuantConv2d) and is_unwrapped(layer, kind) and layer.takes_int8
+    return kind in (QuantLinear, QuantConv2d) and is_unwrapped(layer, kind) and layer.takes_quantized
 
 
 def wants_gradients(module: nn.Module, *tensors: Tensor | None) -> bool:
@@ -59,6 +59,7 @@ def quantized_norm(norm: nn.GroupNorm, x: Tensor, layer: Any, silu: bool, per_to
         layer.input_inv_scale,
         layer.smoothing,
         per_token,
+        *layer.scheme.activations.op_dtype,
     )
 
 
@@ -66,6 +67,7 @@ def quantized_layer_norm(
     norm: Any, x: Tensor, layer: Any, scale: Tensor | None = None, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm, times 1 + scale, plus shift, and the quantization that `layer` wants, in one op; x (..., C)."""
+    op_dtype = layer.scheme.activations.op_dtype
     return ops.layer_norm_quantize(
-        x, norm.weight, norm.bias, norm.eps, layer.input_inv_scale, layer.smoothing, scale, shift
+        x, norm.weight, norm.bias, norm.eps, layer.input_inv_scale, layer.smoothing, scale, shift, *op_dtype
     )

@@ -14,7 +14,7 @@ from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     is_inactive,
     is_unhooked,
     is_unwrapped,
-    takes_int8,
+    takes_quantized,
     wants_gradients,
 )
 from ldmq_kernels.nn import QuantLinear
@@ -48,17 +48,18 @@ def project_in(
 ) -> Tensor:
     """The first projection in x's dtype: of what `quantized` makes as the layer wants it, or of what `plain` makes."""
     layer = ff.net[0].proj
-    return layer.linear(*quantized(layer), x.dtype) if takes_int8(layer) else layer(plain())
+    return layer.linear(*quantized(layer), x.dtype) if takes_quantized(layer) else layer(plain())
 
 
 def feed(ff: Any, hidden: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
     """What comes after the first projection: out(activation(hidden)) * gate + residual."""
     first, out = ff.net[0], ff.net[2]
-    if takes_int8(out):
+    if takes_quantized(out):
+        rounding = (out.input_inv_scale, out.smoothing, *out.scheme.activations.op_dtype)
         if isinstance(first, GEGLU):
-            x_q, scale = ops.geglu_quantize(hidden, out.input_inv_scale, out.smoothing)
+            x_q, scale = ops.geglu_quantize(hidden, *rounding)
         else:
-            x_q, scale = ops.gelu_quantize(hidden, first.approximate == "tanh", out.input_inv_scale, out.smoothing)
+            x_q, scale = ops.gelu_quantize(hidden, first.approximate == "tanh", *rounding)
         return out.linear(x_q, scale, hidden.dtype, residual, gate=gate)
     if isinstance(first, GEGLU):
         value, gates = hidden.chunk(2, dim=-1)

@@ -21,7 +21,7 @@ from ldmq_kernels.integrations.diffusers.fused import feed_forward
 from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     is_inactive,
     is_unwrapped,
-    takes_int8,
+    takes_quantized,
     wants_gradients,
 )
 from ldmq_kernels.integrations.diffusers.fused.feed_forward import gated
@@ -144,12 +144,13 @@ class FusedFluxSingleTransformerBlock(SharesProjections, FluxSingleTransformerBl
     def _project_out(self, attended: Tensor, mlp: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         """proj_out([attended | gelu(mlp)]) * gate + x; with a calibrated scale each part is quantized where it is."""
         layer: Any = self.proj_out
-        if not (takes_int8(layer) and layer.scheme.is_static and self.act_mlp.approximate == "tanh"):
+        if not (takes_quantized(layer) and layer.scheme.is_static and self.act_mlp.approximate == "tanh"):
             return gated(layer, torch.cat([attended, self.act_mlp(mlp)], dim=2), x, gate)
         inverse, width = layer.input_inv_scale, attended.shape[-1]
         first, second = (inverse, inverse) if inverse.numel() == 1 else (inverse[:width], inverse[width:])
-        activated, _ = ops.gelu_quantize(mlp, True, second, None)
-        x_q = torch.cat([ops.quantize_static(attended, first, -1), activated], dim=2)
+        op_dtype = layer.scheme.activations.op_dtype
+        activated, _ = ops.gelu_quantize(mlp, True, second, None, *op_dtype)
+        x_q = torch.cat([ops.quantize_static(attended, first, -1, *op_dtype), activated], dim=2)
         return layer.linear(x_q, None, x.dtype, x, gate=gate)
 
     def _is_fusible(self, *given: Tensor) -> bool:

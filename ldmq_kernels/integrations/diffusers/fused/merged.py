@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels import ops
-from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_int8
+from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_quantized
 from ldmq_kernels.nn import QuantLinear
 
 
@@ -49,7 +49,7 @@ class MergedLinears:
 
 def share_quantization(layers: Sequence[Any]) -> bool:
     """Whether all layers would make the same integers of the same input; reads scales, so not for a hot path."""
-    if not all(type(layer) is QuantLinear and takes_int8(layer) and not _is_empty(layer) for layer in layers):
+    if not all(type(layer) is QuantLinear and takes_quantized(layer) and not _is_empty(layer) for layer in layers):
         return False
     first = layers[0]
     return all(

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from ldmq_kernels import ops
 from ldmq_kernels.integrations.diffusers.fused import feed_forward
-from ldmq_kernels.integrations.diffusers.fused.eligibility import is_unwrapped, quantized_layer_norm, takes_int8
+from ldmq_kernels.integrations.diffusers.fused.eligibility import is_unwrapped, quantized_layer_norm, takes_quantized
 from ldmq_kernels.integrations.diffusers.fused.projections import SharesProjections
 
 
 def modulation(norm: Any, emb: Tensor, parts: int) -> tuple[Tensor, ...]:
     """linear(silu(emb)) in `parts` of (B, 1, C)."""
     linear = norm.linear
-    if takes_int8(linear) and is_unwrapped(norm.silu, nn.SiLU):
-        out = linear.linear(*ops.silu_quantize(emb, linear.input_inv_scale, linear.smoothing), emb.dtype)
+    if takes_quantized(linear) and is_unwrapped(norm.silu, nn.SiLU):
+        rounding = (linear.input_inv_scale, linear.smoothing, *linear.scheme.activations.op_dtype)
+        out = linear.linear(*ops.silu_quantize(emb, *rounding), emb.dtype)
     else:
         out = linear(norm.silu(emb))
     return out[:, None].chunk(parts, dim=-1)

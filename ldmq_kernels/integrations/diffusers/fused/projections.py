@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_int8
+from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_quantized
 from ldmq_kernels.integrations.diffusers.fused.merged import MergedLinears, can_merge, share_quantization
 from ldmq_kernels.tracing import is_exported
 
@@ -39,7 +39,7 @@ class Projections:
     def _is_current(self, layers: Sequence[Any]) -> bool:
         return (
             self._shares
-            and all(a is b and takes_int8(a) for a, b in zip(layers, self.layers, strict=True))
+            and all(a is b and takes_quantized(a) for a, b in zip(layers, self.layers, strict=True))
             and self._revisions == [layer.revision for layer in layers]
         )
 

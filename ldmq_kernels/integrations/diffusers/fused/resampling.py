@@ -8,7 +8,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
-from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_int8, wants_gradients
+from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_quantized, wants_gradients
 
 FAR_SIDES = (0, 1, 0, 1)  # diffusers pads one row and one column after the last
 
@@ -40,4 +40,4 @@ class FusedDownsample2D(Downsample2D):
 
 
 def _convolves(conv: Any) -> bool:
-    return takes_int8(conv) and not conv.is_pointwise and conv.padding_mode == "zeros"
+    return takes_quantized(conv) and not conv.is_pointwise and conv.padding_mode == "zeros"

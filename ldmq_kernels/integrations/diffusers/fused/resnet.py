@@ -13,7 +13,7 @@ from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     is_inactive,
     is_unwrapped,
     quantized_norm,
-    takes_int8,
+    takes_quantized,
     wants_gradients,
 )
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
@@ -61,7 +61,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         )
 
     def _has_fused_convolution(self) -> bool:
-        return takes_int8(self.conv1) or takes_int8(self.conv2)
+        return takes_quantized(self.conv1) or takes_quantized(self.conv2)
 
     # -- rows of a step table ------------------------------------------------------------------------
 
@@ -100,16 +100,22 @@ class FusedResnetBlock2D(ResnetBlock2D):
         projection = self.time_emb_proj
         if self.skip_time_act:
             return projection(temb)
-        if not takes_int8(projection):
+        if not takes_quantized(projection):
             return projection(self.nonlinearity(temb))
-        x_q, scale = ops.silu_quantize(temb, projection.input_inv_scale, projection.smoothing)
+        op_dtype = projection.scheme.activations.op_dtype
+        x_q, scale = ops.silu_quantize(temb, projection.input_inv_scale, projection.smoothing, *op_dtype)
         return projection.linear(x_q, scale, temb.dtype)
 
     def _convolve(
         self, norm: nn.Module, conv: nn.Module, x: Tensor, vector: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         """conv(silu(norm(x))) + vector + residual, fused as far as its parts allow."""
-        if isinstance(conv, QuantConv2d) and takes_int8(conv) and _has_room(conv) and is_unwrapped(norm, nn.GroupNorm):
+        if (
+            isinstance(conv, QuantConv2d)
+            and takes_quantized(conv)
+            and _has_room(conv)
+            and is_unwrapped(norm, nn.GroupNorm)
+        ):
             x_q, scale = quantized_norm(norm, x, conv, silu=True, per_token=False)  # type: ignore[arg-type]
             return conv.convolve(x_q, scale, x.dtype, vector, residual)
         out = conv(self.nonlinearity(norm(x)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     is_unwrapped,
     quantized_norm,
-    takes_int8,
+    takes_quantized,
     wants_gradients,
 )
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
@@ -18,7 +18,7 @@ from ldmq_kernels.nn import QuantConv2d, QuantLinear
 
 def _is_product(layer: Any) -> bool:
     """Whether a layer is a linear over pixels on int8 activations."""
-    return takes_int8(layer) and (isinstance(layer, QuantLinear) or layer.is_pointwise)
+    return takes_quantized(layer) and (isinstance(layer, QuantLinear) or layer.is_pointwise)
 
 
 class FusedTransformer2DModel(Transformer2DModel):
