@@ -43,6 +43,10 @@ def _not_installed(package: str) -> Callable[[], str | None]:
     return why
 
 
+def _no_torchao_fp8() -> str | None:
+    return _not_installed("torchao")() or _no_fp8()
+
+
 @dataclass(frozen=True)
 class Baseline:
     """One way to compute what an op computes.
@@ -71,6 +75,7 @@ BASELINES = {
     "int_mm": Baseline("torch._int_mm, its epilogue by Inductor", ("cuda",)),
     "fp8": Baseline("torch._scaled_mm in FP8 e4m3, a scale a row", ("cuda",), _no_fp8),
     "torchao": Baseline("torchao, int8 dynamic", ("cuda",), _not_installed("torchao")),
+    "torchao_fp8": Baseline("torchao, FP8 e4m3 dynamic", ("cuda",), _no_torchao_fp8),
     "sdnq": Baseline("SDNQ, int8 dynamic", ("cuda",), _not_installed("sdnq")),
 }
 

@@ -41,6 +41,7 @@ SECTIONS = {
     PEERS: "Peers: each beside this package on the same layers, and planned within the same bytes",
 }
 STATIC, TIMESTEP, DYNAMIC, W4_STATIC = "w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w4a8-static"
+FLOAT8 = ("fp8-static", "fp8-dynamic")
 MODES = {
     FIRST_STEP: "first step",
     SAMPLED_STEPS: "sampled steps",
@@ -155,6 +156,8 @@ def _formats() -> list[Case]:
     for scheme in (STATIC, TIMESTEP, DYNAMIC):
         cases.append(_own(FORMATS, words(scheme), lambda p, s=scheme: p.plain(s)))
         cases.append(_own(FORMATS, words(scheme, how="searched"), lambda p, s=scheme: p.searched(s)))
+    for scheme in FLOAT8:
+        cases.append(_own(FORMATS, words(scheme), lambda p, s=scheme: p.plain(s)))
     cases += [
         _own(FORMATS, words(W4_STATIC), lambda p: p.plain(W4_STATIC), "nearest"),
         _own(FORMATS, words(W4_STATIC, how="GPTQ"), lambda p: p.plain(W4_STATIC, rounding="gptq")),
