@@ -106,8 +106,6 @@ MEASURE = (
     _model("sd15", 60, 45),
     _op("linear_w8a8", 60, 40),
     _op("conv2d_w8a8", 60, 40),
-    _op("linear_fp8"),
-    _op("conv2d_fp8"),
     Job("ceilings", (*BENCHMARKS, "machine", "ceilings", *ROWS), 30, 12),
     _model("vae_decoder", 60, 45),
     *(_op(name) for name in ("group_norm_silu_quantize", "layer_norm_quantize", "geglu_quantize", "gelu_quantize")),
