@@ -19,6 +19,8 @@ WRAPPED = (
     ("torch.distributed.tensor.parallel.api", "tensor_parallel:watch_sharding"),
     ("transformers.quantizers.auto", "transformers:register"),
     ("peft.tuners.tuners_utils", "peft:watch_merging"),
+    ("diffusers.loaders.peft", "peft:watch_model_fusing"),
+    ("diffusers.loaders.lora_base", "peft:watch_encoder_fusing"),
 )
 
 

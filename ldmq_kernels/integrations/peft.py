@@ -1,11 +1,13 @@
 """Merging adapters of PEFT into quantized layers: dequantize, add, quantize again; and back to the same bits.
 
 PEFT's own `merge` computes the merged weight, of whatever method, on a float layer that stands in for the quantized
-one. `unmerge` brings the integers back that were there before, which the adapter's layer keeps in main memory.
+one. `unmerge` brings the integers back that were there before, which the adapter's layer keeps in main memory. A
+layer whose plan rounds it by GPTQ is rounded to nearest meanwhile, since its inputs are not kept, and is named.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -39,6 +41,56 @@ def watch_merging(module: ModuleType) -> None:
         cls = there.pop()
         _wrap(cls)
         there.extend(cls.__subclasses__())
+
+
+class RoundedToNearestWarning(UserWarning):
+    """Layers that a plan rounds by GPTQ, and that are rounded to nearest while an adapter is fused into them."""
+
+
+def watch_model_fusing(module: ModuleType) -> None:
+    """Have a model whose adapters are fused name the layers that GPTQ rounded.
+
+    Args:
+        module: `diffusers.loaders.peft`, which is complete.
+    """
+    wrapt.wrap_function_wrapper(module, "PeftAdapterMixin.fuse_lora", _fuse_model)
+
+
+def watch_encoder_fusing(module: ModuleType) -> None:
+    """The same for a pipeline's text encoders.
+
+    Args:
+        module: `diffusers.loaders.lora_base`, which is complete.
+    """
+    wrapt.wrap_function_wrapper(module, "fuse_text_encoder_lora", _fuse_encoder)
+
+
+def _fuse_model(fuse: Call, model: Any, args: Any, kwargs: Any) -> Any:
+    fused = fuse(*args, **kwargs)
+    _name_rounded(model)
+    return fused
+
+
+def _fuse_encoder(fuse: Call, _none: object, args: Any, kwargs: Any) -> Any:
+    fused = fuse(*args, **kwargs)
+    _name_rounded(args[0] if args else kwargs["text_encoder"])
+    return fused
+
+
+def _name_rounded(model: nn.Module) -> None:
+    plan = getattr(getattr(vars(model).get("hf_quantizer"), "quantization_config", None), "plan", None)
+    if plan is None:
+        return
+    merged = [name for name, module in model.named_modules() if BEFORE in vars(module)]
+    rounded = [name for name in merged if plan.details.get(name, {}).get("rounding") == "gptq"]
+    if rounded:
+        warnings.warn(
+            f"{len(rounded)} layers that the plan rounds by GPTQ are rounded to nearest with the adapter in them, as "
+            f"the inputs that GPTQ takes are not kept: {', '.join(rounded)}. unfuse_lora brings their bits back; for "
+            "GPTQ with the adapter, fuse it into the float pipeline, unload it, and plan and quantize that",
+            RoundedToNearestWarning,
+            stacklevel=4,
+        )
 
 
 def _wrap(cls: type) -> None:

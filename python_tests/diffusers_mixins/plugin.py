@@ -159,7 +159,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
     for item in items:
-        reason = why_not(item.name)
+        reason = why_not(item.name, item.cls.__name__)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=f"does not apply: {reason}"))
         if isinstance(getattr(item.cls, "model_class", None), property):

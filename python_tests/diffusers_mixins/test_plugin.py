@@ -33,6 +33,8 @@ def test_a_model_is_quantized_when_it_is_made_and_when_it_is_loaded_as_it_was(tm
 def test_what_does_not_apply_has_a_reason() -> None:
     assert "weights, which are integers" in str(why_not("test_training_with_ema"))
     assert why_not("test_outputs_equivalence") is None
+    assert "convolutions alone" in str(why_not("test_quantized_layers", "TestAutoencoderKLWanLdmq"))
+    assert why_not("test_quantized_layers", "TestFluxTransformerLdmq") is None
 
 
 def test_a_folder_without_the_tests_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from ldmq_kernels.conversion import convert
-from ldmq_kernels.integrations.diffusers.fused import PLAIN, unfuse
+from ldmq_kernels.integrations.diffusers.fused import PLAIN, fuse, unfuse
 from ldmq_kernels.integrations.diffusers.fused.projections import SharesProjections
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.numerics.sqnr import sqnr_db
@@ -192,3 +193,20 @@ def test_gradients_pass_through_a_block_layer_by_layer(name: str) -> None:
     assert float(sqnr_db(run(model, call), out.detach())) > NEAR
     out.square().sum().backward()
     assert call["hidden_states"].grad.abs().sum() > 0
+
+
+def test_docs_models_says_which_blocks_are_fused_and_which_are_not() -> None:
+    said = (Path(__file__).resolve().parents[2] / "docs/models.md").read_text().split("<!-- fused -->")[1]
+    rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in said.splitlines()]
+    for make in TRANSFORMERS.values():
+        model, _ = make()
+        fuse(model)
+        fused = {PLAIN[type(m)].__name__ for m in model.modules() if type(m) in PLAIN}
+        plain = {
+            type(m).__name__ for m in model.modules() if type(m) not in PLAIN and type(m).__name__.endswith("Block")
+        }
+        assert [listed({type(model).__name__}), listed(fused), listed(plain)] in rows
+
+
+def listed(names: set[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names)) or "-"

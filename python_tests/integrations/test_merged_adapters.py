@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ldmq_kernels as ldmq
+from ldmq_kernels.integrations.peft import RoundedToNearestWarning
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.plans.plan import Plan, uniform_plan
 from python_tests.integrations.test_adapters import LAYERS, METHODS, TARGETS, adapted, quantized_two
@@ -95,6 +96,21 @@ def test_a_fused_adapter_stays_when_it_is_unloaded_and_is_saved_with_the_model(t
     loaded = type(unet).from_pretrained(tmp_path / "fused")
     assert torch.equal(run_unet(loaded), fused)
     assert not any("_ldmq" in name for module in unet.modules() for name in vars(module))
+
+
+def test_layers_that_gptq_rounded_are_named_once_when_an_adapter_is_fused_into_them() -> None:
+    unet, _ = unet_with_lora(lambda unet: uniform_plan(unet, "w4a8-dynamic"), layers=["to_q", "to_k"])
+    unfused, names = run_unet(unet), [name for name, module in unet.named_modules() if hasattr(module, "merge")]
+    plan = unet.hf_quantizer.quantization_config.plan
+    elsewhere = names[0].rpartition(".")[0] + ".to_v"  # by GPTQ too, and with no adapter
+    plan.details |= {name: {"rounding": "gptq"} for name in (*names[1:], elsewhere)}
+    with pytest.warns(RoundedToNearestWarning) as told:
+        unet.fuse_lora()
+    (text,) = [str(one.message) for one in told if one.category is RoundedToNearestWarning]
+    assert f": {', '.join(names[1:])}. unfuse_lora" in text
+    assert text.startswith(f"{len(names) - 1} layers")
+    unet.unfuse_lora()
+    assert torch.equal(run_unet(unet), unfused)
 
 
 def test_two_are_fused_with_scales_one_after_the_other_and_both_come_out() -> None:
