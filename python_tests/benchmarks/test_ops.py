@@ -73,7 +73,7 @@ def test_a_convolution_takes_its_kernel_beside_its_shape() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["linear_w9a9"], "there is no op linear_w9a9: there are conv2d_w4a8"),
+        (["linear_w9a9"], "there is no op linear_w9a9: there are conv2d_fp8"),
         (["linear_w8a8", "--against", "int_mm,cutlass"], "not measured beside cutlass; it is beside"),
         (["quantize_static", "--against", "int_mm"], "quantize_static is not measured beside int_mm"),
         (["linear_w8a8", "--shape", "4096x1280"], "the shape 4096x1280 is not MxNxK"),

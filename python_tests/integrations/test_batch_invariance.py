@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 import ldmq_kernels as ldmq
 from ldmq_kernels.integrations.diffusers.batch_invariance import find_variance
+from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.nn import QuantConv2d, QuantLinear
+from ldmq_kernels.numerics.formats import SCHEMES
 from python_tests.breadth import parts
 from python_tests.tiny import mixed_plan
 
@@ -67,3 +70,24 @@ def test_what_it_changed_is_put_back(shared_pipe: Any) -> None:
     assert not shared_pipe.vae.use_slicing
     assert not shared_pipe.unet._forward_hooks
     assert not shared_pipe.unet._forward_pre_hooks
+
+
+def test_fp8_products_add_in_floating_point_and_run_once_for_each_picture(shared_pipe: Any) -> None:
+    linear = QuantLinear.from_float(nn.Linear(64, 32), SCHEMES["fp8-dynamic"])
+    conv = QuantConv2d.from_float(nn.Conv2d(8, 16, 3, padding=1), SCHEMES["fp8-dynamic"])
+    x, residual, gate = torch.randn(3, 5, 64), torch.randn(3, 5, 32), torch.randn(3, 1, 32)
+    picture, vector, added = torch.randn(3, 8, 4, 4), torch.randn(3, 16), torch.randn(3, 16, 4, 4)
+
+    def compute(of: slice) -> list[Tensor]:
+        x_q, scale = conv.quantize(picture[of])
+        out = conv.convolve(x_q, scale, torch.float32, vector[of], added[of])
+        return [linear.project(x[of], residual[of], gate[of]), out]
+
+    with torch.no_grad():
+        alone = [torch.cat(parts) for parts in zip(*(compute(slice(i, i + 1)) for i in range(3)), strict=True)]
+        dispatch.reset_dispatch_report()
+        with ldmq.batch_invariant(shared_pipe, 3):
+            together = compute(slice(None))
+    calls = dispatch.calls_by_backend()
+    assert [sum(n for (op, _), n in calls.items() if op == name) for name in ("linear_fp8", "conv2d_fp8")] == [3, 3]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

@@ -13,7 +13,7 @@ i are i, i + pictures, and so on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from ldmq_kernels.calibration.denoisers import denoisers
 
-# By name of function or op: how many of the leading arguments are batches.
-SUMS = {
+# By name of function or op: how many of the leading arguments are batches, or the places of those that are.
+SUMS: dict[str, int | tuple[int, ...]] = {
     "linear": 1,
     "conv1d": 1,
     "conv2d": 1,
@@ -48,6 +48,8 @@ SUMS = {
     "linear_w8a16": 1,
     "linear_w4a16": 1,
     "conv2d_w8a16": 1,
+    "linear_fp8": (0, 1, 5, 7),  # input, its scales, residual, gate
+    "conv2d_fp8": (0, 1, 5, 6),  # input, its scales, the bias of each sample, residual
     "group_norm_silu_quantize": 1,
     "layer_norm_quantize": 1,
 }
@@ -104,12 +106,14 @@ class _Apart(TorchFunctionMode):
             return func(*args, **kwargs)
         if name not in SUMS and first.device.type != "cpu":
             return func(*args, **kwargs)
-        return self._each(func, args, kwargs, batches)
+        return self._each(func, args, kwargs, range(batches) if isinstance(batches, int) else batches)
 
-    def _each(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], batches: int) -> Any:
+    def _each(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], batches: Collection[int]
+    ) -> Any:
         results = []
         for picture in range(self.pictures):
-            own = [self._own(arg, picture) if place < batches else arg for place, arg in enumerate(args)]
+            own = [self._own(arg, picture) if place in batches else arg for place, arg in enumerate(args)]
             named = {key: self._own(arg, picture) if key in NAMED else arg for key, arg in kwargs.items()}
             results.append(func(*own, **named))
         if isinstance(results[0], Tensor):
