@@ -28,6 +28,7 @@ from benchmarks.study.peers import baselines
 from benchmarks.study.samples import Interval, Samples, difference
 
 CALIBRATION_QUESTIONS = "calibration of static scales"
+FLOAT8_QUESTIONS = "int8 or FP8"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,13 @@ def questions() -> list[Question]:
                 {s.split("-")[1]: own_name(words(s, how=how)) for s in (STATIC, TIMESTEP, DYNAMIC)},
             )
             for how in ("plain", "searched")
+        ),
+        *(
+            Question(
+                f"{FLOAT8_QUESTIONS}, {scale} scales, plain",
+                {name: own_name(words(f"{scheme}-{scale}")) for name, scheme in (("FP8", "fp8"), ("int8", "w8a8"))},
+            )
+            for scale in ("static", "dynamic")
         ),
         Question(
             "smoothing",

@@ -82,7 +82,17 @@ the middle, its deviation a quarter of it), a way of PQD (arXiv 2501.00124), who
 from **all steps**. The search that follows runs along all steps in every mode: after it the mode decides little.
 
 Measured on {machine}.
-"""
+""",
+    "fp8": """# int8 or FP8
+
+Measured by `{command}`: the rows of one decision, all at this state, of the {name} model with {captions} captions, each
+drawn in {seed_sets} of seeds, {steps} sampling steps; words and measures as in [the model's study](#{anchor}). Weights
+and activations of every layer are int8, or FP8 (e4m3) with a scale for each output channel of a weight and as many
+scales of activations as int8 has; nothing is searched. FP8 rounds each value to three bits of mantissa: it gains where
+a few values are far larger than the others. Its products are emulated here in float32.
+
+Measured on {machine}.
+""",
 }
 
 

@@ -34,7 +34,7 @@ from benchmarks.study.evaluation import Evaluation, Setup, prepare
 from benchmarks.study.inspect_model import inspect_model
 from benchmarks.study.own_plans import twice_computed
 from benchmarks.study.peers import NOT_INSTALLED, OURS
-from benchmarks.study.questions import CALIBRATION_QUESTIONS, as_records, questions
+from benchmarks.study.questions import CALIBRATION_QUESTIONS, FLOAT8_QUESTIONS, as_records, questions
 from benchmarks.study.samples import Samples, interval, measures_of, value
 from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
 from ldmq_kernels.files import check_place
@@ -42,7 +42,8 @@ from ldmq_kernels.files import check_place
 ROWS = results.ROOT / "build" / "study.jsonl"
 CAPTIONS, SEED_SETS = 24, 3
 QUICK_CAPTIONS, QUICK_STEPS = 4, 3
-PART_QUESTIONS = {"calibration": CALIBRATION_QUESTIONS}  # how the questions begin that a part of the study answers
+# how the questions begin that a part of the study answers
+PART_QUESTIONS = {"calibration": CALIBRATION_QUESTIONS, "fp8": FLOAT8_QUESTIONS}
 
 
 def measured(case: Case, setup: Setup, evaluation: Evaluation) -> dict[str, Any]:
