@@ -44,6 +44,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "splittable": lambda value: type(value) is bool,
     "persistent": lambda value: type(value) is bool,
     "transposed": lambda value: type(value) is bool,
+    "ctas": lambda value: type(value) is int and 1 <= value <= 8,
 }
 
 
@@ -64,13 +65,21 @@ _override: ContextVar[Chooser | None] = ContextVar("ldmq_triton_tile", default=N
 
 
 def estimate(tile: Tile, problem: Problem, gpu: Gpu) -> float:
-    """The clocks that a tile is expected to take; its efficiency counts for what its loads delay it."""
+    """The clocks that a tile is expected to take; its efficiency counts for what its loads delay it.
+
+    Programs that share a multiprocessor share its tensor cores: each takes longer, and fills and stores overlap.
+    """
     programs = tile.programs(problem.m, problem.n) * problem.groups * tile.split_k
     steps = -(-problem.k // (tile.k * tile.split_k))
     clocks_of_step = tile_cost.step_clocks(tile.m * tile.n * tile.k, RATE * tile.efficiency)
     reduction = tile_cost.REDUCTION_LAUNCH if tile.split_k > 1 else 0.0
     return tile_cost.gemm_clocks(
-        programs, gpu.multiprocessors, steps, clocks_of_step, tile_cost.FILL_AND_STORE, reduction
+        programs,
+        gpu.multiprocessors * tile.ctas,
+        steps,
+        clocks_of_step * tile.ctas,
+        tile_cost.FILL_AND_STORE,
+        reduction,
     )
 
 

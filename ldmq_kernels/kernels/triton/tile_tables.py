@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+REGISTERS, LANES = 65536, 32  # of a multiprocessor, and of a warp
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -24,6 +26,8 @@ class Tile:
         persistent: whether a program goes on with further blocks of the output.
         transposed: whether a convolution's weight is operand A, which comes straight from shared memory, while an
             image tile, being reshaped, does so only as operand B; n is then a multiple of 64.
+        ctas: programs that a multiprocessor runs at once, whose registers and shared memory fit it together: one
+            multiplies while another waits for its product, loads or stores.
     """
 
     m: int
@@ -36,6 +40,7 @@ class Tile:
     splittable: bool = False
     persistent: bool = False
     transposed: bool = False
+    ctas: int = 1
 
     @property
     def extra_n(self) -> int:
@@ -53,7 +58,7 @@ class Tile:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of a launch: without fusion the epilogue rounds as the reference does."""
-        return {
+        options = {
             "BLOCK_M": self.m,
             "BLOCK_N": self.main_n,
             "BLOCK_K": self.k,
@@ -61,6 +66,7 @@ class Tile:
             "num_stages": self.stages,
             "enable_fp_fusion": False,
         }
+        return options if self.ctas == 1 else options | {"maxnreg": REGISTERS // (self.ctas * self.warps * LANES)}
 
 
 def family(capability: int) -> str:
@@ -72,6 +78,10 @@ def family(capability: int) -> str:
 
 FAMILIES = ("80", "86", "90", "100")
 Table = dict[str, tuple[Tile, ...]]
+
+# of which two run at once on sm_90, whose int8 loops empty the tensor cores at each step
+_TWO_LINEAR = Tile(128, 128, 128, 8, 3, efficiency=0.9, ctas=2)
+_TWO_TRANSPOSED = replace(_TWO_LINEAR, efficiency=0.97, transposed=True)
 
 # int8 by int8; sm_90 and sm_100 have 227 KB of shared memory for deep blocks, sm_80 163 KB, the others 99 KB
 _INT8_DEEP = (
@@ -176,7 +186,7 @@ def _tma_tiled(table: Table) -> Table:
 _INT8: Table = {
     "80": _INT8_SHALLOW,
     "86": _INT8_SHALLOW,
-    "90": _with_persistent(_INT8_DEEP),
+    "90": (*_with_persistent(_INT8_DEEP), _TWO_LINEAR),
     # there tiles of m = 64 spill with a deep block and a wide epilogue
     "100": _with_persistent(tuple(tile for tile in _INT8_DEEP if tile.m != 64 or tile.n == 16)),
 }
@@ -194,7 +204,7 @@ TILES: dict[str, Table] = {
     "linear_w4a16 float32": _everywhere(_FLOAT32),
     "conv2d_w8a8": {
         "86": tuple(tile for tile in _INT8_SHALLOW if tile.m >= 64),
-        "90": _with_persistent(_INT8_TMA_TILED),
+        "90": (*_with_persistent(_INT8_TMA_TILED), _TWO_TRANSPOSED),
         "100": tuple(tile for tile in _INT8["100"] if tile.m >= 64),  # there transposed ones spill
     },
     "conv2d_w8a8 gather": _everywhere(_INT8_GATHER),

@@ -13,6 +13,7 @@ import pytest
 
 from python_tests.kernels.cuda.wgmma_in_flight import overwritten_operands
 from python_tests.kernels.kept_builds import kept_build
+from python_tests.kernels.machine_code import waits
 
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 DESIGNED = re.compile(r"sm(80|90)11gemm_kernelINS0_4TileILNS_4KindE([012])E")
@@ -92,6 +93,15 @@ def test_the_main_loop_on_hopper_waits_for_no_fence(kernels: dict) -> None:
             counts = opcodes(main_loop(text))
             assert starting(counts, "MEMBAR") == 0, name
             assert op == "linear_w4a8" or starting(counts, "LDS") == 0, name
+
+
+def test_products_on_hopper_stay_in_flight_until_the_tile_is_done(kernels: dict) -> None:
+    """Each wait of the main loop leaves the newest products; the last one of a tile leaves none for the epilogue."""
+    hopper = {name: text for (_, name, _), text in kernels.items() if "4sm90" in name}
+    assert hopper
+    for name, text in hopper.items():
+        assert set(waits(main_loop(text).splitlines())) == {1}, name
+        assert waits(text.splitlines())[-1] == 0, name
 
 
 def test_the_int4_weight_reaches_the_tensor_cores_from_registers(kernels: dict) -> None:

@@ -33,6 +33,7 @@ from ldmq_kernels.kernels.triton import backend as triton_backend
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_tables import TILES, Tile, family
 from ldmq_kernels.numerics.formats.float8 import FLOAT8
+from python_tests.kernels.machine_code import has_unguarded_write, waits
 from python_tests.kernels.triton import compile_conv2d, compile_linear, compile_producers
 
 TYPES = {
@@ -65,7 +66,7 @@ COUNTED = (
 INSTRUCTION = re.compile(rf"\b({'|'.join(COUNTED)})\b")
 MATRIX = {"IGMMA", "QGMMA", "QMMA", "HGMMA", "UTCIMMA", "UTCHMMA", "UTCQMMA", "IMMA", "HMMA"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 # stand-ins for what `gpu_of` would find
 GPUS = {80: Gpu("A100", 80, 108), 86: Gpu("A40", 86, 84), 89: Gpu("L40", 89, 142), 90: Gpu("H100", 90, 132)}
 GPUS |= {100: Gpu("B200", 100, 148), 120: Gpu("RTX PRO 6000", 120, 188)}
@@ -105,30 +106,32 @@ def inspect(compiled: Any) -> dict[str, Any]:
             [TOOLS / "nvdisasm", "-c", "--no-dataflow", file.name], text=True, stderr=subprocess.DEVNULL
         )
     (registers,) = re.findall(r"REG:(\d+)", usage)
-    counts = Counter(INSTRUCTION.findall(code))
+    counts, loop = Counter(INSTRUCTION.findall(code)), main_loop(code)
     return {
         "registers": int(registers),
         "spills": counts["STL"] + counts["LDL"],
         "shared": compiled.metadata.shared,
         "instructions": sorted(MATRIX & set(counts)),
         "counts": dict(counts),
-        "loop": loop_counts(code),
+        "loop": dict(Counter(INSTRUCTION.findall("\n".join(loop)))),
+        "waits": waits(loop),
+        "unguarded": has_unguarded_write(loop),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128\b", code)),
     }
 
 
-def loop_counts(code: str) -> dict[str, int]:
-    """Instructions of the main loop: the shortest backward branch's body that has a matrix instruction."""
+def main_loop(code: str) -> list[str]:
+    """The shortest body of a backward branch that has a matrix instruction, line by line."""
     lines = code.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
     bodies = []
     for i, line in enumerate(lines):
         target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
         if target and labels.get(target[1], i) < i:
-            counts = Counter(INSTRUCTION.findall("\n".join(lines[labels[target[1]] : i])))
-            if MATRIX & set(counts):
-                bodies.append((i - labels[target[1]], dict(counts)))
-    return min(bodies, key=lambda body: body[0])[1] if bodies else {}
+            body = lines[labels[target[1]] : i]
+            if MATRIX & set(INSTRUCTION.findall("\n".join(body))):
+                bodies.append(body)
+    return min(bodies, key=len, default=[])
 
 
 def compile_call(op: str, case: str, arguments: tuple, tile: Tile | None, capability: int) -> list[dict[str, Any]]:
@@ -142,6 +145,7 @@ def compile_call(op: str, case: str, arguments: tuple, tile: Tile | None, capabi
         blocks = "x".join(str(keywords[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in keywords)
         blocks += "+32" * bool(keywords.get("EXTRA_N")) + " T" * bool(keywords.get("TRANSPOSED"))
         identity = {"op": op, "case": case, "kernel": kernel.__name__, "capability": capability, "tile": blocks}
+        identity |= {"warps": options.get("num_warps", 4), "ctas": 1 if tile is None else tile.ctas}
         rows.append(identity | inspect(compiled))
 
     given = contextlib.nullcontext() if tile is None else tile_choice.forced(tile)
@@ -189,7 +193,8 @@ def main() -> None:
         print(
             f"{row['kernel']:22} {row['case']:12} {row['tile']:14} sm_{row['capability']:<4} "
             f"{row['registers']:4} registers "
-            f"{row['shared']:7} B shared {row['spills']:3} spills  {' '.join(row['instructions']):12} loop: {loop}"
+            f"{row['shared']:7} B shared {row['spills']:3} spills  {' '.join(row['instructions']):12} loop: {loop} "
+            f"waits: {' '.join(map(str, row['waits'])) or '-'}"
         )
     report.write_text(json.dumps(rows, indent=1))
 

@@ -24,6 +24,8 @@ TILES = (
     90,
 )  # whose every tile is compiled; the script does the others: compile_triton.py REPORT --tiles 86 100 120
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 65536  # of a multiprocessor
+WARPS_OF_A_WARPGROUP = 4
 INT8 = {80: "IMMA", 90: "IGMMA", 100: "UTCIMMA IMMA"}
 FLOAT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA HMMA"}
 WITHOUT_TMA = ("unaligned", "conv_in", "odd extent", "float32")  # what no descriptor can read
@@ -93,6 +95,44 @@ def test_no_register_is_spilled(report: list[dict[str, Any]]) -> None:
 
 def test_shared_memory_fits(report: list[dict[str, Any]]) -> None:
     assert names([row for row in report if row["shared"] > SHARED_LIMIT[row["capability"]]]) == []
+
+
+def on_hopper(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows whose loop multiplies by wgmma."""
+    return [row for row in rows if row["capability"] == 90 and {"IGMMA", "HGMMA", "QGMMA"} & set(row["loop"])]
+
+
+def test_on_hopper_fp8_products_stay_in_flight_and_int8_ones_do_not(report: list[dict[str, Any]]) -> None:
+    """Triton makes no product asynchronous whose accumulator is not float32.
+
+    The tiles of which two programs run at once and the order of backends are made for that. Once a Triton leaves int8
+    products in flight they are to be looked at again.
+    """
+    rows = [row for row in on_hopper(report) if row["case"] not in WITHOUT_TMA]
+    int8 = [row for row in rows if "IGMMA" in row["loop"]]
+    fp8 = [row for row in rows if "QGMMA" in row["loop"]]
+    assert len(int8) >= 15
+    assert len(fp8) >= 4
+    assert names([row for row in int8 if set(row["waits"]) != {0}]) == []
+    assert names([row for row in fp8 if not row["waits"] or min(row["waits"]) < 1]) == []
+
+
+def test_a_barrier_stands_between_a_wait_and_the_next_write_of_shared_memory(
+    report: list[dict[str, Any]], tiles: list[dict[str, Any]]
+) -> None:
+    """One warpgroup's wait says nothing of what the other still reads."""
+    rows = [row for row in on_hopper([*report, *tiles]) if row["warps"] > WARPS_OF_A_WARPGROUP]
+    assert len(rows) >= 30
+    assert names([row for row in rows if row["unguarded"]]) == []
+
+
+def test_two_programs_fit_a_multiprocessor_where_a_tile_says_so(tiles: list[dict[str, Any]]) -> None:
+    rows = [row for row in tiles if row["ctas"] > 1 and row["kernel"] != "reduce_split_k"]
+    assert {row["op"] for row in rows} == {"linear_w8a8", "conv2d_w8a8"}
+    for row in rows:
+        registers = -(-row["registers"] // 8) * 8 * row["warps"] * 32
+        assert row["ctas"] * registers <= REGISTERS, row
+        assert row["ctas"] * (row["shared"] + 1024) <= SHARED_LIMIT[90] + 1024, row
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmq_kernels.kernels import measurements
+from ldmq_kernels.kernels import measurements, tile_cost
 from ldmq_kernels.kernels.gpu import Gpu, file_name
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_choice import Problem
@@ -90,7 +90,7 @@ WRONG = [
     *({"m": wrong} for wrong in (0, -64, None)),
     *({"n": wrong} for wrong in (10**9, [64])),
     *({"stages": wrong} for wrong in (10**4, True)),
-    *({"k": 64.0}, {"split_k": 0}, {"efficiency": -1}, {"persistent": "yes"}, {"splittable": 1}),
+    *({"k": 64.0}, {"split_k": 0}, {"efficiency": -1}, {"persistent": "yes"}, {"splittable": 1}, {"ctas": 0}),
 ]
 
 
@@ -141,6 +141,16 @@ def test_fp8_has_the_tiles_of_int8() -> None:
     tables = [table for table in TILES if "fp8" in table]
     assert len(tables) == 4
     assert all(TILES[table] is TILES[table.replace("fp8", "w8a8")] for table in tables)
+
+
+def test_programs_that_share_a_multiprocessor_share_its_tensor_cores_and_overlap_the_rest() -> None:
+    one = Tile(128, 128, 128, 8, 3)
+    two = Tile(128, 128, 128, 8, 3, ctas=2)
+    problem = Problem(128 * 132, 128 * 2, 1280)  # two programs for each multiprocessor
+    saved = tile_choice.estimate(one, problem, HOPPER) - tile_choice.estimate(two, problem, HOPPER)
+    assert saved == tile_cost.FILL_AND_STORE
+    assert "maxnreg" not in one.options()
+    assert two.options()["maxnreg"] == 128
 
 
 def test_a_persistent_tile_starts_no_more_programs_than_multiprocessors() -> None:
