@@ -146,6 +146,10 @@ class Backend:
         """Whether its ops run on a device of this machine."""
         raise NotImplementedError(f"the backend {self.name} does not say which devices it serves")
 
+    def rank_on(self, device: torch.device) -> int | None:
+        """Its rank on a device of its type, where that differs between them."""
+        return self.rank
+
     def why_not(self, device: torch.device) -> str:
         """Why a device is not served, and how to change that."""
         return f"it is for devices of type {self.device_type or 'any'}"
@@ -218,5 +222,6 @@ def backends() -> Mapping[str, Backend]:
 
 def usual_order(device: torch.device) -> tuple[str, ...]:
     """The backends that a call is offered to without a measurement, the definition last."""
-    ranks = {b.name: b.rank for b in backends().values() if b.device_type == device.type and b.rank is not None}
-    return (*sorted(ranks, key=lambda name: -ranks[name]), DEFINITION)
+    ranks = {b.name: b.rank_on(device) for b in backends().values() if b.device_type == device.type}
+    offered = {name: rank for name, rank in ranks.items() if rank is not None}
+    return (*sorted(offered, key=lambda name: -offered[name]), DEFINITION)

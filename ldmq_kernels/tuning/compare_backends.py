@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ldmq_kernels.kernels import dispatch, measurements
-from ldmq_kernels.kernels.backend import Backend, backends
+from ldmq_kernels.kernels.backend import Backend, backends, usual_order
 from ldmq_kernels.kernels.op_spec import spec_of
 from ldmq_kernels.timing import Clock, interleaved
 from ldmq_kernels.tuning.calls import Call
@@ -30,7 +30,8 @@ def compared_backends(op: str, device: torch.device) -> list[Backend]:
         and backend.has(op)
         and measurements.switched_off(op, backend.name, device) is None
     ]
-    return sorted(found, key=lambda backend: (backend.rank is None, -(backend.rank or 0)))
+    usual = usual_order(device)
+    return sorted(found, key=lambda backend: usual.index(backend.name) if backend.name in usual else len(usual))
 
 
 def mark(backend: Backend, text: str) -> str:

@@ -16,6 +16,7 @@ NOT_LAUNCHED = (
     "no kernel image is available for execution on the device",
     "operation not supported",
 )
+BEFORE_TRITON = 20  # where Triton waits for each int8 product before it starts the next one
 
 
 class _Cuda(Backend):
@@ -30,11 +31,24 @@ class _Cuda(Backend):
 
         return device.type == "cuda" and runs_on(torch.cuda.get_device_capability(device))
 
+    def rank_on(self, device: torch.device) -> int | None:
+        """Before Triton on compute capability 9.0, where the extension has kernels made for it; no rank elsewhere."""
+        from ldmq_kernels.kernels.cuda.extension import has_hopper_kernels
+
+        leads = has_hopper_kernels() and self.serves(device) and torch.cuda.get_device_capability(device) == (9, 0)
+        return BEFORE_TRITON if leads else None
+
     def why_not(self, device: torch.device) -> str:
-        """Whether a GPU or the extension is missing."""
+        """Whether the extension or a GPU that it holds code for is missing."""
+        from ldmq_kernels.kernels.cuda.extension import load
+
+        module = load()
+        if module is None:
+            return "the package was built without it: install a wheel that has it, or build with LDMQ_CUDA_ARCHS set"
+        built = f"it is built for {module.architectures()}, with {len(module.tiles())} tiles"
         if not torch.cuda.is_available():
-            return "needs an NVIDIA GPU and a torch build with CUDA"
-        return "the package was built without it: install again with LDMQ_CUDA_ARCHS set"
+            return f"{built}, and needs an NVIDIA GPU and a torch build with CUDA"
+        return f"{built}, and not for this GPU or its driver"
 
     def launch_failure(self, error: Exception) -> str:
         """Whether CUDA refused the launch."""

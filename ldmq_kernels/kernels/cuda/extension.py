@@ -67,6 +67,12 @@ def runs_on(capability: tuple[int, int]) -> bool:
     return any(number == int(name.rstrip("a")) or (name.isdigit() and number > int(name)) for name in names)
 
 
+def has_hopper_kernels() -> bool:
+    """Whether the extension is there and has the kernels of sm_90a, with wgmma and TMA."""
+    module = load()
+    return module is not None and "90a" in module.architectures().split(";")
+
+
 def target(x: Tensor) -> dict[str, Any]:
     """The arguments that say where to run: the device of `x` and its current stream.
 
