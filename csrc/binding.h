@@ -2,7 +2,7 @@
 // Addresses come as integers, 0 is null; dtypes go by torch's names. Everything is checked before a launch.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "stable_abi.h"
 
 #include <cstdint>
 #include <stdexcept>
@@ -14,13 +14,9 @@
 
 namespace ldmq::binding {
 
-namespace py = pybind11;
+namespace py = python;
 
-// A call that the kernels do not serve, though its arguments make sense: another backend may.
-class Refusal : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
+using python::Refusal;
 
 using Sizes = std::vector<std::pair<const char*, int64_t>>;
 

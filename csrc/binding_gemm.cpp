@@ -5,14 +5,15 @@ namespace ldmq::binding {
 
 namespace {
 
-py::list tiles() {
+using Tile = std::tuple<const char*, int, int, int, int, int, int, bool>;
+
+std::vector<Tile> tiles() {
   int count = 0;
   const ldmq_tile* all = ldmq_tiles(&count);
-  py::list list;
+  std::vector<Tile> list;
   for (int i = 0; i < count; ++i) {
     const ldmq_tile& tile = all[i];
-    list.append(py::make_tuple(tile.op, tile.family, tile.m, tile.n, tile.k, tile.stages, tile.cluster,
-                               static_cast<bool>(tile.cooperative)));
+    list.emplace_back(tile.op, tile.family, tile.m, tile.n, tile.k, tile.stages, tile.cluster, tile.cooperative != 0);
   }
   return list;
 }
@@ -105,7 +106,7 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
               int64_t scale_rows, uintptr_t weight_scale, uintptr_t bias, const std::string& bias_dtype,
               uintptr_t sample_bias, uintptr_t residual, uintptr_t out, const std::string& out_dtype,
               uintptr_t out_inv_scale, int64_t out_inv_scale_count, int64_t m, int64_t n, int64_t channels,
-              const py::tuple& conv, int device, uintptr_t stream) {
+              const std::vector<int64_t>& conv, int device, uintptr_t stream) {
   ldmq_gemm gemm = {};
   const GemmCall call(gemm, tile);
   gemm.x = static_cast<const int8_t*>(address(x));
@@ -132,8 +133,8 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
     int* const steps[] = {&gemm.kernel_height, &gemm.kernel_width, &gemm.stride_height,
                           &gemm.stride_width, &gemm.dilation_height, &gemm.dilation_width,
                           &gemm.pad_top, &gemm.pad_left, &gemm.upsample};
-    for (size_t i = 0; i < 5; ++i) *sizes[i] = conv[i].cast<int64_t>();
-    for (size_t i = 0; i < 9; ++i) *steps[i] = conv[i + 5].cast<int>();
+    for (size_t i = 0; i < 5; ++i) *sizes[i] = conv[i];
+    for (size_t i = 0; i < 9; ++i) *steps[i] = static_cast<int>(conv[i + 5]);
   }
   call.check(tile, scale_count);
   call.run(tile, device, stream);
@@ -143,7 +144,7 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
 
 void define_gemm(py::module_& module) {
   module.def("tiles", &tiles, "(op, family, m, n, k, stages, cluster, cooperative) of every tile.");
-  module.def("run_gemm", &run_gemm, py::kw_only(), py::arg("tile"), py::arg("x"), py::arg("weight"),
+  module.def("run_gemm", &run_gemm, "As ldmq_run_gemm.", py::arg("tile"), py::arg("x"), py::arg("weight"),
              py::arg("multiplier"), py::arg("x_scale"), py::arg("scale_count"), py::arg("scale_rows"),
              py::arg("weight_scale"), py::arg("bias"), py::arg("bias_dtype"), py::arg("sample_bias"),
              py::arg("residual"), py::arg("out"), py::arg("out_dtype"), py::arg("out_inv_scale"),

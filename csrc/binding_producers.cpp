@@ -105,14 +105,14 @@ void geglu_quantize(uintptr_t x, const std::string& dtype, uintptr_t inv_scale, 
 
 void define_producers(py::module_& module) {
   module.def("group_norm_scratch", &group_norm_scratch, "The bytes of scratch that group_norm_silu_quantize takes.",
-             py::kw_only(), py::arg("has_inv_scale"), py::arg("per_token"), py::arg("samples"), py::arg("pixels"),
+             py::arg("has_inv_scale"), py::arg("per_token"), py::arg("samples"), py::arg("pixels"),
              py::arg("channels"), py::arg("groups"), py::arg("device"));
-  module.def("group_norm_silu_quantize", &group_norm_silu_quantize, py::kw_only(), py::arg("x"), py::arg("dtype"),
+  module.def("group_norm_silu_quantize", &group_norm_silu_quantize, "As ldmq_group_norm_silu_quantize.", py::arg("x"), py::arg("dtype"),
              py::arg("weight"), py::arg("weight_dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("groups"),
              py::arg("eps"), py::arg("silu"), py::arg("inv_scale"), py::arg("inv_scale_count"), py::arg("inv_smooth"),
              py::arg("per_token"), py::arg("q"), py::arg("scale"), py::arg("scratch"), py::arg("samples"),
              py::arg("pixels"), py::arg("channels"), py::arg("device"), py::arg("stream"));
-  module.def("geglu_quantize", &geglu_quantize, py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("inv_scale"),
+  module.def("geglu_quantize", &geglu_quantize, "As ldmq_geglu_quantize.", py::arg("x"), py::arg("dtype"), py::arg("inv_scale"),
              py::arg("inv_scale_count"), py::arg("inv_smooth"), py::arg("q"), py::arg("scale"), py::arg("rows"),
              py::arg("channels"), py::arg("device"), py::arg("stream"));
 }

@@ -50,13 +50,13 @@ void quantize_per_sample(uintptr_t x, const std::string& dtype, uintptr_t inv_sm
 }  // namespace
 
 void define_quantize(py::module_& module) {
-  module.def("quantize_static", &quantize_static, py::kw_only(), py::arg("x"), py::arg("dtype"), py::arg("inv_scale"),
+  module.def("quantize_static", &quantize_static, "As ldmq_quantize_static.", py::arg("x"), py::arg("dtype"), py::arg("inv_scale"),
              py::arg("inv_scale_count"), py::arg("q"), py::arg("rows"), py::arg("channels"), py::arg("device"),
              py::arg("stream"));
-  module.def("quantize_per_token", &quantize_per_token, py::kw_only(), py::arg("x"), py::arg("dtype"),
+  module.def("quantize_per_token", &quantize_per_token, "As ldmq_quantize_per_token.", py::arg("x"), py::arg("dtype"),
              py::arg("inv_smooth"), py::arg("q"), py::arg("scale"), py::arg("rows"), py::arg("channels"),
              py::arg("device"), py::arg("stream"));
-  module.def("quantize_per_sample", &quantize_per_sample, py::kw_only(), py::arg("x"), py::arg("dtype"),
+  module.def("quantize_per_sample", &quantize_per_sample, "As ldmq_quantize_per_sample.", py::arg("x"), py::arg("dtype"),
              py::arg("inv_smooth"), py::arg("q"), py::arg("scale"), py::arg("absmax"), py::arg("samples"),
              py::arg("pixels"), py::arg("channels"), py::arg("device"), py::arg("stream"));
 }

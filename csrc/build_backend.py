@@ -24,6 +24,8 @@ from setuptools.command.build_ext import build_ext
 prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
 prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
 get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
+get_requires_for_build_wheel = build_meta.get_requires_for_build_wheel
+get_requires_for_build_editable = build_meta.get_requires_for_build_editable
 build_wheel = build_meta.build_wheel
 build_editable = build_meta.build_editable
 build_sdist = build_meta.build_sdist
@@ -35,6 +37,8 @@ LOWEST_ARCHITECTURE = 80
 HOPPER = "90a"  # 90 means this everywhere: wgmma and TMA are there
 SERIALIZED = re.compile(r"C7510|wgmma\.mma_async instructions are serialized")  # each reason has its own number
 REMARK = re.compile(r"warning|\(C\d+\)")
+OLDEST_PYTHON = "cp311"  # whose stable ABI csrc/stable_abi.h asks for: the module serves all later ones
+WITHIN = ("-static-libstdc++", "-static-libgcc")  # so that a wheel asks a machine for no newer one
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute of the driver's API
 
 
@@ -249,23 +253,20 @@ def build_library(nvcc: str, architectures: list[str], scratch: Path, output: Pa
     if not rows:
         raise RuntimeError(f"{nvcc} -Xptxas=-v tells of no kernel in a form that is known, so that none can be checked")
     (scratch / "kernels.txt").write_text(kernel_table(rows))
-    link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--no-undefined"]
+    link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--no-undefined", f"-Xcompiler={','.join(WITHIN)}"]
     subprocess.run([*link, *map(str, objects), "-o", str(output)], check=True)
 
 
 class BuildCuda(build_ext):
-    """Builds the C library with nvcc beside the pybind11 module that is linked with it."""
+    """Builds the C library with nvcc beside the Python module that is linked with it."""
 
     def build_extension(self, ext: Extension) -> None:
         """Compile both pieces into the folder of the module."""
-        import pybind11  # requested, so importable, only where this runs
-
         nvcc = find_nvcc()
         assert nvcc is not None, "the extension is declared only where nvcc was found"
         folder = Path(self.get_ext_fullpath(ext.name)).parent
         folder.mkdir(parents=True, exist_ok=True)
         build_library(nvcc, cuda_architectures(), Path(self.build_temp), folder / f"lib{LIBRARY}.so")
-        ext.include_dirs.append(pybind11.get_include())
         ext.library_dirs.append(str(folder))
         super().build_extension(ext)
 
@@ -295,20 +296,9 @@ def cuda_setup() -> dict[str, Any]:
         libraries=[LIBRARY],
         runtime_library_dirs=["$ORIGIN"],
         extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden"],
+        extra_link_args=list(WITHIN),
+        py_limited_api=True,
         language="c++",
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildCuda}}
-
-
-def _cuda_requirements() -> list[str]:
-    return ["pybind11>=2.12"] if cuda_architectures() else []
-
-
-def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    """setuptools' requirements, and pybind11 where CUDA is asked for."""
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *_cuda_requirements()]
-
-
-def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    """As for a wheel."""
-    return [*build_meta.get_requires_for_build_editable(config_settings), *_cuda_requirements()]
+    options = {"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildCuda}, "options": options}

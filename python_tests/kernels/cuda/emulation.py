@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import pytest
 import torch
 
@@ -50,7 +49,7 @@ KERNELS = (  # no product and sum in one rounding, as torch; an address that is 
 
 
 def load(path: Path) -> ModuleType:
-    """The module of this file, under the name of its folder: pybind11 keeps one module for each name."""
+    """The module of this file, under the name of its folder."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}._binding", path)
     assert spec is not None
     assert spec.loader is not None
@@ -77,7 +76,7 @@ def _build(folder: Path) -> None:
     """Compile the kernels for the CPU and the binding over them into this folder."""
     kernels = [*sorted((ROOT / "csrc").glob("*.cu")), EMULATOR / "emulator.cpp"]
     modules = sorted((ROOT / "csrc").glob("binding*.cpp"))
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    includes = [f"-I{sysconfig.get_path('include')}"]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(_compiled, source, KERNELS, Path(scratch)) for source in kernels]
         module_jobs = [pool.submit(_compiled, source, includes, Path(scratch)) for source in modules]

@@ -26,8 +26,8 @@ def _another_compiler(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulation, "_compiler_version", lambda: "gcc version 99")
 
 
-def _another_pybind11(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_builds.pybind11, "__version__", "99")
+def _another_python(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_builds.sys, "version", "99")
 
 
 def _another_kernel(root: Path, _: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def _another_emulator(root: Path, _: pytest.MonkeyPatch) -> None:
     (root / "emulator/fibers.h").rename(root / "emulator/threads.h")
 
 
-@pytest.mark.parametrize("change", [_another_compiler, _another_pybind11, _another_kernel, _another_emulator])
+@pytest.mark.parametrize("change", [_another_compiler, _another_python, _another_kernel, _another_emulator])
 def test_a_build_of_anything_else_does_not_serve(
     emulated: ModuleType,
     change: Callable[[Path, pytest.MonkeyPatch], None],
