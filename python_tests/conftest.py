@@ -8,6 +8,8 @@ import tempfile
 import pytest
 import torch
 
+from python_tests.gpu_faults import pytest_runtest_protocol as pytest_runtest_protocol
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, which diffusers does
 
