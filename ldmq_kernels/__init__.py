@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from ldmq_kernels.conversion import bake, quantize
     from ldmq_kernels.graphs import capture, release
     from ldmq_kernels.integrations.diffusers.batch_invariance import batch_invariant
+    from ldmq_kernels.integrations.diffusers.fused.attention import fuse_with_processor
     from ldmq_kernels.integrations.diffusers.publishing import write_card
     from ldmq_kernels.integrations.diffusers.step_cache import cache_time_embeddings, uncache_time_embeddings
+    from ldmq_kernels.integrations.diffusers.text_cache import cache_text, uncache_text
     from ldmq_kernels.kernels.dispatch import dispatch_report, use_backend
     from ldmq_kernels.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
     from ldmq_kernels.nn.cuts import check_cut_latents
@@ -44,16 +46,19 @@ _EXPORTS = {
     "QuantLinear": "nn",
     "bake": "conversion",
     "batch_invariant": "integrations.diffusers.batch_invariance",
+    "cache_text": "integrations.diffusers.text_cache",
     "cache_time_embeddings": "integrations.diffusers.step_cache",
     "capture": "graphs",
     "check_cut_latents": "nn.cuts",
     "clipping": "calibration.clipping",
     "dispatch_report": "kernels.dispatch",
+    "fuse_with_processor": "integrations.diffusers.fused.attention",
     "guard": "nn.guard",
     "plan": "planning.planner",
     "quantize": "conversion",
     "release": "graphs",
     "sqnr_db": "numerics.sqnr",
+    "uncache_text": "integrations.diffusers.text_cache",
     "uncache_time_embeddings": "integrations.diffusers.step_cache",
     "use_backend": "kernels.dispatch",
     "unclip": "calibration.clipping",
@@ -69,16 +74,19 @@ __all__ = [
     "QuantLinear",
     "bake",
     "batch_invariant",
+    "cache_text",
     "cache_time_embeddings",
     "capture",
     "check_cut_latents",
     "clipping",
     "dispatch_report",
+    "fuse_with_processor",
     "guard",
     "plan",
     "quantize",
     "release",
     "sqnr_db",
+    "uncache_text",
     "uncache_time_embeddings",
     "unclip",
     "unpacked",

@@ -33,8 +33,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets import unet_2d_blocks
 from torch import Tensor, nn
 
-from ldmq_kernels.integrations.diffusers.fused.eligibility import is_unhooked, is_unwrapped
-from ldmq_kernels.integrations.diffusers.fused.resnet import FusedResnetBlock2D, TimeColumns, is_unwrapped_linear
+from ldmq_kernels.integrations.diffusers.fused.eligibility import is_unhooked, is_unwrapped, is_unwrapped_linear
+from ldmq_kernels.integrations.diffusers.fused.resnet import FusedResnetBlock2D, TimeColumns
 from ldmq_kernels.nn import QuantLinear
 from ldmq_kernels.nn.timestep_groups import attached
 from ldmq_kernels.tracing import is_exported
@@ -105,7 +105,7 @@ class TabulatedTimesteps(Timesteps):
     def _serves(self, timesteps: Tensor) -> bool:
         embedding, resnets = self.readers
         return (
-            not (torch.is_grad_enabled() or _is_autocast(timesteps.device.type))
+            not (torch.is_grad_enabled() or is_autocast(timesteps.device.type))
             and timesteps.device == self.table.device
             and is_unhooked(self)
             and is_unwrapped(embedding, TabulatedTimestepEmbedding)
@@ -221,7 +221,8 @@ def _row(unet: Any, resnets: list[FusedResnetBlock2D], step: Tensor) -> Tensor:
     return torch.cat([embedding, *(resnet.project_time(embedding) for resnet in resnets)], dim=1)[:1]
 
 
-def _is_autocast(device_type: str) -> bool:
+def is_autocast(device_type: str) -> bool:
+    """Whether operations on such a device are computed in another dtype than their inputs'."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 

@@ -1,8 +1,8 @@
 """Blocks of a UNet, VAE or transformer that call the fused ops: `fuse` puts them in, in place, `unfuse` takes them out.
 
 A block keeps its parameters and its place; only its class changes, to a subclass of diffusers' own. Its fused
-form runs when its children are layers of this package with nothing on top: with LoRA, hooks, another attention
-processor or arguments that the fused form does not know, diffusers' own forward runs.
+form runs when its children are layers of this package with nothing on top: with LoRA, hooks, an attention processor
+or arguments that the fused form does not know (`attention`), diffusers' own forward runs.
 """
 
 from __future__ import annotations

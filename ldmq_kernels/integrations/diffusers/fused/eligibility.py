@@ -21,6 +21,12 @@ def is_unwrapped(module: Any, kind: type) -> bool:
     return type(module) is kind and isinstance(module, nn.Module) and is_unhooked(module)
 
 
+def is_unwrapped_linear(layer: Any) -> bool:
+    """Whether a layer is a linear, floating or quantized, with nothing on top."""
+    kind = type(layer)
+    return kind in (nn.Linear, QuantLinear) and is_unwrapped(layer, kind)
+
+
 def takes_quantized(layer: Any) -> bool:
     """Whether a layer is unwrapped and needs no more than 8-bit activations, which a producer can give it."""
     kind = type(layer)

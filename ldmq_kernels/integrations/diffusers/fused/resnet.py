@@ -12,11 +12,12 @@ from ldmq_kernels import ops
 from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     is_inactive,
     is_unwrapped,
+    is_unwrapped_linear,
     quantized_norm,
     takes_quantized,
     wants_gradients,
 )
-from ldmq_kernels.nn import QuantConv2d, QuantLinear
+from ldmq_kernels.nn import QuantConv2d
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,6 @@ class FusedResnetBlock2D(ResnetBlock2D):
         if vector is not None:
             out = out + vector[:, :, None, None]
         return out if residual is None else out + residual
-
-
-def is_unwrapped_linear(layer: Any) -> bool:
-    """Whether a layer is a linear, floating or quantized, with nothing on top."""
-    kind = type(layer)
-    return kind in (nn.Linear, QuantLinear) and is_unwrapped(layer, kind)
 
 
 def _has_room(conv: QuantConv2d) -> bool:

@@ -5,24 +5,42 @@ PixArt's has a modulation after its norms, and gates before its skips, from a ta
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ldmq_kernels.integrations.diffusers.fused import feed_forward
+from ldmq_kernels.integrations.diffusers.fused.attention import attend, is_plain_attention
 from ldmq_kernels.integrations.diffusers.fused.eligibility import (
-    is_inactive,
     is_unwrapped,
+    is_unwrapped_linear,
     quantized_layer_norm,
     wants_gradients,
 )
 from ldmq_kernels.integrations.diffusers.fused.projections import SharesProjections
+from ldmq_kernels.nn import QuantLinear
+
+
+@dataclass(frozen=True)
+class TextColumns:
+    """Where a block finds its share of what comes in place of the text; see `text_cache`."""
+
+    row: int  # width of the whole
+    text: int  # width of the text itself
+    start: int  # of the block's keys
+    middle: int  # of its values
+    stop: int
 
 
 class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
-    """BasicTransformerBlock in fused ops, where its attentions and feed-forward are diffusers' own."""
+    """BasicTransformerBlock in fused ops, where its attentions and feed-forward are diffusers' own.
+
+    Attributes:
+        text_columns: its place in what may come in place of the text, or None.
+    """
 
     attn1: Any
     attn2: Any
@@ -31,6 +49,7 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
     norm3: Any
     ff: Any
     scale_shift_table: Any
+    text_columns: TextColumns | None = None
 
     def projections(self) -> dict[str, tuple[Any, ...]]:
         """q, k and v of the self-attention; of the text's, q, and k and v."""
@@ -54,6 +73,7 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
         **kwargs: Any,
     ) -> Tensor:
         """Take and return what the forward of BasicTransformerBlock does."""
+        encoder_hidden_states, text = self._tabulated(encoder_hidden_states)
         knows = not (args or cross_attention_kwargs or hidden_states.dim() != 3)
         lacks_context = self.attn2 is not None and encoder_hidden_states is None
         is_fusible = knows and not lacks_context and self._is_fusible()
@@ -61,7 +81,7 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
             return super().forward(
                 hidden_states,
                 attention_mask,
-                encoder_hidden_states,
+                encoder_hidden_states if text is None else encoder_hidden_states.contiguous(),
                 encoder_attention_mask,
                 timestep,
                 cross_attention_kwargs,
@@ -72,7 +92,7 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
         terms = self._terms(hidden_states, timestep)
         x = self._self_attention(hidden_states, attention_mask, terms)
         if encoder_hidden_states is not None and self.attn2 is not None:
-            x = self._cross_attention(x, encoder_hidden_states, encoder_attention_mask)
+            x = self._cross_attention(x, encoder_hidden_states, text, encoder_attention_mask)
         return self._feed_forward(x, terms)
 
     @property
@@ -87,8 +107,8 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
             and self.pos_embed is None
             and self._chunk_size is None
             and is_unwrapped(self.norm1, nn.LayerNorm)
-            and _is_plain(self.attn1)
-            and (self.attn2 is None or ((text_norm or self._is_modulated) and _is_plain(self.attn2)))
+            and is_plain_attention(self.attn1)
+            and (self.attn2 is None or ((text_norm or self._is_modulated) and is_plain_attention(self.attn2)))
         )
 
     def _terms(self, x: Tensor, timestep: Any) -> tuple[Tensor | None, ...]:
@@ -107,9 +127,35 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
             lambda layer: quantized_layer_norm(norm, x, layer, scale, shift),
             lambda: _modulated(norm(x), scale, shift),
         )
-        return _attend(attention, query, key, value, mask, x, gate)
+        return attend(attention, query, key, value, mask, None, x, gate)
 
-    def _cross_attention(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    # -- the text ------------------------------------------------------------------------------------
+
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        """Columns of the keys and of the values of the text."""
+        return self.attn2.to_k.out_features, self.attn2.to_v.out_features
+
+    def project_text(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of a text (B, T, C), (B, T, columns) each."""
+        layers = (self.attn2.to_k, self.attn2.to_v)
+        return self._shared["attn2.kv"](layers, context.dtype, lambda layer: layer.quantize(context), lambda: context)
+
+    def _tabulated(self, context: Tensor | None) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """The text itself, and its keys and values where they come with it."""
+        columns = self.text_columns
+        if columns is None or context is None or context.shape[-1] != columns.row:
+            return context, None
+        text = context[..., : columns.text]
+        if not projects_text_alone(self):
+            return text.contiguous(), None
+        return text, (context[..., columns.start : columns.middle], context[..., columns.middle : columns.stop])
+
+    # -- parts of the block --------------------------------------------------------------------------
+
+    def _cross_attention(
+        self, x: Tensor, context: Tensor, text: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> Tensor:
         attention, norm = self.attn2, self.norm2
         (query,) = self._shared["attn2.q"](
             (attention.to_q,),
@@ -117,10 +163,8 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
             lambda layer: layer.quantize(x) if self._is_modulated else quantized_layer_norm(norm, x, layer),
             lambda: x if self._is_modulated else norm(x),
         )
-        key, value = self._shared["attn2.kv"](
-            (attention.to_k, attention.to_v), context.dtype, lambda layer: layer.quantize(context), lambda: context
-        )
-        return _attend(attention, query, key, value, mask, x, None)
+        key, value = self.project_text(context) if text is None else text
+        return attend(attention, query, key, value, mask, context, x, None)
 
     def _feed_forward(self, x: Tensor, terms: tuple[Tensor | None, ...]) -> Tensor:
         norm, ff = self.norm2 if self._is_modulated else self.norm3, self.ff
@@ -137,42 +181,14 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
         return feed_forward.feed(ff, hidden, x, gate)
 
 
-def _modulated(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    return x if scale is None or shift is None else x * (1 + scale) + shift
-
-
-def _is_plain(attention: Any) -> bool:
-    """Whether an attention computes what `_attend` does and nothing more."""
-    return (
-        is_unwrapped(attention, Attention)
-        and type(attention.processor) is AttnProcessor2_0
-        and attention.to_k is not None
-        and attention.spatial_norm is None
-        and attention.group_norm is None
-        and attention.norm_q is None
-        and attention.norm_k is None
-        and not attention.norm_cross
-        and not attention.residual_connection
-        and attention.rescale_output_factor == 1
-        and is_inactive(attention.to_out[1])
+def projects_text_alone(block: Any) -> bool:
+    """Whether a block's keys and values of the text depend on the text alone: nothing is on the layers."""
+    layers = (block.attn2.to_k, block.attn2.to_v)
+    return all(
+        is_unwrapped_linear(layer) and not (isinstance(layer, QuantLinear) and layer.scheme.has_timestep_scales)
+        for layer in layers
     )
 
 
-def _attend(
-    attention: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
-    """Attention as AttnProcessor2_0 computes it, and the residual added by the projection out, after the gate."""
-    batch, head_dim = query.shape[0], key.shape[-1] // attention.heads
-    if mask is not None:
-        mask = attention.prepare_attention_mask(mask, key.shape[1], batch)
-        mask = mask.view(batch, attention.heads, -1, mask.shape[-1])
-    query, key, value = (t.view(batch, -1, attention.heads, head_dim).transpose(1, 2) for t in (query, key, value))
-    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    out = out.transpose(1, 2).reshape(batch, -1, attention.heads * head_dim)
-    return feed_forward.gated(attention.to_out[0], out, residual, gate)
+def _modulated(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    return x if scale is None or shift is None else x * (1 + scale) + shift
