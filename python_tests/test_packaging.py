@@ -25,7 +25,7 @@ LAYERS = [
     {"chunks", "extras", "files", "graphs", "numerics", "progress", "timing", "version"},
     {"kernels"},
     {"ops"},
-    {"nn", "tuning"},
+    {"nn", "prediction", "tuning"},
     {"plans"},
     {"calibration"},
     {"conversion"},

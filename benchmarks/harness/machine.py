@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-COMMIT_FILE = Path(__file__).parents[2] / "build" / "wheels" / "commit.txt"  # of a copy without git: `make wheels`
-# dense int8 rate of the tensor cores, 10^12 operations a second; never the sparse one
-INT8_PEAK = {"H100 80GB HBM3": 1979.0, "H100 SXM": 1979.0, "H200": 1979.0, "A100": 624.0, "L40S": 733.0}
+from ldmq_kernels.kernels.devices import device_called
 
+COMMIT_FILE = Path(__file__).parents[2] / "build" / "wheels" / "commit.txt"  # of a copy without git: `make wheels`
 
 _chosen: list[str] = []  # by `use_device`
 
@@ -106,5 +105,5 @@ def int8_peak() -> float | None:
     """Dense int8 operations of this GPU, 10^12 a second; None where it is not known."""
     if device().type != "cuda":
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for known, peak in INT8_PEAK.items() if known in name), None)
+    known = device_called(torch.cuda.get_device_name())
+    return None if known is None else known.int8_tops

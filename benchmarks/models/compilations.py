@@ -17,40 +17,22 @@ from unittest import mock
 
 import torch
 import triton
-from torch import nn
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
-from benchmarks.models.definitions import MODELS
+from benchmarks.models.definitions import MODELS, Model
+from benchmarks.models.meta import on_meta
 from ldmq_kernels import ops
-from ldmq_kernels.integrations.diffusers.fused import fuse, merged
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.triton import backend as triton_backend
 from ldmq_kernels.kernels.triton import tile_choice
-from ldmq_kernels.nn import QuantConv2d, QuantLinear
-from ldmq_kernels.numerics.formats import SCHEMES
 from python_tests.kernels.triton.compile_triton import GPUS, OPTIONS, source
 
 CAPABILITY = 90
 
 
-def on_meta(name: str, scheme: str) -> nn.Module:
-    """A model of `definitions.MODELS` with every layer in one scheme, without memory."""
-    with torch.device("meta"):
-        model = MODELS[name].make().half()
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            kind = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
-            layer = kind.empty(module, SCHEMES[scheme], smoothed=False)
-            layer.bias = module.bias
-            model.set_submodule(path, layer)
-    # what has no memory has no scales to compare: in these schemes q, k and v share theirs
-    with mock.patch.multiple(merged, _is_empty=lambda _: False, _equal=lambda _a, _b: True):
-        return fuse(model)
-
-
-def launches(name: str, scheme: str) -> list[tuple[Any, dict[str, Any]]]:
+def launches(model: Model, scheme: str) -> list[tuple[Any, dict[str, Any]]]:
     """The source and options of every launch of one call on an H100."""
     found: list[tuple[Any, dict[str, Any]]] = []
 
@@ -69,8 +51,8 @@ def launches(name: str, scheme: str) -> list[tuple[Any, dict[str, Any]]]:
         mock.patch.object(triton.JITFunction, "run", note),
         dispatch.use_backend("triton"),
     ):
-        model = on_meta(name, scheme)
-        model(**MODELS[name].inputs(torch.device("meta"), torch.float16))
+        made = on_meta(model, scheme)
+        made(**model.inputs(torch.device("meta"), torch.float16))
     return found
 
 
@@ -110,7 +92,7 @@ def main(arguments: list[str]) -> None:
     rows = []
     for name in ("sd15", "sdxl"):
         for scheme in ("w8a8-static", "w8a8-dynamic"):
-            found = launches(name, scheme)
+            found = launches(MODELS[name], scheme)
             kernels = distinct(found)
             row: dict[str, Any] = {"op": f"unet_{name}", "scheme": scheme, "launches": len(found)}
             row |= {"kernels": len(kernels), "capability": CAPABILITY}

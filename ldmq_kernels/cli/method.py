@@ -25,12 +25,12 @@ from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
 from ldmq_kernels.planning.assignment import MOST_DB
 from ldmq_kernels.planning.drawn import spread_in_words
-from ldmq_kernels.planning.pareto import ParetoPoint, pareto_front
+from ldmq_kernels.planning.pareto import Axis, ParetoPoint, pareto_front
 from ldmq_kernels.planning.planner import held_out_settings, make_plan, open_session
 from ldmq_kernels.planning.request import PlanRequest
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import MEASURES, Measure, Target
-from ldmq_kernels.plans.cost import weight_bytes
+from ldmq_kernels.plans.cost import time_in_words, weight_bytes
 from ldmq_kernels.plans.layers import quantizable_layers, refusal
 from ldmq_kernels.plans.plan import Plan, PlanError, plan_output
 
@@ -55,26 +55,19 @@ def target_of(
     layers: int | None = None,
     latent_db: float | None = None,
     psnr_db: float | None = None,
-    *,
-    pareto: bool = False,
-) -> Target | None:
-    """The target of the limits that were given, or None for a Pareto front.
+) -> Target:
+    """The target of the limits that were given.
 
     Raises:
-        typer.BadParameter: none was given, or several in dB, or one beside a Pareto front.
+        typer.BadParameter: none was given, or several in dB.
     """
-    limits = (sqnr_db, size, milliseconds, layers, latent_db, psnr_db)
-    if pareto:
-        if any(limit is not None for limit in limits):
-            raise typer.BadParameter("give either --pareto or targets: a Pareto front holds plans for all of them")
-        return None
-    if all(limit is None for limit in limits):
+    if all(limit is None for limit in (sqnr_db, size, milliseconds, layers, latent_db, psnr_db)):
         raise typer.BadParameter(
             "give a target: --target-sqnr, --target-latent or --target-psnr DB, --target-bytes N, --target-ms MS or "
             "--target-layers N, or several; or --pareto for plans of all sizes"
         )
     try:
-        return Target(*limits)
+        return Target(sqnr_db, size, milliseconds, layers, latent_db, psnr_db)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -126,7 +119,8 @@ def run_pareto(model: Path, request: PlanRequest, out: Path, how: Loading) -> No
 
     with output_folder(out) as write:
         session = open_session(load_pipeline(model, how), request)
-        points = pareto_front(session, axis="milliseconds" if request.time_layers else "bytes", show=request.show)
+        axis: Axis = "milliseconds" if request.time_layers or request.times_for else "bytes"
+        points = pareto_front(session, axis=axis, show=request.show)
         write(fill)
     console.print(_pareto_table(points, session.measure, session.verified_on))
     say(f"plans, pareto.csv and pareto.svg are in {printable(out)}")
@@ -140,14 +134,16 @@ def plan_name(number: int) -> str:
 def _pareto_table(points: list[ParetoPoint], measure: Measure, verified_on: str) -> Table:
     from rich.table import Table
 
-    timed = any("milliseconds" in point.result.plan.measured for point in points)
+    first = points[0].result.plan.measured
+    key = next((key for key in ("milliseconds", "predicted_milliseconds") if key in first), "")
+    unit = {"": [], "milliseconds": ["ms"], "predicted_milliseconds": ["predicted ms"]}[key]
     table = Table(title=f"{MEASURES[measure]}, measured on {verified_on}")
-    for column in ("plan", "bytes", "of fp16", *(["ms"] if timed else []), "predicted dB", "measured dB", ""):
+    for column in ("plan", "bytes", "of fp16", *unit, "predicted dB", "measured dB", ""):
         table.add_column(column, justify="left" if column in ("plan", "") else "right")
     for number, point in enumerate(points, 1):
         measured = point.result.plan.measured
         size, full = measured["weight_bytes"], measured["weight_bytes_fp16"]
-        time = [f"{measured['milliseconds']:.2f}"] if timed else []
+        time = [f"{measured[key]:.2f}"] if key else []
         decibels = [f"{db:.2f}" if db < MOST_DB else "exact" for db in (point.predicted_db, point.measured_db)]
         remark = "dominated" if point.dominated else ""
         table.add_row(plan_name(number), f"{size:,}", f"{size / full:.3f}x", *time, *decibels, remark)
@@ -157,11 +153,8 @@ def _pareto_table(points: list[ParetoPoint], measure: Measure, verified_on: str)
 def _reached(plan: Plan) -> str:
     measured = plan.measured
     words = f"SQNR on {measured['verified_on']}: {measured['held_out_sqnr_db']:.2f} dB{spread_in_words(measured)}"
-    if "milliseconds" in measured:
-        words += (
-            f"; one UNet call about {measured['milliseconds']:.2f} ms, float {measured['milliseconds_float']:.2f} ms"
-        )
-    return words
+    time = time_in_words(measured)
+    return f"{words}; {time}" if time else words
 
 
 def _print_summary(summary: Summary) -> None:

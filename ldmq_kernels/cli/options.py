@@ -129,6 +129,15 @@ Times = Annotated[
     bool,
     typer.Option("--times", help="Time the layers on this device; those that would get slower stay in 16 bit."),
 ]
+TimesFor = Annotated[
+    str | None,
+    typer.Option(
+        "--times-for",
+        metavar="DEVICE",
+        help="As --times for a GPU that is not there, such as h200: times are predicted from its data sheet, and the "
+        "plan says so.",
+    ),
+]
 Pareto = Annotated[
     bool,
     typer.Option(
@@ -193,16 +202,6 @@ SettingsFile = Annotated[
         "far as they differ from these options: the plan is made for all of these settings at once.",
         callback=at_home,
     ),
-]
-PlanOut = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", help="The plan file to write, over an older plan; with --pareto, a new folder.", callback=at_home
-    ),
-]
-ModelOut = Annotated[
-    Path | None,
-    typer.Option("--out", help="Folder for the quantized model; it must not hold anything yet.", callback=at_home),
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"],

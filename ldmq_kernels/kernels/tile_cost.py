@@ -1,10 +1,11 @@
-"""The one cost model by which the GPU backends choose a tile that was not measured, in clocks of a multiprocessor.
+"""The one cost model of GEMMs, in clocks of a multiprocessor: tiles are chosen by it, and times are predicted.
 
     clocks = waves * (steps * step_clocks + tile_clocks) + launch_clocks
     step_clocks = max(products / rate, bytes / L2_BYTES)
 
-A wave is one tile on each multiprocessor, and a step one block of K. Only the order of tiles matters, never the figure.
-The constants are estimates until they are measured on a GPU; `ldmq bench --tune` measures the tiles themselves.
+A wave is one tile on each multiprocessor, and a step one block of K. For the choice of a tile only the order matters;
+`ldmq_kernels.prediction` adds what the compiled loops are known to lose, for times of a device that is not there. The
+constants are estimates until they are measured on a GPU; `ldmq bench --tune` measures the tiles themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ STORED_BYTES = 16  # of the output that a multiprocessor stores in a clock; assu
 PIPELINE_START = 1500  # clocks from a launch to its first products; assumed, 2026-11-26
 FILL_AND_STORE = 8e6 / 4096  # clocks to fill the pipeline of a tile and to store it; assumed, 2026-11-25
 REDUCTION_LAUNCH = 20e6 / 4096  # clocks of the launch that reduces split-K's partial sums; assumed, 2026-11-25
+# what a step of Triton's int8 loops loses on sm_90, where `wgmma.wait_group 0` ends each product: the machine code has
+# the waits and barriers, the clocks are assumed, 2026-11-29
+DRAIN = 250  # until the tensor cores are empty, the barriers passed and the next product is issued
+EXTRA_PRODUCT = 214  # the same of the second accumulator of 160 columns, and its reads of shared memory
+TAP_ADDRESS = 80  # a convolution's division for the tap, before its loads
+THROUGH_REGISTERS = 16  # an image tile that is no operand as it lies in shared memory
+UNPACK = 250  # int4 weights to int8 in registers
+ASYNCHRONOUS_SHARE = 0.93  # of the tensor cores' rate, of loops that overlap products and loads; assumed, 2026-11-29
 
 
 def step_clocks(products: float, rate: float, loaded_bytes: float = 0.0) -> float:

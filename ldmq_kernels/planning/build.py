@@ -99,6 +99,7 @@ def _reason(name: str, scheme: str, analysis: Analysis, sensitive: str | None, t
         unchanged = times.layers[name, scheme]
         fastest = min(times.layers[name, str(c.scheme)] for c in candidates)
         if fastest > unchanged:
-            return f"slower when quantized: {fastest:.3f} ms in place of {unchanged:.3f} ms"
+            where = f", predicted for {times.predicted_for}" if times.predicted_for else ""
+            return f"slower when quantized: {fastest:.3f} ms in place of {unchanged:.3f} ms{where}"
     best = max(candidates, key=lambda c: _alone(analysis, name, str(c.scheme)))
     return f"even {best.scheme} alone leaves {_alone(analysis, name, str(best.scheme)):.1f} dB at the output"

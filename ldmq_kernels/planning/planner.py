@@ -19,10 +19,12 @@ from ldmq_kernels.calibration.drawings import check_calls, given_calls
 from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP
 from ldmq_kernels.calibration.settings import SamplingSettings, Settings, changed, each_of, with_defaults
 from ldmq_kernels.calibration.trajectory import Trajectory, record_trajectory
+from ldmq_kernels.kernels.devices import device_of
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.drawn import LARGE_PICTURES, PICTURES, EndCheck, FloatEnds, with_more_seeds
 from ldmq_kernels.planning.options import independent_of_cuts
+from ldmq_kernels.planning.predicted_times import predict_times
 from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
@@ -38,10 +40,14 @@ HELD_OUT, SAME_PROMPTS = "held-out prompts", "the calibration's own prompt, from
 HELD_OUT_CALLS, SAME_CALL = "held-out calls", "the calibration's own call, from another seed"
 
 
-def measure_layers(model: nn.Module, analysis: Analysis, *, show: bool = False) -> LayerTimes:
-    """Times of all layers for one picture, on the device that the model is on."""
+def measure_layers(
+    model: nn.Module, analysis: Analysis, *, predicted_for: str | None = None, show: bool = False
+) -> LayerTimes:
+    """Times of all layers for one picture, on the device that the model is on, or predicted for one of the table."""
     first = analysis.calibration.trajectory.calls[0]
     call = first.of_prompts(first.prompts[:1])
+    if predicted_for is not None:
+        return predict_times(model, analysis, call, device_of(predicted_for))
     return measure_times(model, analysis, call, path=cache_file(call.output.device), show=show)
 
 
@@ -101,7 +107,9 @@ def open_session(pipe: Any, request: PlanRequest) -> Session:
         held_out,
         request.schemes,
         signals=request.signals,
-        times=measure_layers(model, analysis, show=request.show) if request.needs_times else None,
+        times=measure_layers(model, analysis, predicted_for=request.times_for, show=request.show)
+        if request.needs_times
+        else None,
         hybrid=request.hybrid,
         verified_on=verified_on,
         part=None if denoiser_name(pipe) == next(iter(denoisers(pipe)), None) else denoiser_name(pipe),
@@ -200,6 +208,7 @@ def plan(
     signals: Sequence[str] = (SQNR,),
     hybrid: float = 0.0,
     time_layers: bool = False,
+    times_for: str | None = None,
     cut_latents: bool = False,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
@@ -251,6 +260,8 @@ def plan(
         hybrid: share of the noise whose blocks start with higher precision, as in the paper; 0 for none.
         time_layers: time the layers on the pipeline's device, as targets in milliseconds do: a layer that would get
             slower stays in 16 bit.
+        times_for: another device, such as "h200", whose times are predicted from its data sheet in place of measured
+            ones on this; the plan says that they are predicted.
         cut_latents: whether latents will be cut in parts that the model sees one by one, as parallel sampling of videos
             does: convolutions get no scale that is measured over all of their input, which would depend on the cut.
         num_inference_steps: of all that is drawn and does not say itself; if None 20 for prompts, and for calls as
@@ -289,6 +300,7 @@ def plan(
         part=part,
         hybrid=hybrid,
         time_layers=time_layers,
+        times_for=times_for,
         cut_latents=cut_latents,
         work_dir=None if work_dir is None else Path(work_dir).expanduser(),
         show=show_progress,

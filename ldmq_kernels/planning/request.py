@@ -9,6 +9,7 @@ from pathlib import Path
 from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.calibration.ranges import FIRST_STEP, MODES
 from ldmq_kernels.calibration.settings import SamplingSettings, Settings, each_of
+from ldmq_kernels.kernels.devices import device_of
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.options import ENDS
@@ -54,6 +55,8 @@ class PlanRequest:
         hybrid: the share of the noise, 0 to 1, whose blocks start with higher precision; 0 for none.
         time_layers: whether the layers are timed on the pipeline's device, so that those that would get slower stay
             in 16 bit; a target in milliseconds times them in any case.
+        times_for: a device of `kernels.devices`, such as "h200", whose times are predicted in place of measured ones
+            here; plans say that they are. None for the pipeline's own.
         cut_latents: whether latents will be cut in parts: no layer gets a scale that depends on how.
         work_dir: the folder that keeps the analysis, so that the same request goes on after a kill; None for none.
         show: whether progress is shown on standard error.
@@ -72,6 +75,7 @@ class PlanRequest:
     part: str | None = None
     hybrid: float = 0.0
     time_layers: bool = False
+    times_for: str | None = None
     cut_latents: bool = False
     work_dir: Path | None = None
     show: bool = False
@@ -100,6 +104,8 @@ class PlanRequest:
         asked = None if self.target is None else self.target.measure
         if asked is not None and kept[0] not in (asked, SQNR):
             raise ValueError(f"the signal is {kept[0]} and the target {self.target}: leave the signal out")
+        if self.times_for is not None:
+            device_of(self.times_for)
         if not 0 <= self.hybrid <= 1:
             raise ValueError(f"hybrid is {self.hybrid}: it is a share of the noise, from 0 to 1")
 
@@ -149,5 +155,6 @@ class PlanRequest:
 
     @property
     def needs_times(self) -> bool:
-        """Whether the layers' times must be measured."""
-        return self.time_layers or (self.target is not None and self.target.needs_times)
+        """Whether the layers' times must be known."""
+        is_asked = self.time_layers or self.times_for is not None
+        return is_asked or (self.target is not None and self.target.needs_times)

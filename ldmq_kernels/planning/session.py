@@ -206,8 +206,7 @@ class Session:
         if self.verified_on:
             plan.measured["verified_on"] = self.verified_on
         if self.times is not None:
-            plan.measured["milliseconds"] = round(self.times.rest + assignment.milliseconds, 4)
-            plan.measured["milliseconds_float"] = round(self.times.all_float, 4)
+            plan.measured |= self.times.recorded(assignment.milliseconds)
         plan.measured |= {f"predicted_{name}_loss": round(assignment.signal(name), 6) for name in self.signals}
         plan.measured |= {f"held_out_{name}_loss": round(loss, 6) for name, loss in verified.losses.items()}
         return PlanResult(plan, self.analysis, noise, verified.predicted_db)

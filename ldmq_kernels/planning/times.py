@@ -43,10 +43,12 @@ class LayerTimes:
     Attributes:
         layers: (layer, scheme) -> milliseconds of the layer, "fp16" standing for the float model's dtype.
         rest: milliseconds of all that is beside the linears and convolutions.
+        predicted_for: the device that all of this was predicted for; empty where it was measured.
     """
 
     layers: dict[tuple[str, str], float]
     rest: float
+    predicted_for: str = ""
 
     def of(self, options: Sequence[Option]) -> list[Option]:
         """The options with their times.
@@ -61,6 +63,15 @@ class LayerTimes:
                     "these formats"
                 )
         return [replace(o, milliseconds=self.layers[o.layer, o.scheme]) for o in options]
+
+    def recorded(self, milliseconds: float) -> dict[str, Any]:
+        """What a plan says of the time of a call whose layers take so long: what is predicted is called so."""
+        prefix = "predicted_" if self.predicted_for else ""
+        found = {
+            f"{prefix}milliseconds": round(self.rest + milliseconds, 4),
+            f"{prefix}milliseconds_float": round(self.all_float, 4),
+        }
+        return found | ({"predicted_for": self.predicted_for} if self.predicted_for else {})
 
     @property
     def all_float(self) -> float:

@@ -1,6 +1,9 @@
-"""What a layer of a plan costs: bytes in a checkpoint, and operations where no times were measured."""
+"""What a plan costs: bytes in a checkpoint, operations where no times are known, and the time of a call in words."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.nn.kinds import FloatLayer
@@ -45,3 +48,16 @@ def weight_bytes(
 def operation_cost(operations: int, scheme: Scheme) -> float:
     """Multiply-accumulates of a layer, weighted by how dear the scheme makes them."""
     return operations * scheme.operation_cost
+
+
+def time_in_words(measured: Mapping[str, Any]) -> str:
+    """The time of a call as a plan's `measured` has it, and whether it was predicted; empty where it has none."""
+    if "predicted_milliseconds" in measured:
+        quantized, floating = measured["predicted_milliseconds"], measured["predicted_milliseconds_float"]
+        device = measured.get("predicted_for", "another device")
+        return (
+            f"one UNet call about {quantized:.2f} ms, float {floating:.2f} ms, predicted for {device} and not measured"
+        )
+    if "milliseconds" in measured:
+        return f"one UNet call about {measured['milliseconds']:.2f} ms, float {measured['milliseconds_float']:.2f} ms"
+    return ""

@@ -65,7 +65,9 @@ def _paint(axes: Axes, points: Sequence[ParetoPoint]) -> None:
         text = f"{point.measured_db:.1f}"
         place = (_cost(point, timed), point.measured_db)
         axes.annotate(text, place, (0, 7), textcoords="offset points", ha="center", color=INK, fontsize=8.5)
-    axes.set_xlabel("milliseconds of one UNet call" if timed else "bytes of the weights, of those in fp16")
+    device = points[0].result.plan.measured.get("predicted_for")
+    milliseconds = "milliseconds of one UNet call" + (f", predicted for {device}" if device else "")
+    axes.set_xlabel(milliseconds if timed else "bytes of the weights, of those in fp16")
     axes.set_ylabel("SQNR at the output, dB")
     axes.margins(y=0.12)
     axes.grid(axis="y")
@@ -92,11 +94,13 @@ def pareto_picture(points: Sequence[ParetoPoint]) -> str:
 
 def pareto_csv(points: Sequence[ParetoPoint]) -> bytes:
     """A row for each plan, as CSV in UTF-8."""
-    columns = ["plan", "weight_bytes", "weight_bytes_fp16", "milliseconds", "predicted_db", "measured_db", "dominated"]
+    is_predicted = any("predicted_milliseconds" in point.result.plan.measured for point in points)
+    time = "predicted_milliseconds" if is_predicted else "milliseconds"
+    columns = ["plan", "weight_bytes", "weight_bytes_fp16", time, "predicted_db", "measured_db", "dominated"]
     rows = []
     for number, point in enumerate(points, 1):
         measured = point.result.plan.measured
-        size = [measured["weight_bytes"], measured["weight_bytes_fp16"], measured.get("milliseconds", "")]
+        size = [measured["weight_bytes"], measured["weight_bytes_fp16"], measured.get(time, "")]
         decibels = [f"{point.predicted_db:.3f}", f"{point.measured_db:.3f}"]
         rows.append([number, *size, *decibels, int(point.dominated)])
     return csv_bytes(columns, rows)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("diffusers", "transformers")
 USUAL_STEPS, USUAL_GUIDANCE = 30, 5.0
 CHECK_STEPS = 2
-NEEDED = {"prompt", "num_inference_steps", "guidance_scale", "generator", "callback_on_step_end", "output_type"}
 CHECK_PROMPT = "a photograph"
 
 
@@ -40,7 +37,6 @@ class Served:
 
     Attributes:
         multiple: sizes of pictures are multiples of it.
-        tokenizer: the server's own. A lane's is set to cut at its own length by each call, in the lane's thread.
         about: the `ldmq` object of /v1/models.
     """
 
@@ -53,15 +49,6 @@ class Served:
     tokenizer: Any
     arguments: frozenset[str]
     about: dict[str, Any]
-    _counting: threading.Lock = field(default_factory=threading.Lock)
-
-    def is_cut(self, prompt: str) -> bool | None:
-        """Whether a prompt has more tokens than the text encoder reads; None where that is not known."""
-        most = getattr(self.tokenizer, "model_max_length", None)
-        if most is None:
-            return None
-        with self._counting:  # a tokenizer is one thread's at a time
-            return len(self.tokenizer(prompt, verbose=False).input_ids) > most
 
 
 def check_folder(folder: Path) -> None:
@@ -92,11 +79,6 @@ def check_folder(folder: Path) -> None:
             )
 
 
-def devices_here() -> list[str]:
-    """All GPUs that this process sees, or the processor where it sees none."""
-    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-
-
 def load(settings: ServerSettings, device: str) -> dict[str, Any]:
     """The pipelines of all models by name, on a device.
 
@@ -116,10 +98,7 @@ def load(settings: ServerSettings, device: str) -> dict[str, Any]:
             pipe = DiffusionPipeline.from_pretrained(model.folder, **given)
         except Exception as error:
             raise ServingError(f"{printable(model.folder)} does not load: {error}") from error
-        try:
-            pipe.to(device)
-        except Exception as error:
-            raise ServingError(f"{printable(model.folder)} does not go to the device {device}: {error}") from error
+        pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
         summary = summarize(denoiser(pipe))
         if not (summary.quantized_convolutions + summary.quantized_linears or model.may_be_float):
@@ -150,19 +129,10 @@ def _variant(folder: Path, settings: ServerSettings) -> str | None:
 
 
 def describe(pipe: Any, name: str, settings: ServerSettings) -> Served:
-    """What requests need to know of a pipeline.
-
-    Raises:
-        ServingError: it takes no prompt, or does not call back after each step.
-    """
+    """What requests need to know of a pipeline."""
     model: Any = denoiser(pipe)
     taken = inspect.signature(type(pipe).__call__).parameters
     names = set(taken)
-    if missing := NEEDED - names:
-        raise ServingError(
-            f"{name} is a {type(pipe).__name__}, whose call takes no {', '.join(sorted(missing))}: pipelines that draw "
-            "pictures from a prompt, step by step, are served"
-        )
     if not (hasattr(getattr(pipe, "text_encoder", None), "text_model") or hasattr(pipe, "text_encoder_2")):
         names.discard("clip_skip")  # diffusers reads a part of the text encoder that newer transformers have not
     factor = int(getattr(pipe, "vae_scale_factor", 8))
@@ -188,7 +158,7 @@ def describe(pipe: Any, name: str, settings: ServerSettings) -> Served:
         factor,
         settings.steps or USUAL_STEPS,
         float(settings.guidance if settings.guidance is not None else guidance),
-        copy.deepcopy(getattr(pipe, "tokenizer", None)),
+        getattr(pipe, "tokenizer", None),
         frozenset(names),
         about,
     )
@@ -200,16 +170,14 @@ def is_invariant(pipe: Any, served: Served, batches: Sequence[int]) -> bool:
     def draw(seeds: Sequence[int]) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with batch_invariant(pipe, len(seeds)):
-            drawn = pipe(
+            pictures = pipe(
                 [CHECK_PROMPT] * len(seeds),
                 num_inference_steps=CHECK_STEPS,
                 guidance_scale=served.guidance,
                 generator=generators,
                 output_type="np",
-            )
-        if not hasattr(drawn, "images"):
-            raise ServingError(f"{served.name} is a {type(pipe).__name__}, which draws no pictures: it is not served")
-        return torch.from_numpy(np.asarray(drawn.images))
+            ).images
+        return torch.from_numpy(np.asarray(pictures))
 
     found = find_variance(draw, [count for count in batches if count > 1] or [1])
     if found is not None:

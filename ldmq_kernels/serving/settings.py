@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-FORBID_UNKNOWN = {"extra": "forbid"}  # for pydantic, which reads these from a cluster's configuration
 
 
 @dataclass(frozen=True)
@@ -17,8 +14,6 @@ class ServedModel:
     Attributes:
         may_be_float: serve it although none of its layers is quantized.
     """
-
-    __pydantic_config__ = FORBID_UNKNOWN
 
     folder: Path
     name: str
@@ -43,8 +38,6 @@ class Limits:
         kept_s: seconds that they are kept.
     """
 
-    __pydantic_config__ = FORBID_UNKNOWN
-
     max_batch: int = 8
     batch_wait_s: float = 0.01
     max_pixels: int = 1024 * 1024
@@ -64,8 +57,8 @@ class ServerSettings:
 
     Attributes:
         models: the first is drawn by requests that name none.
-        devices: a lane of work for each, with its own copy of the models; all GPUs, or the processor, if none is named.
-        dtype: in which the models are loaded.
+        devices: a lane of work for each, with its own copy of the models.
+        dtype: float32, float16 or bfloat16, in which the models are loaded.
         variant: of the weights that are loaded, in the folders that have it.
         steps, guidance: of requests that give none; a pipeline's own if None.
         api_keys: one of which a request must bear; none are needed where there are none.
@@ -73,11 +66,9 @@ class ServerSettings:
         allow_unknown: ignore arguments that are not known.
     """
 
-    __pydantic_config__ = FORBID_UNKNOWN
-
     models: Sequence[ServedModel]
-    devices: Sequence[str] = ()
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    devices: Sequence[str] = ("cpu",)
+    dtype: str = "float32"
     steps: int | None = None
     guidance: float | None = None
     api_keys: Sequence[str] = ()

@@ -14,10 +14,14 @@ import torch
 
 from benchmarks.commands import all as every
 from benchmarks.commands import model as command
+from benchmarks.commands.predict import recorded
 from benchmarks.harness.baselines import TOOLS
 from benchmarks.machine import ceilings, host_time
 from benchmarks.models import cpu, gpu, memory
-from benchmarks.models.definitions import TOYS
+from benchmarks.models.definitions import MODELS, TOYS
+from ldmq_kernels import ops
+from ldmq_kernels.kernels.devices import DEVICES
+from ldmq_kernels.prediction import predict
 
 ROOT = Path(__file__).parents[2]
 # kernels that one UNet call compiles on an H100, by model; each takes 0.2 to 0.5 s on a CPU core
@@ -111,3 +115,6 @@ def test_a_cold_start_compiles_few_kernels() -> None:
     for row in found:
         assert 20 < row["kernels"] <= MOST_KERNELS[row["op"]]
         assert row["launches"] < 2000
+    predicted = predict(recorded(MODELS["sd15"], "w8a8-dynamic"), DEVICES["h200"], "triton").rows
+    (counted,) = (row for row in found if (row["op"], row["scheme"]) == ("unet_sd15", "w8a8-dynamic"))
+    assert sum(row.launches for row in predicted if row.op in ops.specs()) == counted["launches"]

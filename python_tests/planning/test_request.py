@@ -96,6 +96,7 @@ def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPat
         "part": "transformer_2",
         "hybrid": 0.35,
         "time_layers": True,
+        "times_for": "h200",
         "num_inference_steps": 36,
         "guidance_scale": 37.0,
         "seed": 38,
@@ -130,4 +131,4 @@ def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPat
         assert requests.pop().target == Target(**{f"{name}_db": 35.0})
     assert (request.calibration_mode, list(request.signals), request.hybrid) == ("all-steps", ["sqnr", "ssim"], 0.35)
     assert (request.time_layers, str(request.work_dir), request.show) == (True, "folder", False)
-    assert request.part == "transformer_2"
+    assert (request.part, request.times_for) == ("transformer_2", "h200")

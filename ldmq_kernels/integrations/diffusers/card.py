@@ -15,6 +15,7 @@ from ldmq_kernels.integrations.diffusers.origin import MARK, Origin
 from ldmq_kernels.integrations.diffusers.quantizer import LdmqQuantizer
 from ldmq_kernels.integrations.vllm_omni.classes import CLASSES
 from ldmq_kernels.numerics.formats import FLOAT
+from ldmq_kernels.plans.cost import time_in_words
 from ldmq_kernels.plans.plan import Plan
 
 PICTURES = "float-and-quantized.png"
@@ -153,7 +154,9 @@ def _table(part: str, summary: Summary) -> str:
 
 
 def _measured(part: str, measured: Mapping[str, Any]) -> str:
-    """A table of the dB that the plan was verified with; nothing where it was not."""
+    """A table of the dB that the plan was verified with, and the time of a call; nothing where it has neither."""
     rows = [[words, f"{measured[key]:.2f} dB"] for key, words in MEASURED.items() if key in measured]
     where = measured.get("verified_on", "held-out prompts")
-    return _rows([f"{part or 'model'}, measured against float on {where}", ""], rows) if rows else ""
+    table = _rows([f"{part or 'model'}, measured against float on {where}", ""], rows) if rows else ""
+    time = time_in_words(measured)
+    return "\n\n".join(text for text in (table, f"By its plan, {time}." if time else "") if text)

@@ -45,16 +45,21 @@ def _tiles() -> tuple[Tile, ...]:
     return tuple(Tile(place, *fields) for place, fields in enumerate(extension.binding().tiles()))
 
 
+def runs_on(tile: Tile, gpu: Gpu) -> bool:
+    """Whether a GPU runs a tile: wgmma's on Hopper alone, mma.sync's on all."""
+    return tile.family < HOPPER or gpu.capability == HOPPER
+
+
 def _of(op: str, gpu: Gpu) -> list[Tile]:
-    """The tiles of an op that a GPU runs: wgmma's on Hopper alone, mma.sync's on all."""
-    return [tile for tile in _tiles() if tile.op == op and (tile.family < HOPPER or gpu.capability == HOPPER)]
+    return [tile for tile in _tiles() if tile.op == op and runs_on(tile, gpu)]
 
 
-def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu, taps: int = 1) -> float:
+def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu, taps: int = 1, rate: float | None = None) -> float:
     """The clocks that a tile is expected to take.
 
     A cluster has tiles one below the other, which share the weight's bytes. With an int4 weight, which is half as many
-    bytes, the GEMM is transposed: they stand side by side and share those of x.
+    bytes, the GEMM is transposed: they stand side by side and share those of x. The rate is of int8 multiply-adds of a
+    multiprocessor in a clock; without one, that of `INT8_PRODUCTS`.
     """
     if tile.op == "linear_w4a8":
         below, beside = 1, tile.cluster
@@ -64,7 +69,7 @@ def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu, taps: int = 1) -> flo
         bytes_of_channel = tile.m + tile.n / tile.cluster
     tiles = -(-m // (tile.m * below)) * -(-n // (tile.n * beside)) * tile.cluster
     steps = taps * -(-k // (taps * tile.k))  # a step has channels of one tap
-    products, rate = tile.m * tile.n * tile.k, tile_cost.INT8_PRODUCTS[tile.family]
+    products, rate = tile.m * tile.n * tile.k, rate or tile_cost.INT8_PRODUCTS[tile.family]
     clocks_of_step = tile_cost.step_clocks(products, rate, bytes_of_channel * tile.k)
     store = tile_cost.store_clocks(tile.m * tile.n)
     alternates = tile.family == HOPPER and not tile.cooperative  # one tile is stored while the next is multiplied

@@ -148,6 +148,12 @@ def _chosen(op: str, problem: Problem, gpu: Gpu) -> Tile:
     found = measured(gpu).get(f"{op} {problem}")
     if found is not None:
         return found
+    return best_estimate(op, problem, gpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def best_estimate(op: str, problem: Problem, gpu: Gpu) -> Tile:
+    """The tile that an op takes on a GPU where nothing was measured."""
     # whether persistence pays, no estimate tells
     plain = [tile for tile in candidates(op, problem, gpu) if not tile.persistent]
     return min(plain, key=lambda tile: estimate(tile, problem, gpu))

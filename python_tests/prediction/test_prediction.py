@@ -1,0 +1,148 @@
+"""Times of a GPU that is not there: what is recorded of a call, floors that no time goes below, and known tables."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.commands.predict import recorded
+from benchmarks.models.definitions import TOYS, Model
+from ldmq_kernels.kernels.cuda.compiled_tiles import compiled_tiles
+from ldmq_kernels.kernels.devices import DEVICES, device_called, device_of
+from ldmq_kernels.kernels.tile_cost import INT8_PRODUCTS
+from ldmq_kernels.prediction import BACKENDS, Operation, predict, record
+from ldmq_kernels.prediction.gemms import by_cuda, by_library, by_triton
+from ldmq_kernels.prediction.recorded import Gemm
+from python_tests.tiny import run_unet, tiny_unet
+
+CSRC = Path(__file__).parents[2] / "csrc"
+H200 = DEVICES["h200"]
+GEMMS = [Gemm(2048, 1280, 1280), Gemm(2, 1280, 320), Gemm(8192, 640, 5760, taps=9), Gemm(65536, 5120, 5120)]
+
+
+@pytest.fixture(scope="module")
+def operations() -> list[Operation]:
+    """Of a UNet without memory whose layers are all quantized and fused."""
+    return recorded(Model(tiny_unet, TOYS["sd15"].inputs), "w8a8-static")
+
+
+def test_each_layer_is_recorded_once_by_its_name_and_shared_products_by_all_names(
+    operations: list[Operation],
+) -> None:
+    products = [name for o in operations if o.gemm is not None for name in _names(o.layer)]
+    layers = [n for n, m in tiny_unet().named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert sorted(products) == sorted(layers)
+    assert sum(o.layer.endswith("attn1.to_q+to_k+to_v") for o in operations) == 4
+    assert not any(o.op in ("view", "transpose", "chunk", "empty") for o in operations)
+
+
+def _names(layer: str) -> list[str]:
+    first, *others = layer.split("+")
+    return [first, *(f"{first.rpartition('.')[0]}.{name}" for name in others)]
+
+
+def test_recording_changes_nothing_and_leaves_nothing() -> None:
+    unet = tiny_unet()
+    expected = run_unet(unet)
+    found = []
+    operations = record(unet, lambda: found.append(run_unet(unet)))
+    assert torch.equal(found[0], expected)
+    assert any(o.op == "scaled_dot_product_attention" for o in operations)
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_a_conv_is_recorded_as_the_product_that_it_is() -> None:
+    conv = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2, device="meta")
+    (found,) = record(conv, lambda: conv(torch.empty(2, 8, 6, 4, device="meta")))
+    assert found.gemm == Gemm(2 * 3 * 2, 8, 36, taps=9, groups=2)
+    assert found.gemm.operations == 2 * 12 * 16 * 36
+    assert found.bytes == 4 * (2 * 8 * 24 + 16 * 36 + 16 + 2 * 16 * 6)
+
+
+def test_fused_attention_writes_no_matrix_and_is_no_copy_on_the_meta_device() -> None:
+    q = torch.empty(2, 64, 8, 40, device="meta", dtype=torch.float16).transpose(1, 2)
+
+    def call() -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(2, 64, 320)
+
+    (found,) = record(nn.Identity(), call)
+    assert found.bytes == 2 * 2 * q.nbytes / 2  # read once under one number, written once
+    (row,) = predict([found], H200, "triton").rows
+    exponentials = 2 * 8 * 64 * 64 / (16 * 132) / (H200.clock_ghz * 1e6)
+    assert row.milliseconds > row.operations_ms + exponentials
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", ["h200", "rtx4090"])
+def test_sums_are_those_of_the_parts_and_no_part_is_below_its_floors(
+    operations: list[Operation], device: str, backend: str
+) -> None:
+    found = predict(operations, DEVICES[device], backend)  # type: ignore[arg-type]
+    assert sum(found.by_kind.values()) == pytest.approx(found.milliseconds)
+    assert found.milliseconds > sum(row.milliseconds for row in found.rows) > 0
+    assert found.launches == sum(row.launches for row in found.rows) >= len(found.rows)
+    for row in found.rows:
+        assert row.milliseconds >= max(row.operations_ms, row.bytes_ms)
+
+
+@pytest.mark.parametrize("gemm", GEMMS, ids=str)
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_no_product_is_faster_than_the_tensor_cores(gemm: Gemm, device: object) -> None:
+    op = "conv2d_w8a8" if gemm.taps > 1 else "linear_w8a8"
+    for time, tops in (
+        (by_triton(op, gemm, device), device.int8_tops),
+        (by_cuda(op, gemm, device), device.int8_tops),
+        (by_library(gemm, device), device.half_tops),
+    ):
+        assert device.milliseconds(time.clocks) > gemm.operations / (tops * 1e9)
+        assert 0 < time.loop_share <= 1
+
+
+def test_int8_loops_of_triton_drain_on_hopper_and_those_of_cuda_do_not() -> None:
+    gemm = Gemm(2048, 1280, 1280)
+    triton, cuda = by_triton("linear_w8a8", gemm, H200), by_cuda("linear_w8a8", gemm, H200)
+    assert triton.tile == "128x160x128"
+    assert triton.loop_share == pytest.approx(640 / (640 + 250 + 214), rel=0.01)
+    assert cuda.clocks < triton.clocks
+
+
+def test_what_cuda_refuses_is_tritons() -> None:
+    assert by_cuda("conv2d_w8a8", Gemm(8192, 320, 36, taps=9), H200) is None
+    assert by_cuda("linear_w8a16", GEMMS[0], H200) is None
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_rates_of_data_sheets_are_whole_products_of_a_clock(device: object) -> None:
+    products = device.products(device.int8_tops)
+    assert products == pytest.approx(2 ** round(torch.tensor(products).log2().item()), rel=0.01)
+    if device.capability in INT8_PRODUCTS:
+        assert products == pytest.approx(INT8_PRODUCTS[device.capability], rel=0.01)
+    assert device.half_tops <= device.int8_tops / 2 * 1.001
+
+
+def test_devices_are_found_by_their_key_and_by_what_torch_calls_them() -> None:
+    assert device_of("H200") is device_called("NVIDIA H200") is H200
+    assert device_called("Some GPU") is None
+    with pytest.raises(ValueError, match=r"nothing is known of the device 'h400': known are a100.*h200"):
+        device_of("h400")
+
+
+@pytest.mark.parametrize("op", ["linear_w8a8", "linear_w4a8", "conv2d_w8a8"])
+def test_the_list_of_cuda_tiles_is_what_the_sources_compile(op: str) -> None:
+    listed = {family: [t for t in compiled_tiles(op) if t.family == family] for family in (80, 90)}
+    pattern = rf'compiled<Tile<Kind::\w+, ([^>]+)>>\("{op}"\)'
+    wgmma, mma = (re.findall(pattern, (CSRC / f"{family}_{op}.cu").read_text()) for family in ("sm90", "sm80"))
+    assert [f"{t.m}, {t.n}, {t.k}, {t.stages}, {str(t.cooperative).lower()}, {t.cluster}" for t in listed[90]] == wgmma
+    fields = [fields.split(", ") for fields in mma]
+    assert [[str(t.m), str(t.n), str(t.stages)] for t in listed[80]] == [[f[0], f[1], f[-1]] for f in fields]
+
+
+def test_fp8_has_the_rate_of_int8_without_its_drain_where_there_is_fp8() -> None:
+    gemm = Gemm(2048, 10240, 1280)
+    assert by_triton("linear_fp8", gemm, H200).clocks < by_triton("linear_w8a8", gemm, H200).clocks
+    with pytest.raises(ValueError, match="NVIDIA A100 80GB has no FP8: choose a scheme in int8"):
+        by_triton("linear_fp8", gemm, DEVICES["a100"])
