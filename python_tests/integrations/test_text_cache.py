@@ -12,13 +12,12 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 import ldmq_kernels as ldmq
+from ldmq_kernels.integrations.diffusers.fused.transformer_block import projects_text_alone
 from ldmq_kernels.integrations.diffusers.text_cache import KEPT, TextCache
 from ldmq_kernels.nn import QuantLinear
 from python_tests.breadth import parts
 from python_tests.integrations.cached_unets import made
 from python_tests.tiny import PROMPTS, TEXT_WIDTH, TOKENS, draw, tiny_pipeline, tiny_unet, unet_inputs
-
-BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +29,13 @@ def quantized() -> nn.Module:
 def unet(quantized: nn.Module) -> Any:
     """A copy with the cache."""
     unet = copy.deepcopy(quantized)
-    assert ldmq.cache_text(unet) == 3  # of four blocks: one follows the timestep
+    assert 0 < ldmq.cache_text(unet) < 4  # of four blocks; the others follow the timestep
     return unet
+
+
+def attention(unet: Any) -> Any:
+    """The attention to the text of the first block that is cached."""
+    return next(block for block in cache_of(unet).blocks if projects_text_alone(block)).attn2
 
 
 def texts(count: int = 1) -> list[Tensor]:
@@ -94,13 +98,44 @@ def test_sdxl_draws_the_same_alone_and_in_a_batch() -> None:
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         return pipe(prompts, num_inference_steps=2, generator=generators, output_type="pt", height=16, width=16).images
 
+    embedded: list[int] = []
+    pipe.unet.add_embedding.linear_2.register_forward_hook(lambda *_: embedded.append(1))
     expected = drawn(PROMPTS)
+    pipe.unet.add_embedding.linear_2._forward_hooks.clear()
+    assert len(embedded) == 2
     with ldmq.batch_invariant(pipe, 2):
         apart = drawn(PROMPTS)
     assert ldmq.cache_text(pipe.unet) > 0
     assert torch.equal(drawn(PROMPTS), expected)
+    assert len(cache_of(pipe.unet).pooled.entries) == 1
     with ldmq.batch_invariant(pipe, 2):
         assert torch.equal(drawn(PROMPTS), apart)
+    ldmq.uncache_text(pipe.unet)
+    assert type(pipe.unet.add_embedding).__name__ == "TimestepEmbedding"
+    assert torch.equal(drawn(PROMPTS), expected)
+
+
+@pytest.mark.parametrize("change", ["sizes", "pooled in place", "layer", "hook", "nothing"])
+def test_the_pooled_embedding_of_sdxl_is_never_stale(change: str) -> None:
+    unet: Any = parts.stable_diffusion_xl()["unet"]
+    ldmq.quantize(unet, scheme="w8a8-dynamic")
+    assert ldmq.cache_text(unet) > 0
+    text = torch.randn(2, TOKENS, unet.config.cross_attention_dim)
+    pooled, sizes = torch.randn(2, TEXT_WIDTH), torch.full((2, 6), 16.0)
+    first = run(unet, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes})
+    layer = unet.add_embedding.linear_1
+    if change == "sizes":
+        sizes = torch.full((2, 6), 8.0)
+    elif change == "pooled in place":
+        pooled *= 2
+    elif change == "layer":
+        unet.add_embedding.linear_1 = nn.Linear(layer.in_features, layer.out_features)
+    elif change == "hook":
+        layer.register_forward_hook(lambda *a: a[-1] * 2)
+    out = run(unet, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes})
+    assert torch.equal(out, first) == (change == "nothing")
+    ldmq.uncache_text(unet)
+    assert torch.equal(run(unet, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}), out)
 
 
 def test_a_known_text_costs_nothing_and_few_are_kept(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,18 +146,18 @@ def test_a_known_text_costs_nothing_and_few_are_kept(unet: Any, monkeypatch: pyt
     def run_others() -> None:
         for text in texts(KEPT + 2):
             run(unet, text)
-        assert len(cache.entries) == KEPT
+        assert len(cache.texts.entries) == KEPT
 
     assert known < projections(unet, run_others, monkeypatch)
     run(unet, first)
-    assert len(cache.entries) == 1
+    assert len(cache.texts.entries) == 1
     ldmq.uncache_text(unet)
-    assert not cache.entries
+    assert not cache.texts.entries
     assert cache.before not in unet._forward_pre_hooks.values()
 
 
 def _write(unet: Any, _text: Tensor) -> None:
-    layer = unet.get_submodule(f"{BLOCK}.attn2.to_v")
+    layer = attention(unet).to_v
     layer.bias = nn.Parameter(torch.full((layer.out_features,), 0.5), requires_grad=False)
 
 
@@ -137,12 +172,12 @@ def _load(unet: Any, _text: Tensor) -> None:
 
 def _replace(unet: Any, _text: Tensor) -> None:
     torch.manual_seed(5)
-    old = unet.get_submodule(f"{BLOCK}.attn2.to_k")
-    unet.set_submodule(f"{BLOCK}.attn2.to_k", nn.Linear(old.in_features, old.out_features, bias=False))
+    old = attention(unet).to_k
+    attention(unet).to_k = nn.Linear(old.in_features, old.out_features, bias=False)
 
 
 def _hook(unet: Any, _text: Tensor) -> None:
-    unet.get_submodule(f"{BLOCK}.attn2.to_k").register_forward_hook(lambda *a: a[-1] * 2)
+    attention(unet).to_k.register_forward_hook(lambda *a: a[-1] * 2)
 
 
 def _change_text(_unet: Any, text: Tensor) -> None:
@@ -182,12 +217,12 @@ def test_other_ways_to_call_are_computed_as_before(unet: Any, monkeypatch: pytes
     with torch.no_grad():
         by_place = unet(arguments["sample"], arguments["timestep"], text, return_dict=False)[0]
     assert torch.equal(by_place, expected)
-    entries = cache_of(unet).entries
+    entries = cache_of(unet).texts.entries
     gradient = unet(**{**arguments, "encoder_hidden_states": text}, return_dict=False)[0]
     with torch.inference_mode():
         inferred = unet(**{**arguments, "encoder_hidden_states": text.clone()}, return_dict=False)[0]
     masked = run(unet, text, cross_attention_kwargs={"scale": 1.0})
-    assert cache_of(unet).entries == entries
+    assert cache_of(unet).texts.entries == entries
     for other in (gradient, inferred, masked):
         torch.testing.assert_close(other, expected, rtol=1e-3, atol=1e-3)
 
@@ -197,7 +232,7 @@ def test_a_copy_has_a_cache_of_its_own(unet: Any) -> None:
     expected = run(unet, text)
     other = copy.deepcopy(unet)
     assert cache_of(other) is not cache_of(unet)
-    assert cache_of(other).blocks[0] is other.get_submodule(BLOCK)
+    assert cache_of(other).blocks[0] in list(other.modules())
     _write(other, text)
     assert not torch.equal(run(other, text), expected)
     assert torch.equal(run(unet, text), expected)

@@ -109,7 +109,7 @@ class TabulatedTimesteps(Timesteps):
             and timesteps.device == self.table.device
             and is_unhooked(self)
             and is_unwrapped(embedding, TabulatedTimestepEmbedding)
-            and _has_bare_linears(embedding)
+            and has_bare_linears(embedding)
             and all(is_unwrapped(resnet, FusedResnetBlock2D) for resnet in resnets)
         )
 
@@ -230,7 +230,7 @@ def _is_cacheable(resnet: Any) -> bool:
     return resnet.can_add_vector() and is_unwrapped_linear(resnet.time_emb_proj)
 
 
-def _has_bare_linears(embedding: Any) -> bool:
+def has_bare_linears(embedding: Any) -> bool:
     """Whether a time embedding is what its class computes: nothing is on top of its parts."""
     activations = (embedding.act, embedding.post_act)
     return (
@@ -255,7 +255,7 @@ def _obstacle(unet: Any) -> str | None:
         return f"time_embedding_act_fn={unet.config.time_embedding_act_fn!r} is applied to the whole embedding"
     if not is_unwrapped(unet.time_proj, Timesteps):
         return f"time_proj is a {type(unet.time_proj).__name__} or hooked, a plain Timesteps is needed"
-    if not (is_unwrapped(unet.time_embedding, TimestepEmbedding) and _has_bare_linears(unet.time_embedding)):
+    if not (is_unwrapped(unet.time_embedding, TimestepEmbedding) and has_bare_linears(unet.time_embedding)):
         return "time_embedding is hooked or has an adapter on it"
     return _obstacle_in_blocks(unet)
 

@@ -1,9 +1,10 @@
-"""What a UNet computes from the text alone, once for each prompt: the keys and values of its cross-attentions.
+"""What a UNet computes from the text alone, once for each prompt: keys and values, and SDXL's pooled embedding.
 
 `cache_text` has the UNet look, before each call, whether the text's tensor is one that it has seen, and passes on
 [text | keys of the first block | its values | keys of the second | ...] in place of the text; each fused block takes
 its columns. The whole is one tensor that belongs to the call, as a row of the table of `step_cache` is: it works with
 threads and CUDA graphs, which copy it to their own buffer. It is exact: the same layers compute it, on the same input.
+SDXL's `add_embedding` of the pooled text and the sizes comes in place of the sizes, in float64, which they never are.
 
 A text is known by its memory, its place and form there, and how often it was written to; so a new prompt, a tensor that
 was changed in place, another dtype or batch is computed anew, as it is when a layer was loaded, moved, replaced or
@@ -16,11 +17,12 @@ not counted by torch, and are not noticed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._device import DeviceContext
@@ -32,7 +34,8 @@ from ldmq_kernels.integrations.diffusers.fused.transformer_block import (
     TextColumns,
     projects_text_alone,
 )
-from ldmq_kernels.integrations.diffusers.step_cache import BLOCKS, is_autocast
+from ldmq_kernels.integrations.diffusers.step_cache import BLOCKS, has_bare_linears, is_autocast
+from ldmq_kernels.nn import QuantLinear
 from ldmq_kernels.tracing import is_exported
 
 logger = logging.getLogger(__name__)
@@ -54,12 +57,65 @@ class _State(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A text that was seen, and what became of it."""
+    """Tensors that were seen, and what became of them."""
 
-    storage: StorageWeakRef
-    form: tuple[Any, ...]
+    storages: list[StorageWeakRef]
+    forms: tuple[Any, ...]
     state: _State
-    whole: Tensor
+    made: Tensor
+
+
+class _Seen:
+    """What was made of the tensors that were seen last."""
+
+    def __init__(self) -> None:
+        self.entries: tuple[_Entry, ...] = ()
+
+    def get(self, tensors: Sequence[Tensor], state: _State, make: Callable[[], Tensor]) -> Tensor:
+        """What was made of these tensors, or is made now; other threads may ask at the same time."""
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        forms = tuple(map(_form, tensors))
+        kept = [entry for entry in self.entries if entry.state.is_same(state) and not _is_gone(entry)]
+        addresses = [storage.cdata for storage in storages]
+        for entry in kept:
+            if entry.forms == forms and [storage.cdata for storage in entry.storages] == addresses:
+                kept.remove(entry)
+                break
+        else:
+            entry = _Entry(storages, forms, state, make())
+        self.entries = (*kept[1 - KEPT :], entry)
+        return entry.made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"entries": ()}  # a copy computes its own
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version, stream
+
+
+def _is_gone(entry: _Entry) -> bool:
+    return any(storage.expired() for storage in entry.storages)
+
+
+class PooledTimesteps(Timesteps):
+    """Timesteps of SDXL's sizes that passes on an embedding that comes in their place."""
+
+    embedding_width: int
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Sizes (n,) -> (n, num_channels); float64 (samples * embedding_width,) as it is."""
+        is_embedded = timesteps.dtype == torch.float64 and timesteps.numel() % self.embedding_width == 0
+        return timesteps if is_embedded else super().forward(timesteps)
+
+
+class PooledEmbedding(TimestepEmbedding):
+    """SDXL's embedding of the pooled text and the sizes, which passes on what is embedded already."""
+
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(N, in) -> (N, out); (N, out) as it is."""
+        return sample if sample.shape[-1] == self.linear_2.out_features else super().forward(sample, condition)
 
 
 class TextCache:
@@ -69,7 +125,7 @@ class TextCache:
         self.blocks = blocks
         self.frames = [module for module in unet.modules() if isinstance(module, FusedTransformer2DModel)]
         self.width = unet.config.cross_attention_dim
-        self.entries: tuple[_Entry, ...] = ()
+        self.texts, self.pooled = _Seen(), _Seen()
         self.handle: Any = None
 
     def before(
@@ -79,13 +135,40 @@ class TextCache:
         text = args[PLACE] if len(args) > PLACE else kwargs.get(NAME)
         if not isinstance(text, Tensor) or not self._serves(unet, text):
             return None
-        state = self._state()
+        layers = [layer for block in self.blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
+        state = _state(layers, [block._shared for block in self.blocks])  # made anew whenever a block is moved
         if state is None:
             return None
-        whole = self._whole(text, state)
+        whole = self.texts.get([text], state, lambda: self._projected(text))
+        changed = self._with_pooled(unet, args[0] if args else kwargs.get("sample"), dict(kwargs))
         if len(args) > PLACE:
-            return (*args[:PLACE], whole, *args[PLACE + 1 :]), dict(kwargs)
-        return args, {**kwargs, NAME: whole}
+            return (*args[:PLACE], whole, *args[PLACE + 1 :]), changed
+        return args, {**changed, NAME: whole}
+
+    def _with_pooled(self, unet: Any, sample: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with SDXL's embedding in place of its pooled text and sizes, where it has one."""
+        given = kwargs.get("added_cond_kwargs") or {}
+        pooled, sizes = given.get("text_embeds"), given.get("time_ids")
+        if not (isinstance(pooled, Tensor) and isinstance(sizes, Tensor) and isinstance(sample, Tensor)):
+            return kwargs
+        embedding = getattr(unet, "add_embedding", None)
+        serves = (
+            is_unwrapped(embedding, PooledEmbedding)
+            and has_bare_linears(embedding)
+            and is_unwrapped(unet.add_time_proj, PooledTimesteps)
+            and not (pooled.is_inference() or sizes.is_inference())
+        )
+        state = _state([embedding.linear_1, embedding.linear_2], [sample.dtype]) if serves else None
+        if embedding is None or state is None or any(map(_follows_timestep, (embedding.linear_1, embedding.linear_2))):
+            return kwargs
+
+        def embed() -> Tensor:
+            steps = unet.add_time_proj(sizes.flatten()).reshape(pooled.shape[0], -1)
+            return embedding(torch.concat([pooled, steps], dim=-1).to(sample.dtype))
+
+        embedded = self.pooled.get([pooled, sizes], state, embed)
+        replaced = {"text_embeds": embedded[:, :0], "time_ids": embedded.double()}
+        return {**kwargs, "added_cond_kwargs": {**given, **replaced}}
 
     def _serves(self, unet: Any, text: Tensor) -> bool:
         is_traced = torch.compiler.is_dynamo_compiling() or is_exported()
@@ -99,19 +182,6 @@ class TextCache:
             and all(is_unwrapped(block, FusedBasicTransformerBlock) for block in self.blocks)
         )
 
-    def _whole(self, text: Tensor, state: _State) -> Tensor:
-        storage = StorageWeakRef(text.untyped_storage())
-        stream = torch.cuda.current_stream(text.device) if text.is_cuda else None
-        form = (text.storage_offset(), text.shape, text.stride(), text.dtype, text._version, stream)
-        kept = [entry for entry in self.entries if entry.state.is_same(state) and not entry.storage.expired()]
-        found = next((entry for entry in kept if entry.storage.cdata == storage.cdata and entry.form == form), None)
-        if found is None:
-            found = _Entry(storage, form, state, self._projected(text))
-        else:
-            kept.remove(found)
-        self.entries = (*kept[1 - KEPT :], found)
-        return found.whole
-
     def _projected(self, text: Tensor) -> Tensor:
         parts: list[Tensor] = [text]
         for block in self.blocks:
@@ -121,22 +191,22 @@ class TextCache:
                 parts += [text.new_zeros((*text.shape[:2], width)) for width in block.text_widths]
         return torch.cat(parts, dim=-1)
 
-    def _state(self) -> _State | None:
-        """What the keys and values depend on beside the text; None where torch does not count writes to it."""
-        objects, counts = [], []
-        for block in self.blocks:
-            objects.append(block._shared)  # made anew whenever the block is moved
-            for layer in (block.attn2.to_k, block.attn2.to_v):
-                held = [t for tensors in (layer._parameters, layer._buffers) for t in tensors.values() if t is not None]
-                if any(tensor.is_inference() for tensor in held):
-                    return None
-                objects += [layer, *held]
-                counts.append(getattr(layer, "revision", 0))
-                counts += [number for tensor in held for number in (tensor._version, tensor.data_ptr())]
-        return _State(objects, counts)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "entries": ()}  # a copy computes its own
+def _state(layers: Sequence[Any], others: Sequence[Any]) -> _State | None:
+    """What is made depends on these layers and objects beside its tensors; None where torch counts no writes."""
+    objects, counts = list(others), []
+    for layer in layers:
+        held = [t for tensors in (layer._parameters, layer._buffers) for t in tensors.values() if t is not None]
+        if any(tensor.is_inference() for tensor in held):
+            return None
+        objects += [layer, *held]
+        counts.append(getattr(layer, "revision", 0))
+        counts += [number for tensor in held for number in (tensor._version, tensor.data_ptr())]
+    return _State(objects, counts)
+
+
+def _follows_timestep(layer: Any) -> bool:
+    return isinstance(layer, QuantLinear) and layer.scheme.has_timestep_scales
 
 
 def _is_watched() -> bool:
@@ -146,7 +216,7 @@ def _is_watched() -> bool:
 
 
 def cache_text(unet: nn.Module) -> int:
-    """Compute the keys and values of the text once for each prompt, exactly; in place, once the UNet is fused.
+    """Compute the keys and values of the text, and SDXL's pooled embedding, once for each prompt; exact, and in place.
 
         ldmq.cache_text(pipe.unet)
 
@@ -173,6 +243,10 @@ def cache_text(unet: nn.Module) -> int:
         keys, values = block.text_widths
         block.text_columns = TextColumns(row, cache.width, start, start + keys, start + keys + values)
         start += keys + values
+    embedding, steps = getattr(unet, "add_embedding", None), getattr(unet, "add_time_proj", None)
+    if is_unwrapped(embedding, TimestepEmbedding) and is_unwrapped(steps, Timesteps):
+        steps.embedding_width = embedding.linear_2.out_features
+        steps.__class__, embedding.__class__ = PooledTimesteps, PooledEmbedding
     cache.handle = unet.register_forward_pre_hook(cache.before, with_kwargs=True)
     return sum(map(projects_text_alone, blocks))
 
@@ -181,11 +255,14 @@ def uncache_text(unet: nn.Module) -> None:
     """Undo `cache_text`, and free what it kept; a model without it is left as it is."""
     for module in unet.modules():
         vars(module).pop("text_columns", None)
+        if isinstance(module, PooledEmbedding | PooledTimesteps):
+            vars(module).pop("embedding_width", None)
+            module.__class__ = TimestepEmbedding if isinstance(module, PooledEmbedding) else Timesteps
     for hook in list(unet._forward_pre_hooks.values()):
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, TextCache):
             owner.handle.remove()
-            owner.entries = ()
+            owner.texts, owner.pooled = _Seen(), _Seen()
 
 
 def _obstacle(unet: Any, blocks: list[Any]) -> str | None:
