@@ -151,7 +151,7 @@ class TextCache:
         pooled, sizes = given.get("text_embeds"), given.get("time_ids")
         if not (isinstance(pooled, Tensor) and isinstance(sizes, Tensor) and isinstance(sample, Tensor)):
             return kwargs
-        embedding = getattr(unet, "add_embedding", None)
+        embedding: Any = getattr(unet, "add_embedding", None)
         serves = (
             is_unwrapped(embedding, PooledEmbedding)
             and has_bare_linears(embedding)
@@ -159,7 +159,7 @@ class TextCache:
             and not (pooled.is_inference() or sizes.is_inference())
         )
         state = _state([embedding.linear_1, embedding.linear_2], [sample.dtype]) if serves else None
-        if embedding is None or state is None or any(map(_follows_timestep, (embedding.linear_1, embedding.linear_2))):
+        if state is None or any(map(_follows_timestep, (embedding.linear_1, embedding.linear_2))):
             return kwargs
 
         def embed() -> Tensor:
@@ -194,7 +194,8 @@ class TextCache:
 
 def _state(layers: Sequence[Any], others: Sequence[Any]) -> _State | None:
     """What is made depends on these layers and objects beside its tensors; None where torch counts no writes."""
-    objects, counts = list(others), []
+    objects = list(others)
+    counts: list[int] = []
     for layer in layers:
         held = [t for tensors in (layer._parameters, layer._buffers) for t in tensors.values() if t is not None]
         if any(tensor.is_inference() for tensor in held):
@@ -243,7 +244,8 @@ def cache_text(unet: nn.Module) -> int:
         keys, values = block.text_widths
         block.text_columns = TextColumns(row, cache.width, start, start + keys, start + keys + values)
         start += keys + values
-    embedding, steps = getattr(unet, "add_embedding", None), getattr(unet, "add_time_proj", None)
+    embedding: Any = getattr(unet, "add_embedding", None)
+    steps: Any = getattr(unet, "add_time_proj", None)
     if is_unwrapped(embedding, TimestepEmbedding) and is_unwrapped(steps, Timesteps):
         steps.embedding_width = embedding.linear_2.out_features
         steps.__class__, embedding.__class__ = PooledTimesteps, PooledEmbedding
@@ -254,9 +256,9 @@ def cache_text(unet: nn.Module) -> int:
 def uncache_text(unet: nn.Module) -> None:
     """Undo `cache_text`, and free what it kept; a model without it is left as it is."""
     for module in unet.modules():
-        vars(module).pop("text_columns", None)
+        module.__dict__.pop("text_columns", None)
         if isinstance(module, PooledEmbedding | PooledTimesteps):
-            vars(module).pop("embedding_width", None)
+            module.__dict__.pop("embedding_width", None)
             module.__class__ = TimestepEmbedding if isinstance(module, PooledEmbedding) else Timesteps
     for hook in list(unet._forward_pre_hooks.values()):
         owner = getattr(hook, "__self__", None)

@@ -81,7 +81,7 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
             return super().forward(
                 hidden_states,
                 attention_mask,
-                encoder_hidden_states if text is None else encoder_hidden_states.contiguous(),
+                _whole(encoder_hidden_states, text is not None),
                 encoder_attention_mask,
                 timestep,
                 cross_attention_kwargs,
@@ -179,6 +179,11 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
             lambda: _modulated(norm(x), scale, shift),
         )
         return feed_forward.feed(ff, hidden, x, gate)
+
+
+def _whole(text: Tensor | None, is_part: bool) -> Tensor | None:
+    """A text as diffusers' own forward gets it: a copy where it is a part of what came in its place."""
+    return text.contiguous() if is_part and text is not None else text
 
 
 def projects_text_alone(block: Any) -> bool:
