@@ -48,22 +48,25 @@ def by_triton(op: str, gemm: Gemm, device: Device) -> GemmTime:
     rate = device.products(rate_of(op, device))
     products = tile.m * tile.n * tile.k
     loaded = (tile.m + tile.n / (2 if op.endswith("w4a8") else 1)) * tile.k * (HALF_BYTES if is_half else 1)
+    alone, shared = products / rate, tile.ctas * products / rate  # tensor cores that several programs share
     if device.capability == HOPPER and op.endswith(("w8a8", "w4a8")):
-        step = max(products / rate + _lost_clocks(op, tile), loaded / tile_cost.L2_BYTES)
+        step = max(shared, alone + _lost_clocks(op, tile), tile.ctas * loaded / tile_cost.L2_BYTES)
     else:
-        step = tile_cost.step_clocks(products, rate * tile.efficiency, loaded)
+        step = tile_cost.step_clocks(shared, tile.efficiency, tile.ctas * loaded)
     steps = gemm.taps * -(-gemm.k // (gemm.taps * tile.k))  # a step has channels of one tap
     programs = tile.programs(gemm.m, gemm.n) * gemm.groups * tile.split_k
     clocks = tile_cost.gemm_clocks(
         programs,
-        gpu.multiprocessors,
+        gpu.multiprocessors * tile.ctas,
         -(-steps // tile.split_k),
         step,
         tile_cost.PIPELINE_START + tile_cost.store_clocks(tile.m * tile.n),
         tile_cost.REDUCTION_LAUNCH if tile.split_k > 1 else 0.0,
     )
-    words = f"{tile.m}x{tile.n}x{tile.k}" + " T" * tile.transposed + f" split {tile.split_k}" * (tile.split_k > 1)
-    return GemmTime(clocks, words, programs / gpu.multiprocessors, products / rate / step, 1 + (tile.split_k > 1))
+    words = f"{tile.m}x{tile.n}x{tile.k}" + f" x {tile.ctas}" * (tile.ctas > 1) + " T" * tile.transposed
+    words += f" split {tile.split_k}" * (tile.split_k > 1)
+    waves = programs / (gpu.multiprocessors * tile.ctas)
+    return GemmTime(clocks, words, waves, shared / step, 1 + (tile.split_k > 1))
 
 
 def rate_of(op: str, device: Device) -> float:
