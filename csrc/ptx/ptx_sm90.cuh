@@ -7,6 +7,10 @@
 
 #include <ptx_sm80.cuh>
 
+#ifdef LDMQ_BARRIER_TIMEOUT
+#include <cstdio>
+#endif
+
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -43,8 +47,32 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, uint32_t rank
       "r"(rank)
       : "memory");
 }
+#ifdef LDMQ_BARRIER_TIMEOUT
+// Of a debug build: says who waits for what, and ends the kernel, which would wait for ever.
+__device__ __noinline__ void mbarrier_timed_out(uint32_t barrier, uint32_t parity) {
+  if (threadIdx.x % 32 == 0) {
+    printf("ldmq: block (%u, %u, %u), warpgroup %u, warp %u: the mbarrier at %u does not end its phase of parity %u\n",
+           blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x / 128, threadIdx.x / 32, barrier, parity);
+  }
+  __trap();
+}
+#endif
+
 // Returns once the phase of this parity has ended; a new mbarrier is in phase 0.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+#ifdef LDMQ_BARRIER_TIMEOUT
+  const long long begin = clock64();
+  for (uint32_t done = 0; !done;) {
+    asm volatile(
+        "{\n.reg .pred ended;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    if (!done && clock64() - begin > LDMQ_BARRIER_TIMEOUT) mbarrier_timed_out(shared_address(barrier), parity);
+  }
+#else
   asm volatile(
       "{\n.reg .pred done;\n"
       "again:\n"
@@ -54,6 +82,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       "ready:\n}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+#endif
 }
 
 // A box of a matrix, from column x and row y on, into shared memory.
