@@ -28,11 +28,13 @@ from ldmq_kernels.cli.options import (
     Height,
     Hybrid,
     Model,
+    ModelOut,
     OptionalPlan,
     OptionalTarget,
     Pareto,
     Part,
     Pictures,
+    PlanOut,
     Prompts,
     Scheduler,
     Seed,
@@ -146,10 +148,7 @@ def plan(
     model: Model,
     prompts: Prompts = None,
     calls: Calls = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The plan file to write, over an older plan; with --pareto, a new folder.", callback=at_home),
-    ] = None,
+    out: PlanOut = None,
     target_sqnr: OptionalTarget = None,
     target_latent: TargetLatent = None,
     target_psnr: TargetPsnr = None,
@@ -180,23 +179,18 @@ def plan(
 
     Targets may be combined. The first of noise, bytes and time that has no limit is made as small as the others
     allow: with a target in dB the fewest bytes, with --target-bytes or --target-ms alone the highest SQNR
-    of the UNet output, or of what --signals names.
-
-    With --dry-run nothing is measured: it prints what each format would make of the model.
+    of the UNet output, or of what --signals names. With --dry-run nothing is measured: it prints what each format
+    would make of the model.
     """
     from ldmq_kernels.cli.calls import drawn
     from ldmq_kernels.cli.method import preview, run_pareto, run_plan, target_of
     from ldmq_kernels.cli.models import Loading
     from ldmq_kernels.planning.request import PlanRequest
 
-    limits = (target_sqnr, target_bytes, target_ms, target_layers, target_latent, target_psnr)
-    if pareto and any(limit is not None for limit in limits):
-        raise typer.BadParameter("give either --pareto or targets: a Pareto front holds plans for all of them")
-    target = None if pareto else target_of(*limits)
     place, how = require_out(out, dry_run=dry_run), Loading(dtype, variant)
     request = PlanRequest(
         drawn(model, prompts, calls),
-        target,
+        target_of(target_sqnr, target_bytes, target_ms, target_layers, target_latent, target_psnr, pareto=pareto),
         formats=names_in(formats),
         calibration_mode=calibration,
         settings=sampling(steps, guidance, seed, height, width, prompts, scheduler, settings),
@@ -210,19 +204,14 @@ def plan(
     )
     if dry_run:
         preview(model, request, how)
-    elif pareto:
-        run_pareto(model, request, place, how)
     else:
-        run_plan(model, request, place, how)
+        (run_pareto if pareto else run_plan)(model, request, place, how)
 
 
 @app.command()
 def quantize(
     model: Model,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the quantized model; it must not hold anything yet.", callback=at_home),
-    ] = None,
+    out: ModelOut = None,
     plan: OptionalPlan = None,
     prompts: Prompts = None,
     calls: Calls = None,
@@ -249,8 +238,7 @@ def quantize(
     """Write MODEL quantized to --out, by a plan file, or by one that is made now from prompts and a target.
 
     The result loads with diffusers' own from_pretrained after `import ldmq_kernels`, and its README.md is a model
-    card for the Hub. With --dry-run the
-    plan is made all the same, and nothing is written.
+    card for the Hub. With --dry-run the plan is made all the same, and nothing is written.
     """
     from ldmq_kernels.cli.calls import drawn
     from ldmq_kernels.cli.method import quantize_by_plan, quantize_by_prompts, target_of

@@ -55,19 +55,26 @@ def target_of(
     layers: int | None = None,
     latent_db: float | None = None,
     psnr_db: float | None = None,
-) -> Target:
-    """The target of the limits that were given.
+    *,
+    pareto: bool = False,
+) -> Target | None:
+    """The target of the limits that were given, or None for a Pareto front.
 
     Raises:
-        typer.BadParameter: none was given, or several in dB.
+        typer.BadParameter: none was given, or several in dB, or one beside a Pareto front.
     """
-    if all(limit is None for limit in (sqnr_db, size, milliseconds, layers, latent_db, psnr_db)):
+    limits = (sqnr_db, size, milliseconds, layers, latent_db, psnr_db)
+    if pareto:
+        if any(limit is not None for limit in limits):
+            raise typer.BadParameter("give either --pareto or targets: a Pareto front holds plans for all of them")
+        return None
+    if all(limit is None for limit in limits):
         raise typer.BadParameter(
             "give a target: --target-sqnr, --target-latent or --target-psnr DB, --target-bytes N, --target-ms MS or "
             "--target-layers N, or several; or --pareto for plans of all sizes"
         )
     try:
-        return Target(sqnr_db, size, milliseconds, layers, latent_db, psnr_db)
+        return Target(*limits)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -203,6 +203,16 @@ SettingsFile = Annotated[
         callback=at_home,
     ),
 ]
+PlanOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", help="The plan file to write, over an older plan; with --pareto, a new folder.", callback=at_home
+    ),
+]
+ModelOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for the quantized model; it must not hold anything yet.", callback=at_home),
+]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"],
     typer.Option(help="What to compute in; the result is stored in the dtype that MODEL is stored in."),

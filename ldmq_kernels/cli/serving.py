@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ldmq_kernels import extras
-from ldmq_kernels.cli.options import Dtype, Variant, at_home
+from ldmq_kernels.cli.options import Variant, at_home
 
 Models = Annotated[
     list[Path],
     typer.Argument(help="Quantized diffusers directories; the first is drawn where a request names none."),
 ]
+Compare = Annotated[
+    Path | None, typer.Option(help="The float model, served as `float`, for the page at /.", callback=at_home)
+]
+Names = Annotated[list[str] | None, typer.Option(help="A model's name for requests. [default: its folder's]")]
+Devices = Annotated[
+    list[str] | None, typer.Option(help="A lane of work for each. [default: all GPUs, or cpu]", show_default=False)
+]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="What the models compute in.")]
+Loras = Annotated[list[str] | None, typer.Option(help="An adapter that requests may name.", metavar="NAME=FILE")]
+Keys = Annotated[list[str] | None, typer.Option(help="A key that requests must bear.", envvar="LDMQ_API_KEY")]
+Megapixels = Annotated[float, typer.Option(help="Megapixels x steps that may wait; more is answered with 429.", min=0)]
 MB = 2**20
 
 
@@ -37,31 +48,21 @@ def serve(
     models: Models,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    name: Annotated[list[str] | None, typer.Option(help="A model's name for requests. [default: its folder's]")] = None,
-    compare: Annotated[
-        Path | None, typer.Option(help="The float model, served as `float`, for the page at /.", callback=at_home)
-    ] = None,
+    name: Names = None,
+    compare: Compare = None,
     serve_float: Annotated[bool, typer.Option("--float", help="Serve models with no quantized layer.")] = False,
-    device: Annotated[
-        list[str] | None, typer.Option(help="A lane of work for each. [default: all GPUs, or cpu]", show_default=False)
-    ] = None,
+    device: Devices = None,
     dtype: Dtype = "float32",
     variant: Variant = None,
     steps: Annotated[int | None, typer.Option(help="Of requests that give none.", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="Of requests that give none.", min=0)] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(help="An adapter that requests may name.", metavar="NAME=FILE")
-    ] = None,
-    api_key: Annotated[
-        list[str] | None, typer.Option(help="A key that requests must bear.", envvar="LDMQ_API_KEY")
-    ] = None,
+    lora: Loras = None,
+    api_key: Keys = None,
     max_batch: Annotated[int, typer.Option(help="Pictures drawn at once.", min=1)] = 8,
     batch_wait: Annotated[float, typer.Option(help="Milliseconds that a first request waits for others.", min=0)] = 10,
     max_pixels: Annotated[int, typer.Option(help="Of one picture.", min=64)] = 1024 * 1024,
     max_steps: Annotated[int, typer.Option(help="Of one picture.", min=1)] = 200,
-    max_waiting: Annotated[
-        float, typer.Option(help="Megapixels x steps that may wait; more is answered with 429.", min=0)
-    ] = 1000.0,
+    max_waiting: Megapixels = 1000.0,
     max_body: Annotated[int, typer.Option(help="MB of an upload.", min=1)] = 32,
     deadline: Annotated[float, typer.Option(help="Seconds from a request to its answer.", min=1)] = 600.0,
     drain_seconds: Annotated[int, typer.Option(help="Seconds that SIGTERM leaves to what runs.", min=0)] = 60,
@@ -88,7 +89,7 @@ def serve(
     )
     settings = ServerSettings(
         served,
-        device or _devices(),
+        device or (),
         dtype,
         steps,
         guidance,
@@ -99,9 +100,3 @@ def serve(
         variant,
     )
     run(settings, host, port, drain_seconds)
-
-
-def _devices() -> list[str]:
-    import torch
-
-    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]

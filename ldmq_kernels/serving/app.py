@@ -18,6 +18,7 @@ from ldmq_kernels.serving.arguments import IGNORED, Edit, Generation
 from ldmq_kernels.serving.bodies import ClientDisconnect
 from ldmq_kernels.serving.engine import Engine
 from ldmq_kernels.serving.errors import ApiError
+from ldmq_kernels.serving.images import Pictures
 from ldmq_kernels.serving.loading import Served, load
 from ldmq_kernels.serving.settings import ServerSettings
 from ldmq_kernels.serving.state import State
@@ -27,14 +28,19 @@ CLIENT_LEFT = 499
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
-def make_app(settings: ServerSettings, loader: Callable[[ServerSettings, str], dict[str, Any]] = load) -> FastAPI:
+def make_app(
+    settings: ServerSettings,
+    loader: Callable[[ServerSettings, str], dict[str, Any]] = load,
+    kept: Pictures | None = None,
+) -> FastAPI:
     """The application; its models are loaded, and a picture drawn with each, before it takes requests.
 
     Args:
         settings: models and limits.
         loader: (settings, device) -> pipelines by the models' names.
+        kept: where pictures are kept for answers by URL; in this process if None.
     """
-    state = State(settings)
+    state = State(settings, kept)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -70,6 +76,11 @@ def _add_errors(app: FastAPI, state: State) -> None:
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, __: ClientDisconnect) -> Response:
         return counted(Response(status_code=CLIENT_LEFT))
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, __: Exception) -> Response:
+        words = "the request could not be answered, the server's log says why"
+        return counted(ApiError(500, words, code="failed").response())
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
@@ -121,7 +132,7 @@ def _add_images(app: FastAPI, state: State) -> None:
 
     @app.get("/v1/images/files/{name}", responses=_answers(404))
     async def files(name: str) -> Response:
-        found = state.kept.get(name)
+        found = await asyncio.to_thread(state.kept.get, name)
         if found is None:
             raise ApiError(404, "this picture is not kept any more", code="not_found")
         return Response(found[0], media_type=MEDIA[found[1]])

@@ -208,6 +208,8 @@ def resolve(
     )
     if asked.stream and (asked.n or 1) > 1:
         raise ApiError(400, "stream: one picture is streamed, n must be 1", "n")
+    if asked.stream and asked.response_format == "url":
+        raise ApiError(400, "response_format: streamed pictures come as b64_json", "response_format")
     compression = 90 if asked.output_compression is None else asked.output_compression
     return Asked(
         key,

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect
 
@@ -79,10 +80,8 @@ async def read_form(request: Request, most: int, seconds: float) -> tuple[dict[s
         form = await Request(request.scope, replay).form(max_files=FILES, max_fields=FIELDS, max_part_size=most)
     except (MultiPartException, ValueError, KeyError, AttributeError) as error:
         raise ApiError(400, f"the form cannot be read: {error}") from None
-    except Exception as error:
-        if type(error).__name__ != "HTTPException":
-            raise
-        raise ApiError(400, f"the form cannot be read: {getattr(error, 'detail', error)}") from None
+    except HTTPException as error:
+        raise ApiError(400, f"the form cannot be read: {error.detail}") from None
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):

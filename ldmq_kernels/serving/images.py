@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import secrets
+import threading
 import time
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
@@ -46,30 +47,43 @@ def encoded(picture: Any, kind: str, compression: int) -> bytes:
     return out.getvalue()
 
 
+class Pictures(Protocol):
+    """Where pictures are kept for answers by URL; any thread may call it."""
+
+    def add(self, data: bytes, kind: str) -> str:
+        """Keep a picture, and give it a name that cannot be guessed."""
+
+    def get(self, name: str) -> tuple[bytes, str] | None:
+        """A picture and its format, while it is kept."""
+
+
 class Kept:
-    """Pictures that are fetched by URL: at most so many bytes, each for so many seconds."""
+    """Pictures in this process' memory: at most so many bytes, each for so many seconds."""
 
     def __init__(self, max_bytes: int, seconds: float) -> None:
         self.max_bytes, self.seconds = max_bytes, seconds
         self._files: OrderedDict[str, tuple[bytes, str, float]] = OrderedDict()
         self._bytes = 0
+        self._lock = threading.Lock()
 
     def add(self, data: bytes, kind: str) -> str:
         """Keep a picture; its name cannot be guessed."""
         name = f"{secrets.token_urlsafe(24)}.{kind}"
-        self._files[name] = (data, kind, time.monotonic())
-        self._bytes += len(data)
-        while len(self._files) > 1 and self._bytes > self.max_bytes:
-            self._drop(next(iter(self._files)))
+        with self._lock:
+            self._files[name] = (data, kind, time.monotonic())
+            self._bytes += len(data)
+            while len(self._files) > 1 and self._bytes > self.max_bytes:
+                self._drop(next(iter(self._files)))
         return name
 
     def get(self, name: str) -> tuple[bytes, str] | None:
         """A picture and its format, while it is kept."""
-        for old, (_, _, since) in list(self._files.items()):
-            if time.monotonic() - since <= self.seconds:
-                break
-            self._drop(old)
-        found = self._files.get(name)
+        with self._lock:
+            for old, (_, _, since) in list(self._files.items()):
+                if time.monotonic() - since <= self.seconds:
+                    break
+                self._drop(old)
+            found = self._files.get(name)
         return None if found is None else found[:2]
 
     def _drop(self, name: str) -> None:

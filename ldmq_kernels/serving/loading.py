@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("diffusers", "transformers")
 USUAL_STEPS, USUAL_GUIDANCE = 30, 5.0
 CHECK_STEPS = 2
+NEEDED = {"prompt", "num_inference_steps", "guidance_scale", "generator", "callback_on_step_end", "output_type"}
 CHECK_PROMPT = "a photograph"
 
 
@@ -79,6 +80,11 @@ def check_folder(folder: Path) -> None:
             )
 
 
+def devices_here() -> list[str]:
+    """All GPUs that this process sees, or the processor where it sees none."""
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+
+
 def load(settings: ServerSettings, device: str) -> dict[str, Any]:
     """The pipelines of all models by name, on a device.
 
@@ -98,7 +104,10 @@ def load(settings: ServerSettings, device: str) -> dict[str, Any]:
             pipe = DiffusionPipeline.from_pretrained(model.folder, **given)
         except Exception as error:
             raise ServingError(f"{printable(model.folder)} does not load: {error}") from error
-        pipe.to(device)
+        try:
+            pipe.to(device)
+        except Exception as error:
+            raise ServingError(f"{printable(model.folder)} does not go to the device {device}: {error}") from error
         pipe.set_progress_bar_config(disable=True)
         summary = summarize(denoiser(pipe))
         if not (summary.quantized_convolutions + summary.quantized_linears or model.may_be_float):
@@ -129,10 +138,19 @@ def _variant(folder: Path, settings: ServerSettings) -> str | None:
 
 
 def describe(pipe: Any, name: str, settings: ServerSettings) -> Served:
-    """What requests need to know of a pipeline."""
+    """What requests need to know of a pipeline.
+
+    Raises:
+        ServingError: it takes no prompt, or does not call back after each step.
+    """
     model: Any = denoiser(pipe)
     taken = inspect.signature(type(pipe).__call__).parameters
     names = set(taken)
+    if missing := NEEDED - names:
+        raise ServingError(
+            f"{name} is a {type(pipe).__name__}, whose call takes no {', '.join(sorted(missing))}: pipelines that draw "
+            "pictures from a prompt, step by step, are served"
+        )
     if not (hasattr(getattr(pipe, "text_encoder", None), "text_model") or hasattr(pipe, "text_encoder_2")):
         names.discard("clip_skip")  # diffusers reads a part of the text encoder that newer transformers have not
     factor = int(getattr(pipe, "vae_scale_factor", 8))
@@ -170,14 +188,16 @@ def is_invariant(pipe: Any, served: Served, batches: Sequence[int]) -> bool:
     def draw(seeds: Sequence[int]) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         with batch_invariant(pipe, len(seeds)):
-            pictures = pipe(
+            drawn = pipe(
                 [CHECK_PROMPT] * len(seeds),
                 num_inference_steps=CHECK_STEPS,
                 guidance_scale=served.guidance,
                 generator=generators,
                 output_type="np",
-            ).images
-        return torch.from_numpy(np.asarray(pictures))
+            )
+        if not hasattr(drawn, "images"):
+            raise ServingError(f"{served.name} is a {type(pipe).__name__}, which draws no pictures: it is not served")
+        return torch.from_numpy(np.asarray(drawn.images))
 
     found = find_variance(draw, [count for count in batches if count > 1] or [1])
     if found is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+FORBID_UNKNOWN = {"extra": "forbid"}  # for pydantic, which reads these from a cluster's configuration
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,8 @@ class ServedModel:
     Attributes:
         may_be_float: serve it although none of its layers is quantized.
     """
+
+    __pydantic_config__ = FORBID_UNKNOWN
 
     folder: Path
     name: str
@@ -38,6 +43,8 @@ class Limits:
         kept_s: seconds that they are kept.
     """
 
+    __pydantic_config__ = FORBID_UNKNOWN
+
     max_batch: int = 8
     batch_wait_s: float = 0.01
     max_pixels: int = 1024 * 1024
@@ -57,8 +64,8 @@ class ServerSettings:
 
     Attributes:
         models: the first is drawn by requests that name none.
-        devices: a lane of work for each, with its own copy of the models.
-        dtype: float32, float16 or bfloat16, in which the models are loaded.
+        devices: a lane of work for each, with its own copy of the models; all GPUs, or the processor, if none is named.
+        dtype: in which the models are loaded.
         variant: of the weights that are loaded, in the folders that have it.
         steps, guidance: of requests that give none; a pipeline's own if None.
         api_keys: one of which a request must bear; none are needed where there are none.
@@ -66,9 +73,11 @@ class ServerSettings:
         allow_unknown: ignore arguments that are not known.
     """
 
+    __pydantic_config__ = FORBID_UNKNOWN
+
     models: Sequence[ServedModel]
-    devices: Sequence[str] = ("cpu",)
-    dtype: str = "float32"
+    devices: Sequence[str] = ()
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     steps: int | None = None
     guidance: float | None = None
     api_keys: Sequence[str] = ()

@@ -7,8 +7,8 @@ from typing import Any
 
 from ldmq_kernels.serving.drawing import Lane
 from ldmq_kernels.serving.engine import Engine
-from ldmq_kernels.serving.images import Kept
-from ldmq_kernels.serving.loading import Served, describe, is_invariant
+from ldmq_kernels.serving.images import Kept, Pictures
+from ldmq_kernels.serving.loading import Served, describe, devices_here, is_invariant
 from ldmq_kernels.serving.metrics import Metrics
 from ldmq_kernels.serving.settings import ServerSettings
 
@@ -20,15 +20,16 @@ class State:
     models: dict[str, Served]
     invariant: dict[str, bool]
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, kept: Pictures | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.kept = Kept(settings.limits.max_kept, settings.limits.kept_s)
+        self.kept: Pictures = kept or Kept(settings.limits.max_kept, settings.limits.kept_s)
         self.models, self.invariant = {}, {}
 
     def load(self, loader: Callable[[ServerSettings, str], dict[str, Any]]) -> list[Lane]:
         """Load all models on all devices, and draw with each."""
-        lanes = [Lane(loader(self.settings, device), self.metrics) for device in self.settings.devices]
+        devices = self.settings.devices or devices_here()
+        lanes = [Lane(loader(self.settings, device), self.metrics) for device in devices]
         most = self.settings.limits.max_batch
         for name, pipe in lanes[0].pipes.items():
             served = self.models[name] = describe(pipe, name, self.settings)

@@ -25,7 +25,7 @@ def settings_of(*names: str, limits: Mapping[str, Any] | None = None, **changes:
     """Settings for models that a loader of the test's own gives."""
     models = [ServedModel(Path(name), name) for name in names or ("tiny",)]
     small = {"max_pixels": 64 * 64, "max_steps": 400, "max_batch": 8} | dict(limits or {})
-    return ServerSettings(models, **({"steps": 2, "limits": Limits(**small)} | changes))
+    return ServerSettings(models, **({"steps": 2, "devices": ("cpu",), "limits": Limits(**small)} | changes))
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import random
 from collections import Counter
 from typing import Any
@@ -12,6 +13,8 @@ import httpx
 import pytest
 
 from ldmq_kernels.serving.app import make_app
+from ldmq_kernels.serving.images import Kept
+from ldmq_kernels.serving.loading import ServingError
 from python_tests.serving.served import (
     GENERATIONS,
     Server,
@@ -187,6 +190,52 @@ def test_a_key_is_needed_where_there_are_keys() -> None:
             assert (await client.get("/health")).status_code == 200
 
     run(work())
+
+
+def test_an_error_of_the_servers_own_has_the_form_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = slow_app(SlowPipeline())
+    monkeypatch.setattr(app.state.served.kept, "add", lambda *_: 1 / 0)
+
+    async def work() -> None:
+        async with client_of(app) as client:
+            answer = await ask(client, response_format="url")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "failed")
+            assert 'ldmq_requests_total{status="500"} 1.0' in (await client.get("/metrics")).text
+
+    run(work())
+
+
+class Film(SlowPipeline):
+    def __call__(self, *given: Any, **arguments: Any) -> Any:
+        return type("Out", (), {"frames": super().__call__(*given, **arguments).images})()
+
+    __call__.__signature__ = inspect.signature(SlowPipeline.__call__)  # type: ignore[attr-defined]
+
+
+class AtOnce(SlowPipeline):
+    def __call__(self, prompt: Any, generator: Any = None) -> Any:
+        return super().__call__(prompt, generator=generator)
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Film, "draws no pictures"), (AtOnce, "takes no callback_on_step_end")])
+def test_a_pipeline_that_draws_no_pictures_is_refused(kind: type[SlowPipeline], said: str) -> None:
+    app = slow_app(kind())
+
+    async def work() -> None:
+        with pytest.raises(ServingError, match=f"slow is a {kind.__name__}, .*{said}"):
+            async with client_of(app):
+                pass
+
+    run(work())
+
+
+def test_pictures_are_kept_within_bytes_and_seconds() -> None:
+    kept = Kept(10, 3600)
+    first, second = kept.add(b"x" * 6, "png"), kept.add(b"y" * 6, "webp")
+    assert kept.get(first) is None
+    assert kept.get(second) == (b"y" * 6, "webp")
+    over = Kept(10, -1)
+    assert over.get(over.add(b"x", "png")) is None
 
 
 async def raw(url: str, head: str, body: bytes = b"", wait: float = 5) -> bytes:
