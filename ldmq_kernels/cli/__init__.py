@@ -187,10 +187,11 @@ def plan(
     from ldmq_kernels.cli.models import Loading
     from ldmq_kernels.planning.request import PlanRequest
 
+    target = target_of(target_sqnr, target_bytes, target_ms, target_layers, target_latent, target_psnr, pareto=pareto)
     place, how = require_out(out, dry_run=dry_run), Loading(dtype, variant)
     request = PlanRequest(
         drawn(model, prompts, calls),
-        target_of(target_sqnr, target_bytes, target_ms, target_layers, target_latent, target_psnr, pareto=pareto),
+        target,
         formats=names_in(formats),
         calibration_mode=calibration,
         settings=sampling(steps, guidance, seed, height, width, prompts, scheduler, settings),

@@ -27,7 +27,9 @@ def read_picture(data: bytes, param: str, max_pixels: int) -> Image.Image:
         if picture.width * picture.height > 16 * max_pixels:
             raise ApiError(400, f"{param} has {picture.width}x{picture.height} pixels, too many", param)
         picture.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except UnidentifiedImageError:
+        raise ApiError(400, f"{param} is no picture that can be read: send png, jpeg or webp", param) from None
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise ApiError(400, f"{param} is no picture that can be read: {error}", param) from None
     return picture
 

@@ -39,6 +39,10 @@ def serve(settings: ServerSettings, host: str, port: int, drain_seconds: int) ->
         app = make_app(settings)
         config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=drain_seconds, server_header=False)
         server = uvicorn.Server(config)
-        server.run([place])
+        try:
+            server.run([place])
+        except SystemExit:  # uvicorn's own end of a start that failed; why it did is said below
+            if app.state.failure is None:
+                raise
         if app.state.failure is not None:
             raise app.state.failure
