@@ -130,11 +130,8 @@ class Answers:
     def _about(self, asked: Asked) -> dict[str, Any]:
         """What the caller would not guess: how the picture can be drawn again, and whether its prompt was cut."""
         about: dict[str, Any] = {"steps": asked.key.steps, "guidance_scale": asked.key.guidance}
-        tokenizer = self.state.models[asked.key.model].tokenizer
-        most = getattr(tokenizer, "model_max_length", None)
-        if most is not None:
-            about["prompt_is_cut"] = len(tokenizer(asked.prompt, truncation=True, max_length=most + 1).input_ids) > most
-        return about
+        is_cut = self.state.models[asked.key.model].is_cut(asked.prompt)
+        return about if is_cut is None else about | {"prompt_is_cut": is_cut}
 
     async def _stream(
         self, request: Request, asked: Asked, task: Task, events: asyncio.Queue[Any], event: str
@@ -154,7 +151,8 @@ class Answers:
                     return
                 picture = task.done.result()
                 data = await asyncio.to_thread(encoded, picture, asked.output_format, asked.compression)
-                extra = {"seed": task.seed, "usage": None, "ldmq": self._about(asked)}
+                about = await asyncio.to_thread(self._about, asked)
+                extra = {"seed": task.seed, "usage": None, "ldmq": about}
                 yield _event(f"{event}.completed", asked, data, extra)
             self.state.metrics.seconds.observe(asyncio.get_running_loop().time() - began)
         except (TimeoutError, ApiError) as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ class Served:
 
     Attributes:
         multiple: sizes of pictures are multiples of it.
+        tokenizer: the server's own. A lane's is set to cut at its own length by each call, in the lane's thread.
         about: the `ldmq` object of /v1/models.
     """
 
@@ -50,6 +53,15 @@ class Served:
     tokenizer: Any
     arguments: frozenset[str]
     about: dict[str, Any]
+    _counting: threading.Lock = field(default_factory=threading.Lock)
+
+    def is_cut(self, prompt: str) -> bool | None:
+        """Whether a prompt has more tokens than the text encoder reads; None where that is not known."""
+        most = getattr(self.tokenizer, "model_max_length", None)
+        if most is None:
+            return None
+        with self._counting:  # a tokenizer is one thread's at a time
+            return len(self.tokenizer(prompt, verbose=False).input_ids) > most
 
 
 def check_folder(folder: Path) -> None:
@@ -176,7 +188,7 @@ def describe(pipe: Any, name: str, settings: ServerSettings) -> Served:
         factor,
         settings.steps or USUAL_STEPS,
         float(settings.guidance if settings.guidance is not None else guidance),
-        getattr(pipe, "tokenizer", None),
+        copy.deepcopy(getattr(pipe, "tokenizer", None)),
         frozenset(names),
         about,
     )

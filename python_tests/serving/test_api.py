@@ -167,6 +167,11 @@ def test_a_prompt_that_is_cut_is_told(client: openai.OpenAI) -> None:
     assert not client.images.generate(prompt="a cat").ldmq["prompt_is_cut"]
 
 
+def test_what_counts_tokens_is_not_the_tokenizer_that_a_lane_draws_with(client: openai.OpenAI, pipe: Any) -> None:
+    client.images.generate(prompt="a cat")
+    assert pipe.tokenizer.backend_tokenizer.truncation["max_length"] == pipe.tokenizer.model_max_length
+
+
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="there is tiny"):
         client.images.generate(prompt="a cat", model="gpt-image-1")
