@@ -72,7 +72,7 @@ wheels: $(VENV)/ready-demo
 # A wheel with the CUDA kernels for machines without nvcc: one for every Python from 3.11 on and every torch. Its tag is
 # that of the oldest glibc which serves what this machine links, and it is installed and loaded before it counts.
 cuda-wheel: $(VENV)/ready-test $(WHEEL_TOOLS)/ready
-	rm -rf build/cuda_wheel dist/ldmq_kernels-*.whl
+	rm -rf build/cuda_wheel build/lib.* build/bdist.* dist/ldmq_kernels-*.whl
 	LDMQ_CUDA_ARCHS="$(CUDA_ARCHS)" $(BIN)/python -m pip wheel --disable-pip-version-check --quiet \
 		--no-deps --no-build-isolation --wheel-dir build/cuda_wheel .
 	PATH="$(abspath $(WHEEL_TOOLS)/bin):$$PATH" auditwheel repair --wheel-dir dist build/cuda_wheel/*.whl

@@ -38,7 +38,6 @@ HOPPER = "90a"  # 90 means this everywhere: wgmma and TMA are there
 SERIALIZED = re.compile(r"C7510|wgmma\.mma_async instructions are serialized")  # each reason has its own number
 REMARK = re.compile(r"warning|\(C\d+\)")
 OLDEST_PYTHON = "cp311"  # whose stable ABI csrc/stable_abi.h asks for: the module serves all later ones
-WITHIN = ("-static-libstdc++", "-static-libgcc")  # so that a wheel asks a machine for no newer one
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute of the driver's API
 
 
@@ -271,7 +270,7 @@ def build_library(nvcc: str, architectures: list[str], scratch: Path, output: Pa
     if not rows:
         raise RuntimeError(f"{nvcc} -Xptxas=-v tells of no kernel in a form that is known, so that none can be checked")
     (scratch / "kernels.txt").write_text(kernel_table(rows))
-    link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--no-undefined", f"-Xcompiler={','.join(WITHIN)}"]
+    link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--no-undefined"]
     subprocess.run([*link, *map(str, objects), "-o", str(output)], check=True)
 
 
@@ -314,7 +313,6 @@ def cuda_setup() -> dict[str, Any]:
         libraries=[LIBRARY],
         runtime_library_dirs=["$ORIGIN"],
         extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden"],
-        extra_link_args=list(WITHIN),
         py_limited_api=True,
         language="c++",
     )

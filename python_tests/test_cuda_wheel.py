@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +20,10 @@ module = extension.load()
 print(module.__file__, module.architectures(), module.versions()[1], len(module.tiles()), sep="\\n")
 """
 
-pytestmark = pytest.mark.skipif(not WHEELS, reason="`make cuda-wheel` makes the wheel")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not WHEELS, reason="`make cuda-wheel` makes the wheel"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin/python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    install = [*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # not this tree's package
+    subprocess.run(install, cwd=folder, env=elsewhere, check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder
