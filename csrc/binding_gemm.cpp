@@ -1,4 +1,4 @@
-// int8 GEMMs and convolutions in Python.
+// GEMMs and convolutions of int8 and FP8 in Python.
 #include "binding.h"
 
 namespace ldmq::binding {
@@ -32,7 +32,7 @@ class GemmCall {
 
   void check(int tile, int64_t scale_count) const {
     require(gemm_.m >= 0 && gemm_.n >= 0 && gemm_.channels >= 0, "sizes must be 0 or more");
-    if (op_ == "conv2d_w8a8") {
+    if (op_.rfind("conv2d", 0) == 0) {
       check_conv();
     } else {
       require(gemm_.kernel_height == 0, "conv is for convolutions");
@@ -109,7 +109,7 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
               const std::vector<int64_t>& conv, int device, uintptr_t stream) {
   ldmq_gemm gemm = {};
   const GemmCall call(gemm, tile);
-  gemm.x = static_cast<const int8_t*>(address(x));
+  gemm.x = address(x);
   gemm.weight = address(weight);
   gemm.multiplier = static_cast<const uint8_t*>(address(multiplier));
   gemm.x_scale = static_cast<const float*>(address(x_scale));

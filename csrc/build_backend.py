@@ -101,19 +101,26 @@ def cuda_architectures() -> list[str]:
 
 
 def library_sources(architectures: list[str]) -> list[Path]:
-    """The files of the library: sm90_*.cu, with Hopper's own instructions, are left out where 90 is not asked for."""
-    sources = sorted((ROOT / "csrc").glob("*.cu"))
-    return [source for source in sources if not hopper_only(source) or HOPPER in architectures]
+    """The files of the library that some of these architectures run."""
+    return [source for source in sorted((ROOT / "csrc").glob("*.cu")) if running(source, architectures)]
 
 
-def hopper_only(source: Path) -> bool:
-    """Whether the name of the file says that only Hopper runs it."""
-    return source.name.startswith("sm90_")
+def running(source: Path, architectures: list[str]) -> list[str]:
+    """Those of these architectures that run a file, as its name says: sm90_*.cu is for Hopper alone, others for newer.
+
+    sm89_*.cu has the instructions of FP8, which came with 8.9.
+    """
+    lowest = re.match(r"sm(\d+)_", source.name)
+    if lowest is None:
+        return architectures
+    if lowest[1] == HOPPER.rstrip("a"):
+        return [name for name in architectures if name == HOPPER]
+    return [name for name in architectures if int(name.rstrip("a")) >= int(lowest[1])]
 
 
 def generated_code(source: Path, architectures: list[str]) -> list[str]:
     """nvcc's flags: machine code for each architecture, and PTX for newer GPUs, of the lowest whose PTX they take."""
-    chosen = [HOPPER] if hopper_only(source) else architectures
+    chosen = running(source, architectures)
     portable = [name for name in chosen if name.isdigit()]
     codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in chosen]
     if portable:
@@ -140,7 +147,7 @@ def barrier_timeout() -> list[str]:
 
 def object_command(nvcc: str, source: Path, architectures: list[str], output: Path) -> list[str]:
     """The nvcc call that compiles one file of the library."""
-    with_hopper = any(hopper_only(other) for other in library_sources(architectures))
+    compiled = {other.name[:4] for other in library_sources(architectures)}
     return [
         nvcc,
         "-std=c++17",
@@ -150,7 +157,8 @@ def object_command(nvcc: str, source: Path, architectures: list[str], output: Pa
         "-Xptxas=-v",
         f"-I{ROOT / 'csrc/ptx'}",
         f'-DLDMQ_ARCHITECTURES="{";".join(architectures)}"',
-        f"-DLDMQ_HAS_SM90={int(with_hopper)}",
+        f"-DLDMQ_HAS_SM89={int('sm89' in compiled)}",
+        f"-DLDMQ_HAS_SM90={int('sm90' in compiled)}",
         *barrier_timeout(),
         *generated_code(source, architectures),
         "-c",

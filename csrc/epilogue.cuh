@@ -1,4 +1,4 @@
-// What happens to the int32 accumulators of a tile: scales, bias, sample vector, residual, and one rounding.
+// What happens to the accumulators of a tile, int32 or float32: scales, bias, sample vector, residual, and one rounding.
 //
 // The tensor cores leave a lane with two neighbouring columns of every eight. Lanes trade them by shuffles until each
 // has eight neighbouring columns of one row, so that memory is read and written 16 bytes at a time.
@@ -99,14 +99,14 @@ struct Residual {
 };
 
 // Eight columns of one row from `first` on, from accumulators to memory. T: what is stored, and what is added.
-template <typename T>
+template <typename T, typename Sum>
 __device__ __forceinline__ void finish_run(const Epilogue& epilogue, const ColumnTerms<T>& column, const RowTerms& row,
-                                           int first, Residual<T>& residual, const int (&accumulator)[kRun]) {
+                                           int first, Residual<T>& residual, const Sum (&accumulator)[kRun]) {
   if (!row.valid || first >= epilogue.n) return;
   float value[kRun];
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
-    value[i] = __int2float_rn(accumulator[i]) * row.scale * column.scale[i] + column.bias[i];
+    value[i] = to_float(accumulator[i]) * row.scale * column.scale[i] + column.bias[i];
   }
   if constexpr (std::is_same_v<T, int8_t>) {
 #pragma unroll
@@ -125,16 +125,18 @@ __device__ __forceinline__ void finish_run(const Epilogue& epilogue, const Colum
 }
 
 // Lanes that differ in this bit of their number trade halves, as one step of a transposition.
-__device__ __forceinline__ void trade(int& low, int& high, int lane_bit) {
+template <typename Sum>
+__device__ __forceinline__ void trade(Sum& low, Sum& high, int lane_bit) {
   const bool upper = threadIdx.x & lane_bit;
-  const int sent = upper ? low : high;
-  const int received = __shfl_xor_sync(0xffffffffu, sent, lane_bit);
+  const Sum sent = upper ? low : high;
+  const Sum received = __shfl_xor_sync(0xffffffffu, sent, lane_bit);
   (upper ? low : high) = received;
 }
 
 // In: of four blocks of eight columns, the two that this lane has of a row. Out: eight neighbours of the row, of the
 // block whose number is the lane's place among the four lanes of the row.
-__device__ __forceinline__ void gather_columns(int (&run)[kRun]) {
+template <typename Sum>
+__device__ __forceinline__ void gather_columns(Sum (&run)[kRun]) {
 #pragma unroll
   for (int bit = 1; bit < 4; bit *= 2) {
 #pragma unroll
@@ -148,7 +150,8 @@ __device__ __forceinline__ void gather_columns(int (&run)[kRun]) {
 
 // In: of eight columns, the values that this lane has in its row of eight. Out: all eight rows of one of the columns,
 // that whose number is lane / 4.
-__device__ __forceinline__ void gather_rows(int (&run)[kRun]) {
+template <typename Sum>
+__device__ __forceinline__ void gather_rows(Sum (&run)[kRun]) {
 #pragma unroll
   for (int bit = 1; bit < 8; bit *= 2) {
 #pragma unroll
@@ -162,6 +165,7 @@ __device__ __forceinline__ void gather_rows(int (&run)[kRun]) {
 template <typename T, int BLOCKS, typename Accumulator>
 __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_row, int first_column,
                                             const Accumulator& accumulator) {
+  using Sum = decltype(accumulator(0));
   static_assert(BLOCKS % 4 == 0, "runs are gathered from four blocks");
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const RowTerms rows[2] = {{epilogue, first_row + lane / 4}, {epilogue, first_row + lane / 4 + 8}};
@@ -172,7 +176,7 @@ __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_
     const ColumnTerms<T> column(epilogue, first);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int run[kRun];
+      Sum run[kRun];
 #pragma unroll
       for (int i = 0; i < kRun; ++i) run[i] = accumulator((group + i / 2) * 4 + half * 2 + i % 2);
       gather_columns(run);
@@ -186,6 +190,7 @@ __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_
 template <typename T, int BLOCKS, typename Accumulator>
 __device__ __forceinline__ void finish_transposed(const Epilogue& epilogue, int first_row, int first_column,
                                                   const Accumulator& accumulator) {
+  using Sum = decltype(accumulator(0));
   static_assert(BLOCKS % 4 == 0, "runs are gathered from four blocks");
   const int lane = static_cast<int>(threadIdx.x) % 32, place = lane / 4;
   const int first = first_column + lane % 2 * 8;
@@ -195,7 +200,7 @@ __device__ __forceinline__ void finish_transposed(const Epilogue& epilogue, int 
     const int row = first_row + (group + place / 2) * 8 + lane / 2 % 2 * 4 + place % 2;
     const RowTerms rows[2] = {{epilogue, row}, {epilogue, row + 2}};
     Residual<T> residual[2] = {{epilogue, rows[0], first}, {epilogue, rows[1], first}};
-    int run[2][kRun];
+    Sum run[2][kRun];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll

@@ -10,8 +10,8 @@ namespace {
 using namespace ldmq;
 
 constexpr int64_t kMaxM = (1ll << 31) - 1024;  // m and n are 32 bits, with room for the last tile
-constexpr int64_t kMaxK = 1 << 23;  // 127 * 127 * k stays in an int32 up to 2^17 only, and wraps around beyond, as in
-                                    // every backend
+constexpr int64_t kMaxK = 1 << 23;  // of int8, 127 * 127 * k stays in an int32 up to 2^17 only, and wraps around
+                                    // beyond, as in every backend
 
 const TileList& tiles() {
   static const TileList all = [] {
@@ -21,6 +21,12 @@ const TileList& tiles() {
     add(sm90_linear_w8a8());
     add(sm90_conv2d_w8a8());
     add(sm90_linear_w4a8());
+    add(sm90_linear_fp8());
+    add(sm90_conv2d_fp8());
+#endif
+#if LDMQ_HAS_SM89
+    add(sm89_linear_fp8());
+    add(sm89_conv2d_fp8());
 #endif
     add(sm80_linear_w8a8());
     add(sm80_conv2d_w8a8());
@@ -30,9 +36,12 @@ const TileList& tiles() {
   return all;
 }
 
+bool is_fp8(const std::string& op) { return op == "linear_fp8" || op == "conv2d_fp8"; }
+
 bool is_multiple(int64_t value, int64_t of) { return value % of == 0; }
 
-const char* refusal_of_operands(const ldmq_gemm& gemm, bool int4) {
+const char* refusal_of_operands(const ldmq_gemm& gemm, const std::string& op) {
+  const bool int4 = op == "linear_w4a8";
   if (gemm.channels < 1 || !is_multiple(gemm.channels, int4 ? 32 : 16)) {
     return int4 ? "input channels must be a multiple of 32" : "input channels must be a multiple of 16";
   }
@@ -50,6 +59,7 @@ const char* refusal_of_operands(const ldmq_gemm& gemm, bool int4) {
   if (gemm.out_dtype == LDMQ_INT8 && (gemm.residual || gemm.sample_bias)) {
     return "an int8 output takes no residual and no sample vector";
   }
+  if (gemm.out_dtype == LDMQ_INT8 && is_fp8(op)) return "an int8 output is for int8 operands";
   return nullptr;
 }
 
@@ -87,8 +97,8 @@ extern "C" const char* ldmq_refusal(const ldmq_gemm* gemm, int tile) {
   if (tile < 0 || tile >= static_cast<int>(tiles().size())) return "there is no such tile";
   const CompiledTile& compiled = tiles()[static_cast<size_t>(tile)];
   const std::string op = compiled.tile.op;
-  const char* why = refusal_of_operands(*gemm, op == "linear_w4a8");
-  if (!why && op == "conv2d_w8a8") why = refusal_of_conv(*gemm, compiled.tile.family);
+  const char* why = refusal_of_operands(*gemm, op);
+  if (!why && op.rfind("conv2d", 0) == 0) why = refusal_of_conv(*gemm, compiled.tile.family);
   return why;
 }
 

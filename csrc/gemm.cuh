@@ -1,6 +1,8 @@
 // A GEMM as the kernels see it: what the host prepares once for every tile.
 #pragma once
 
+#include <type_traits>
+
 #include "epilogue.cuh"
 #include "launch.h"
 
@@ -9,6 +11,11 @@ namespace ldmq {
 constexpr int kGroup = 64;  // input channels that share a multiplier of an int4 weight
 
 enum class Kind { kLinear, kConv2d, kLinearInt4 };
+enum class Element { kInt8, kE4m3 };  // of both operands, as the tensor cores read them
+
+// int8 is summed exactly, e4m3 in float32.
+template <Element ELEMENT>
+using AccumulatorOf = std::conditional_t<ELEMENT == Element::kInt8, int, float>;
 
 // The shape of a convolution: of its images, kernel and output.
 struct ConvShape {
@@ -39,8 +46,8 @@ inline ConvShape conv_shape_of(const ldmq_gemm& gemm) {
           gemm.dilation_height, gemm.dilation_width, gemm.pad_top, gemm.pad_left, gemm.upsample};
 }
 
-// Calls `body` with a value of the type that is stored.
-template <typename Body>
+// Calls `body` with a value of the type that is stored; int8 is stored for the next layer of int8.
+template <Element ELEMENT, typename Body>
 int with_out_type(ldmq_dtype dtype, Body body) {
   switch (dtype) {
     case LDMQ_FLOAT32:
@@ -50,7 +57,7 @@ int with_out_type(ldmq_dtype dtype, Body body) {
     case LDMQ_BFLOAT16:
       return body(__nv_bfloat16());
     case LDMQ_INT8:
-      return body(int8_t());
+      if constexpr (ELEMENT == Element::kInt8) return body(int8_t());
   }
   return cudaErrorInvalidValue;
 }

@@ -19,14 +19,15 @@ typedef struct {
   ldmq_dtype dtype;
 } ldmq_added;
 
-// An int8 GEMM: accumulator (m, n) = x (m, k) * weight (n, k)^T in int32, k = taps * channels, and
+// A GEMM: accumulator (m, n) = x (m, k) * weight (n, k)^T, k = taps * channels, of int8 in int32 or of FP8 (e4m3) in
+// float32, and
 //   out = accumulator * x_scale * weight_scale + bias + sample_bias[sample] + residual
 // in float32, rounded once; an int8 out is out * out_inv_scale, rounded and clamped to [-127, 127].
 // A linear has one tap, and m tokens; a convolution is an implicit GEMM with m pixels of its output, and
 // kernel_height * kernel_width taps on NHWC images.
 typedef struct {
-  const int8_t* x;            // (m, channels), or (samples, height, width, channels)
-  const void* weight;         // (n, taps, channels) int8; or (n, channels / 2), int4 in -7..7, even index low
+  const void* x;              // (m, channels), or (samples, height, width, channels), of the op's element
+  const void* weight;         // (n, taps, channels) of the same; or (n, channels / 2), int4 in -7..7, even index low
   const uint8_t* multiplier;  // (n, ceil(channels / 64)) of an int4 weight: int4 * multiplier is the int8 weight
   const float* x_scale;       // one, or one for each `scale_rows` rows
   int64_t scale_rows;         // 0: one scale for all
@@ -47,8 +48,8 @@ typedef struct {
 
 // A compiled tile: `op` takes it by its place in ldmq_tiles().
 typedef struct {
-  const char* op;       // "linear_w8a8", "linear_w4a8" or "conv2d_w8a8"
-  int family;           // 80: mma.sync, on every GPU; 90: wgmma and TMA, on compute capability 9.0 alone
+  const char* op;       // "linear_w8a8", "linear_w4a8", "conv2d_w8a8", "linear_fp8" or "conv2d_fp8"
+  int family;           // 80: mma.sync; 89: that of FP8, from 8.9 on; 90: wgmma and TMA, on capability 9.0 alone
   int m, n;             // of the output
   int k;                // of a step: input channels of one tap
   int stages;           // of shared memory

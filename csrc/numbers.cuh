@@ -14,6 +14,7 @@ struct alignas(sizeof(T) * V) Pack {
   T value[V];
 };
 
+__device__ __forceinline__ float to_float(int x) { return __int2float_rn(x); }
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -1,4 +1,4 @@
-// int8 GEMMs on mma.sync, for every GPU from sm_80 on.
+// GEMMs on mma.sync: of int8 for every GPU from sm_80 on, of e4m3 from sm_89 on.
 //
 // A block makes one tile of the output. cp.async brings its operands into a ring of STAGES steps of 64 input channels,
 // with zeros for what lies outside: the padding of a convolution, and what is beyond m, n and k. Each warp
@@ -15,9 +15,12 @@ namespace ldmq::sm80 {
 
 constexpr int kK = 64, kChunk = 16;  // bytes of a step, and of a copy
 
-template <Kind KIND, int M, int N, int WARP_M, int WARP_N, int STAGES>
+template <Kind KIND, Element ELEMENT, int M, int N, int WARP_M, int WARP_N, int STAGES>
 struct Tile {
+  using Accumulator = AccumulatorOf<ELEMENT>;
   static constexpr Kind kKind = KIND;
+  static constexpr Element kElement = ELEMENT;
+  static constexpr int kFamily = ELEMENT == Element::kInt8 ? 80 : 89;
   static constexpr int kM = M, kN = N, kStages = STAGES;
   static constexpr int kWarpM = WARP_M, kWarpN = WARP_N;
   static constexpr int kWarpsM = M / WARP_M, kThreads = 32 * kWarpsM * (N / WARP_N);
@@ -28,7 +31,7 @@ struct Tile {
 };
 
 struct Parameters {
-  const int8_t* x;
+  const uint8_t* x;
   const uint8_t* weight;
   const uint8_t* multiplier;
   int channels, taps, groups;
@@ -171,6 +174,19 @@ __device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], const char* co
   }
 }
 
+// sum += a * b^T.
+__device__ __forceinline__ void multiply(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma_m16n8k32(sum, a, b0, b1);
+}
+// The tensor cores of sm_89 keep 13 bits of the mantissa of what they add e4m3 to, as those of sm_90 do (SageAttention2,
+// arXiv 2411.10958): each mma.sync begins at zero, and its result is added in float32.
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  float partial[4] = {};
+  mma_m16n8k32(partial, a, b0, b1);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] += partial[i];
+}
+
 template <typename Tile, typename Out>
 __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_constant__ Parameters parameters) {
   constexpr int kBands = Tile::kWarpM / 16, kRuns = Tile::kWarpN / 32;
@@ -200,7 +216,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_const
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) start_next();
 
-  int sum[kBands][kRuns * 4][4] = {};
+  typename Tile::Accumulator sum[kBands][kRuns * 4][4] = {};
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // this step is there for all, and all are done with the one before, which is now filled anew
@@ -233,7 +249,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_const
         for (int band = 0; band < kBands; ++band) {
 #pragma unroll
           for (int block = 0; block < 4; ++block) {
-            mma_m16n8k32(sum[band][run * 4 + block], a[band], b[block][0], b[block][1]);
+            multiply(sum[band][run * 4 + block], a[band], b[block][0], b[block][1]);
           }
         }
       }
@@ -250,7 +266,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_const
 template <typename Tile>
 int run(const ldmq_gemm& gemm, void* stream) {
   Parameters parameters = {};
-  parameters.x = gemm.x;
+  parameters.x = static_cast<const uint8_t*>(gemm.x);
   parameters.weight = static_cast<const uint8_t*>(gemm.weight);
   parameters.multiplier = gemm.multiplier;
   parameters.channels = static_cast<int>(gemm.channels);
@@ -261,14 +277,14 @@ int run(const ldmq_gemm& gemm, void* stream) {
   parameters.conv = conv_shape_of(gemm);
   parameters.epilogue = epilogue_of(gemm);
   const Shape shape = {dim3(static_cast<unsigned>(parameters.scheduler.count())), Tile::kThreads, Tile::kSharedBytes};
-  return with_out_type(gemm.out_dtype, [&](auto out) {
+  return with_out_type<Tile::kElement>(gemm.out_dtype, [&](auto out) {
     return launch(gemm_kernel<Tile, decltype(out)>, shape, stream, parameters);
   });
 }
 
 template <typename Tile>
 CompiledTile compiled(const char* op) {
-  return {{op, 80, Tile::kM, Tile::kN, kK, Tile::kStages, 1, 0}, run<Tile>};
+  return {{op, Tile::kFamily, Tile::kM, Tile::kN, kK, Tile::kStages, 1, 0}, run<Tile>};
 }
 
 }  // namespace ldmq::sm80

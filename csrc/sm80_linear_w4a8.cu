@@ -6,10 +6,10 @@ namespace ldmq {
 TileList sm80_linear_w4a8() {
   using namespace sm80;
   return {
-      compiled<Tile<Kind::kLinearInt4, 128, 160, 64, 32, 4>>("linear_w4a8"),
-      compiled<Tile<Kind::kLinearInt4, 128, 128, 64, 32, 4>>("linear_w4a8"),
-      compiled<Tile<Kind::kLinearInt4, 64, 128, 32, 64, 4>>("linear_w4a8"),
-      compiled<Tile<Kind::kLinearInt4, 64, 64, 32, 32, 6>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, Element::kInt8, 128, 160, 64, 32, 4>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, Element::kInt8, 128, 128, 64, 32, 4>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, Element::kInt8, 64, 128, 32, 64, 4>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, Element::kInt8, 64, 64, 32, 32, 6>>("linear_w4a8"),
   };
 }
 

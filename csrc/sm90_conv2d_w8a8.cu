@@ -7,13 +7,13 @@ namespace ldmq {
 TileList sm90_conv2d_w8a8() {
   using namespace sm90;
   return {
-      compiled<Tile<Kind::kConv2d, 256, 160, 128, 4, true, 2>>("conv2d_w8a8"),
-      compiled<Tile<Kind::kConv2d, 128, 256, 128, 4, true, 2>>("conv2d_w8a8"),
-      compiled<Tile<Kind::kConv2d, 128, 160, 128, 6, false, 2>>("conv2d_w8a8"),
-      compiled<Tile<Kind::kConv2d, 128, 160, 64, 10, false, 2>>("conv2d_w8a8"),
-      compiled<Tile<Kind::kConv2d, 128, 128, 128, 7, false, 1>>("conv2d_w8a8"),
-      compiled<Tile<Kind::kConv2d, 64, 160, 128, 7, false, 1>>("conv2d_w8a8"),
-      compiled<Tile<Kind::kConv2d, 128, 64, 128, 8, true, 1>>("conv2d_w8a8"),
+      compiled<Tile<Kind::kConv2d, Element::kInt8, 256, 160, 128, 4, true, 2>>("conv2d_w8a8"),
+      compiled<Tile<Kind::kConv2d, Element::kInt8, 128, 256, 128, 4, true, 2>>("conv2d_w8a8"),
+      compiled<Tile<Kind::kConv2d, Element::kInt8, 128, 160, 128, 6, false, 2>>("conv2d_w8a8"),
+      compiled<Tile<Kind::kConv2d, Element::kInt8, 128, 160, 64, 10, false, 2>>("conv2d_w8a8"),
+      compiled<Tile<Kind::kConv2d, Element::kInt8, 128, 128, 128, 7, false, 1>>("conv2d_w8a8"),
+      compiled<Tile<Kind::kConv2d, Element::kInt8, 64, 160, 128, 7, false, 1>>("conv2d_w8a8"),
+      compiled<Tile<Kind::kConv2d, Element::kInt8, 128, 64, 128, 8, true, 1>>("conv2d_w8a8"),
   };
 }
 

@@ -7,11 +7,11 @@ namespace ldmq {
 TileList sm90_linear_w4a8() {
   using namespace sm90;
   return {
-      compiled<Tile<Kind::kLinearInt4, 128, 160, 128, 7, true, 2>>("linear_w4a8"),
-      compiled<Tile<Kind::kLinearInt4, 128, 256, 128, 5, true, 2>>("linear_w4a8"),
-      compiled<Tile<Kind::kLinearInt4, 128, 256, 128, 5, true, 1>>("linear_w4a8"),
-      compiled<Tile<Kind::kLinearInt4, 128, 128, 128, 8, true, 1>>("linear_w4a8"),
-      compiled<Tile<Kind::kLinearInt4, 128, 64, 128, 8, true, 1>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, Element::kInt8, 128, 160, 128, 7, true, 2>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, Element::kInt8, 128, 256, 128, 5, true, 2>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, Element::kInt8, 128, 256, 128, 5, true, 1>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, Element::kInt8, 128, 128, 128, 8, true, 1>>("linear_w4a8"),
+      compiled<Tile<Kind::kLinearInt4, Element::kInt8, 128, 64, 128, 8, true, 1>>("linear_w4a8"),
   };
 }
 

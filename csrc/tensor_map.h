@@ -56,7 +56,7 @@ inline cudaError_t encode_im2col(CUtensorMap* map, const ldmq_gemm& gemm, int pi
   const cuuint32_t step[] = {1, static_cast<cuuint32_t>(gemm.stride_width),
                              static_cast<cuuint32_t>(gemm.stride_height), 1};
   const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, const_cast<int8_t*>(gemm.x), size, stride, lower, upper,
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, const_cast<void*>(gemm.x), size, stride, lower, upper,
              static_cast<cuuint32_t>(channels), static_cast<cuuint32_t>(pixels), step, CU_TENSOR_MAP_INTERLEAVE_NONE,
              swizzle_of(channels), CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return static_cast<cudaError_t>(result);  // both have the same numbers for the same errors

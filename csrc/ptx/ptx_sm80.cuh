@@ -1,4 +1,4 @@
-// Intrinsics of sm_80 and newer: PTX instructions under their own names. python_tests/kernels/cuda/emulator has the
+// Intrinsics of sm_80 and newer (that of e4m3: sm_89): PTX instructions under their own names. python_tests/kernels/cuda/emulator has the
 // same functions for a CPU; a kernel that uses these alone is proved there without a GPU.
 #pragma once
 
@@ -46,5 +46,12 @@ __device__ __forceinline__ void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4]
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
                : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The same of e4m3, d float32, for sm_89 and newer.
+__device__ __forceinline__ void mma_m16n8k32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

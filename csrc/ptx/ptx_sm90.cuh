@@ -138,21 +138,29 @@ __device__ __forceinline__ void keep_registers(T (&value)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(value[i])::"memory");
 }
+template <int N>
+__device__ __forceinline__ void keep_registers(float (&value)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(value[i])::"memory");
+}
 
-// wgmma_m64k32<N>(d, a, b, accumulate): d (64, N) int32 = a (64, 32) * b (N, 32)^T, plus d where it accumulates.
-// a and b are descriptors of shared memory, or a is four registers as of mma_m16n8k32; warp w of the
-// warpgroup has rows 16 w to 16 w + 15, and a lane holds of every 8 columns what it holds of mma_m16n8k32's d.
+// wgmma_m64k32<N>(d, a, b, accumulate): d (64, N) = a (64, 32) * b (N, 32)^T, plus d where it accumulates; of int8 in
+// int32, or of e4m3 in float32. a and b are descriptors of shared memory, or a, of int8, is four registers as of
+// mma_m16n8k32; warp w of the warpgroup has rows 16 w to 16 w + 15, and a lane holds of every 8 columns what it holds
+// of mma_m16n8k32's d.
 template <int N>
 __device__ __forceinline__ void wgmma_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
 template <int N>
 __device__ __forceinline__ void wgmma_m64k32(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate);
+template <int N>
+__device__ __forceinline__ void wgmma_m64k32(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate);
 
-// Ten registers in the text of the instruction, and as its operands.
+// Ten registers in the text of the instruction, and registers as its operands: "+r" of int32, "+f" of float32.
 #define LDMQ_FIVE(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, "
 #define LDMQ_TEN(t) LDMQ_FIVE(t) "%" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
-#define LDMQ_TWO(i) "+r"(d[i]), "+r"(d[i + 1])
-#define LDMQ_EIGHT(i) LDMQ_TWO(i), LDMQ_TWO(i + 2), LDMQ_TWO(i + 4), LDMQ_TWO(i + 6)
-#define LDMQ_32(i) LDMQ_EIGHT(i), LDMQ_EIGHT(i + 8), LDMQ_EIGHT(i + 16), LDMQ_EIGHT(i + 24)
+#define LDMQ_TWO(r, i) r(d[i]), r(d[i + 1])
+#define LDMQ_EIGHT(r, i) LDMQ_TWO(r, i), LDMQ_TWO(r, i + 2), LDMQ_TWO(r, i + 4), LDMQ_TWO(r, i + 6)
+#define LDMQ_32(r, i) LDMQ_EIGHT(r, i), LDMQ_EIGHT(r, i + 8), LDMQ_EIGHT(r, i + 16), LDMQ_EIGHT(r, i + 24)
 
 #define LDMQ_TEXT_64 LDMQ_TEN() LDMQ_TEN(1) LDMQ_TEN(2) "%30, %31"
 #define LDMQ_TEXT_128 LDMQ_TEN() LDMQ_TEN(1) LDMQ_TEN(2) LDMQ_TEN(3) LDMQ_TEN(4) LDMQ_TEN(5) "%60, %61, %62, %63"
@@ -162,30 +170,35 @@ __device__ __forceinline__ void wgmma_m64k32(int (&d)[N / 2], const uint32_t (&a
 #define LDMQ_TEXT_256                                                                                          \
   LDMQ_TEN() LDMQ_TEN(1) LDMQ_TEN(2) LDMQ_TEN(3) LDMQ_TEN(4) LDMQ_TEN(5) LDMQ_TEN(6) LDMQ_TEN(7) LDMQ_TEN(8) \
   LDMQ_TEN(9) LDMQ_TEN(10) LDMQ_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
-#define LDMQ_LIST_64 LDMQ_32(0)
-#define LDMQ_LIST_128 LDMQ_32(0), LDMQ_32(32)
-#define LDMQ_LIST_160 LDMQ_32(0), LDMQ_32(32), LDMQ_EIGHT(64), LDMQ_EIGHT(72)
-#define LDMQ_LIST_256 LDMQ_32(0), LDMQ_32(32), LDMQ_32(64), LDMQ_32(96)
+#define LDMQ_LIST_64(r) LDMQ_32(r, 0)
+#define LDMQ_LIST_128(r) LDMQ_32(r, 0), LDMQ_32(r, 32)
+#define LDMQ_LIST_160(r) LDMQ_32(r, 0), LDMQ_32(r, 32), LDMQ_EIGHT(r, 64), LDMQ_EIGHT(r, 72)
+#define LDMQ_LIST_256(r) LDMQ_32(r, 0), LDMQ_32(r, 32), LDMQ_32(r, 64), LDMQ_32(r, 96)
 
-// r0 to r5 are the numbers of the operands after the N / 2 registers of d.
-#define LDMQ_WGMMA(N, r0, r1, r2, r3, r4, r5)                                                                      \
-  template <>                                                                                                      \
-  __device__ __forceinline__ void wgmma_m64k32<N>(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {      \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #r2 ", 0;\n"                                             \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" LDMQ_TEXT_##N "}, %" #r0 ", %" #r1       \
-                 ", add;\n}"                                                                                       \
-                 : LDMQ_LIST_##N                                                                                   \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                             \
-  }                                                                                                                \
+// r0 to r2 are the numbers of the operands after the N / 2 registers of d; `signs` is what a float type has after them.
+#define LDMQ_WGMMA_OF_SHARED(N, Sum, type, r, signs, r0, r1, r2)                                                 \
+  template <>                                                                                                    \
+  __device__ __forceinline__ void wgmma_m64k32<N>(Sum(&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {     \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #r2 ", 0;\n"                                           \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k32." type " {" LDMQ_TEXT_##N "}, %" #r0 ", %" #r1      \
+                 ", add" signs ";\n}"                                                                            \
+                 : LDMQ_LIST_##N(r)                                                                              \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                           \
+  }
+#define LDMQ_WGMMA_OF_REGISTERS(N, r0, r1, r2, r3, r4, r5)                                                         \
   template <>                                                                                                      \
   __device__ __forceinline__ void wgmma_m64k32<N>(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,             \
                                                   bool accumulate) {                                               \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #r5 ", 0;\n"                                             \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" LDMQ_TEXT_##N "}, {%" #r0 ", %" #r1      \
                  ", %" #r2 ", %" #r3 "}, %" #r4 ", add;\n}"                                                        \
-                 : LDMQ_LIST_##N                                                                                   \
+                 : LDMQ_LIST_##N("+r")                                                                             \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));         \
   }
+#define LDMQ_WGMMA(N, r0, r1, r2, r3, r4, r5)                                      \
+  LDMQ_WGMMA_OF_SHARED(N, int, "s32.s8.s8", "+r", "", r0, r1, r2)                  \
+  LDMQ_WGMMA_OF_SHARED(N, float, "f32.e4m3.e4m3", "+f", ", 1, 1", r0, r1, r2)      \
+  LDMQ_WGMMA_OF_REGISTERS(N, r0, r1, r2, r3, r4, r5)
 
 LDMQ_WGMMA(64, 32, 33, 34, 35, 36, 37)
 LDMQ_WGMMA(128, 64, 65, 66, 67, 68, 69)

@@ -11,8 +11,9 @@ constants are estimates until they are measured on a GPU; `ldmq bench --tune` me
 from __future__ import annotations
 
 # int8 products of a multiprocessor in a clock, dense, by the family of the instruction: mma.sync as on A100's data
-# sheet (624 TOPS, 108 multiprocessors, 1.41 GHz), wgmma as on H100's (1979 TOPS, 132, 1.83 GHz); set 2026-11-26
-INT8_PRODUCTS = {80: 2048, 90: 4096}
+# sheet (624 TOPS, 108 multiprocessors, 1.41 GHz), wgmma as on H100's (1979 TOPS, 132, 1.83 GHz); set 2026-11-26.
+# FP8 has the rate of wgmma, and one of mma.sync as on L40S's (733 TFLOPS, 142, 2.52 GHz); set 2026-11-29
+INT8_PRODUCTS = {80: 2048, 89: 1024, 90: 4096}
 L2_BYTES = 40  # that a multiprocessor loads from the L2 cache in a clock; assumed, 2026-11-26
 STORED_BYTES = 16  # of the output that a multiprocessor stores in a clock; assumed, 2026-11-26
 PIPELINE_START = 1500  # clocks from a launch to its first products; assumed, 2026-11-26

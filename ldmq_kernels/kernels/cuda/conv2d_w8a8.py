@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import gemm
-from ldmq_kernels.kernels.dispatch import Unsupported
-from ldmq_kernels.kernels.geometry import conv2d_output_size
-from ldmq_kernels.kernels.operands import plain, quantized
 
 
 def conv2d_w8a8(
@@ -42,17 +39,6 @@ def conv2d_w8a8(
     Raises:
         Unsupported: groups, a packed weight, or an operand of another dtype or size.
     """
-    if groups != 1:
-        raise Unsupported(f"groups is {groups}, must be 1")
-    samples, channels, height, width = x_q.shape
-    out_channels = weight_scale.shape[0]
-    size = conv2d_output_size((height, width), kernel_size, stride, padding, dilation, upsample)
-    weight = plain(weight, torch.int8, (out_channels, *kernel_size, channels))
-    x = quantized(x_q, torch.int8).contiguous(memory_format=torch.channels_last)
-    out = torch.empty(
-        (samples, out_channels, *size), dtype=out_dtype, device=x.device, memory_format=torch.channels_last
-    )
-    top, _, left, _ = padding
-    conv = gemm.ConvShape(samples, height, width, *size, *kernel_size, *stride, *dilation, top, left, upsample)
     epilogue = gemm.Epilogue(x_scale, weight_scale, bias, residual, sample_bias, out_inv_scale)
-    return gemm.run("conv2d_w8a8", x, weight, None, epilogue, out, channels=channels, conv=conv)
+    geometry = (kernel_size, stride, padding, dilation, groups, upsample)
+    return gemm.conv2d("conv2d_w8a8", x_q, weight, torch.int8, epilogue, geometry, out_dtype)

@@ -54,17 +54,26 @@ def _driver_runs(module: ModuleType) -> bool:
 
 @functools.cache
 def runs_on(capability: tuple[int, int]) -> bool:
-    """Whether the extension runs on this compute capability: the driver takes it, and it holds code.
-
-    The code is the capability's own, or PTX of an older one; code with an "a" in its architecture's name runs on that
-    one alone.
-    """
+    """Whether the extension runs on this compute capability: the driver takes it, and it holds code."""
     module = load()
     if module is None or not _driver_runs(module):
         return False
-    number = capability[0] * 10 + capability[1]
-    names = module.architectures().split(";")
-    return any(number == int(name.rstrip("a")) or (name.isdigit() and number > int(name)) for name in names)
+    return holds_code(module, capability[0] * 10 + capability[1])
+
+
+def holds_code(module: ModuleType, capability: int, family: int = 0) -> bool:
+    """Whether an extension has code for a GPU, of the kernels that are compiled from an architecture on.
+
+    The code is the capability's own, or PTX of an older one; code with an "a" in its architecture's name runs on that
+    one alone.
+
+    Args:
+        module: the extension.
+        capability: of the GPU; 9.0 is 90.
+        family: the lowest architecture that the kernels are compiled for, such as 89 for those of FP8.
+    """
+    names = [name for name in module.architectures().split(";") if int(name.rstrip("a")) >= family]
+    return any(capability == int(name.rstrip("a")) or (name.isdigit() and capability > int(name)) for name in names)
 
 
 def has_hopper_kernels() -> bool:

@@ -1,4 +1,4 @@
-"""The launch of an int8 GEMM: operands checked and contiguous, a tile chosen; csrc/gemm.cu."""
+"""The launch of a GEMM of int8 or FP8: operands checked and contiguous, a tile chosen; csrc/gemm.cu."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import extension, tiles
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.geometry import conv2d_output_size
+from ldmq_kernels.kernels.operands import plain, quantized
 
 _OUT_DTYPES = {**extension.DTYPES, torch.int8: "int8"}
 
@@ -165,9 +167,9 @@ def run(
     """Compute `out` of operands whose shapes are checked.
 
     Args:
-        op: "linear_w8a8", "linear_w4a8" or "conv2d_w8a8".
-        x: (M, channels) int8 contiguous, or (N, C, H, W) int8 channels_last.
-        weight: (N, channels) or (K, R, S, C) int8, or (N, channels / 2) uint8 holding int4; contiguous.
+        op: "linear_w8a8", "linear_w4a8", "conv2d_w8a8", "linear_fp8" or "conv2d_fp8".
+        x: (M, channels) contiguous, or (N, C, H, W) channels_last, of the op's int8 or float8_e4m3fn.
+        weight: (N, channels) or (K, R, S, C) of the same, or (N, channels / 2) uint8 holding int4; contiguous.
         multiplier: (N, groups) uint8 contiguous, of an int4 weight.
         epilogue: scales, and what is added.
         out: (..., N) contiguous or (samples, N, P, Q) channels_last; floating, or int8 with an `out_inv_scale`.
@@ -204,3 +206,71 @@ def run(
     taps = conv.kernel_height * conv.kernel_width if conv else 1
     _launch(op, m, n, taps * channels, taps, x.device, call)
     return out
+
+
+def linear(
+    op: str, x_q: Tensor, weight: Tensor, dtype: torch.dtype, epilogue: Epilogue, out_dtype: torch.dtype
+) -> Tensor:
+    """A linear layer whose activations and weights are both of `dtype`.
+
+    Args:
+        op: "linear_w8a8" or "linear_fp8".
+        x_q: (..., K), K a multiple of 16.
+        weight: (N, K), N a multiple of 8.
+        dtype: int8 or float8_e4m3fn.
+        epilogue: scales, and what is added.
+        out_dtype: of the result.
+
+    Returns:
+        (..., N).
+
+    Raises:
+        Unsupported: a packed weight, or an operand of another dtype or size.
+    """
+    k, n = x_q.shape[-1], epilogue.weight_scale.shape[0]
+    weight = plain(weight, dtype, (n, k))
+    x = quantized(x_q, dtype).reshape(-1, k).contiguous()
+    out = torch.empty((*x_q.shape[:-1], n), dtype=out_dtype, device=x.device)
+    return run(op, x, weight, None, epilogue, out, channels=k)
+
+
+def conv2d(
+    op: str,
+    x_q: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    epilogue: Epilogue,
+    geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int], tuple[int, int], int, int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """A convolution whose activations and weights are both of `dtype`.
+
+    Args:
+        op: "conv2d_w8a8" or "conv2d_fp8".
+        x_q: (N, C, H, W), C a multiple of 16.
+        weight: (K, R, S, C), K a multiple of 8.
+        dtype: int8 or float8_e4m3fn.
+        epilogue: scales, and what is added.
+        geometry: kernel_size, stride, padding, dilation, groups (1) and upsample, as the op has them.
+        out_dtype: of the result.
+
+    Returns:
+        (N, K, P, Q) channels_last.
+
+    Raises:
+        Unsupported: groups, a packed weight, or an operand of another dtype or size.
+    """
+    kernel_size, stride, padding, dilation, groups, upsample = geometry
+    if groups != 1:
+        raise Unsupported(f"groups is {groups}, must be 1")
+    samples, channels, height, width = x_q.shape
+    out_channels = epilogue.weight_scale.shape[0]
+    size = conv2d_output_size((height, width), kernel_size, stride, padding, dilation, upsample)
+    weight = plain(weight, dtype, (out_channels, *kernel_size, channels))
+    x = quantized(x_q, dtype).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(
+        (samples, out_channels, *size), dtype=out_dtype, device=x.device, memory_format=torch.channels_last
+    )
+    top, _, left, _ = padding
+    conv = ConvShape(samples, height, width, *size, *kernel_size, *stride, *dilation, top, left, upsample)
+    return run(op, x, weight, None, epilogue, out, channels=channels, conv=conv)

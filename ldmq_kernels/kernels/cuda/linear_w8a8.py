@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import gemm
-from ldmq_kernels.kernels.operands import plain, quantized
 
 
 def linear_w8a8(
@@ -32,9 +31,5 @@ def linear_w8a8(
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
     """
-    k, n = x_q.shape[-1], weight_scale.shape[0]
-    weight = plain(weight, torch.int8, (n, k))
-    x = quantized(x_q, torch.int8).reshape(-1, k).contiguous()
-    out = torch.empty((*x_q.shape[:-1], n), dtype=out_dtype, device=x.device)
     epilogue = gemm.Epilogue(x_scale, weight_scale, bias, residual, out_inv_scale=out_inv_scale, gate=gate)
-    return gemm.run("linear_w8a8", x, weight, None, epilogue, out, channels=k)
+    return gemm.linear("linear_w8a8", x_q, weight, torch.int8, epilogue, out_dtype)

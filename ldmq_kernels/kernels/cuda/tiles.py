@@ -1,4 +1,4 @@
-"""Which compiled tile an int8 GEMM takes: the one measured for this GPU and shape, or the best estimate."""
+"""Which compiled tile a GEMM takes: the one measured for this GPU and shape, or the best estimate."""
 
 from __future__ import annotations
 
@@ -46,12 +46,18 @@ def _tiles() -> tuple[Tile, ...]:
 
 
 def runs_on(tile: Tile, gpu: Gpu) -> bool:
-    """Whether a GPU runs a tile: wgmma's on Hopper alone, mma.sync's on all."""
-    return tile.family < HOPPER or gpu.capability == HOPPER
+    """Whether a GPU runs a tile: wgmma's on Hopper alone, mma.sync's from their family on."""
+    return gpu.capability == HOPPER or tile.family <= min(gpu.capability, HOPPER - 1)
 
 
 def _of(op: str, gpu: Gpu) -> list[Tile]:
-    return [tile for tile in _tiles() if tile.op == op and runs_on(tile, gpu)]
+    """The tiles of an op that a GPU runs and the extension has code for."""
+    binding = extension.binding()
+    return [
+        tile
+        for tile in _tiles()
+        if tile.op == op and runs_on(tile, gpu) and extension.holds_code(binding, gpu.capability, tile.family)
+    ]
 
 
 def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu, taps: int = 1, rate: float | None = None) -> float:
@@ -87,7 +93,7 @@ def candidates(op: str, m: int, n: int, k: int, device: torch.device, taps: int 
     """The tiles that this GPU runs for an op and shape, the least estimate first; empty for an op without tiles.
 
     Args:
-        op: "linear_w8a8", "linear_static_w8a8", "linear_w4a8" or "conv2d_w8a8".
+        op: "linear_w8a8", "linear_static_w8a8", "linear_w4a8", "conv2d_w8a8", "linear_fp8" or "conv2d_fp8".
         m: tokens, or output pixels of all samples.
         n: output channels.
         k: input channels times taps.
@@ -124,7 +130,9 @@ def choose(op: str, m: int, n: int, k: int, device: torch.device, taps: int = 1,
         measured = measurements.section(device, "cuda_tiles").get(f"{op} {m}x{n}x{k}")
         tile = _chosen(op, m, n, k, device, taps, measured, for_all)
     if tile is None:
-        raise Unsupported(f"the extension has no tile for {op} on {device}")
+        raise Unsupported(
+            f"the extension has no tile for {op} on {device}: build it again with this GPU in LDMQ_CUDA_ARCHS"
+        )
     return tile
 
 

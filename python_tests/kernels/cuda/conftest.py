@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from ldmq_kernels.kernels.cuda import extension
+from ldmq_kernels.kernels.cuda import extension, tiles
 from python_tests.kernels.cuda.emulation import emulate, emulated_binding, load
 from python_tests.kernels.kept_builds import MODULE, ROOT, build_key, kept_build
 
@@ -34,6 +35,31 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     binding = extension.load() or request.getfixturevalue("built")
     monkeypatch.setattr(extension, "binding", lambda: binding)
     return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def tile(request: pytest.FixtureRequest, device: torch.device) -> Iterator[tiles.Tile]:
+    """A tile that every GEMM of the test takes."""
+    op, name = request.param
+    found = [tile for tile in tiles.candidates(op, 64, 64, 64, device) if tile.name == name]
+    if not found:
+        pytest.skip(f"this GPU has no tile {name}")
+    with tiles.forced(found[0]):
+        yield found[0]
+
+
+@pytest.fixture(params=["late", "eager"])
+def timing(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
+    """In the emulator: asynchronous work as late, and as early, as the rules allow."""
+    if device.type == "cuda":
+        if request.param == "eager":
+            pytest.skip("a GPU has its own time")
+        yield
+        return
+    set_eager = extension.binding().set_eager
+    set_eager(request.param == "eager")
+    yield
+    set_eager(False)
 
 
 def _install(folder: Path) -> None:

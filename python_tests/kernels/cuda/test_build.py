@@ -127,7 +127,7 @@ def tree(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     """A checkout with three files to compile, and an nvcc that prints the file named log beside it."""
     monkeypatch.setattr(backend, "ROOT", tmp_path)
     (tmp_path / "csrc").mkdir()
-    for name in ("sm90_gemm.cu", "sm80_gemm.cu", "cast.cu"):
+    for name in ("sm90_gemm.cu", "sm89_gemm.cu", "sm80_gemm.cu", "cast.cu"):
         (tmp_path / "csrc" / name).touch()
     (tmp_path / "nvcc").write_text(NVCC)
     (tmp_path / "nvcc").chmod(0o755)
@@ -162,6 +162,8 @@ def test_90_stands_for_90a_wherever_it_comes_from(
         ("cast.cu", ["90a"], ["compute_90a,sm_90a"]),
         ("cast.cu", ["90a", "100"], ["compute_90a,sm_90a", "compute_100,sm_100", "compute_100,compute_100"]),
         ("sm90_gemm.cu", ["80", "90a", "120"], ["compute_90a,sm_90a"]),
+        ("sm89_gemm.cu", ["80", "90a"], ["compute_90a,sm_90a"]),
+        ("sm89_gemm.cu", ["120a", "86", "89"], ["compute_120a,sm_120a", "compute_89,sm_89", "compute_89,compute_89"]),
     ],
 )
 def test_a_file_is_compiled_for_what_its_name_allows(
@@ -172,20 +174,19 @@ def test_a_file_is_compiled_for_what_its_name_allows(
     assert flags == ["-gencode=arch={},code={}".format(*pair.split(",")) for pair in code]
 
 
-def test_hopper_files_are_left_out_where_90_is_not_asked_for_and_every_file_is_told(
-    tree: Path, backend: ModuleType
-) -> None:
-    def told(architectures: list[str]) -> tuple[list[str], bool]:
+def test_files_that_no_architecture_runs_are_left_out_and_every_file_is_told(tree: Path, backend: ModuleType) -> None:
+    def told(architectures: list[str]) -> tuple[list[str], str]:
         sources = backend.library_sources(architectures)
         commands = [backend.object_command("nvcc", source, architectures, tree / "x.o") for source in sources]
-        macros = {flag for command in commands for flag in command if flag.startswith("-DLDMQ_HAS_SM90")}
-        assert len(macros) == 1
-        return [source.name for source in sources], macros == {"-DLDMQ_HAS_SM90=1"}
+        macros = {flag for command in commands for flag in command if flag.startswith("-DLDMQ_HAS")}
+        return [source.name for source in sources], " ".join(sorted(macros)).replace("-DLDMQ_HAS_", "")
 
-    assert told(["80", "90a"]) == (["cast.cu", "sm80_gemm.cu", "sm90_gemm.cu"], True)
-    assert told(["80", "120"]) == (["cast.cu", "sm80_gemm.cu"], False)
+    every = ["cast.cu", "sm80_gemm.cu", "sm89_gemm.cu", "sm90_gemm.cu"]
+    assert told(["80", "90a"]) == (every, "SM89=1 SM90=1")
+    assert told(["80", "120"]) == (every[:-1], "SM89=1 SM90=0")
+    assert told(["80", "86"]) == (every[:-2], "SM89=0 SM90=0")
     (tree / "csrc/sm90_gemm.cu").unlink()
-    assert told(["90a"]) == (["cast.cu", "sm80_gemm.cu"], False)
+    assert told(["90a"]) == (every[:-1], "SM89=1 SM90=0")
 
 
 def test_a_build_says_what_it_compiled_and_what_the_kernels_use(
@@ -193,12 +194,13 @@ def test_a_build_says_what_it_compiled_and_what_the_kernels_use(
 ) -> None:
     backend.build_library(str(tree / "nvcc"), ["80", "90a"], tree / "temp", tree / "library.so")
     assert (tree / "library.so").exists()
-    assert {path.name for path in (tree / "temp").iterdir()} == {"cast.o", "sm80_gemm.o", "sm90_gemm.o", "kernels.txt"}
+    objects = {"cast.o", "sm80_gemm.o", "sm89_gemm.o", "sm90_gemm.o"}
+    assert {path.name for path in (tree / "temp").iterdir()} == objects | {"kernels.txt"}
     printed = capsys.readouterr().out
     assert all(re.search(rf"ldmq_kernels: {name}.cu in [\d.]+ s\n", printed) for name in ("cast", "sm80_gemm"))
     titles, *lines = (tree / "temp/kernels.txt").read_text().splitlines()
     assert titles.split()[:3] == ["file", "architecture", "registers"]
-    assert len(lines) == 3 * 3
+    assert len(lines) == 4 * 3
     assert lines[-2].split() == ["sm90_gemm.cu", "90a", "34", "256", "0", "0", "128", lines[-2].split()[-1]]
 
 
@@ -276,7 +278,7 @@ def test_every_file_has_kernels_for_its_architectures(build_folder: Path) -> Non
     found = {tuple(line.split()[:2]) for line in lines}
     names = [path.name for path in (ROOT / "csrc").glob("*.cu")]
     hopper = {(name, "90a") for name in names}
-    assert found <= hopper | {(name, "80") for name in names if not name.startswith("sm90_")}
+    assert found <= hopper | {(name, "80") for name in names if not name.startswith(("sm89_", "sm90_"))}
     assert {("quantize.cu", "80"), ("quantize.cu", "90a")} <= found
 
 

@@ -1,6 +1,7 @@
 // Numbers as a GPU computes them: bit casts, conversions and products with their rounding.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -73,4 +74,34 @@ inline __half __float2half_rn(float value) {
   const int exponent = std::ilogb(size);
   const long mantissa = std::lrint(std::ldexp(size, 10 - exponent));  // 1024..2048, and 2048 carries by itself
   return {static_cast<uint16_t>(sign | (static_cast<long>(exponent + 14) << 10) + mantissa)};
+}
+
+inline const std::array<float, 256> kE4m3 = [] {
+  std::array<float, 256> values;
+  for (int raw = 0; raw < 256; ++raw) {
+    const int exponent = raw >> 3 & 15, mantissa = raw & 7;
+    float size = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(mantissa + 8, exponent - 10);
+    if ((raw & 0x7f) == 0x7f) size = NAN;
+    values[static_cast<size_t>(raw)] = raw & 0x80 ? -size : size;
+  }
+  return values;
+}();
+
+// d plus the dot product of 32 values, as the tensor cores add: of int8 exactly; of e4m3 what is left of each term when
+// it is aligned with the largest and cut to 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+inline int dot_32(int d, const uint8_t (&a)[32], const uint8_t (&b)[32]) {
+  for (int k = 0; k < 32; ++k) d += static_cast<int8_t>(a[k]) * static_cast<int8_t>(b[k]);
+  return d;
+}
+inline float dot_32(float d, const uint8_t (&a)[32], const uint8_t (&b)[32]) {
+  float terms[33] = {d}, largest = std::fabs(d);
+  for (int k = 0; k < 32; ++k) {
+    terms[k + 1] = kE4m3[a[k]] * kE4m3[b[k]];
+    largest = std::fmax(largest, std::fabs(terms[k + 1]));  // which a NaN is not
+  }
+  if (largest == 0.0f) largest = 1.0f;
+  const float unit = std::ldexp(1.0f, std::ilogb(largest) - 13);
+  float sum = 0.0f;
+  for (const float term : terms) sum += std::trunc(term * (1.0f / unit));
+  return sum * unit;
 }

@@ -41,16 +41,19 @@ inline void ldmatrix_x4(uint32_t (&value)[4], const void* row) {
 }
 
 // D (16, 8) += A (16, 32) * B (8, 32)^T; of A, a lane holds rows lane / 4 and 8 more, bytes 4 (lane % 4) and 16 more.
-inline void mma_m16n8k32(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// D of int: of int8; of float: of e4m3.
+template <typename Sum>
+void mma_m16n8k32(Sum (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const auto lanes = of_warp<uint32_t, 6>({a[0], a[1], a[2], a[3], b0, b1});
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    uint8_t x[32], w[32];
     for (int k = 0; k < 32; ++k) {
       const int owner = k % 16 / 4, byte = k % 4, half = k / 16;
-      const auto x = static_cast<int8_t>(lanes[row % 8 * 4 + owner][row / 8 + 2 * half] >> 8 * byte);
-      const auto w = static_cast<int8_t>(lanes[column * 4 + owner][4 + half] >> 8 * byte);
-      d[i] += x * w;
+      x[k] = static_cast<uint8_t>(lanes[row % 8 * 4 + owner][row / 8 + 2 * half] >> 8 * byte);
+      w[k] = static_cast<uint8_t>(lanes[column * 4 + owner][4 + half] >> 8 * byte);
     }
+    d[i] = dot_32(d[i], x, w);
   }
 }

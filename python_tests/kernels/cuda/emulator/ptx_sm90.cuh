@@ -114,26 +114,27 @@ inline void copy_im2col(const CUtensorMap& map, uint32_t target, uint32_t barrie
 }
 
 // A byte of an operand that a descriptor of wgmma describes: K-major, rows in groups of eight.
-inline int8_t operand_byte(uint64_t descriptor, uint32_t row, uint32_t k) {
+inline uint8_t operand_byte(uint64_t descriptor, uint32_t row, uint32_t k) {
   const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
   const uint32_t layout = static_cast<uint32_t>(descriptor >> 62), row_bytes = layout == 1 ? 128 : layout == 2 ? 64 : 32;
   if (layout == 0 || (descriptor >> 49 & 7) != 0) __builtin_trap();
   const uint32_t base = current->rank * static_cast<uint32_t>(kSharedBytes);
-  return static_cast<int8_t>(*at(base + swizzled(start + row / 8 * stride + row % 8 * row_bytes + k, row_bytes)));
+  return static_cast<uint8_t>(*at(base + swizzled(start + row / 8 * stride + row % 8 * row_bytes + k, row_bytes)));
 }
 
-template <int N, typename Row>
-void multiply(int (&d)[N / 2], uint64_t b, bool accumulate, Row a) {
+template <int N, typename Sum, typename Row>
+void multiply(Sum (&d)[N / 2], uint64_t b, bool accumulate, Row a) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int half = 0; half < 2; ++half) {
-    int8_t x[32];
+    uint8_t x[32];
     for (int k = 0; k < 32; ++k) x[k] = a(half, k);
     for (int block = 0; block < N / 8; ++block) {
       for (int i = 0; i < 2; ++i) {
         const auto column = static_cast<uint32_t>(block * 8 + lane % 4 * 2 + i);
-        int& sum = d[block * 4 + half * 2 + i];
-        if (!accumulate) sum = 0;
-        for (int k = 0; k < 32; ++k) sum += x[k] * operand_byte(b, column, static_cast<uint32_t>(k));
+        Sum& sum = d[block * 4 + half * 2 + i];
+        uint8_t w[32];
+        for (int k = 0; k < 32; ++k) w[k] = operand_byte(b, column, static_cast<uint32_t>(k));
+        sum = dot_32(accumulate ? sum : Sum(), x, w);
       }
     }
   }
@@ -209,8 +210,8 @@ void wgmma_wait() {
 template <typename T, size_t N>
 void keep_registers(T (&)[N]) {}
 
-template <int N>
-void wgmma_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+template <int N, typename Sum>
+void wgmma_m64k32_of_shared(Sum (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   auto work = [=, &d] {
     const auto row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     emulator::multiply<N>(d, b, accumulate, [&](int half, int k) {
@@ -221,11 +222,19 @@ void wgmma_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   emulator::current->wgmmas.back().push_back(work);
 }
 template <int N>
+void wgmma_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  wgmma_m64k32_of_shared<N>(d, a, b, accumulate);
+}
+template <int N>
+void wgmma_m64k32(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  wgmma_m64k32_of_shared<N>(d, a, b, accumulate);
+}
+template <int N>
 void wgmma_m64k32(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   auto work = [=, &d, &a] {
     const auto lanes = of_warp(a);  // what the registers hold when the wgmma happens
     emulator::multiply<N>(d, b, accumulate, [&](int half, int k) {
-      return static_cast<int8_t>(lanes[threadIdx.x % 32 / 4 * 4 + k % 16 / 4][half + 2 * (k / 16)] >> 8 * (k % 4));
+      return static_cast<uint8_t>(lanes[threadIdx.x % 32 / 4 * 4 + k % 16 / 4][half + 2 * (k / 16)] >> 8 * (k % 4));
     });
   };
   if (emulator::eager) return work();
