@@ -38,6 +38,16 @@ def test_a_model_is_measured(name: str) -> None:
     assert "| ldmq_eager |" in gpu.table({"rows": [row]})
 
 
+def test_a_backend_can_be_offered_every_call_first_and_the_row_says_who_served() -> None:
+    def served() -> dict[str, dict[str, int]]:
+        return gpu.served(lambda: ops.quantize_per_token(torch.randn(3, 8), None)[1])
+
+    before = served()
+    with gpu.served_first("reference"):
+        assert served() == {"quantize_per_token": {"reference": 1}}
+    assert served() == before
+
+
 def test_memory_is_told_after_the_first_size_and_after_every_so_many() -> None:
     before = memory.resident_mb()
     block = torch.ones(64 << 20, dtype=torch.uint8)
