@@ -201,7 +201,7 @@ def test_compiled_kernels_that_came_along_are_taken_if_they_are_of_these_sources
     monkeypatch.setattr(install, "_build_ext", lambda *options: built.append(options))
     loads = [f"raise SystemExit({int(state == 'that do not load')})", "raise SystemExit(0)"]
     monkeypatch.setattr(install, "_loads", lambda: loads.pop(0))
-    name = f"_binding{install.sysconfig.get_config_var('EXT_SUFFIX')}"
+    name = "_binding.abi3.so"
     for file in (name, "libldmq_kernels.so", "kernels.txt"):
         (prebuilt / file).write_text(file)
     (prebuilt / install.DIGEST).write_text("other" if state == "of others" else install.sources_digest())
