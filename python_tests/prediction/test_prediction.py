@@ -134,7 +134,7 @@ def test_devices_are_found_by_their_key_and_by_what_torch_calls_them() -> None:
 @pytest.mark.parametrize("op", ["linear_w8a8", "linear_w4a8", "conv2d_w8a8"])
 def test_the_list_of_cuda_tiles_is_what_the_sources_compile(op: str) -> None:
     listed = {family: [t for t in compiled_tiles(op) if t.family == family] for family in (80, 90)}
-    pattern = rf'compiled<Tile<Kind::\w+, ([^>]+)>>\("{op}"\)'
+    pattern = rf'compiled<Tile<Kind::\w+, Element::\w+, ([^>]+)>>\("{op}"\)'
     wgmma, mma = (re.findall(pattern, (CSRC / f"{family}_{op}.cu").read_text()) for family in ("sm90", "sm80"))
     assert [f"{t.m}, {t.n}, {t.k}, {t.stages}, {str(t.cooperative).lower()}, {t.cluster}" for t in listed[90]] == wgmma
     fields = [fields.split(", ") for fields in mma]
