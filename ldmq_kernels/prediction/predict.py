@@ -88,7 +88,7 @@ def predict(operations: Iterable[Operation], device: Device, backend: Backend) -
     Args:
         operations: of a quantized model for "triton" and "cuda", of a float one for "compiled".
         device: of the table of data sheets.
-        backend: who computes; what "cuda" refuses is Triton's, and so are FP8 products, whose CUDA tiles are not listed.
+        backend: who computes; what "cuda" refuses is Triton's, and so are FP8 products, whose tiles are not listed.
     """
     rows: list[Predicted] = []
     between: list[Operation] = []
