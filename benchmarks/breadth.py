@@ -38,6 +38,7 @@ HEAD = [
     "MACs in 8 bits",
     "held out, dB",
     "other seeds, dB",
+    "processor s (planning)",
     "in float",
 ]
 
@@ -80,7 +81,13 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def _in_words(in_float: dict[str, int]) -> str:
-    return ", ".join(f"{count} {why}" for why, count in in_float.items()) or "nothing"
+    return "; ".join(f"{count} {why}" for why, count in in_float.items()) or "nothing"
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    """Of the whole row, and of planning, which earlier files do not have alone."""
+    alone = f" ({row['planning_seconds']:.1f})" if "planning_seconds" in row else ""
+    return f"{row['seconds']:.1f}{alone}"
 
 
 def models_table(data: dict[str, Any]) -> str:
@@ -96,17 +103,36 @@ def models_table(data: dict[str, Any]) -> str:
             [
                 row["name"],
                 *counts,
-                f"{100 * row['share_in_8_bits']:.0f} %" if "share_in_8_bits" in row else "",
+                f"{100 * row['share_in_8_bits']:.0f} %",
                 f"{row['held_out_db']:.1f}",
                 f"{row['called_db']:.1f}{asked}",
+                _seconds(row),
                 _in_words(row["in_float"]),
             ]
         )
-    return markdown(HEAD, lines)
+    return f"{markdown(HEAD, lines)}\n\n{_states_table(data)}"
 
 
-def earlier_runs(pattern: str = f"benchmarks/results/*/*-{WHAT}.json") -> list[dict[str, Any]]:
-    """Date, commit, rows and right rows of every results file of the matrix that git knows, the oldest first."""
+def _states_table(data: dict[str, Any]) -> str:
+    """Rows and right ones of each time that the matrix was run, the oldest first."""
+    now = {"date": data["date"], "commit": data["commit"], "rows": len(data["rows"])}
+    now["ok"] = sum(row["ok"] for row in data["rows"])
+    lines = [
+        [state["date"], str(state["commit"])[:10], f"{state['ok']} of {state['rows']}"]
+        for state in [*data.get("earlier", []), now]
+    ]
+    return markdown(["the matrix at", "commit", "rows right"], lines)
+
+
+def earlier_runs(before: str | None) -> list[dict[str, Any]]:
+    """Date, commit, rows and right rows of every results file of the matrix that git knows, the oldest first.
+
+    Of a commit that was measured several times the last file counts.
+
+    Args:
+        before: the commit that is measured now, which is left out.
+    """
+    pattern = f"benchmarks/results/*/*-{WHAT}.json"
     git = ["git", "-C", str(results.ROOT)]
     log = subprocess.run(
         [*git, "log", "--reverse", "--diff-filter=AM", "--format=%H", "--name-only", "--", f":(glob){pattern}"],
@@ -114,7 +140,8 @@ def earlier_runs(pattern: str = f"benchmarks/results/*/*-{WHAT}.json") -> list[d
         text=True,
         check=True,
     )
-    found, commit = [], ""
+    found: dict[str, dict[str, Any]] = {}
+    commit = ""
     for line in log.stdout.split():
         if "/" not in line:
             commit = line
@@ -122,8 +149,9 @@ def earlier_runs(pattern: str = f"benchmarks/results/*/*-{WHAT}.json") -> list[d
         shown = subprocess.run([*git, "show", f"{commit}:{line}"], capture_output=True, text=True, check=True)
         data = json.loads(shown.stdout)
         right = sum(row["ok"] for row in data["rows"])
-        found.append({"date": data["date"], "commit": data["commit"], "rows": len(data["rows"]), "ok": right})
-    return found
+        measured_at = str(data["commit"])
+        found[measured_at] = {"date": data["date"], "commit": measured_at, "rows": len(data["rows"]), "ok": right}
+    return [run for measured_at, run in found.items() if measured_at != before]
 
 
 def table(data: dict[str, Any]) -> str:
@@ -180,5 +208,7 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(rows, indent=1))
     else:
         summary = {"breadth/rows": len(rows), "breadth/ok": right}
-        print(f"written: {results.keep(WHAT, rows, summary, machine() | {'earlier': earlier_runs()})}")
+        record = machine()
+        record["earlier"] = earlier_runs(record["commit"])
+        print(f"written: {results.keep(WHAT, rows, summary, record)}")
     return int(right < len(rows))
