@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from ldmq_kernels.kernels.cpu.widened import pack_conv2d_float8, unpack_conv2d_float8
 from python_tests.kernels.convolutions import ANY, CASES, sizes, weight_shape
@@ -77,7 +77,7 @@ def test_a_widened_weight_gives_the_same_on_every_backend(backend: Backend) -> N
     assert torch.equal(*outs)
 
 
-@FEW_EXAMPLES
+@settings(FEW_EXAMPLES, max_examples=4)  # of shapes, int8 tries more
 @given(drawn=ANY)
 def test_any_convolution(backend: Backend, drawn: dict) -> None:
     shape, channels, geometry = sizes(drawn)
