@@ -32,6 +32,7 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "host_time": "machine.host_time",
     "study": "study.report",
     "study_calibration": "study.report",
+    "study_fp8": "study.report",
     "study_second": "study.report",
     "study_second_calibration": "study.report",
     "pictures": "study.pictures",
