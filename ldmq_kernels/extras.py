@@ -15,6 +15,7 @@ EXTRA_OF = {
     "matplotlib": "report",
     "prometheus_client": "serve",
     "python_multipart": "serve",
+    "ray": "ray",
     "rich": "cli",
     "scipy": "plan",
     "torchmetrics": "plan",

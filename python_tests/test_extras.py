@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -68,7 +69,7 @@ def test_every_library_that_is_imported_is_declared() -> None:
     extras = project["optional-dependencies"]
     assert {line.partition(">")[0] for line in project["dependencies"]} == CORE
     for library, extra in EXTRA_OF.items():
-        declared = {line.partition(">")[0].replace("-", "_") for line in extras[extra]}
+        declared = {re.split(r"[\[>]", line)[0].replace("-", "_") for line in extras[extra]}
         assert DISTRIBUTION.get(library, library) in declared, library
     optional = {"triton", "tokenizers"}  # torch brings the first where there is a GPU, transformers the second
     optional |= {"pydantic", "starlette"}  # fastapi is made of both, and shows its users their classes

@@ -2,7 +2,8 @@
 
     python -m python_tests.servers FOLDER [NAME ...]
 
-Each is pinned to versions that were tried together. Packages come from PyPI; vllm_omni and sglang take about 7 GB.
+Each is pinned to versions that were tried together. Packages come from PyPI: about 4 GB each for
+vllm_omni and sglang, 2 GB each for ray and comfyui.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Environment:
 
     Attributes:
         installs: arguments of `pip install`, one command each, in order.
-        tests: files beside this one.
+        tests: files of python_tests.
         unwanted: what comes with these packages and does not load beside the CPU's torch.
         mend: what is left to do in the environment's site-packages.
     """
@@ -61,6 +62,14 @@ OF_SGLANG = (  # what it imports without a GPU, of what it asks for
     "imageio-ffmpeg==0.5.1 opencv-python-headless==4.10.0.84 remote-pdb==2.1.0 scikit-image==0.25.2 trimesh websockets",
 )
 ENVIRONMENTS = {
+    "ray": Environment(
+        (
+            ("--constraint", "constraints.txt", "torch", "diffusers", "transformers", "accelerate", "peft", *OWN),
+            ("--constraint", "constraints.txt", "typer", "rich", "fastapi", "uvicorn", "python-multipart", "openai"),
+            ("--constraint", "constraints.txt", "prometheus-client", "pillow", "httpx", "ray[serve]==2.60.0"),
+        ),
+        ("servers/test_ray.py",),
+    ),
     "comfyui": Environment(
         (
             ("--constraint", "constraints.txt", "torch", "numpy", "diffusers", "transformers", "accelerate", *OWN),
@@ -68,7 +77,7 @@ ENVIRONMENTS = {
             ("aiohttp", "psutil", "scipy", "sentencepiece"),
             ("--no-deps", "torchvision==0.28.0"),
         ),
-        ("test_comfy_kitchen.py", "test_comfyui.py"),
+        ("servers/test_comfy_kitchen.py", "servers/test_comfyui.py"),
         mend=without_torchvision_s_kernels,
     ),
     "vllm_omni": Environment(
@@ -78,7 +87,7 @@ ENVIRONMENTS = {
             ("aenum==3.1.16", "omegaconf", "janus", "msgpack", "av", "soundfile", "soxr", "prettytable", "gguf"),
             ("scipy", "pydantic-settings", "kernels==0.16.1", "imageio", "cache-dit==1.5.0", "torchsde"),
         ),
-        ("test_vllm_omni.py",),
+        ("servers/test_vllm_omni.py",),
         unwanted=("torchcodec",),
         mend=with_a_cpu_platform,
     ),
@@ -89,7 +98,7 @@ ENVIRONMENTS = {
             ("triton==3.9.0", "apache-tvm-ffi==0.1.11"),
             *(tuple(line.split()) for line in OF_SGLANG),
         ),
-        ("test_sglang.py",),
+        ("servers/test_sglang.py",),
         mend=without_torchvision_s_kernels,
     ),
 }
@@ -117,7 +126,7 @@ def main(folder: str, *names: str) -> int:
     for name in names or tuple(ENVIRONMENTS):
         environment = ENVIRONMENTS[name]
         python = make(environment, Path(folder).resolve() / name)
-        tests = [f"python_tests/servers/{test}" for test in environment.tests]
+        tests = [f"python_tests/{test}" for test in environment.tests]
         command = [str(python), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *tests]
         failed += subprocess.run(command, cwd=ROOT, check=False).returncode != 0
     return failed

@@ -1,0 +1,164 @@
+"""The application on Ray Serve: replicas that are killed, updated, added, and what they share."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+pytest.importorskip("ray", reason="`make test-servers` installs it")
+
+from ray.serve.schema import ServeDeploySchema
+
+from ldmq_kernels.serving.loading import ServingError
+from ldmq_kernels.serving.ray import Images, read_settings
+from python_tests.servers.on_ray import cluster, slow_application, start
+from python_tests.serving.served import GENERATIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with cluster() as url:
+        yield url
+
+
+def body(number: int, steps: int = 10, **more: Any) -> dict[str, Any]:
+    return {"prompt": str(number), "seed": number, "size": "16x16", "num_inference_steps": steps} | more
+
+
+def at_once(url: str, bodies: list[dict[str, Any]], meanwhile: Callable[[], None] = lambda: None) -> list[Any]:
+    """The answers of as many clients, each of which asks once."""
+
+    async def work() -> list[Any]:
+        limits = httpx.Limits(max_connections=len(bodies))
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+            asking = [asyncio.create_task(client.post(GENERATIONS, json=one)) for one in bodies]
+            await asyncio.to_thread(meanwhile)
+            return await asyncio.gather(*asking)
+
+    return asyncio.run(work())
+
+
+def seeds(answer: httpx.Response) -> list[int]:
+    return [picture["seed"] for picture in answer.json()["data"]]
+
+
+def drawn_by(folder: Path) -> dict[int, list[int]]:
+    """Which process has begun which requests."""
+    lines = {int(file.name): file.read_text().split("\n") for file in folder.iterdir()}
+    return {pid: [int(line) for line in of if line.isdecimal()] for pid, of in lines.items()}
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to hold"
+        time.sleep(0.1)
+
+
+def served(url: str) -> str:
+    return httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+
+
+def test_what_is_lost_with_a_replica_is_what_was_in_it(url: str, tmp_path: Path) -> None:
+    start(slow_application(tmp_path, min_replicas=2))
+    assert len(drawn_by(tmp_path)) == 2
+    killed = min(drawn_by(tmp_path))
+
+    def kill() -> None:
+        until(lambda: all(drawn_by(tmp_path).values()))
+        os.kill(killed, signal.SIGKILL)
+
+    answers = at_once(url, [body(number, steps=25) for number in range(40)], kill)
+    count = Counter(answer.status_code for answer in answers)
+    lost = [number for number, answer in enumerate(answers) if answer.status_code != 200]
+    assert len(lost) <= 2 * BATCH, count
+    assert all(seeds(answer) == [number] for number, answer in enumerate(answers) if number not in lost)
+    others = {number for pid, numbers in drawn_by(tmp_path).items() if pid != killed for number in numbers}
+    assert not others & set(lost)
+    until(lambda: len(drawn_by(tmp_path)) == 3)  # another takes its place
+    assert at_once(url, [body(1)])[0].status_code == 200
+
+
+def test_an_update_to_another_model_loses_no_request(url: str, tmp_path: Path) -> None:
+    start(slow_application(tmp_path, "one", min_replicas=2))
+    assert served(url) == "one"
+    ended, statuses = threading.Event(), Counter[int]()
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=url, timeout=120) as client:
+            while not ended.is_set():
+                answer = client.post(GENERATIONS, json=body(number))
+                statuses[answer.status_code] += 1
+                assert seeds(answer) == [number]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: statuses[200] > 6)
+        start(slow_application(tmp_path, "two", min_replicas=2))
+        until(lambda: {served(url) for _ in range(8)} == {"two"})
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert set(statuses) == {200}
+
+
+def test_a_model_that_does_not_load_leaves_the_one_before_it(url: str, tmp_path: Path) -> None:
+    start(slow_application(tmp_path, "good"))
+    with pytest.raises(RuntimeError, match="images"):
+        start(slow_application(tmp_path, "broken"))
+    assert served(url) == "good"
+    assert at_once(url, [body(3)])[0].status_code == 200
+
+
+def test_every_replica_finds_a_picture_by_its_url(url: str, tmp_path: Path) -> None:
+    start(slow_application(tmp_path, min_replicas=2))
+    answers = at_once(url, [body(number, response_format="url") for number in range(4)])
+    for answer in answers:
+        for _ in range(4):
+            assert httpx.get(answer.json()["data"][0]["url"], timeout=60).content.startswith(b"\x89PNG")
+
+
+def test_arguments_are_read_as_a_configuration_gives_them() -> None:
+    settings = read_settings({"models": "/a/one,/b/two", "steps": "30", "limits": {"max_batch": "4"}})
+    assert [(str(model.folder), model.name) for model in settings.models] == [("/a/one", "one"), ("/b/two", "two")]
+    assert (settings.steps, settings.limits.max_batch) == (30, 4)
+
+
+def test_the_page_s_configuration_is_one_of_ray_s() -> None:
+    text = (ROOT / "docs" / "ray.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    (found,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    module, _, name = found.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    assert read_settings(found.args).limits.max_batch == 8
+    assert [deployment.name for deployment in found.deployments] == [Images.__name__]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"models": "/a", "stepz": 3}, "stepz"),
+        ({"models": "/a", "limits": {"batch": 1}}, "limits.batch"),
+        ({"models": "/a", "dtype": "int8"}, "dtype"),
+    ],
+)
+def test_an_argument_that_is_wrong_is_named(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(ServingError, match=named):
+        read_settings(given)
