@@ -44,6 +44,8 @@ class GemmCall {
                                                           {"weight_scale", gemm_.weight_scale},
                                                           {"out", gemm_.out}};
     for (const auto& [name, pointer] : needed) require(!launches || pointer, std::string(name) + " is null");
+    require(!gemm_.vector.data || (gemm_.vectors > 0 && gemm_.m % gemm_.vectors == 0),
+            "there are " + std::to_string(gemm_.vectors) + " vectors, which must divide m");
     require(op_ != "linear_w4a8" || !launches || gemm_.multiplier, "multiplier is null");
     const int64_t step = gemm_.scale_rows, scales = step > 0 ? (gemm_.m + step - 1) / step : 1;
     require(gemm_.scale_rows >= 0 && (scale_count == scales || gemm_.m == 0),
@@ -104,9 +106,9 @@ const void* address(uintptr_t value) { return reinterpret_cast<const void*>(valu
 
 void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uintptr_t x_scale, int64_t scale_count,
               int64_t scale_rows, uintptr_t weight_scale, uintptr_t bias, const std::string& bias_dtype,
-              uintptr_t sample_bias, uintptr_t residual, uintptr_t out, const std::string& out_dtype,
-              uintptr_t out_inv_scale, int64_t out_inv_scale_count, int64_t m, int64_t n, int64_t channels,
-              const std::vector<int64_t>& conv, int device, uintptr_t stream) {
+              uintptr_t vector, const std::string& vector_dtype, int64_t vectors, uintptr_t residual, uintptr_t out,
+              const std::string& out_dtype, uintptr_t out_inv_scale, int64_t out_inv_scale_count, int64_t m, int64_t n,
+              int64_t channels, const std::vector<int64_t>& conv, int device, uintptr_t stream) {
   ldmq_gemm gemm = {};
   const GemmCall call(gemm, tile);
   gemm.x = address(x);
@@ -116,7 +118,8 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
   gemm.scale_rows = scale_rows;
   gemm.weight_scale = static_cast<const float*>(address(weight_scale));
   gemm.bias = {address(bias), parse_dtype("ldmq cuda bias", bias_dtype)};
-  gemm.sample_bias = address(sample_bias);
+  gemm.vector = {address(vector), parse_dtype("ldmq cuda vector", vector_dtype)};
+  gemm.vectors = vectors;
   gemm.residual = address(residual);
   gemm.out_inv_scale = static_cast<const float*>(address(out_inv_scale));
   gemm.out_inv_scale_count = out_inv_scale_count;
@@ -146,10 +149,10 @@ void define_gemm(py::module_& module) {
   module.def("tiles", &tiles, "(op, family, m, n, k, stages, cluster, cooperative) of every tile.");
   module.def("run_gemm", &run_gemm, "As ldmq_run_gemm.", py::arg("tile"), py::arg("x"), py::arg("weight"),
              py::arg("multiplier"), py::arg("x_scale"), py::arg("scale_count"), py::arg("scale_rows"),
-             py::arg("weight_scale"), py::arg("bias"), py::arg("bias_dtype"), py::arg("sample_bias"),
-             py::arg("residual"), py::arg("out"), py::arg("out_dtype"), py::arg("out_inv_scale"),
-             py::arg("out_inv_scale_count"), py::arg("m"), py::arg("n"), py::arg("channels"),
-             py::arg("conv"), py::arg("device"), py::arg("stream"));
+             py::arg("weight_scale"), py::arg("bias"), py::arg("bias_dtype"), py::arg("vector"),
+             py::arg("vector_dtype"), py::arg("vectors"), py::arg("residual"), py::arg("out"), py::arg("out_dtype"),
+             py::arg("out_inv_scale"), py::arg("out_inv_scale_count"), py::arg("m"), py::arg("n"),
+             py::arg("channels"), py::arg("conv"), py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace ldmq::binding

@@ -86,16 +86,32 @@ void group_norm_silu_quantize(uintptr_t x, const std::string& dtype, uintptr_t w
   call.run([&] { return ldmq_group_norm_silu_quantize(&norm, memory, call.device(), call.stream()); });
 }
 
+// Refuses a row that is too long for a scale of its own.
+void check_measured(const char* op, const ldmq_quantization& to, int64_t rows, int64_t channels) {
+  if (to.inv_scale || channels <= LDMQ_MAX_GELU_CHANNELS) return;
+  throw Refusal(of_sizes(op, {{"rows", rows}, {"channels", channels}}) + "channels must be at most " +
+                std::to_string(LDMQ_MAX_GELU_CHANNELS) + " with a scale for each row");
+}
+
+void gelu_quantize(uintptr_t x, const std::string& dtype, bool tanh, uintptr_t inv_scale, int64_t inv_scale_count,
+                   uintptr_t inv_smooth, uintptr_t q, uintptr_t scale, int64_t rows, int64_t channels, int device,
+                   uintptr_t stream) {
+  const Call call("gelu_quantize", dtype, {{"rows", rows}, {"channels", channels}}, device, stream);
+  const void* input = call.input(x);
+  const ldmq_quantization to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, scale);
+  check_measured("gelu_quantize", to, rows, channels);
+  call.run([&] {
+    return ldmq_gelu_quantize(input, call.dtype(), tanh, &to, rows, channels, call.device(), call.stream());
+  });
+}
+
 void geglu_quantize(uintptr_t x, const std::string& dtype, uintptr_t inv_scale, int64_t inv_scale_count,
                     uintptr_t inv_smooth, uintptr_t q, uintptr_t scale, int64_t rows, int64_t channels, int device,
                     uintptr_t stream) {
   const Call call("geglu_quantize", dtype, {{"rows", rows}, {"channels", channels}}, device, stream);
   const void* input = call.input(x);
   const ldmq_quantization to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, scale);
-  if (!to.inv_scale && channels > LDMQ_MAX_GEGLU_CHANNELS) {
-    throw Refusal(of_sizes("geglu_quantize", {{"rows", rows}, {"channels", channels}}) + "channels must be at most " +
-                  std::to_string(LDMQ_MAX_GEGLU_CHANNELS) + " with a scale for each row");
-  }
+  check_measured("geglu_quantize", to, rows, channels);
   call.run([&] {
     return ldmq_geglu_quantize(input, call.dtype(), &to, rows, channels, call.device(), call.stream());
   });
@@ -112,6 +128,9 @@ void define_producers(py::module_& module) {
              py::arg("eps"), py::arg("silu"), py::arg("inv_scale"), py::arg("inv_scale_count"), py::arg("inv_smooth"),
              py::arg("per_token"), py::arg("q"), py::arg("scale"), py::arg("scratch"), py::arg("samples"),
              py::arg("pixels"), py::arg("channels"), py::arg("device"), py::arg("stream"));
+  module.def("gelu_quantize", &gelu_quantize, "As ldmq_gelu_quantize.", py::arg("x"), py::arg("dtype"), py::arg("tanh"),
+             py::arg("inv_scale"), py::arg("inv_scale_count"), py::arg("inv_smooth"), py::arg("q"), py::arg("scale"),
+             py::arg("rows"), py::arg("channels"), py::arg("device"), py::arg("stream"));
   module.def("geglu_quantize", &geglu_quantize, "As ldmq_geglu_quantize.", py::arg("x"), py::arg("dtype"), py::arg("inv_scale"),
              py::arg("inv_scale_count"), py::arg("inv_smooth"), py::arg("q"), py::arg("scale"), py::arg("rows"),
              py::arg("channels"), py::arg("device"), py::arg("stream"));

@@ -1,4 +1,5 @@
-// What happens to the accumulators of a tile, int32 or float32: scales, bias, sample vector, residual, and one rounding.
+// What happens to the accumulators of a tile, int32 or float32: scales, bias, sample vector or gate, residual, and one
+// rounding.
 //
 // The tensor cores leave a lane with two neighbouring columns of every eight. Lanes trade them by shuffles until each
 // has eight neighbouring columns of one row, so that memory is read and written 16 bytes at a time.
@@ -17,12 +18,23 @@ struct Epilogue {
   const float* x_scale;
   const float* weight_scale;
   ldmq_added bias;
-  const void* sample_bias;
+  ldmq_added vector;  // (m / vector_rows, n): added to the rows of a convolution, multiplied with those of a linear
   const void* residual;
   const float* out_inv_scale;
   void* out;
-  int m, n, scale_rows, sample_rows, out_inv_scale_step;
+  int m, n, scale_rows, vector_rows, out_inv_scale_step;
 };
+
+// Eight numbers of a tensor of any floating dtype, from `at` on.
+__device__ __forceinline__ void load_run(float (&value)[kRun], const ldmq_added& added, int64_t at) {
+  if (added.dtype == LDMQ_FLOAT32) {
+    load_run(value, static_cast<const float*>(added.data) + at);
+  } else if (added.dtype == LDMQ_FLOAT16) {
+    load_run(value, static_cast<const __half*>(added.data) + at);
+  } else {
+    load_run(value, static_cast<const __nv_bfloat16*>(added.data) + at);
+  }
+}
 
 // The terms of eight columns that all rows share.
 template <typename T>
@@ -36,12 +48,8 @@ struct ColumnTerms {
     if (!epilogue.bias.data) {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) bias[i] = 0.0f;
-    } else if (epilogue.bias.dtype == LDMQ_FLOAT32) {
-      load_run(bias, static_cast<const float*>(epilogue.bias.data) + first);
-    } else if (epilogue.bias.dtype == LDMQ_FLOAT16) {
-      load_run(bias, static_cast<const __half*>(epilogue.bias.data) + first);
     } else {
-      load_run(bias, static_cast<const __nv_bfloat16*>(epilogue.bias.data) + first);
+      load_run(bias, epilogue.bias, first);
     }
     if constexpr (kInt8) {
       if (epilogue.out_inv_scale_step == 0) {
@@ -57,16 +65,16 @@ struct ColumnTerms {
 // The terms of a row that all columns share. A row beyond the end is taken for the first, and not stored.
 struct RowTerms {
   float scale;
-  int sample;
+  int vector;  // row of the vectors
   int64_t at;
   bool valid;
 
   __device__ __forceinline__ RowTerms(const Epilogue& epilogue, int row)
-      : sample(0), at(0), valid(row < epilogue.m) {
+      : vector(0), at(0), valid(row < epilogue.m) {
     if (!valid) return;
     at = static_cast<int64_t>(row) * epilogue.n;
     scale = epilogue.x_scale[epilogue.scale_rows == 0 ? 0 : epilogue.scale_rows == 1 ? row : row / epilogue.scale_rows];
-    if (epilogue.sample_bias) sample = row / epilogue.sample_rows;
+    if (epilogue.vector.data) vector = row / epilogue.vector_rows;
   }
 };
 
@@ -99,7 +107,7 @@ struct Residual {
 };
 
 // Eight columns of one row from `first` on, from accumulators to memory. T: what is stored, and what is added.
-template <typename T, typename Sum>
+template <typename T, bool GATE, typename Sum>
 __device__ __forceinline__ void finish_run(const Epilogue& epilogue, const ColumnTerms<T>& column, const RowTerms& row,
                                            int first, Residual<T>& residual, const Sum (&accumulator)[kRun]) {
   if (!row.valid || first >= epilogue.n) return;
@@ -112,12 +120,11 @@ __device__ __forceinline__ void finish_run(const Epilogue& epilogue, const Colum
 #pragma unroll
     for (int i = 0; i < kRun; ++i) value[i] = __fmul_rn(value[i], column.inv_scale[i]);
   } else {
-    if (epilogue.sample_bias) {
-      float added[kRun];
-      load_run(added, static_cast<const T*>(epilogue.sample_bias) +
-                          static_cast<int64_t>(row.sample) * epilogue.n + first);
+    if (epilogue.vector.data) {
+      float vector[kRun];
+      load_run(vector, epilogue.vector, static_cast<int64_t>(row.vector) * epilogue.n + first);
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) value[i] += added[i];
+      for (int i = 0; i < kRun; ++i) value[i] = GATE ? value[i] * vector[i] : value[i] + vector[i];
     }
     if (epilogue.residual) residual.add_to(value, epilogue, row, first);
   }
@@ -162,7 +169,7 @@ __device__ __forceinline__ void gather_rows(Sum (&run)[kRun]) {
 }
 
 // The accumulators of 16 rows x BLOCKS * 8 columns of a warp, as mma_m16n8k32 leaves them: four of a block.
-template <typename T, int BLOCKS, typename Accumulator>
+template <typename T, int BLOCKS, bool GATE, typename Accumulator>
 __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_row, int first_column,
                                             const Accumulator& accumulator) {
   using Sum = decltype(accumulator(0));
@@ -180,14 +187,14 @@ __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_
 #pragma unroll
       for (int i = 0; i < kRun; ++i) run[i] = accumulator((group + i / 2) * 4 + half * 2 + i % 2);
       gather_columns(run);
-      finish_run<T>(epilogue, column, rows[half], first, residual[half], run);
+      finish_run<T, GATE>(epilogue, column, rows[half], first, residual[half], run);
     }
   }
 }
 
 // The same for a transposed GEMM: the accumulators' 16 rows are columns of the output, and their columns its rows.
 // Two neighbouring lanes have the 16 columns of the same two rows, so that they write whole sectors.
-template <typename T, int BLOCKS, typename Accumulator>
+template <typename T, int BLOCKS, bool GATE, typename Accumulator>
 __device__ __forceinline__ void finish_transposed(const Epilogue& epilogue, int first_row, int first_column,
                                                   const Accumulator& accumulator) {
   using Sum = decltype(accumulator(0));
@@ -210,7 +217,7 @@ __device__ __forceinline__ void finish_transposed(const Epilogue& epilogue, int 
 #pragma unroll
     for (int i = 0; i < kRun; ++i) trade(run[0][i], run[1][i], 1);  // halves of the columns for rows
 #pragma unroll
-    for (int i = 0; i < 2; ++i) finish_run<T>(epilogue, column, rows[i], first, residual[i], run[i]);
+    for (int i = 0; i < 2; ++i) finish_run<T, GATE>(epilogue, column, rows[i], first, residual[i], run[i]);
   }
 }
 

@@ -28,7 +28,7 @@ inline Epilogue epilogue_of(const ldmq_gemm& gemm) {
   epilogue.x_scale = gemm.x_scale;
   epilogue.weight_scale = gemm.weight_scale;
   epilogue.bias = gemm.bias;
-  epilogue.sample_bias = gemm.sample_bias;
+  epilogue.vector = gemm.vector;
   epilogue.residual = gemm.residual;
   epilogue.out_inv_scale = gemm.out_inv_scale;
   epilogue.out_inv_scale_step = gemm.out_inv_scale_count == 1 ? 0 : 1;
@@ -36,7 +36,7 @@ inline Epilogue epilogue_of(const ldmq_gemm& gemm) {
   epilogue.m = static_cast<int>(gemm.m);
   epilogue.n = static_cast<int>(gemm.n);
   epilogue.scale_rows = static_cast<int>(gemm.scale_rows);
-  epilogue.sample_rows = static_cast<int>(gemm.samples > 0 ? gemm.m / gemm.samples : gemm.m);
+  epilogue.vector_rows = static_cast<int>(gemm.vectors > 0 ? gemm.m / gemm.vectors : gemm.m);
   return epilogue;
 }
 

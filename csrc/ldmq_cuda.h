@@ -21,7 +21,8 @@ typedef struct {
 
 // A GEMM: accumulator (m, n) = x (m, k) * weight (n, k)^T, k = taps * channels, of int8 in int32 or of FP8 (e4m3) in
 // float32, and
-//   out = accumulator * x_scale * weight_scale + bias + sample_bias[sample] + residual
+//   out = (accumulator * x_scale * weight_scale + bias) * vector[row] + residual   of a linear: gates
+//   out = accumulator * x_scale * weight_scale + bias + vector[row] + residual     of a convolution: one a sample
 // in float32, rounded once; an int8 out is out * out_inv_scale, rounded and clamped to [-127, 127].
 // A linear has one tap, and m tokens; a convolution is an implicit GEMM with m pixels of its output, and
 // kernel_height * kernel_width taps on NHWC images.
@@ -33,7 +34,8 @@ typedef struct {
   int64_t scale_rows;         // 0: one scale for all
   const float* weight_scale;  // (n)
   ldmq_added bias;            // (n), of any floating dtype
-  const void* sample_bias;    // (samples, n) of out's dtype, or null
+  ldmq_added vector;          // (vectors, n) of any floating dtype, or null
+  int64_t vectors;            // divides m: each is for m / vectors rows
   const void* residual;       // (m, n) of out's dtype, or null
   const float* out_inv_scale; // (1) or (n) of an int8 out, else null
   int64_t out_inv_scale_count;
@@ -102,7 +104,7 @@ typedef struct {
   ldmq_quantization to;  // q: (samples, pixels, channels), scale: (samples) or (samples, pixels)
 } ldmq_group_norm;
 
-enum { LDMQ_MAX_PIXELS = 1 << 30, LDMQ_MAX_PIXEL_CHANNELS = 4096, LDMQ_MAX_GEGLU_CHANNELS = 8192 };
+enum { LDMQ_MAX_PIXELS = 1 << 30, LDMQ_MAX_PIXEL_CHANNELS = 4096, LDMQ_MAX_GELU_CHANNELS = 8192 };
 
 // The bytes of scratch that a group norm takes on this device, at a multiple of 8; what they hold does not matter.
 int ldmq_group_norm_scratch(const ldmq_group_norm* norm, int device, int64_t* bytes);
@@ -110,8 +112,12 @@ int ldmq_group_norm_scratch(const ldmq_group_norm* norm, int device, int64_t* by
 // One launch, of which all blocks run at once.
 int ldmq_group_norm_silu_quantize(const ldmq_group_norm* norm, void* scratch, int device, void* stream);
 
+// x: (rows, channels); y = gelu(x), by tanh or exact -> q: (rows, channels), scale: (rows).
+// A measured scale takes at most LDMQ_MAX_GELU_CHANNELS, here and below.
+int ldmq_gelu_quantize(const void* x, ldmq_dtype dtype, int tanh, const ldmq_quantization* to, int64_t rows,
+                       int64_t channels, int device, void* stream);
+
 // x: (rows, 2 channels), values and then gates; y = value * gelu(gate) -> q: (rows, channels), scale: (rows).
-// A measured scale takes at most LDMQ_MAX_GEGLU_CHANNELS.
 int ldmq_geglu_quantize(const void* x, ldmq_dtype dtype, const ldmq_quantization* to, int64_t rows, int64_t channels,
                         int device, void* stream);
 

@@ -178,8 +178,8 @@ __device__ __forceinline__ void load_weights(uint32_t (&b)[4][2], const char* co
 __device__ __forceinline__ void multiply(int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   mma_m16n8k32(sum, a, b0, b1);
 }
-// The tensor cores of sm_89 keep 13 bits of the mantissa of what they add e4m3 to, as those of sm_90 do (SageAttention2,
-// arXiv 2411.10958): each mma.sync begins at zero, and its result is added in float32.
+// The tensor cores of sm_89 keep 13 bits of the mantissa of what they add e4m3 to, as those of sm_90 do
+// (SageAttention2, arXiv 2411.10958): each mma.sync begins at zero, and its result is added in float32.
 __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   float partial[4] = {};
   mma_m16n8k32(partial, a, b0, b1);
@@ -258,8 +258,9 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_const
   cp_async_wait<0>();
 #pragma unroll
   for (int band = 0; band < kBands; ++band) {
-    finish_rows<Out, kRuns * 4>(parameters.epilogue, first_row + warp_m + band * 16, first_column + warp_n,
-                                [&](int i) { return sum[band][i / 4][i % 4]; });
+    finish_rows<Out, kRuns * 4, Tile::kKind != Kind::kConv2d>(
+        parameters.epilogue, first_row + warp_m + band * 16, first_column + warp_n,
+        [&](int i) { return sum[band][i / 4][i % 4]; });
   }
 }
 

@@ -22,6 +22,7 @@ template <typename Tile, typename Out>
 __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, const Shared<Tile>& shared, int rank,
                                                int group) {
   constexpr int kBands = Tile::kGroupRows / 64;
+  constexpr bool kGate = Tile::kKind != Kind::kConv2d;
   const int cluster = static_cast<int>(blockIdx.x) / Tile::kCluster;
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.scheduler.count();
   const int steps_of_tap = (parameters.channels + Tile::kK - 1) / Tile::kK, steps = steps_of_tap * parameters.taps;
@@ -61,9 +62,9 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
       const int a_first = a_row + group_row + band * 64 + warp_row, b_first = b_tile * Tile::kBRows;
       const auto accumulator = [&](int i) { return sum[band][i]; };
       if constexpr (Tile::kInt4) {
-        finish_transposed<Out, Tile::kBRows / 8>(parameters.epilogue, b_first, a_first, accumulator);
+        finish_transposed<Out, Tile::kBRows / 8, kGate>(parameters.epilogue, b_first, a_first, accumulator);
       } else {
-        finish_rows<Out, Tile::kBRows / 8>(parameters.epilogue, a_first, b_first, accumulator);
+        finish_rows<Out, Tile::kBRows / 8, kGate>(parameters.epilogue, a_first, b_first, accumulator);
       }
     }
   }

@@ -23,7 +23,8 @@ __device__ __forceinline__ void unpack_rows(uint32_t (&a)[4], const char* rows, 
   }
 }
 
-// The wgmmas of one step with an operand a in shared memory, issued and committed. `first_row` is of the warpgroup in the tile.
+// The wgmmas of one step with an operand a in shared memory, issued and committed. `first_row` is of the warpgroup in
+// the tile.
 template <typename Tile, int BANDS>
 __device__ __forceinline__ void multiply_step(const Shared<Tile>& shared, int stage, int first_row, bool accumulate,
                                               typename Tile::Accumulator (&sum)[BANDS][Tile::kBRows / 2]) {

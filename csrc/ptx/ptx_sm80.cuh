@@ -1,5 +1,6 @@
-// Intrinsics of sm_80 and newer (that of e4m3: sm_89): PTX instructions under their own names. python_tests/kernels/cuda/emulator has the
-// same functions for a CPU; a kernel that uses these alone is proved there without a GPU.
+// Intrinsics of sm_80 and newer, and that of e4m3 of sm_89 and newer: PTX instructions under their own names.
+// python_tests/kernels/cuda/emulator has the same functions for a CPU; a kernel that uses these alone is proved there
+// without a GPU.
 #pragma once
 
 #include <cooperative_groups.h>

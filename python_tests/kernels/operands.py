@@ -44,8 +44,6 @@ def cuda_refusal(op: str, operands: dict[str, Any]) -> str | None:
         return None if x.is_contiguous(memory_format=layout) else f"must be {str(layout).removeprefix('torch.')}"
     if not op.startswith(("linear", "conv2d")):
         return None
-    if operands.get("gate") is not None:
-        return "no gate in the epilogue"
     if operands.get("groups", 1) != 1:
         return f"groups is {operands['groups']}, must be 1"
     multiple = 32 if op == "linear_w4a8" else 16

@@ -51,7 +51,7 @@ class Epilogue(NamedTuple):
         residual: the output's shape and dtype.
         sample_bias: (samples, N) of the output's dtype.
         out_inv_scale: (1,) or (N,) float32, the inverse scale of an int8 output.
-        gate: refused: the kernels do not multiply by one.
+        gate: (G, ..., N) floating, of a linear: a row for each of G equal runs of rows.
     """
 
     x_scale: Tensor
@@ -74,8 +74,6 @@ class Epilogue(NamedTuple):
         Raises:
             Unsupported: another dtype, device or count; the text names op and operand.
         """
-        if self.gate is not None:
-            raise Unsupported(f"{op}: there is no gate in the epilogue")
         n = self.weight_scale.numel()
         inv_scale, bias = self.out_inv_scale, self.bias
         if bias is not None:
@@ -87,11 +85,12 @@ class Epilogue(NamedTuple):
             _added(op, "residual", self.residual, x, out.shape, out.dtype),
             _added(op, "sample_bias", self.sample_bias, x, (units, n), out.dtype),
             None if inv_scale is None else _factors(op, "out_inv_scale", inv_scale, x, (1, n)),
+            None if self.gate is None else _gate(op, self.gate, x, units, n),
         )
 
     def arguments(self, unit_rows: int) -> dict[str, Any]:
         """The binding's keyword arguments for an epilogue that is checked."""
-        inv_scale = self.out_inv_scale
+        inv_scale, vector = self.out_inv_scale, self.sample_bias if self.gate is None else self.gate
         return {
             "x_scale": self.x_scale.data_ptr(),
             "scale_count": self.x_scale.numel(),
@@ -99,7 +98,9 @@ class Epilogue(NamedTuple):
             "weight_scale": self.weight_scale.data_ptr(),
             "bias": _address(self.bias),
             "bias_dtype": "float32" if self.bias is None else extension.DTYPES[self.bias.dtype],
-            "sample_bias": _address(self.sample_bias),
+            "vector": _address(vector),
+            "vector_dtype": "float32" if vector is None else extension.DTYPES[vector.dtype],
+            "vectors": 0 if vector is None else vector.shape[0],
             "residual": _address(self.residual),
             "out_inv_scale": _address(inv_scale),
             "out_inv_scale_count": 0 if inv_scale is None else inv_scale.numel(),
@@ -131,6 +132,14 @@ def _added(
         return None
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return _check(op, name, operand, x, (dtype,)).expand(tuple(shape)).contiguous(memory_format=layout)
+
+
+def _gate(op: str, gate: Tensor, x: Tensor, rows: int, n: int) -> Tensor:
+    """The gate as (G, N), of as many equal runs of rows."""
+    gates = gate.numel() // max(1, n)
+    if gate.shape[-1] != n or (rows % gates if gates else rows):
+        raise Unsupported(f"{op}: a gate of shape {tuple(gate.shape)} for {rows} rows of {n}")
+    return _check(op, "gate", gate, x, tuple(extension.DTYPES)).reshape(-1, n).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

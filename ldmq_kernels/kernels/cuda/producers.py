@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.reference.producers import no_scale
 
 
 def factors(inv_scale: Tensor | None, inv_smooth: Tensor | None, x: Tensor, channels: int) -> dict[str, Any]:
@@ -42,3 +44,39 @@ def vector(name: str, operand: Tensor | None, x: Tensor, channels: int) -> dict[
     if operand.shape != (channels,):
         raise Unsupported(f"the {name} is {tuple(operand.shape)}, must be ({channels},)")
     return {name: operand.data_ptr(), f"{name}_dtype": dtype}
+
+
+def run_on_rows(
+    op: str, x: Tensor, channels: int, inv_scale: Tensor | None, inv_smooth: Tensor | None, **more: Any
+) -> tuple[Tensor, Tensor]:
+    """Run an op of the binding that quantizes each row of what it computes.
+
+    Args:
+        op: "geglu_quantize" or "gelu_quantize".
+        x: (..., C of the input) floating; copied where it is not contiguous.
+        channels: of the result.
+        inv_scale: (1,) or (channels,) float32, or None where the scale of each row is measured.
+        inv_smooth: (channels,) float32 or None, for a measured scale.
+        more: the op's own arguments.
+
+    Returns:
+        q (..., channels) int8, and the scales (...) float32, none with an inv_scale.
+
+    Raises:
+        Unsupported: another dtype, device or size of an operand, or too many channels for a scale of each row.
+    """
+    x = x.contiguous()
+    arguments = extension.source(x, torch.contiguous_format) | extension.target(x) | more
+    arguments |= factors(inv_scale, inv_smooth, x, channels)
+    q = torch.empty((*x.shape[:-1], channels), dtype=torch.int8, device=x.device)
+    scale = no_scale(x) if inv_scale is not None else x.new_empty(x.shape[:-1], dtype=torch.float32)
+    if q.numel() == 0:
+        return q, scale
+    binding = extension.binding()
+    try:
+        getattr(binding, op)(
+            **arguments, q=q.data_ptr(), scale=scale.data_ptr(), rows=q.numel() // channels, channels=channels
+        )
+    except binding.Refusal as refusal:
+        raise Unsupported(str(refusal)) from None
+    return q, scale

@@ -169,6 +169,15 @@ def test_rows_that_are_not_aligned_to_a_vector(device: torch.device, mode: str) 
     assert_near(got, reference.geglu_quantize(storage[1:].view(7, 128), *arguments))
 
 
+@pytest.mark.parametrize(("rows", "channels", "tanh"), [(1, 8192, True), (300, 24, False)])
+@pytest.mark.parametrize("mode", MODES)
+def test_gelus_are_near_the_reference(device: torch.device, rows: int, channels: int, tanh: bool, mode: str) -> None:
+    """Rows as long as a measured scale takes, more rows than a block has, and none aligned to a vector."""
+    storage, arguments = torch.randn(rows * channels + 1).half() * 2, factors(mode, channels)
+    got = cuda.gelu_quantize(storage.to(device)[1:].view(rows, channels), tanh, *moved(device, *arguments))
+    assert_near(got, reference.gelu_quantize(storage[1:].view(rows, channels), tanh, *arguments))
+
+
 def test_factors_that_are_not_aligned_to_a_vector(device: torch.device) -> None:
     x, factor = torch.randn(7, 128).half(), torch.rand(65)
     got = cuda.geglu_quantize(x.to(device), None, factor.to(device)[1:])
@@ -229,6 +238,8 @@ def norm(x: Tensor, weight: Tensor | None = None, groups: int = 4, **changes: An
         (lambda x: cuda.geglu_quantize(x, torch.ones(3, device=x.device), None), "must have 1 or 2"),
         (lambda x: cuda.geglu_quantize(x, None, torch.ones(1, device=x.device)), "must have 2"),
         (lambda x: cuda.geglu_quantize(x.new_ones(1, 16386), None, None), "channels must be at most 8192"),
+        (lambda x: cuda.gelu_quantize(x.new_ones(1, 8193), True, None, None), "channels must be at most 8192"),
+        (lambda x: cuda.gelu_quantize(x[0, 0, 0, 0], True, None, None), "x has no axis"),
     ],
 )
 def test_what_the_kernels_cannot_take_is_refused_with_the_reason(

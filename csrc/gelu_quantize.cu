@@ -1,5 +1,5 @@
-// GEGLU and quantization in one launch that reads memory once: q = quantize(value * gelu(gate)), in float32 up to the
-// int8 rounding, with GELU by the error function.
+// GELU, or GEGLU, and quantization in one launch that reads memory once: q = quantize(gelu(x)), or
+// q = quantize(value * gelu(gate)), in float32 up to the int8 rounding.
 //
 // With a calibrated scale a thread keeps a run of V channels, and their factors, and walks down the rows. A row with a
 // scale of its own stays in the registers of its warps between the maximum and the rounding.
@@ -13,26 +13,40 @@ using namespace ldmq;
 
 constexpr int kThreads = 256;
 constexpr int kRowValues = 16;  // of a row with a scale of its own, in the registers of a thread
-constexpr int kMostRowThreads = LDMQ_MAX_GEGLU_CHANNELS / kRowValues;
+constexpr int kMostRowThreads = LDMQ_MAX_GELU_CHANNELS / kRowValues;
 constexpr int64_t kMostColumns = 64;  // of the runs of V channels in a block: it then has four rows or more
 constexpr int64_t kMostBlocks = 1 << 20;
 constexpr int kRowsAhead = 2;  // whose loads are under way together
 
-// V neighbours of value * gelu(gate).
-template <typename T, int V>
-__device__ __forceinline__ void geglu(float (&y)[V], const Pack<T, V>& value, const Pack<T, V>& gate) {
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const float g = to_float(gate.value[i]);
-    y[i] = to_float(value.value[i]) * (0.5f * g * (1.0f + erff(g * 0.707106781f)));
-  }
+// x (1 + erf(x / sqrt(2))) / 2, or x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+__device__ __forceinline__ float gelu(float x, bool tanh) {
+  if (tanh) return x / (1.0f + __expf(-1.595769122f * (x + 0.044715f * x * x * x)));
+  return 0.5f * x * (1.0f + erff(x * 0.707106781f));
 }
 
-template <typename T, int V>
+// V neighbours of one row: of x, or of the values and their gates.
+template <typename T, int V, bool GATED>
+struct Inputs {
+  static constexpr int kCount = GATED ? 2 : 1;  // the gates come last
+  Pack<T, V> of[kCount];
+
+  __device__ __forceinline__ void load(const T* row, int64_t channel, int64_t channels) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) of[i] = *reinterpret_cast<const Pack<T, V>*>(row + channel + i * channels);
+  }
+  __device__ __forceinline__ void activate(float (&y)[V], bool tanh) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      y[i] = gelu(to_float(of[kCount - 1].value[i]), !GATED && tanh);
+      if constexpr (GATED) y[i] = to_float(of[0].value[i]) * y[i];
+    }
+  }
+};
+
+template <typename T, int V, bool GATED>
 __global__ void __launch_bounds__(kThreads)
-    static_kernel(const T* __restrict__ x, Factors factors, int8_t* __restrict__ q, int64_t rows, int64_t channels,
-                  int columns_per_block) {
-  using In = Pack<T, V>;
+    static_kernel(const T* __restrict__ x, bool tanh, Factors factors, int8_t* __restrict__ q, int64_t rows,
+                  int64_t channels, int columns_per_block) {
   const int rows_per_block = kThreads / columns_per_block;
   const int row_in_block = static_cast<int>(threadIdx.x) / columns_per_block;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * columns_per_block + threadIdx.x % columns_per_block;
@@ -42,30 +56,27 @@ __global__ void __launch_bounds__(kThreads)
   factors.load(factor, channel);
   int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_block + row_in_block;
   for (; row < rows; row += kRowsAhead * row_step) {
-    In value[kRowsAhead], gate[kRowsAhead];
+    Inputs<T, V, GATED> inputs[kRowsAhead];
 #pragma unroll
     for (int i = 0; i < kRowsAhead; ++i) {
-      const T* from = x + (row + i * row_step) * 2 * channels + channel;
       if (row + i * row_step >= rows) break;
-      value[i] = *reinterpret_cast<const In*>(from);
-      gate[i] = *reinterpret_cast<const In*>(from + channels);
+      inputs[i].load(x + (row + i * row_step) * Inputs<T, V, GATED>::kCount * channels, channel, channels);
     }
 #pragma unroll
     for (int i = 0; i < kRowsAhead; ++i) {
       if (row + i * row_step >= rows) break;
       float y[V];
-      geglu(y, value[i], gate[i]);
+      inputs[i].activate(y, tanh);
       multiply(y, factor);
       store_run(y, q + (row + i * row_step) * channels + channel);
     }
   }
 }
 
-template <typename T, int V>
+template <typename T, int V, bool GATED>
 __global__ void __launch_bounds__(kMostRowThreads)
-    token_kernel(const T* __restrict__ x, Factors factors, int8_t* __restrict__ q, float* scale, int64_t rows,
-                 int64_t channels, int warps_per_row) {
-  using In = Pack<T, V>;
+    token_kernel(const T* __restrict__ x, bool tanh, Factors factors, int8_t* __restrict__ q, float* scale,
+                 int64_t rows, int64_t channels, int warps_per_row) {
   constexpr int kRuns = kRowValues / V;
   __shared__ uint32_t largest_of_warp[kMostRowThreads / kLanes];
   const int row_threads = warps_per_row * kLanes;
@@ -75,14 +86,13 @@ __global__ void __launch_bounds__(kMostRowThreads)
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block; first < rows; first += row_step) {
     const int64_t row = first + threadIdx.x / row_threads;
     const int64_t end = row < rows ? channels : 0;
-    const T* from = x + row * 2 * channels;
-    In value[kRuns], gate[kRuns];
+    const T* from = x + row * Inputs<T, V, GATED>::kCount * channels;
+    Inputs<T, V, GATED> inputs[kRuns];
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
       const int64_t channel = static_cast<int64_t>(run * row_threads + lane) * V;
       if (channel >= end) break;
-      value[run] = *reinterpret_cast<const In*>(from + channel);
-      gate[run] = *reinterpret_cast<const In*>(from + channels + channel);
+      inputs[run].load(from, channel, channels);
     }
     float y[kRuns][V];
     uint32_t largest = 0;
@@ -90,7 +100,7 @@ __global__ void __launch_bounds__(kMostRowThreads)
     for (int run = 0; run < kRuns; ++run) {
       const int64_t channel = static_cast<int64_t>(run * row_threads + lane) * V;
       if (channel >= end) break;
-      geglu(y[run], value[run], gate[run]);
+      inputs[run].activate(y[run], tanh);
       float factor[V];
       factors.load(factor, channel);
       multiply(y[run], factor);
@@ -109,37 +119,52 @@ __global__ void __launch_bounds__(kMostRowThreads)
   }
 }
 
-template <typename T, int V>
-cudaError_t launch_static(const T* x, const ldmq_quantization& to, int64_t rows, int64_t channels, void* stream) {
+template <typename T, int V, bool GATED>
+cudaError_t launch_static(const T* x, bool tanh, const ldmq_quantization& to, int64_t rows, int64_t channels,
+                          void* stream) {
   const int64_t columns = channels / V, column_blocks = ceil_div(columns, kMostColumns);
   const int per_block = static_cast<int>(ceil_div(columns, column_blocks));
   const int64_t row_blocks = ceil_div(rows, static_cast<int64_t>(kThreads / per_block) * kRowsAhead);
   const dim3 grid(static_cast<unsigned>(std::min(row_blocks, kMostBlocks)), static_cast<unsigned>(column_blocks));
-  return launch(static_kernel<T, V>, Shape{grid, kThreads}, stream, x, Factors(to), to.q, rows, channels, per_block);
+  return launch(static_kernel<T, V, GATED>, Shape{grid, kThreads}, stream, x, tanh, Factors(to), to.q, rows, channels,
+                per_block);
 }
 
-template <typename T, int V>
-cudaError_t launch_tokens(const T* x, const ldmq_quantization& to, int64_t rows, int64_t channels, void* stream) {
+template <typename T, int V, bool GATED>
+cudaError_t launch_tokens(const T* x, bool tanh, const ldmq_quantization& to, int64_t rows, int64_t channels,
+                          void* stream) {
   const int warps_per_row = static_cast<int>(ceil_div(channels, kLanes * kRowValues));
   const int rows_per_block = std::max(1, kThreads / kLanes / warps_per_row);
   const int64_t blocks = std::min(ceil_div(rows, rows_per_block), kMostBlocks);
   const int threads = rows_per_block * warps_per_row * kLanes;
   const Shape shape{dim3(static_cast<unsigned>(blocks)), static_cast<unsigned>(threads)};
-  return launch(token_kernel<T, V>, shape, stream, x, Factors(to), to.q, to.scale, rows, channels, warps_per_row);
+  return launch(token_kernel<T, V, GATED>, shape, stream, x, tanh, Factors(to), to.q, to.scale, rows, channels,
+                warps_per_row);
+}
+
+template <bool GATED>
+int quantize(const void* x, ldmq_dtype dtype, bool tanh, const ldmq_quantization& to, int64_t rows, int64_t channels,
+             int device, void* stream) {
+  if (rows == 0 || channels == 0) return cudaSuccess;
+  if (!to.inv_scale && channels > LDMQ_MAX_GELU_CHANNELS) return cudaErrorInvalidValue;
+  const DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return guard.error;
+  return with_type(x, dtype, to, channels, [&](auto* typed, auto width) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    constexpr int V = decltype(width)::value;
+    if (to.inv_scale) return launch_static<T, V, GATED>(typed, tanh, to, rows, channels, stream);
+    return launch_tokens<T, V, GATED>(typed, tanh, to, rows, channels, stream);
+  });
 }
 
 }  // namespace
 
+extern "C" int ldmq_gelu_quantize(const void* x, ldmq_dtype dtype, int tanh, const ldmq_quantization* to, int64_t rows,
+                                  int64_t channels, int device, void* stream) {
+  return quantize<false>(x, dtype, tanh != 0, *to, rows, channels, device, stream);
+}
+
 extern "C" int ldmq_geglu_quantize(const void* x, ldmq_dtype dtype, const ldmq_quantization* to, int64_t rows,
                                    int64_t channels, int device, void* stream) {
-  if (rows == 0 || channels == 0) return cudaSuccess;
-  if (!to->inv_scale && channels > LDMQ_MAX_GEGLU_CHANNELS) return cudaErrorInvalidValue;
-  const DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return guard.error;
-  return with_type(x, dtype, *to, channels, [&](auto* typed, auto width) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    constexpr int V = decltype(width)::value;
-    if (to->inv_scale) return launch_static<T, V>(typed, *to, rows, channels, stream);
-    return launch_tokens<T, V>(typed, *to, rows, channels, stream);
-  });
+  return quantize<true>(x, dtype, false, *to, rows, channels, device, stream);
 }
