@@ -152,6 +152,11 @@ def test_an_argument_that_cannot_be_honoured_is_named(url: str, name: str, value
     assert answer.json()["error"]["param"] == name
 
 
+def test_a_streamed_picture_has_no_url(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="streamed pictures come as b64_json"):
+        client.images.generate(prompt="a cat", stream=True, response_format="url")
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff\xfe", b"NaN", b'{"prompt": NaN}', b"[" * 100_000])
 def test_a_body_that_is_no_object_is_refused(url: str, body: bytes) -> None:
     assert openai.DefaultHttpxClient(base_url=url).post(GENERATIONS, content=body).status_code == 400
@@ -191,5 +196,6 @@ def test_every_format_that_is_offered_is_written(client: openai.OpenAI, kind: st
 
 @pytest.mark.parametrize("image", [b"", b"no picture", png()[:60]])
 def test_an_upload_that_is_no_picture_is_refused(client: openai.OpenAI, image: bytes) -> None:
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.BadRequestError, match="image is no picture that can be read") as refused:
         client.images.edit(image=("i.png", image), prompt="a cat")
+    assert "object at" not in str(refused.value)
