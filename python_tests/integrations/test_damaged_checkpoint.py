@@ -157,3 +157,5 @@ def test_a_float_weight_under_a_quantized_plan_is_refused(folder):
 def test_layers_on_disk_are_refused_by_name(folder, tmp_path):
     with pytest.raises(ValueError, match="device_map puts down_blocks on disk"):
         load(folder, device_map={"": "cpu", "down_blocks": "disk"}, offload_folder=str(tmp_path / "offload"))
+    with pytest.raises(ValueError, match="device_map puts the whole model on disk"):
+        load(folder, device_map="auto", max_memory={"cpu": "5KB"})

@@ -109,3 +109,19 @@ class LdmqConfig(QuantizationConfigMixin):
         if self.plan is None:
             return f"LdmqConfig(scheme={self.scheme!r})"
         return f"LdmqConfig(plan for {self.plan.model['class']}, {self.plan.model['layers']} layers)"
+
+
+def refuse_disk(device_map: Any) -> None:
+    """Refuse to leave quantized layers on disk.
+
+    Args:
+        device_map: of a loader, module -> device, "" being the whole model; a loader has no map as well.
+
+    Raises:
+        ValueError: it says "disk" somewhere.
+    """
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        where = ", ".join(name or "the whole model" for name, device in device_map.items() if device == "disk")
+        raise ValueError(
+            f"device_map puts {where} on disk, quantized layers stay in memory: use cpu there, or a larger max_memory"
+        )

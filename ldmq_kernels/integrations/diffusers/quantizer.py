@@ -18,7 +18,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from ldmq_kernels.conversion.convert import ConversionError, dequantize, quantize_layer, replace_modules
-from ldmq_kernels.integrations.diffusers.config import LdmqConfig
+from ldmq_kernels.integrations.diffusers.config import LdmqConfig, refuse_disk
 from ldmq_kernels.integrations.diffusers.integrity import (
     MARK,
     CheckpointError,
@@ -64,11 +64,7 @@ class LdmqQuantizer(DiffusersQuantizer):
         Raises:
             ValueError: the device map says "disk" somewhere.
         """
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            where = ", ".join(name for name, device in device_map.items() if device == "disk")
-            raise ValueError(
-                f"device_map puts {where} on disk, quantized layers stay in memory: use cpu there, or max_memory"
-            )
+        refuse_disk(device_map)
 
     def get_cuda_warm_up_factor(self) -> int:
         """One byte a weight: the loader counts them in 16 bit."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from ldmq_kernels.conversion.convert import ConversionError, convert, quantized_class, replace_modules
-from ldmq_kernels.integrations.diffusers.config import LdmqConfig
+from ldmq_kernels.integrations.diffusers.config import LdmqConfig, refuse_disk
 from ldmq_kernels.integrations.diffusers.integrity import (
     MARK,
     SAVE_AGAIN,
@@ -61,11 +61,7 @@ class LdmqEncoderQuantizer(HfQuantizer):
         Raises:
             ValueError: the device map says "disk" somewhere.
         """
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            where = ", ".join(name for name, device in device_map.items() if device == "disk")
-            raise ValueError(
-                f"device_map puts {where} on disk, quantized layers stay in memory: use cpu there, or max_memory"
-            )
+        refuse_disk(device_map)
 
     # -- before and while the weights come -----------------------------------------------------------
 
