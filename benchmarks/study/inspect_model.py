@@ -17,7 +17,7 @@ from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.plans.cost import FLOAT_BYTES, weight_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
 
-BYTE_DTYPES = (torch.int8, torch.uint8)
+BYTE_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
 
@@ -81,7 +81,8 @@ def checkpoint_bytes(model: nn.Module, original: nn.Module) -> int:
 class _IntegerProducts(TorchDispatchMode):
     """Tells `seen` of every op that takes two 8-bit matrices and gives something wider.
 
-    Ops of this package that quantize the activations themselves take one 8-bit matrix, and have "a8" in their name.
+    Ops of this package may quantize the activations themselves, or take a weight that is widened: they have "a8" or
+    "fp8" in their name.
     """
 
     def __init__(self, seen: Callable[[], None]) -> None:
@@ -95,7 +96,7 @@ class _IntegerProducts(TorchDispatchMode):
             return NotImplemented  # a tool's tensor subclass: it comes back with its plain tensors
         out = func(*args, **(kwargs or {}))
         operands = [a for a in args if isinstance(a, Tensor) and a.dtype in BYTE_DTYPES and a.dim() >= 2]
-        own = func.namespace == "ldmq" and "a8" in func.name()
+        own = func.namespace == "ldmq" and ("a8" in func.name() or "fp8" in func.name())
         if (own or len(operands) >= 2) and isinstance(out, Tensor) and out.dtype not in (*BYTE_DTYPES, torch.bool):
             self.seen()
         return out
