@@ -26,6 +26,10 @@ COMMANDS = {
     "plan-time": ("benchmarks.study.plan_time", "what planning for the pictures costs beside the model's output"),
     "plan": ("benchmarks.study.plan_large", "the method on a UNet of full size: minutes and memory"),
     "breadth": ("benchmarks.breadth", "every kind of pipeline planned through its own calls, and quantized"),
+    "gallery": (
+        "benchmarks.study.gallery",
+        "frames of a video UNet and pictures of a transformer, float and quantized",
+    ),
     "serve": ("benchmarks.serving", "what the server must reach: the same pictures, overhead, leavers, load"),
     "cold-start": ("benchmarks.models.cold_start", "seconds to the first call with an empty Triton cache"),
     "memory": ("benchmarks.models.memory", "memory of this process over many input sizes, by the backend that serves"),

@@ -15,10 +15,11 @@ from typing import Any
 from benchmarks import breadth
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
+from benchmarks.study import gallery
 
 PAGE, README = results.ROOT / "docs" / "results.md", results.ROOT / "README.md"
 MODELS = results.ROOT / "docs" / "models.md"
-START, END = "<!-- measured -->", "<!-- /measured -->"
+MEASURED, PICTURES = "measured", "pictures"  # what the marks in a page say
 Table = Callable[[dict[str, Any]], str]
 
 OWNERS = {  # module of each kind of results, in the order of the page
@@ -48,6 +49,7 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "plan_sd15_end": "study.plan_large",
     "plan_sdxl": "study.plan_large",
     "breadth": "breadth",
+    "gallery": "study.gallery",
     "serving": "serving",
 }
 INTRODUCTION = """# Results
@@ -119,24 +121,28 @@ def readme_table() -> str:
     return "\n\n".join([markdown(["", "size", "SQNR of the UNet's output, or speed"], lines), *sources])
 
 
-def models_table() -> str:
-    """Every pipeline that was planned, of the newest file."""
-    path = max((path for (what, _), path in results.newest().items() if what == "breadth"), key=lambda path: path.name)
-    data = json.loads(path.read_text())
-    return f"{breadth.models_table(data)}\n\n{source(path, data, MODELS.parent)}"
+def models_page(page: str) -> str:
+    """docs/models.md with every pipeline that was planned, and the pictures, of the newest files."""
+    newest = {what: path for (what, _), path in sorted(results.newest().items(), key=lambda item: item[1].name)}
+    for what, mark, text_of in (("gallery", PICTURES, gallery.figures), ("breadth", MEASURED, breadth.models_table)):
+        path = newest[what]
+        data = json.loads(path.read_text())
+        page = with_table(page, f"{text_of(data)}\n\n{source(path, data, MODELS.parent)}", mark)
+    return page
 
 
-def with_table(readme: str, table: str) -> str:
-    """The text of the README, or of another page, with a table between its two marks.
+def with_table(page: str, table: str, mark: str = MEASURED) -> str:
+    """The text of the README, or of another page, with a table between two marks.
 
     Raises:
         ValueError: the marks are not there, once each and in this order.
     """
-    before, start, others = readme.partition(START)
-    _, end, after = others.partition(END)
+    first, last = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, start, others = page.partition(first)
+    _, end, after = others.partition(last)
     if not start or not end:
-        raise ValueError(f"the page has no place for the table: put {START} and {END} around it")
-    return f"{before}{START}\n{table}\n{END}{after}"
+        raise ValueError(f"the page has no place for the table: put {first} and {last} around it")
+    return f"{before}{first}\n{table}\n{last}{after}"
 
 
 def main(arguments: list[str]) -> None:
@@ -144,5 +150,5 @@ def main(arguments: list[str]) -> None:
     argparse.ArgumentParser(prog="python -m benchmarks tables", description=__doc__).parse_args(arguments)
     PAGE.write_text(page())
     README.write_text(with_table(README.read_text(), readme_table()))
-    MODELS.write_text(with_table(MODELS.read_text(), models_table()))
+    MODELS.write_text(models_page(MODELS.read_text()))
     print(PAGE, README, MODELS, sep="\n")

@@ -21,9 +21,9 @@ def test_the_readme_holds_the_newest_figures() -> None:
     assert readme == tables.with_table(readme, tables.readme_table()), "run `python -m benchmarks tables`"
 
 
-def test_the_page_of_models_holds_the_newest_matrix() -> None:
+def test_the_page_of_models_holds_the_newest_matrix_and_pictures() -> None:
     page = tables.MODELS.read_text()
-    assert page == tables.with_table(page, tables.models_table()), "run `python -m benchmarks tables`"
+    assert page == tables.models_page(page), "run `python -m benchmarks tables`"
 
 
 def test_every_results_file_is_on_the_page() -> None:

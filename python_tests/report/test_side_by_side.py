@@ -26,6 +26,15 @@ def test_every_pair_is_in_its_column_float_above_quantized() -> None:
             assert pixel.tolist() == [value if channel == column else 0 for channel in range(3)]
 
 
+def test_the_difference_is_below_as_many_times_as_asked_for() -> None:
+    before = torch.full((1, 3, 32, 32), 0.5)
+    after = before.clone()
+    after[:, 0] += 0.02
+    sheet = np.asarray(Image.open(io.BytesIO(side_by_side(PicturePairs(["red"], [0], before, after), 10))))
+    pixel = sheet[2 * (PICTURE + GAP) + PICTURE // 2, LABEL + PICTURE // 2]
+    assert pixel.tolist() == [178, 128, 128]
+
+
 def test_pictures_that_are_not_square_keep_their_shape() -> None:
     pictures = torch.rand(1, 3, 32, 64)
     sheet = Image.open(io.BytesIO(side_by_side(PicturePairs(["wide"], [0], pictures, pictures))))
