@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int V, bool GATED>
-__global__ void __launch_bounds__(kMostRowThreads)
+__global__ void __launch_bounds__(kMostRowThreads, 1)
     token_kernel(const T* __restrict__ x, bool tanh, Factors factors, int8_t* __restrict__ q, float* scale,
                  int64_t rows, int64_t channels, int warps_per_row) {
   constexpr int kRuns = kRowValues / V;
