@@ -44,7 +44,7 @@ class GemmCall {
                                                           {"weight_scale", gemm_.weight_scale},
                                                           {"out", gemm_.out}};
     for (const auto& [name, pointer] : needed) require(!launches || pointer, std::string(name) + " is null");
-    require(!gemm_.vector.data || (gemm_.vectors > 0 && gemm_.m % gemm_.vectors == 0),
+    require(!gemm_.vector || (gemm_.vectors > 0 && gemm_.m % gemm_.vectors == 0),
             "there are " + std::to_string(gemm_.vectors) + " vectors, which must divide m");
     require(op_ != "linear_w4a8" || !launches || gemm_.multiplier, "multiplier is null");
     const int64_t step = gemm_.scale_rows, scales = step > 0 ? (gemm_.m + step - 1) / step : 1;
@@ -106,7 +106,7 @@ const void* address(uintptr_t value) { return reinterpret_cast<const void*>(valu
 
 void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uintptr_t x_scale, int64_t scale_count,
               int64_t scale_rows, uintptr_t weight_scale, uintptr_t bias, const std::string& bias_dtype,
-              uintptr_t vector, const std::string& vector_dtype, int64_t vectors, uintptr_t residual, uintptr_t out,
+              uintptr_t vector, int64_t vectors, uintptr_t residual, uintptr_t out,
               const std::string& out_dtype, uintptr_t out_inv_scale, int64_t out_inv_scale_count, int64_t m, int64_t n,
               int64_t channels, const std::vector<int64_t>& conv, int device, uintptr_t stream) {
   ldmq_gemm gemm = {};
@@ -118,7 +118,7 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
   gemm.scale_rows = scale_rows;
   gemm.weight_scale = static_cast<const float*>(address(weight_scale));
   gemm.bias = {address(bias), parse_dtype("ldmq cuda bias", bias_dtype)};
-  gemm.vector = {address(vector), parse_dtype("ldmq cuda vector", vector_dtype)};
+  gemm.vector = address(vector);
   gemm.vectors = vectors;
   gemm.residual = address(residual);
   gemm.out_inv_scale = static_cast<const float*>(address(out_inv_scale));
@@ -150,7 +150,7 @@ void define_gemm(py::module_& module) {
   module.def("run_gemm", &run_gemm, "As ldmq_run_gemm.", py::arg("tile"), py::arg("x"), py::arg("weight"),
              py::arg("multiplier"), py::arg("x_scale"), py::arg("scale_count"), py::arg("scale_rows"),
              py::arg("weight_scale"), py::arg("bias"), py::arg("bias_dtype"), py::arg("vector"),
-             py::arg("vector_dtype"), py::arg("vectors"), py::arg("residual"), py::arg("out"), py::arg("out_dtype"),
+             py::arg("vectors"), py::arg("residual"), py::arg("out"), py::arg("out_dtype"),
              py::arg("out_inv_scale"), py::arg("out_inv_scale_count"), py::arg("m"), py::arg("n"),
              py::arg("channels"), py::arg("conv"), py::arg("device"), py::arg("stream"));
 }

@@ -18,23 +18,12 @@ struct Epilogue {
   const float* x_scale;
   const float* weight_scale;
   ldmq_added bias;
-  ldmq_added vector;  // (m / vector_rows, n): added to the rows of a convolution, multiplied with those of a linear
+  const void* vector;  // (m / vector_rows, n) of out's dtype: added to the rows of a convolution, multiplied with those of a linear
   const void* residual;
   const float* out_inv_scale;
   void* out;
   int m, n, scale_rows, vector_rows, out_inv_scale_step;
 };
-
-// Eight numbers of a tensor of any floating dtype, from `at` on.
-__device__ __forceinline__ void load_run(float (&value)[kRun], const ldmq_added& added, int64_t at) {
-  if (added.dtype == LDMQ_FLOAT32) {
-    load_run(value, static_cast<const float*>(added.data) + at);
-  } else if (added.dtype == LDMQ_FLOAT16) {
-    load_run(value, static_cast<const __half*>(added.data) + at);
-  } else {
-    load_run(value, static_cast<const __nv_bfloat16*>(added.data) + at);
-  }
-}
 
 // The terms of eight columns that all rows share.
 template <typename T>
@@ -48,8 +37,12 @@ struct ColumnTerms {
     if (!epilogue.bias.data) {
 #pragma unroll
       for (int i = 0; i < kRun; ++i) bias[i] = 0.0f;
+    } else if (epilogue.bias.dtype == LDMQ_FLOAT32) {
+      load_run(bias, static_cast<const float*>(epilogue.bias.data) + first);
+    } else if (epilogue.bias.dtype == LDMQ_FLOAT16) {
+      load_run(bias, static_cast<const __half*>(epilogue.bias.data) + first);
     } else {
-      load_run(bias, epilogue.bias, first);
+      load_run(bias, static_cast<const __nv_bfloat16*>(epilogue.bias.data) + first);
     }
     if constexpr (kInt8) {
       if (epilogue.out_inv_scale_step == 0) {
@@ -74,7 +67,7 @@ struct RowTerms {
     if (!valid) return;
     at = static_cast<int64_t>(row) * epilogue.n;
     scale = epilogue.x_scale[epilogue.scale_rows == 0 ? 0 : epilogue.scale_rows == 1 ? row : row / epilogue.scale_rows];
-    if (epilogue.vector.data) vector = row / epilogue.vector_rows;
+    if (epilogue.vector) vector = row / epilogue.vector_rows;
   }
 };
 
@@ -120,9 +113,9 @@ __device__ __forceinline__ void finish_run(const Epilogue& epilogue, const Colum
 #pragma unroll
     for (int i = 0; i < kRun; ++i) value[i] = __fmul_rn(value[i], column.inv_scale[i]);
   } else {
-    if (epilogue.vector.data) {
+    if (epilogue.vector) {
       float vector[kRun];
-      load_run(vector, epilogue.vector, static_cast<int64_t>(row.vector) * epilogue.n + first);
+      load_run(vector, static_cast<const T*>(epilogue.vector) + static_cast<int64_t>(row.vector) * epilogue.n + first);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) value[i] = GATE ? value[i] * vector[i] : value[i] + vector[i];
     }

@@ -52,11 +52,11 @@ const char* refusal_of_operands(const ldmq_gemm& gemm, const std::string& op) {
   }
   const void* inv_scales = gemm.out_inv_scale_count > 1 ? gemm.out_inv_scale : nullptr;
   const void* vectors[] = {gemm.x,        gemm.weight,        gemm.weight_scale, gemm.bias.data,
-                           gemm.residual, gemm.vector.data, gemm.out,          inv_scales};
+                           gemm.residual, gemm.vector, gemm.out,          inv_scales};
   for (const void* pointer : vectors) {
     if (!is_aligned(pointer, 16)) return "tensors must begin at a multiple of 16 bytes";
   }
-  if (gemm.out_dtype == LDMQ_INT8 && (gemm.residual || gemm.vector.data)) {
+  if (gemm.out_dtype == LDMQ_INT8 && (gemm.residual || gemm.vector)) {
     return "an int8 output takes no residual, no sample vector and no gate";
   }
   if (gemm.out_dtype == LDMQ_INT8 && is_fp8(op)) return "an int8 output is for int8 operands";

@@ -34,7 +34,7 @@ typedef struct {
   int64_t scale_rows;         // 0: one scale for all
   const float* weight_scale;  // (n)
   ldmq_added bias;            // (n), of any floating dtype
-  ldmq_added vector;          // (vectors, n) of any floating dtype, or null
+  const void* vector;         // (vectors, n) of out's dtype, or null
   int64_t vectors;            // divides m: each is for m / vectors rows
   const void* residual;       // (m, n) of out's dtype, or null
   const float* out_inv_scale; // (1) or (n) of an int8 out, else null

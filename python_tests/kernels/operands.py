@@ -44,6 +44,9 @@ def cuda_refusal(op: str, operands: dict[str, Any]) -> str | None:
         return None if x.is_contiguous(memory_format=layout) else f"must be {str(layout).removeprefix('torch.')}"
     if not op.startswith(("linear", "conv2d")):
         return None
+    gate = operands.get("gate")
+    if gate is not None and gate.dtype != operands.get("out_dtype", x.dtype):
+        return f"the gate is {gate.dtype}"
     if operands.get("groups", 1) != 1:
         return f"groups is {operands['groups']}, must be 1"
     multiple = 32 if op == "linear_w4a8" else 16

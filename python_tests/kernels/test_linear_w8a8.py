@@ -82,7 +82,8 @@ def test_a_gate_multiplies_before_the_residual_is_added(
 ) -> None:
     x, weight = random_int8(2, 17, 320), random_int8(72, 320)
     x_scale, weight_scale, bias = random_scale(2, 17), random_scale(72), torch.randn(72).to(dtype)
-    residual, gate = torch.randn(2, 17, 72).to(dtype), scrambled(torch.randn(*gates, 72))
+    gate_dtype = torch.float32 if dtype == torch.bfloat16 else dtype  # of the output, which CUDA takes, and another
+    residual, gate = torch.randn(2, 17, 72).to(dtype), scrambled(torch.randn(*gates, 72).to(gate_dtype))
     for added in (residual, None):
         out = backend.call("linear_w8a8", x, x_scale, weight, weight_scale, bias, added, dtype, gate)
         product, magnitude = exact_epilogue(exact_linear(x, weight), x_scale.unsqueeze(-1), weight_scale, terms=(bias,))

@@ -51,7 +51,7 @@ class Epilogue(NamedTuple):
         residual: the output's shape and dtype.
         sample_bias: (samples, N) of the output's dtype.
         out_inv_scale: (1,) or (N,) float32, the inverse scale of an int8 output.
-        gate: (G, ..., N) floating, of a linear: a row for each of G equal runs of rows.
+        gate: (G, ..., N) of the output's dtype, of a linear: a row for each of G equal runs of rows.
     """
 
     x_scale: Tensor
@@ -85,7 +85,7 @@ class Epilogue(NamedTuple):
             _added(op, "residual", self.residual, x, out.shape, out.dtype),
             _added(op, "sample_bias", self.sample_bias, x, (units, n), out.dtype),
             None if inv_scale is None else _factors(op, "out_inv_scale", inv_scale, x, (1, n)),
-            None if self.gate is None else _gate(op, self.gate, x, units, n),
+            None if self.gate is None else _gate(op, self.gate, x, units, n, out.dtype),
         )
 
     def arguments(self, unit_rows: int) -> dict[str, Any]:
@@ -99,7 +99,6 @@ class Epilogue(NamedTuple):
             "bias": _address(self.bias),
             "bias_dtype": "float32" if self.bias is None else extension.DTYPES[self.bias.dtype],
             "vector": _address(vector),
-            "vector_dtype": "float32" if vector is None else extension.DTYPES[vector.dtype],
             "vectors": 0 if vector is None else vector.shape[0],
             "residual": _address(self.residual),
             "out_inv_scale": _address(inv_scale),
@@ -134,12 +133,12 @@ def _added(
     return _check(op, name, operand, x, (dtype,)).expand(tuple(shape)).contiguous(memory_format=layout)
 
 
-def _gate(op: str, gate: Tensor, x: Tensor, rows: int, n: int) -> Tensor:
-    """The gate as (G, N), of as many equal runs of rows."""
+def _gate(op: str, gate: Tensor, x: Tensor, rows: int, n: int, dtype: torch.dtype) -> Tensor:
+    """The gate as (G, N), of as many equal runs of rows and of the output's dtype."""
     gates = gate.numel() // max(1, n)
     if gate.shape[-1] != n or (rows % gates if gates else rows):
         raise Unsupported(f"{op}: a gate of shape {tuple(gate.shape)} for {rows} rows of {n}")
-    return _check(op, "gate", gate, x, tuple(extension.DTYPES)).reshape(-1, n).contiguous()
+    return _check(op, "gate", gate, x, (dtype,)).reshape(-1, n).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
