@@ -43,9 +43,9 @@ def _load_unet(folder: Path, asked: str | None) -> Any:
     if not (part / MODEL_FILE).exists():
         raise ModelError(f"{printable(folder)} holds no UNet: give the directory that `ldmq quantize` wrote")
     variant = chosen_variant(part, asked)
-    given = {"torch_dtype": _dtype_of(part, variant), "variant": variant, "local_files_only": True}
     try:
         with alias_in_ascii(part) as place:
+            given = {"torch_dtype": _dtype_of(place, variant), "variant": variant, "local_files_only": True}
             return UNet2DConditionModel.from_pretrained(place, **given)
     except Exception as error:
         raise ModelError(f"{printable(part)} cannot be loaded: {error}") from error

@@ -138,12 +138,13 @@ def test_the_command_writes_a_file_and_says_what_became_of_the_layers(
 ) -> None:
     unet = copy.deepcopy(unet).to(torch.bfloat16)
     unet.save_pretrained(tmp_path / "unet")
+    (tmp_path / "unet-\udcff").symlink_to(tmp_path / "unet")
     out = tmp_path / "small.safetensors"
     assert run("export", tmp_path / "unet", "--comfyui", "--out", out) == 1
     assert "knows UNets by their shapes" in complaint(capsys)
     monkeypatch.setattr("ldmq_kernels.integrations.comfyui.check_known", lambda _config: None)
-    for _ in range(2):  # over its own file too
-        assert run("export", tmp_path / "unet", "--comfyui", "--out", out) == 0
+    for name in ("unet", "unet-\udcff"):  # over its own file too
+        assert run("export", tmp_path / name, "--comfyui", "--out", out) == 0
     told = capsys.readouterr().out
     exported = export(UNet2DConditionModel.from_pretrained(tmp_path / "unet", torch_dtype=torch.bfloat16))
     assert out.read_bytes() == exported.content
