@@ -138,6 +138,18 @@ def test_the_pooled_embedding_of_sdxl_is_never_stale(change: str) -> None:
     assert torch.equal(run(unet, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}), out)
 
 
+def test_an_embedding_as_wide_as_its_input_is_computed_in_each_call() -> None:
+    unet: Any = parts.xl_unet(addition_time_embed_dim=16, projection_class_embeddings_input_dim=6 * 16 + TEXT_WIDTH)
+    assert unet.add_embedding.linear_1.in_features == unet.add_embedding.linear_2.out_features
+    ldmq.quantize(unet, scheme="w8a8-dynamic")
+    text = torch.randn(2, TOKENS, unet.config.cross_attention_dim)
+    pooled, sizes = torch.randn(2, TEXT_WIDTH), torch.full((2, 6), 16.0)
+    expected = run(unet, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes})
+    assert ldmq.cache_text(unet) > 0
+    assert torch.equal(run(unet, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}), expected)
+    assert not cache_of(unet).pooled.entries
+
+
 def test_a_known_text_costs_nothing_and_few_are_kept(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = texts()[0]
     known = projections(unet, lambda: (run(unet, first), run(unet, first)), monkeypatch)

@@ -246,7 +246,9 @@ def cache_text(unet: nn.Module) -> int:
         start += keys + values
     embedding: Any = getattr(unet, "add_embedding", None)
     steps: Any = getattr(unet, "add_time_proj", None)
-    if is_unwrapped(embedding, TimestepEmbedding) and is_unwrapped(steps, Timesteps):
+    is_pooled = is_unwrapped(embedding, TimestepEmbedding) and is_unwrapped(steps, Timesteps)
+    # by its width it is known whether an input is embedded already
+    if is_pooled and embedding.linear_1.in_features != embedding.linear_2.out_features:
         steps.embedding_width = embedding.linear_2.out_features
         steps.__class__, embedding.__class__ = PooledTimesteps, PooledEmbedding
     cache.handle = unet.register_forward_pre_hook(cache.before, with_kwargs=True)
