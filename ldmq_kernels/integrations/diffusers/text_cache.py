@@ -222,7 +222,7 @@ def cache_text(unet: nn.Module) -> int:
         ldmq.cache_text(pipe.unet)
 
     Nothing has to be done when the prompt changes. Up to four texts are kept at a time, each with two times the width
-    of every cross-attention in the dtype of the text: 52 MB for SDXL in 16 bit with guidance, 10 MB for
+    of every cross-attention in the dtype of the text: 52 MB for SDXL in 16 bit with guidance, 8 MB for
     Stable Diffusion 1. What is kept of a text that is gone is freed in the next call, or by `uncache_text`.
 
     Args:
