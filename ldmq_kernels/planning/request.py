@@ -10,7 +10,8 @@ from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.calibration.ranges import FIRST_STEP, MODES
 from ldmq_kernels.calibration.settings import SamplingSettings, Settings, each_of
 from ldmq_kernels.kernels.devices import device_of
-from ldmq_kernels.numerics.formats import parse_schemes
+from ldmq_kernels.numerics.formats import parse_schemes, scheme_of
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.options import ENDS
 from ldmq_kernels.planning.target import MEASURES, Measure, Target
@@ -105,7 +106,7 @@ class PlanRequest:
         if asked is not None and kept[0] not in (asked, SQNR):
             raise ValueError(f"the signal is {kept[0]} and the target {self.target}: leave the signal out")
         if self.times_for is not None:
-            device_of(self.times_for)
+            _check_device(self.times_for, self.schemes)
         if not 0 <= self.hybrid <= 1:
             raise ValueError(f"hybrid is {self.hybrid}: it is a share of the noise, from 0 to 1")
 
@@ -158,3 +159,14 @@ class PlanRequest:
         """Whether the layers' times must be known."""
         is_asked = self.time_layers or self.times_for is not None
         return is_asked or (self.target is not None and self.target.needs_times)
+
+
+def _check_device(name: str, schemes: Sequence[str]) -> None:
+    """Refuse a device that the table has not, or whose data sheet has no rate for one of the schemes."""
+    device = device_of(name)
+    lacking = [scheme for scheme in schemes if scheme_of(scheme).activations.dtype == FLOAT8]
+    if lacking and device.fp8_tops is None:
+        raise ValueError(
+            f"{device.name} has no FP8, so nothing predicts {', '.join(lacking)}: leave them out of formats, or give a "
+            "device from sm_89 on"
+        )

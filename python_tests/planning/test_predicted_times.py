@@ -66,3 +66,9 @@ def test_a_request_for_them_needs_times_and_a_device_of_the_table() -> None:
     assert PlanRequest(["a"], times_for="h200").needs_times
     with pytest.raises(ValueError, match="nothing is known of the device 'abacus'"):
         PlanRequest(["a"], times_for="abacus")
+
+
+def test_formats_that_the_device_has_not_are_refused_before_anything_is_measured() -> None:
+    assert PlanRequest(["a"], formats=["w8a8", "fp8"], times_for="rtx4090").needs_times
+    with pytest.raises(ValueError, match="NVIDIA A100 80GB has no FP8, so nothing predicts fp8-static, fp8-dynamic"):
+        PlanRequest(["a"], formats=["w8a8", "fp8"], times_for="a100")
