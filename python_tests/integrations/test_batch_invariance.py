@@ -12,6 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 import ldmq_kernels as ldmq
+from ldmq_kernels import ops
 from ldmq_kernels.integrations.diffusers.batch_invariance import find_variance
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
@@ -90,4 +91,22 @@ def test_fp8_products_add_in_floating_point_and_run_once_for_each_picture(shared
             together = compute(slice(None))
     calls = dispatch.calls_by_backend()
     assert [sum(n for (op, _), n in calls.items() if op == name) for name in ("linear_fp8", "conv2d_fp8")] == [3, 3]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_a_picture_of_a_transformer_is_modulated_by_its_own_terms(shared_pipe: Any) -> None:
+    x, scale, shift = torch.randn(4, 6, 16), torch.randn(4, 1, 16), torch.randn(4, 1, 16)
+
+    def compute(of: slice) -> list[Tensor]:
+        x_q, x_scale = ops.layer_norm_quantize(x[of], None, None, 1e-5, None, None, scale[of], shift[of])
+        hidden_q, hidden_scale = ops.gelu_quantize(x[of], True, None, None)
+        return [x_q, x_scale, hidden_q, hidden_scale]
+
+    alone = [torch.cat(parts) for parts in zip(compute(slice(0, 2)), compute(slice(2, 4)), strict=True)]
+    dispatch.reset_dispatch_report()
+    with ldmq.batch_invariant(shared_pipe, 2):
+        together = compute(slice(None))
+    calls = dispatch.calls_by_backend()
+    names = ("layer_norm_quantize", "gelu_quantize")
+    assert [sum(n for (op, _), n in calls.items() if op == name) for name in names] == [2, 2]
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

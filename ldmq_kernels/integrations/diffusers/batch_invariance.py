@@ -51,7 +51,7 @@ SUMS: dict[str, int | tuple[int, ...]] = {
     "linear_fp8": (0, 1, 5, 7),  # input, its scales, residual, gate
     "conv2d_fp8": (0, 1, 5, 6),  # input, its scales, the bias of each sample, residual
     "group_norm_silu_quantize": 1,
-    "layer_norm_quantize": 1,
+    "layer_norm_quantize": (0, 6, 7),  # input, and its modulation's scale and shift
 }
 # On a CPU these come from a vector's function or from a scalar one, by where in the tensor an element lies.
 ON_CPU = dict.fromkeys(
@@ -70,6 +70,7 @@ ON_CPU = dict.fromkeys(
         "pow",
         "silu_quantize",
         "geglu_quantize",
+        "gelu_quantize",
     ),
     1,
 )
