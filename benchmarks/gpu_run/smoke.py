@@ -247,4 +247,4 @@ def main(arguments: list[str]) -> int:
             print(f"{found.outcome}: {found.case.name}: {found.detail}", flush=True)
     print(*remember(bad), sep="\n")
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()))
-    return int(bool(bad) or counts[MISSING] == counts.total())
+    return int(bool(bad) or 0 < counts[MISSING] == counts.total())

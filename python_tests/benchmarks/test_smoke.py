@@ -74,6 +74,16 @@ def test_each_kernel_of_a_plain_copy_is_a_row_whatever_it_does(tmp_path: Path) -
     assert set(json.loads(file.read_text())["switched_off"]) == wrong
 
 
+def test_no_case_left_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    left: list[list[Case]] = []
+    monkeypatch.setattr(smoke, "in_child", lambda *_, **__: left)
+    assert smoke.main(["--tuning"]) == 0  # all was tuned before
+    left.append([Case("triton", "linear_w8a8", cases.SHAPE)])
+    monkeypatch.setattr(smoke, "outcomes", lambda batches, **_: [Outcome(batches[0][0], "missing", 0, "no GPU")])
+    assert smoke.main(["--tuning"]) == 1
+    assert "1 missing" in capsys.readouterr().out
+
+
 def _tile_case(is_default: bool) -> Case:
     tiles = backends()["triton"].tiles
     assert tiles is not None
