@@ -102,8 +102,9 @@ def read_settings(given: dict[str, Any]) -> ClusterSettings:
     """
     models = given.get("models", [])
     models = models.split(",") if isinstance(models, str) else models
+    models = list(map(_model, models)) if isinstance(models, list) else models
     try:
-        return TypeAdapter(ClusterSettings).validate_python(given | {"models": [_model(one) for one in models]})
+        return TypeAdapter(ClusterSettings).validate_python(given | {"models": models})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         known = ", ".join(field.name for field in dataclasses.fields(ClusterSettings))

@@ -157,6 +157,8 @@ def test_the_page_s_configuration_is_one_of_ray_s() -> None:
         ({"models": "/a", "stepz": 3}, "stepz"),
         ({"models": "/a", "limits": {"batch": 1}}, "limits.batch"),
         ({"models": "/a", "dtype": "int8"}, "dtype"),
+        ({"models": None}, "models"),
+        ({"models": {"folder": "/a", "name": "a"}}, "models"),
     ],
 )
 def test_an_argument_that_is_wrong_is_named(given: dict[str, Any], named: str) -> None:
