@@ -106,4 +106,6 @@ def int8_peak() -> float | None:
     if device().type != "cuda":
         return None
     known = device_called(torch.cuda.get_device_name())
-    return None if known is None else known.int8_tops
+    here = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    # "RTX 3090" is in the name of the RTX 3090 Ti too, which has others
+    return None if known is None or known.multiprocessors != here else known.int8_tops

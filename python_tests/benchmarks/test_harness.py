@@ -6,8 +6,10 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.harness import cases, machine, results, shapes
 from benchmarks.harness.tables import aligned, markdown
@@ -133,3 +135,18 @@ def test_results_that_could_not_be_written_are_refused_before_they_are_measured(
         results.Output.of("linear_w8a8", given)
     with pytest.raises(OSError, match=r"Not a directory|which is no folder"):
         results.check_keep("method")
+
+
+@pytest.mark.parametrize(
+    ("name", "multiprocessors", "tops"),
+    [("NVIDIA H200", 132, 1979), ("NVIDIA GeForce RTX 3090", 82, 284), ("NVIDIA GeForce RTX 3090 Ti", 84, None)],
+)
+def test_the_peak_is_that_of_the_gpu_and_not_of_one_whose_name_is_in_its_own(
+    name: str, multiprocessors: int, tops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(machine, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert machine.int8_peak() == tops
