@@ -127,7 +127,8 @@ def restore(out: Path) -> None:
 def bring_home(out: Path) -> None:
     """Copy what is measured and switched off by now to tuned.json."""
     for file in measurements_folder().glob("*.json"):
-        shutil.copy(file, out / "tuned.json")
+        shutil.copy(file, out / "tuned.part")
+        os.replace(out / "tuned.part", out / "tuned.json")
 
 
 def code_digest() -> str:
@@ -151,7 +152,9 @@ class State:
     def note(self, job: Job, outcome: str) -> None:
         """Keep how a job ended."""
         self.jobs[job.name] = outcome
-        self._path.write_text(json.dumps({"code": self._code, "jobs": self.jobs}, indent=1) + "\n")
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps({"code": self._code, "jobs": self.jobs}, indent=1) + "\n")
+        os.replace(part, self._path)  # whole or not at all: a run that is killed while it writes goes on later
 
     def ordered(self, jobs: Iterable[Job]) -> list[Job]:
         """Preparation, then what was never started, then what failed or was cut short."""

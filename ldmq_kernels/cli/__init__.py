@@ -66,7 +66,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Quantize latent diffusion models to int8 and int4, each layer in the precision that keeps the pictures.",
+    help="Quantize latent diffusion models to int8, FP8 and int4, each layer in the precision that keeps the pictures.",
     epilog=f"{VERBOSE}, anywhere, shows the traceback of an error.",
 )
 

@@ -70,9 +70,8 @@ class Images:
     """
 
     def __init__(self, settings: ServerSettings, loader: Callable[..., dict[str, Any]] = load) -> None:
-        keys = settings.api_keys or [key for key in [os.environ.get("LDMQ_API_KEY")] if key]
         kept = SharedPictures(settings.limits.max_kept, settings.limits.kept_s)
-        self.app_of_replica = make_app(dataclasses.replace(settings, api_keys=keys), loader, kept)
+        self.app_of_replica = make_app(settings, loader, kept)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.app_of_replica
@@ -153,4 +152,6 @@ def app(args: dict[str, Any]) -> serve.Application:
     settings = read_settings(args)
     if not settings.models:
         raise ServingError("args: models is empty: give folders that every machine of the cluster sees")
-    return application(settings)
+    # read once, where the application is built: replicas on machines without it would ask for no key
+    keys = settings.api_keys or [key for key in [os.environ.get("LDMQ_API_KEY")] if key]
+    return application(dataclasses.replace(settings, api_keys=keys))
