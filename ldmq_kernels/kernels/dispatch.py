@@ -133,7 +133,8 @@ class Choice:
 
 def _signature(arguments: Arguments) -> Hashable:
     """What tells launches apart: shapes and dtypes of tensors, and all other arguments."""
-    return tuple((a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments)
+    given = (tuple(a) if isinstance(a, list) else a for a in arguments)  # torch hands sizes on as lists
+    return tuple((a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given)
 
 
 @measurements.emptied_by_forget

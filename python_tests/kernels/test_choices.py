@@ -313,6 +313,25 @@ def test_a_launch_that_fails_without_a_fault_goes_to_the_next_backend_and_is_not
         served_by(linear())
 
 
+def test_a_convolution_that_cannot_be_launched_goes_to_the_next_backend_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sizes come from torch as lists, which nothing can be looked up by."""
+    cpu, tried, arguments = backends()["cpu"], [], example("conv2d_w8a8", SHAPES[0], CPU, torch.float32)
+
+    def fails(*given: Any) -> None:
+        tried.append(given)
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setitem(vars(cpu), "serves", lambda _: True)
+    monkeypatch.setitem(vars(cpu), "conv2d_w8a8", fails)
+    monkeypatch.setitem(vars(cpu), "launch_failure", triton_backend.launch_failure)
+    with pytest.warns(UserWarning, match="conv2d_w8a8 on cpu could not be launched"):
+        outs = [ops.conv2d_w8a8(*arguments) for _ in range(2)]
+    assert len(tried) == 1
+    assert any(isinstance(argument, list) for argument in tried[0])
+    wanted = backends()["reference"].conv2d_w8a8(*arguments)
+    assert all(torch.equal(out, wanted) for out in outs)
+
+
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_a_fault_is_no_refusal(name: str, write: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     write("user", backends=faster(name) if name == "cuda" else {})
