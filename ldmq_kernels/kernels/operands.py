@@ -10,6 +10,7 @@ from torch import Tensor
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.gpu import FLOAT8_FROM, gpu_of
 from ldmq_kernels.kernels.measurements import warn_once
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
 
 def plain(weight: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
@@ -36,6 +37,17 @@ def quantized(x_q: Tensor, dtype: torch.dtype) -> Tensor:
     if x_q.dtype != dtype:
         raise Unsupported(f"quantized activations are {x_q.dtype}; this kernel takes {dtype}")
     return x_q
+
+
+def eight_bit(q_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that an op that quantizes is asked for, int8 where none is given.
+
+    Raises:
+        Unsupported: neither int8 nor float8_e4m3fn.
+    """
+    if q_dtype not in (None, torch.int8, FLOAT8):
+        raise Unsupported(f"{q_dtype} is asked for; activations are quantized to int8 or {FLOAT8}")
+    return q_dtype or torch.int8
 
 
 def only_int8(q_dtype: torch.dtype | None) -> None:

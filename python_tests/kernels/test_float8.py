@@ -132,6 +132,22 @@ def test_group_norm_rounds_what_it_computes(backend: Backend, shape: tuple, mode
     check_producer(backend, "group_norm_silu_quantize", y, before, after, mode == "static")
 
 
+QUANTIZERS: dict[str, tuple[Any, ...]] = {
+    "quantize_static": (torch.ones(1), 1),
+    "quantize_per_token": (None,),
+    "quantize_per_sample": (None,),
+    "silu_quantize": (None, None),
+    "group_norm_silu_quantize": (None, None, 4, 1e-5, True, None, None, False),
+}
+
+
+@pytest.mark.parametrize("op", QUANTIZERS)
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float16])
+def test_what_is_neither_int8_nor_e4m3_is_refused(backend: Backend, op: str, dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match=f"{op}.*{dtype} is asked for"):
+        backend.call(op, torch.randn(1, 8, 3, 2), *QUANTIZERS[op], dtype)
+
+
 def test_a_gpu_below_8_9_is_told_of_once_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     device, found = torch.device("cuda", 0), Gpu("NVIDIA A100", 80, 108)
     monkeypatch.setattr(operands, "gpu_of", lambda _: found)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows, row_blocks
 from ldmq_kernels.kernels.geometry import check_channels
+from ldmq_kernels.kernels.operands import eight_bit
 from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
@@ -25,7 +26,7 @@ def quantize_per_sample(
     """Quantize each picture of a batch with the scale of its own largest value."""
     check_channels(x.shape[1], inv_smooth)
     x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x, dtype=q_dtype or torch.int8)
+    out = torch.empty_like(x, dtype=eight_bit(q_dtype))
     scale = x.new_empty(x.shape[0], dtype=torch.float32)
     if not x.numel():
         return out, scale

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.blocks import row_blocks
 from ldmq_kernels.kernels.geometry import check_channels
+from ldmq_kernels.kernels.operands import eight_bit
 from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
@@ -17,7 +18,7 @@ def quantize_per_token(
     """Quantize each row with the scale of its own largest value."""
     check_channels(x.shape[-1], inv_smooth)
     x = x.contiguous()
-    out = torch.empty_like(x, dtype=q_dtype or torch.int8)
+    out = torch.empty_like(x, dtype=eight_bit(q_dtype))
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if not x.numel():
         return out, scale

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows
 from ldmq_kernels.kernels.geometry import check_channels
+from ldmq_kernels.kernels.operands import eight_bit
 
 
 def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int, q_dtype: torch.dtype | None = None) -> Tensor:
@@ -14,7 +15,7 @@ def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int, q_dtype: tor
     check_channels(x.shape[channel_dim] if x.dim() else 1, inv_scale)
     is_image = x.dim() == 4 and channel_dim == 1
     x = x.contiguous(memory_format=torch.channels_last if is_image else torch.contiguous_format)
-    out = torch.empty_like(x, dtype=q_dtype or torch.int8)
+    out = torch.empty_like(x, dtype=eight_bit(q_dtype))
     if x.numel():
         if is_image:
             quantize_rows(as_rows(x), (inv_scale,), as_rows(out), is_static=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.operands import eight_bit
 from ldmq_kernels.kernels.reference.producers import no_scale, quantize_tokens
 from ldmq_kernels.kernels.reference.quantize_per_token import dynamic_scale
 from ldmq_kernels.kernels.reference.quantize_static import rounded_to
@@ -37,7 +38,7 @@ def group_norm_silu_quantize(
         q, scale = quantize_tokens(pixels, inv_scale, inv_smooth, q_dtype)
         return q.permute(0, 3, 1, 2), scale
     if not x.numel():
-        return pixels.to(q_dtype or torch.int8).permute(0, 3, 1, 2), no_scale(x).new_empty(x.shape[0])
+        return pixels.to(eight_bit(q_dtype)).permute(0, 3, 1, 2), no_scale(x).new_empty(x.shape[0])
     factor = torch.ones_like(normed[0, :, 0, 0]) if inv_smooth is None else inv_smooth
     lowest, highest = normed.amin((2, 3)), normed.amax((2, 3))  # (N, C)
     bound = torch.maximum(_at(lowest, silu).abs(), _at(highest, silu).abs())

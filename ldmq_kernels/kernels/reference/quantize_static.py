@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.geometry import check_channels
+from ldmq_kernels.kernels.operands import eight_bit
 from ldmq_kernels.numerics.formats.float8 import FLOAT8, round_to_float8
 
 
@@ -21,7 +22,7 @@ def round_to_int8(y: Tensor) -> Tensor:
 
 def rounded_to(y: Tensor, q_dtype: torch.dtype | None) -> Tensor:
     """Round and clamp to int8, without a dtype, or to FP8; overwrites y, float32."""
-    return round_to_float8(y) if q_dtype == FLOAT8 else round_to_int8(y)
+    return round_to_float8(y) if eight_bit(q_dtype) == FLOAT8 else round_to_int8(y)
 
 
 def refuse_nan(rounded: Tensor) -> None:
@@ -41,7 +42,7 @@ def refuse_nan(rounded: Tensor) -> None:
 
 
 def _round_static(y: Tensor, q_dtype: torch.dtype | None) -> Tensor:
-    if q_dtype == FLOAT8:  # which has NaN, and hands it on
+    if eight_bit(q_dtype) == FLOAT8:  # which has NaN, and hands it on
         return round_to_float8(y)
     y.round_().clamp_(-127, 127)
     refuse_nan(y)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
-from ldmq_kernels.kernels.operands import check_float8
+from ldmq_kernels.kernels.operands import check_float8, eight_bit
 from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -50,11 +50,11 @@ def quantized_dtype(x: Tensor, q_dtype: torch.dtype | None) -> torch.dtype:
     """The dtype that a kernel stores quantized values of x in, int8 where none is asked for.
 
     Raises:
-        Unsupported: FP8 on a GPU that has none.
+        Unsupported: FP8 on a GPU that has none, or neither int8 nor FP8.
     """
     if q_dtype == FLOAT8:
         check_float8(x.device)
-    return stored_dtype(x, q_dtype or torch.int8)
+    return stored_dtype(x, eight_bit(q_dtype))
 
 
 def as_asked(q: Tensor, q_dtype: torch.dtype | None) -> Tensor:
