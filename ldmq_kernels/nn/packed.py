@@ -48,6 +48,7 @@ class _AsBytes:
 
     def __init__(self, tensor: Tensor, by_value: bool) -> None:
         values = tensor.view(torch.uint8)
+        self.tensor = tensor
         self._given = _ByValue(values) if by_value else values, tensor.dtype
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
@@ -239,6 +240,10 @@ class PackedWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
+        # of the copy alone, since `finish` holds other buffers in a shallow one, too
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name != PACKED}
+        hidden = self._non_persistent_buffers_set - {PACKED}
+        state["_buffers"], state["_non_persistent_buffers_set"] = buffers, hidden
         is_packed, plain = self.packed_weight is not None, self._buffers.get(PLAIN)
         if is_packed or (plain is not None and plain.dtype == FLOAT8):
             held: Any = self.plain_weight
@@ -248,11 +253,16 @@ class PackedWeight(nn.Module):
                 held = _AsBytes(held, by_value)
             elif by_value:
                 held = _ByValue(held)
-            buffers = {name: buffer for name, buffer in self._buffers.items() if name != PACKED}
-            state["_buffers"] = {**buffers, PLAIN: held}
-            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - {PACKED} | {PLAIN}
+            buffers[PLAIN] = held
+            hidden.add(PLAIN)
             state["packer"] = None
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        buffers = state["_buffers"]
+        if isinstance(held := buffers.get(PLAIN), _AsBytes):  # as copy.copy hands it on
+            state = {**state, "_buffers": {**buffers, PLAIN: held.tensor}}
+        super().__setstate__(state)
 
 
 def hold_plain(model: nn.Module) -> list[PackedWeight]:

@@ -366,9 +366,8 @@ class QuantizedLayer(PackedWeight, InputScale):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        if FIRST_TOKEN in state["_buffers"]:  # `finish` makes it again
-            state["_buffers"] = {name: buffer for name, buffer in state["_buffers"].items() if name != FIRST_TOKEN}
-            state["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"] - {FIRST_TOKEN}
+        state["_buffers"].pop(FIRST_TOKEN, None)  # `finish` makes it again
+        state["_non_persistent_buffers_set"].discard(FIRST_TOKEN)
         state["_view"] = state["_call_scale"] = state["_call_inv_scale"] = None
         return state
 

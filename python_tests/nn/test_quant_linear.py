@@ -108,6 +108,20 @@ def test_copies_are_independent_and_compute_the_same(scheme, duplicate):
     assert torch.equal(layer(x), out)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "fp8-dynamic"])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_shallow_copy_computes_the_same_and_leaves_the_layer_as_it_was(scheme, is_packed):
+    layer, x = quantized(make(), scheme), inputs(5, 70)
+    if not is_packed:
+        layer.unpack()
+    held, out = set(layer._buffers), layer(x)
+    other = copy.copy(layer)
+    torch.testing.assert_close(other(x), out)
+    assert set(layer._buffers) == held
+    assert torch.equal(layer(x), out)
+    assert same_bits(pickle.loads(pickle.dumps(layer)).plain_weight, layer.plain_weight)
+
+
 @pytest.mark.parametrize("scheme", LINEAR_SCHEMES)
 def test_the_state_dict_holds_plain_tensors_and_restores_them_bit_for_bit(scheme):
     layer = quantized(make(), scheme, smooth=scheme in EIGHT_BIT_SCHEMES)
