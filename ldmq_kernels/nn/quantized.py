@@ -345,11 +345,11 @@ class QuantizedLayer(PackedWeight, InputScale):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        weight, wanted = state_dict.get(prefix + "weight"), self.scheme.dtypes.get("weight")
-        if wanted and isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype != wanted:
+        weight = state_dict.get(prefix + "weight")
+        if self.scheme.quantizes and isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1:
             raise ValueError(
-                f"{prefix}weight is {weight.dtype}, {wanted} is needed: the layer is quantized ({self.scheme}), load "
-                "this into the float model and quantize that with ldmq.quantize"
+                f"{prefix}weight is {weight.dtype}, {self.scheme.dtypes['weight']} is needed: the layer is quantized "
+                f"({self.scheme}), load this into the float model and quantize that with ldmq.quantize"
             )
         for name in self.scheme.dtypes:
             try:

@@ -14,7 +14,7 @@ from torch import nn
 import ldmq_kernels as ldmq
 from ldmq_kernels.integrations.diffusers import CheckpointError
 from ldmq_kernels.nn.state_dicts import refuse_integers
-from python_tests.tiny import run_unet, tiny_unet
+from python_tests.tiny import run_unet, same_bits, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,15 @@ def test_quantized_layers_take_no_float_weights(strict: bool, quantized: UNet2DC
     with pytest.raises(ValueError, match=r"conv_in\.weight is torch\.float32, .* quantize that with ldmq\.quantize"):
         quantized.load_state_dict(tiny_unet(1).state_dict(), strict=strict)
     assert torch.equal(run_unet(quantized), before)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("fp8-dynamic", "w8a8-dynamic"), ("w8a8-dynamic", "fp8-dynamic")])
+def test_quantized_layers_take_no_weights_of_another_format(given: str, wanted: str) -> None:
+    stored, layer = (ldmq.quantize(nn.Sequential(nn.Linear(64, 64)), scheme=scheme) for scheme in (given, wanted))
+    before = layer.state_dict()["0.weight"].clone()
+    with pytest.raises(ValueError, match=r"0\.weight is torch\.\w+, torch\.\w+ is needed: is this .* another plan\?"):
+        layer.load_state_dict(stored.state_dict())
+    assert same_bits(layer.state_dict()["0.weight"], before)
 
 
 def test_quantized_layers_take_their_own(quantized: UNet2DConditionModel) -> None:
