@@ -19,6 +19,7 @@ from ldmq_kernels.numerics.formats import FORMATS
 from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
 INTEGERS = (torch.int8, torch.uint8)
+LARGE_FLOAT8 = (0x78, 0x7E)  # the bits of 256 and 448, without the sign
 
 
 def watch_loading() -> None:
@@ -60,14 +61,28 @@ def refuse_integers(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
             )
     for key, tensor in state_dict.items():
         name, _, leaf = key.rpartition(".")
-        if leaf == "weight" and isinstance(tensor, Tensor) and tensor.dtype in INTEGERS:
+        if leaf == "weight" and isinstance(tensor, Tensor) and (tensor.dtype in INTEGERS or tensor.dtype == FLOAT8):
             layer = _layer(module, name)
-            if type(layer) in CLASSES.values() and _is_float(layer, ""):
+            if type(layer) in CLASSES.values() and _is_float(layer, "") and _needs_a_scale(tensor):
                 raise ValueError(
                     f"{key} is {tensor.dtype}, and {name or 'the layer'} is a float layer in this "
-                    f"{type(module).__name__}: these are integers of a quantized layer, without their scale; give it "
+                    f"{type(module).__name__}: these are values of a quantized layer, without their scale; give it "
                     "that layer's `weight`, which is floating, or make it from the float model"
                 )
+
+
+def _needs_a_scale(weight: Tensor) -> bool:
+    """Whether a weight is in units of a scale: integers, or FP8 most of whose channels reach 256.
+
+    What is merely cast to FP8, as some checkpoints are, has the size of the float weight, far below that; by its
+    scale a channel's largest value is 448, or a step or two lower after GPTQ.
+    """
+    if weight.dtype != FLOAT8:
+        return True
+    if weight.is_meta or not weight.numel():
+        return False
+    bits, (first, last) = weight.view(torch.uint8).flatten(1) & 127, LARGE_FLOAT8
+    return bool(((bits >= first) & (bits <= last)).any(1).float().mean() > 0.5)
 
 
 def _layer(module: nn.Module, name: str) -> nn.Module | None:

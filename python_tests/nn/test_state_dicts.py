@@ -41,13 +41,20 @@ def test_float_linears_take_no_integers(scheme: str, strict: bool) -> None:
     assert torch.equal(model[0].weight, before)
 
 
-def test_a_float_layer_takes_no_integers_whose_scale_is_not_there_either() -> None:
+@pytest.mark.parametrize("scheme", ["w8a16", "fp8-dynamic"])
+def test_a_float_layer_takes_no_weights_whose_scale_is_not_there_either(scheme: str) -> None:
     """As where Custom Diffusion's processors are made from the tensors of `state_dict`."""
-    layer, stored = nn.Linear(8, 4), ldmq.quantize(nn.Sequential(nn.Linear(8, 4)), scheme="w8a16").state_dict()
+    layer, stored = nn.Linear(64, 64), ldmq.quantize(nn.Sequential(nn.Linear(64, 64)), scheme=scheme).state_dict()
     before = layer.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"weight is torch\.int8, .*without their scale.*`weight`, which is floating"):
+    with pytest.raises(ValueError, match=r"weight is torch\.\w+, .*without their scale.*`weight`, which is floating"):
         layer.load_state_dict({"weight": stored["0.weight"], "bias": stored["0.bias"]})
     assert torch.equal(layer.weight, before)
+
+
+def test_a_float_layer_takes_a_weight_that_is_merely_cast_to_fp8() -> None:
+    layer, weight = nn.Linear(8, 4), torch.randn(4, 8).to(torch.float8_e4m3fn)
+    layer.load_state_dict({"weight": weight, "bias": torch.zeros(4)})
+    assert torch.equal(layer.weight, weight.float())
 
 
 @pytest.mark.parametrize("strict", [True, False])
