@@ -21,7 +21,7 @@ from ldmq_kernels.prediction.predict import Backend
 from ldmq_kernels.sensitivity.analysis import Analysis
 
 HALF_BYTES = 2
-BACKEND: Backend = "triton"  # what every install has; where the CUDA kernels serve, layers take no longer
+BACKEND: Backend = "triton"  # what every install has
 
 
 @torch.inference_mode()

@@ -31,7 +31,12 @@ def compared_backends(op: str, device: torch.device) -> list[Backend]:
         and measurements.switched_off(op, backend.name, device) is None
     ]
     usual = usual_order(device)
-    return sorted(found, key=lambda backend: usual.index(backend.name) if backend.name in usual else len(usual))
+
+    def place(backend: Backend) -> tuple[int, bool, int]:
+        at = usual.index(backend.name) if backend.name in usual else len(usual)
+        return at, backend.rank is None, -(backend.rank or 0)
+
+    return sorted(found, key=place)
 
 
 def mark(backend: Backend, text: str) -> str:

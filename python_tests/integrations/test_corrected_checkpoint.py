@@ -27,9 +27,11 @@ def corrected_plan(unet: Any) -> Plan:
     plan = mixed_plan(unet)
     generator = torch.Generator().manual_seed(2)
     for index, (name, layer) in enumerate(quantizable_layers(unet).items()):
-        if not plan.layer(name).scheme.quantizes:
+        scheme = plan.layer(name).scheme
+        if not scheme.quantizes:
             continue
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
+        has_product = scheme.format.first_token_op is not None or not scheme.quantizes_activations
+        if name.endswith(("attn2.to_k", "attn2.to_v")) and has_product:
             plan.details[name] = {"first_token": True}
         if index % 5 < 2:
             plan.bias_correction[name] = 0.1 * torch.randn(layer.weight.shape[0], generator=generator)
