@@ -64,5 +64,5 @@ def test_a_subject_is_planned_drawn_and_told(
 
 def test_the_pictures_of_the_page_are_there_and_small() -> None:
     pictures = [gallery.DOCS / gallery.picture_of(subject.name) for subject in gallery.SUBJECTS]
-    assert sum(path.stat().st_size for path in pictures) < 300_000
+    assert sum(path.stat().st_size for path in pictures) < 400_000  # bytes, of both
     assert any(what == gallery.WHAT for what, _ in results.newest())
