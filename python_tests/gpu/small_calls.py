@@ -45,10 +45,14 @@ def run_tiles(device: torch.device) -> None:
     picture = x[:256].view(1, 16, 16, depth).permute(0, 3, 1, 2)
     one, scale = torch.ones(1, device=device), torch.ones(columns, device=device)
     square = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, 1, torch.float16)
+    x_fp8, weight_fp8 = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+    picture_fp8 = picture.to(torch.float8_e4m3fn)
     calls = {
         "linear_w8a8": (x, one, weight, scale, None, None, torch.float16),
         "linear_w4a8": (x, one, packed, multiplier, scale, None, None, torch.float16),
         "conv2d_w8a8": (picture, one, weight.view(columns, 1, 1, depth), scale, None, None, None, *square),
+        "linear_fp8": (x_fp8, one, weight_fp8, scale, None, None, torch.float16),
+        "conv2d_fp8": (picture_fp8, one, weight_fp8.view(columns, 1, 1, depth), scale, None, None, None, *square),
     }
     with dispatch.use_backend("cuda"):
         for op, arguments in calls.items():

@@ -29,6 +29,8 @@ COMPILE = ("g++", "-std=c++20", "-O1", "-fPIC", "-Wno-psabi")
 SETTINGS = (
     "set_eager",
     "set_slow_warp",
+    "set_seed",
+    "turn",
     "set_device",
     "set_encode_error",
     "get_device",

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ldmq_kernels import ops
 from ldmq_kernels.kernels.cuda import extension, tiles
+from python_tests.gpu import small_calls
 from python_tests.kernels import chosen_tiles
+from python_tests.kernels.cuda.emulation import emulate
+from python_tests.kernels.cuda.gemm_cases import NAMES
+
+CPU = torch.device("cpu")
 
 
 def test_a_cluster_of_an_int4_product_stands_side_by_side(device: torch.device) -> None:
@@ -58,3 +65,13 @@ def test_the_least_estimate_fills_the_gpu(device: torch.device) -> None:
 
 def test_the_models_take_the_tiles_that_they_took_before(device: torch.device) -> None:
     assert chosen_tiles.differences(chosen_tiles.by_cuda(), "cuda") == []
+
+
+def test_the_sanitizer_watches_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch)
+    watched = []
+    for op in NAMES:
+        call = functools.partial(lambda op, *_: watched.append((op, tiles.choose(op, 64, 64, 64, CPU).name)), op)
+        monkeypatch.setattr(ops, op, call)
+    small_calls.run_tiles(CPU)
+    assert sorted(watched) == sorted((op, name) for op, names in NAMES.items() for name in names)

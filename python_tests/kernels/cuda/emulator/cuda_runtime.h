@@ -62,7 +62,7 @@ inline int told_shared = 0;                    // calls that allow a kernel its 
 constexpr int kMultiprocessors = 3;  // few, so that persistent blocks take several tiles and an odd number
 }  // namespace emulator
 
-// Blocks run one after the other, but for those of a cluster or of a cooperative grid.
+// Blocks run one after the other, with a seed in any order, but for those of a cluster or of a cooperative grid.
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
@@ -80,16 +80,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     }
   }
   if (gridDim.x * gridDim.y * gridDim.z % group != 0) return cudaErrorInvalidValue;
-  std::vector<dim3> indices;
+  std::vector<std::vector<dim3>> together(1);
   for (unsigned z = 0; z < gridDim.z; ++z) {
     for (unsigned y = 0; y < gridDim.y; ++y) {
       for (unsigned x = 0; x < gridDim.x; ++x) {
-        indices.emplace_back(x, y, z);
-        if (indices.size() < group) continue;
-        if (!emulator::run(indices, blockDim.x)) return cudaErrorLaunchTimeout;
-        indices.clear();
+        if (together.back().size() == group) together.emplace_back();
+        together.back().emplace_back(x, y, z);
       }
     }
+  }
+  if (emulator::seed != 0) emulator::shuffle(together);
+  for (const std::vector<dim3>& indices : together) {
+    if (!emulator::run(indices, blockDim.x)) return cudaErrorLaunchTimeout;
   }
   return cudaSuccess;
 }

@@ -7,6 +7,12 @@ extern "C" void emulator_set_eager(int eager) { emulator::eager = eager != 0; }
 // Which warp of every warpgroup runs only when nothing else moves; -1 for none.
 extern "C" void emulator_set_slow_warp(int warp) { emulator::slow_warp = warp; }
 
+// From which seed the order of blocks, warps, lanes and copies follows; 0 for the same order always.
+extern "C" void emulator_set_seed(unsigned seed) { emulator::seed = seed * 0x9e3779b97f4a7c15u; }
+
+// Which of 64 threads has the turn at a place of a round.
+extern "C" int emulator_turn(unsigned place) { return static_cast<int>(emulator::round(64, true)[place]); }
+
 // Makes a device current as the runtime may remember it, without a context in this thread.
 extern "C" void emulator_set_device(int device) { emulator::device = device, emulator::has_context = false; }
 extern "C" int emulator_get_device() { return emulator::device; }

@@ -1,5 +1,6 @@
 // The threads of one block, or of blocks that run together (a cluster, a cooperative grid), as fibers that take
-// turns: each runs until it has to wait. A round in which nothing moves is a deadlock, and ends the launch.
+// turns: each runs until it has to wait. A round in which nothing moves is a deadlock, and ends the launch. With a seed,
+// blocks, warps and lanes take their turns in another order each round, and warps now and then miss one.
 #pragma once
 
 #include <ucontext.h>
@@ -7,6 +8,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 struct dim3 {
@@ -23,8 +26,19 @@ constexpr size_t kStackBytes = 64 << 10, kSharedBytes = 256 << 10;
 
 inline bool eager = false;  // asynchronous copies and wgmmas happen when issued; else when waited for
 inline int slow_warp = -1;  // of every warpgroup: runs only when nothing else moves
+inline uint64_t seed = 0;   // of the order in which things happen; 0 for one that is always the same
 inline ucontext_t scheduler;
 inline bool moved;  // something happened in this round
+
+// A number below `count`, the next of those that follow from the seed.
+inline unsigned drawn(unsigned count) {
+  seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
+  return static_cast<unsigned>((seed >> 20) % count);
+}
+template <typename T>
+void shuffle(std::vector<T>& values) {
+  for (size_t i = values.size(); i > 1; --i) std::swap(values[i - 1], values[drawn(static_cast<unsigned>(i))]);
+}
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -87,6 +101,28 @@ inline void wait(Barrier& barrier, unsigned count) {
 inline void sync_warp() { wait(block().warps[threadIdx.x / kWarp], kWarp); }
 inline void sync_warpgroup() { wait(block().warpgroups[threadIdx.x / kWarpgroup], kWarpgroup); }
 
+// Fibers in the order of their turns in a round.
+inline std::vector<unsigned> round(unsigned count, bool all) {
+  std::vector<unsigned> turns;
+  if (seed == 0) {
+    turns.resize(count);
+    std::iota(turns.begin(), turns.end(), 0u);
+    return turns;
+  }
+  std::vector<unsigned> warps((count + kWarp - 1) / kWarp), lanes(kWarp);
+  std::iota(warps.begin(), warps.end(), 0u);
+  std::iota(lanes.begin(), lanes.end(), 0u);
+  shuffle(warps);
+  for (const unsigned warp : warps) {
+    if (!all && drawn(4) == 0) continue;
+    shuffle(lanes);
+    for (const unsigned lane : lanes) {
+      if (warp * kWarp + lane < count) turns.push_back(warp * kWarp + lane);
+    }
+  }
+  return turns;
+}
+
 // Runs blocks together; false where they wait for each other forever.
 inline bool run(const std::vector<dim3>& indices, unsigned threads) {
   blocks.clear();
@@ -116,16 +152,16 @@ inline bool run(const std::vector<dim3>& indices, unsigned threads) {
     makecontext(&fiber.context, entry, 0);
   }
   unsigned idle = 0;
-  for (bool running = true; running;) {
-    running = moved = false;
-    for (unsigned i = 0; i < count; ++i) {
+  for (unsigned left = count; left > 0;) {
+    moved = false;
+    for (const unsigned i : round(count, idle > 0)) {
       if (fibers[i]->done) continue;
-      running = true;
       if (idle == 0 && static_cast<int>(fibers[i]->thread % kWarpgroup / kWarp) == slow_warp) continue;
       current = fibers[i].get();
       threadIdx = dim3(current->thread, 0, 0);
       blockIdx = blocks[current->rank].index;
       swapcontext(&scheduler, &current->context);
+      if (current->done) --left;
     }
     idle = moved ? 0 : idle + 1;
     if (idle > kIdleRounds) return false;

@@ -59,7 +59,7 @@ inline void start_copy(uint32_t barrier, uint32_t bytes, uint16_t mask, std::fun
       outstanding[theirs / 8] -= static_cast<int32_t>(bytes);
       settle(theirs);
     };
-    if (eager) {
+    if (eager || (seed != 0 && drawn(2) == 0)) {
       work();
     } else {
       in_flight.push_back({theirs, work});
@@ -167,6 +167,7 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   const uint32_t address = shared_address(barrier);
   for (;;) {
     auto& flying = emulator::in_flight;
+    if (emulator::seed != 0) emulator::shuffle(flying);
     for (size_t i = 0; i < flying.size();) {
       if (flying[i].barrier != address) {
         ++i;

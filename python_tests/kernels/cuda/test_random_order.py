@@ -1,0 +1,99 @@
+"""Kernels whose blocks, warps and copies meet give the same in any order of these, by seed, in the emulator.
+
+LDMQ_SEEDS=1000 looks at a thousand seeds where a test looks at a few.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cuda import backend as cuda
+from ldmq_kernels.kernels.cuda import tiles
+from ldmq_kernels.kernels.reference import backend as reference
+from python_tests.kernels.cuda.emulation import emulate
+from python_tests.kernels.operands import exact_conv2d, exact_linear, random_int8
+
+SEEDS = range(1, 1 + int(os.environ.get("LDMQ_SEEDS", "2")))
+ONE = torch.ones(1)
+SAME = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)
+
+
+@pytest.fixture
+def ordered(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The emulated backend, in its usual order again at the end."""
+    binding = emulate(monkeypatch)
+    yield binding
+    binding.set_seed(0)
+
+
+def tile_of(op: str, name: str) -> tiles.Tile:
+    (found,) = [tile for tile in tiles.candidates(op, 64, 64, 64, torch.device("cpu")) if tile.name == name]
+    return found
+
+
+def linear(name: str, k: int = 144) -> tuple[Callable[[], Tensor], Tensor]:
+    """A product of several tiles, and more steps for a block than its ring has stages."""
+    tile = tile_of("linear_w8a8", name)
+    x, weight = random_int8(2 * tile.m + 5, k), random_int8(tile.n + 8, k)
+
+    def call() -> Tensor:
+        with tiles.forced(tile):
+            return cuda.linear_w8a8(x, ONE, weight, torch.ones(len(weight)), None, None, torch.float32)
+
+    return call, exact_linear(x, weight)
+
+
+def conv2d(name: str) -> tuple[Callable[[], Tensor], Tensor]:
+    tile = tile_of("conv2d_w8a8", name)
+    x, weight = random_int8(2, 32, 6, 5).contiguous(memory_format=torch.channels_last), random_int8(24, 3, 3, 32)
+
+    def call() -> Tensor:
+        with tiles.forced(tile):
+            return cuda.conv2d_w8a8(x, ONE, weight, torch.ones(24), None, None, None, *SAME, torch.float32)
+
+    return call, exact_conv2d(x, weight, SAME)
+
+
+PRODUCTS = {
+    "in turns": lambda: linear("sm90 128x128x128x7", 528),
+    "in turns, cluster": lambda: linear("sm90 128x160x64x10 cluster 2"),
+    "cooperative, cluster": lambda: linear("sm90 128x256x128x4 cooperative cluster 2"),
+    "mma.sync": lambda: linear("sm80 64x64x64x6", 528),
+    "im2col": lambda: conv2d("sm90 128x160x128x6 cluster 2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_sums_are_exact_in_any_order(kind: str, ordered: ModuleType) -> None:
+    call, exact = PRODUCTS[kind]()
+    for seed in SEEDS:
+        ordered.set_seed(seed)
+        assert torch.equal(call().long(), exact), f"seed {seed}"
+
+
+def test_a_cooperative_norm_is_right_in_any_order(ordered: ModuleType) -> None:
+    x = torch.randn(2, 32, 9, 7).contiguous(memory_format=torch.channels_last)
+    arguments = (x, torch.randn(32), torch.randn(32), 4, 1e-5, True, None, torch.rand(32) + 0.5, False)
+    wanted, scale = reference.group_norm_silu_quantize(*arguments)
+    for seed in SEEDS:
+        ordered.set_seed(seed)
+        out, measured = cuda.group_norm_silu_quantize(*arguments)
+        assert (out.int() - wanted.int()).abs().max() <= 1, f"seed {seed}"
+        torch.testing.assert_close(measured, scale, rtol=1e-4, atol=0)
+
+
+def test_a_seed_decides_the_order_and_0_is_the_usual_one(ordered: ModuleType) -> None:
+    found = {}
+    for name, seed in (("usual", 0), ("first", 7), ("again", 7), ("other", 8)):
+        ordered.set_seed(seed)
+        found[name] = [ordered.turn(place) for place in range(16)]
+    assert found["usual"] == list(range(16))
+    assert found["first"] == found["again"]
+    assert len({tuple(turns) for turns in found.values()}) == 3
