@@ -1,10 +1,16 @@
-"""The images API over a tiny quantized pipeline, as OpenAI's client and others call it."""
+"""The images API over a tiny quantized pipeline, as OpenAI's client and others call it.
+
+From one process, and where Ray is installed (`make test-servers`) from two replicas on a cluster.
+"""
 
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +25,8 @@ from ldmq_kernels.serving.app import make_app
 from python_tests.serving.served import GENERATIONS, Server, settings_of
 from python_tests.tiny import mixed_plan, tiny_pipeline
 
+SERVED_BY = ["a process", *["two replicas"] * (importlib.util.find_spec("ray") is not None)]
+
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -26,9 +34,23 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return ldmq.quantize(pipe, mixed_plan(pipe.unet))
 
 
-@pytest.fixture(scope="module")
-def url(pipe: Any) -> Any:
-    with Server(make_app(settings_of(guidance=4.0), lambda *_: {"tiny": pipe})) as url:
+@pytest.fixture(scope="module", params=SERVED_BY)
+def url(request: pytest.FixtureRequest, pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    settings = settings_of(guidance=4.0)
+    if request.param == "two replicas":
+        yield from on_ray(pipe, tmp_path_factory.mktemp("saved") / "tiny", vars(settings.limits))
+        return
+    with Server(make_app(settings, lambda *_: {"tiny": pipe})) as url:
+        yield url
+
+
+def on_ray(pipe: Any, folder: Path, limits: dict[str, Any]) -> Iterator[str]:
+    from ldmq_kernels.serving.ray import app
+    from python_tests.servers.on_ray import cluster, start
+
+    pipe.save_pretrained(folder)
+    with cluster() as url:
+        start(app({"models": str(folder), "steps": 2, "guidance": 4.0, "limits": limits, "min_replicas": 2}))
         yield url
 
 
