@@ -78,8 +78,10 @@ def test_sums_are_exact_in_any_order(kind: str, ordered: ModuleType) -> None:
         assert torch.equal(call().long(), exact), f"seed {seed}"
 
 
+@pytest.mark.slow
 def test_a_cooperative_norm_is_right_in_any_order(ordered: ModuleType) -> None:
-    x = torch.randn(2, 32, 9, 7).contiguous(memory_format=torch.channels_last)
+    # so many pixels that the statistics of a sample come from several blocks
+    x = torch.randn(2, 32, 40, 30).contiguous(memory_format=torch.channels_last)
     arguments = (x, torch.randn(32), torch.randn(32), 4, 1e-5, True, None, torch.rand(32) + 0.5, False)
     wanted, scale = reference.group_norm_silu_quantize(*arguments)
     for seed in SEEDS:
