@@ -232,7 +232,7 @@ def table(data: dict[str, Any]) -> str:
         f"**What the picture keeps, for how many bytes, by which tool** ({first['captions']} held-out captions, "
         f"{first['steps']} steps, on {data['device']}, torch {data['torch']}; layers: weights in 8 bits / computed in "
         "8 bits / all; a picture's PSNR and its latent's SQNR are against the float model's from the same noise). "
-        "No milliseconds: this processor multiplies int8 by the definition alone, and no GPU has run the kernels."
+        "No milliseconds: without VNNI this processor gains no time by int8, and no GPU has run the kernels."
     )
     order = {name: place for place, name in enumerate(SUBJECTS)}
     rows = sorted(data["rows"], key=lambda r: (order[r["model"]], r["tool"] == OURS))
