@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -21,3 +24,21 @@ def test_a_unet_with_every_scheme_compiles_without_graph_break_to_the_same_resul
     with torch.no_grad():
         inputs = unet_inputs()
         assert torch.equal(compiled(**inputs).sample, unet(**inputs).sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "fp8-static"])
+def test_a_new_process_compiles_before_any_eager_call(scheme: str) -> None:
+    """What an eager call would have kept by then, the compiler meets."""
+    code = (
+        "import torch, ldmq_kernels as ldmq\n"
+        "from ldmq_kernels.nn import QuantLinear\n"
+        "from ldmq_kernels.numerics.formats import SCHEMES\n"
+        f"scale = torch.ones(1) if SCHEMES[{scheme!r}].is_static else None\n"
+        f"layer = QuantLinear.from_float(torch.nn.Linear(8, 8), SCHEMES[{scheme!r}], input_scale=scale)\n"
+        "x = torch.randn(2, 8)\n"
+        "with torch.no_grad():\n"
+        "    out = torch.compile(layer, fullgraph=True, backend='eager')(x)\n"
+        "    assert torch.equal(out, layer(x))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

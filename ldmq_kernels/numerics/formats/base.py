@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -117,7 +116,7 @@ class ActivationFormat:
     quantize_per_token: str = ""
     quantize_per_sample: str = ""
 
-    @cached_property
+    @property  # not a cached one: torch's compiler cannot enter its lock
     def op_dtype(self) -> tuple[torch.dtype, ...]:
         """What an op that ends in a quantization takes last: nothing for int8, which it makes without being told."""
         return () if self.dtype in (None, torch.int8) else (self.dtype,)
