@@ -95,7 +95,7 @@ def test_fp8_products_add_in_floating_point_and_run_once_for_each_picture(shared
 
 
 def test_a_picture_of_a_transformer_is_modulated_by_its_own_terms(shared_pipe: Any) -> None:
-    x, scale, shift = torch.randn(4, 6, 16), torch.randn(4, 1, 16), torch.randn(4, 1, 16)
+    x, scale, shift = torch.randn(4, 5, 16), torch.randn(4, 1, 16), torch.randn(4, 1, 16)
 
     def compute(of: slice) -> list[Tensor]:
         x_q, x_scale = ops.layer_norm_quantize(x[of], None, None, 1e-5, None, None, scale[of], shift[of])
@@ -108,5 +108,5 @@ def test_a_picture_of_a_transformer_is_modulated_by_its_own_terms(shared_pipe: A
         together = compute(slice(None))
     calls = dispatch.calls_by_backend()
     names = ("layer_norm_quantize", "gelu_quantize")
-    assert [sum(n for (op, _), n in calls.items() if op == name) for name in names] == [2, 2]
+    assert [sum(n for (op, _), n in calls.items() if op == name) for name in names] == [1, 2]
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

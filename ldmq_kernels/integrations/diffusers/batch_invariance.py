@@ -3,8 +3,9 @@
 A sum of floats depends on its order, and the order in which a product, a convolution or a norm adds depends on how
 many samples come at once; the last bits that change turn roundings to int8 further down. So, of a batch, only what is
 exact in any order sees all pictures together: the integer products, which are most of a quantized model's
-work, and what is rounded once for each element. Everything else runs once for each picture, on tensors of the
-sizes and strides that the picture's own call would have, and so adds in the order of that call.
+work, what is rounded once for each element, and what adds within a row, as a layer norm does. Everything else runs
+once for each picture, on tensors of the sizes and strides that the picture's own call would have, and so adds in the
+order of that call; on a CPU, where torch's kernels are known, only if `cpu_order` does not say that it adds so anyway.
 
 diffusers' pipelines lay a batch out as [all pictures without the prompt | all pictures with it]: the samples of picture
 i are i, i + pictures, and so on.
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ldmq_kernels.calibration.denoisers import denoisers
+from ldmq_kernels.integrations.diffusers.cpu_order import is_elementwise_alike, is_gated_alike, is_group_norm_alike
 
 # By name of function or op: how many of the leading arguments are batches, or the places of those that are.
 SUMS: dict[str, int | tuple[int, ...]] = {
@@ -38,7 +40,6 @@ SUMS: dict[str, int | tuple[int, ...]] = {
     "baddbmm": 3,
     "scaled_dot_product_attention": 4,
     "group_norm": 1,
-    "layer_norm": 1,
     "rms_norm": 1,
     "mean": 1,
     "sum": 1,
@@ -51,7 +52,6 @@ SUMS: dict[str, int | tuple[int, ...]] = {
     "linear_fp8": (0, 1, 5, 7),  # input, its scales, residual, gate
     "conv2d_fp8": (0, 1, 5, 6),  # input, its scales, the bias of each sample, residual
     "group_norm_silu_quantize": 1,
-    "layer_norm_quantize": (0, 6, 7),  # input, and its modulation's scale and shift
 }
 # On a CPU these come from a vector's function or from a scalar one, by where in the tensor an element lies.
 ON_CPU = dict.fromkeys(
@@ -74,6 +74,16 @@ ON_CPU = dict.fromkeys(
     ),
     1,
 )
+# Of these, on a CPU, by a test of the batch and its pictures: whether all of it gives each the bits of its own call.
+ALIKE_ON_CPU: dict[str, Callable[[Tensor, int], bool]] = {
+    "silu": is_elementwise_alike,
+    "gelu": is_elementwise_alike,
+    "silu_quantize": is_elementwise_alike,
+    "gelu_quantize": is_elementwise_alike,
+    "geglu_quantize": is_gated_alike,
+    "group_norm": is_group_norm_alike,
+    "group_norm_silu_quantize": is_group_norm_alike,
+}
 NAMED = ("input", "query", "key", "value", "attn_mask", "x")  # the same arguments, given by name
 
 
@@ -105,7 +115,11 @@ class _Apart(TorchFunctionMode):
         first = args[0] if args else next((kwargs[key] for key in NAMED if key in kwargs), None)
         if not isinstance(first, Tensor) or not first.dim() or first.shape[0] % self.pictures:
             return func(*args, **kwargs)
-        if name not in SUMS and first.device.type != "cpu":
+        if first.device.type == "cpu":
+            is_alike = ALIKE_ON_CPU.get(name)
+            if is_alike is not None and is_alike(first, self.pictures):
+                return func(*args, **kwargs)
+        elif name not in SUMS:
             return func(*args, **kwargs)
         return self._each(func, args, kwargs, range(batches) if isinstance(batches, int) else batches)
 
