@@ -10,7 +10,8 @@ std::tuple<int, int> versions() {
 }
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_binding",
-                          "CUDA kernels of ldmq_kernels: addresses are integers, 0 is null; dtypes go by torch's names.",
+                          "CUDA kernels of ldmq_kernels: addresses are integers, 0 is null; "
+                          "dtypes go by torch's names.",
                           -1};
 
 }  // namespace

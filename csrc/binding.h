@@ -27,6 +27,12 @@ inline ldmq_dtype parse_dtype(const std::string& op, const std::string& dtype) {
   throw py::value_error(op + ": dtype is " + dtype + ", must be float32, float16 or bfloat16");
 }
 
+inline ldmq_dtype parse_quantized(const std::string& op, const std::string& dtype) {
+  if (dtype == "int8") return LDMQ_INT8;
+  if (dtype == "float8_e4m3fn") return LDMQ_FLOAT8;
+  throw py::value_error(op + ": q_dtype is " + dtype + ", must be int8 or float8_e4m3fn");
+}
+
 inline int64_t element_size(ldmq_dtype dtype) { return dtype == LDMQ_FLOAT32 ? 4 : 2; }
 
 // One call: what it is named in errors, where it runs, and the checks that every op shares.
@@ -66,6 +72,8 @@ class Call {
     }
     return reinterpret_cast<T*>(address);
   }
+
+  ldmq_dtype quantized(const std::string& dtype) const { return parse_quantized(op_, dtype); }
 
   const void* input(uintptr_t address) const { return required<const uint8_t>("x", address, element_size(dtype_)); }
 

@@ -7,7 +7,7 @@ namespace {
 
 // Of one call; checks the factors, and that what a measured scale needs is there, or nothing of it.
 ldmq_quantization quantization(const Call& call, uintptr_t inv_scale, int64_t inv_scale_count, uintptr_t inv_smooth,
-                               uintptr_t q, uintptr_t scale) {
+                               uintptr_t q, const std::string& q_dtype, uintptr_t scale) {
   ldmq_quantization to = {};
   to.inv_scale = call.optional<const float>("inv_scale", inv_scale);
   if (to.inv_scale) {
@@ -17,7 +17,8 @@ ldmq_quantization quantization(const Call& call, uintptr_t inv_scale, int64_t in
     to.inv_smooth = call.optional<const float>("inv_smooth", inv_smooth);
     to.scale = call.required<float>("scale", scale);
   }
-  to.q = call.required<int8_t>("q", q);
+  to.q = call.required<uint8_t>("q", q);
+  to.q_dtype = call.quantized(q_dtype);
   return to;
 }
 
@@ -70,8 +71,8 @@ int64_t group_norm_scratch(bool has_inv_scale, bool per_token, int64_t samples, 
 void group_norm_silu_quantize(uintptr_t x, const std::string& dtype, uintptr_t weight, const std::string& weight_dtype,
                               uintptr_t bias, const std::string& bias_dtype, int64_t groups, double eps, bool silu,
                               uintptr_t inv_scale, int64_t inv_scale_count, uintptr_t inv_smooth, bool per_token,
-                              uintptr_t q, uintptr_t scale, uintptr_t scratch, int64_t samples, int64_t pixels,
-                              int64_t channels, int device, uintptr_t stream) {
+                              uintptr_t q, const std::string& q_dtype, uintptr_t scale, uintptr_t scratch,
+                              int64_t samples, int64_t pixels, int64_t channels, int device, uintptr_t stream) {
   const Call call("group_norm_silu_quantize", dtype,
                   {{"samples", samples}, {"pixels", pixels}, {"channels", channels}}, device, stream);
   ldmq_group_norm norm = group_norm(samples, pixels, channels, groups, per_token && inv_scale == 0);
@@ -81,7 +82,7 @@ void group_norm_silu_quantize(uintptr_t x, const std::string& dtype, uintptr_t w
   norm.bias = added(call, "bias", bias, bias_dtype);
   norm.eps = static_cast<float>(eps);
   norm.silu = silu;
-  norm.to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, scale);
+  norm.to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, q_dtype, scale);
   void* memory = call.required<uint64_t>("scratch", scratch);
   call.run([&] { return ldmq_group_norm_silu_quantize(&norm, memory, call.device(), call.stream()); });
 }
@@ -94,11 +95,11 @@ void check_measured(const char* op, const ldmq_quantization& to, int64_t rows, i
 }
 
 void gelu_quantize(uintptr_t x, const std::string& dtype, bool tanh, uintptr_t inv_scale, int64_t inv_scale_count,
-                   uintptr_t inv_smooth, uintptr_t q, uintptr_t scale, int64_t rows, int64_t channels, int device,
-                   uintptr_t stream) {
+                   uintptr_t inv_smooth, uintptr_t q, const std::string& q_dtype, uintptr_t scale, int64_t rows,
+                   int64_t channels, int device, uintptr_t stream) {
   const Call call("gelu_quantize", dtype, {{"rows", rows}, {"channels", channels}}, device, stream);
   const void* input = call.input(x);
-  const ldmq_quantization to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, scale);
+  const ldmq_quantization to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, q_dtype, scale);
   check_measured("gelu_quantize", to, rows, channels);
   call.run([&] {
     return ldmq_gelu_quantize(input, call.dtype(), tanh, &to, rows, channels, call.device(), call.stream());
@@ -106,11 +107,11 @@ void gelu_quantize(uintptr_t x, const std::string& dtype, bool tanh, uintptr_t i
 }
 
 void geglu_quantize(uintptr_t x, const std::string& dtype, uintptr_t inv_scale, int64_t inv_scale_count,
-                    uintptr_t inv_smooth, uintptr_t q, uintptr_t scale, int64_t rows, int64_t channels, int device,
-                    uintptr_t stream) {
+                    uintptr_t inv_smooth, uintptr_t q, const std::string& q_dtype, uintptr_t scale, int64_t rows,
+                    int64_t channels, int device, uintptr_t stream) {
   const Call call("geglu_quantize", dtype, {{"rows", rows}, {"channels", channels}}, device, stream);
   const void* input = call.input(x);
-  const ldmq_quantization to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, scale);
+  const ldmq_quantization to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, q_dtype, scale);
   check_measured("geglu_quantize", to, rows, channels);
   call.run([&] {
     return ldmq_geglu_quantize(input, call.dtype(), &to, rows, channels, call.device(), call.stream());
@@ -123,17 +124,18 @@ void define_producers(py::module_& module) {
   module.def("group_norm_scratch", &group_norm_scratch, "The bytes of scratch that group_norm_silu_quantize takes.",
              py::arg("has_inv_scale"), py::arg("per_token"), py::arg("samples"), py::arg("pixels"),
              py::arg("channels"), py::arg("groups"), py::arg("device"));
-  module.def("group_norm_silu_quantize", &group_norm_silu_quantize, "As ldmq_group_norm_silu_quantize.", py::arg("x"), py::arg("dtype"),
-             py::arg("weight"), py::arg("weight_dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("groups"),
-             py::arg("eps"), py::arg("silu"), py::arg("inv_scale"), py::arg("inv_scale_count"), py::arg("inv_smooth"),
-             py::arg("per_token"), py::arg("q"), py::arg("scale"), py::arg("scratch"), py::arg("samples"),
-             py::arg("pixels"), py::arg("channels"), py::arg("device"), py::arg("stream"));
+  module.def("group_norm_silu_quantize", &group_norm_silu_quantize, "As ldmq_group_norm_silu_quantize.", py::arg("x"),
+             py::arg("dtype"), py::arg("weight"), py::arg("weight_dtype"), py::arg("bias"), py::arg("bias_dtype"),
+             py::arg("groups"), py::arg("eps"), py::arg("silu"), py::arg("inv_scale"), py::arg("inv_scale_count"),
+             py::arg("inv_smooth"), py::arg("per_token"), py::arg("q"), py::arg("q_dtype"), py::arg("scale"),
+             py::arg("scratch"), py::arg("samples"), py::arg("pixels"), py::arg("channels"), py::arg("device"),
+             py::arg("stream"));
   module.def("gelu_quantize", &gelu_quantize, "As ldmq_gelu_quantize.", py::arg("x"), py::arg("dtype"), py::arg("tanh"),
-             py::arg("inv_scale"), py::arg("inv_scale_count"), py::arg("inv_smooth"), py::arg("q"), py::arg("scale"),
-             py::arg("rows"), py::arg("channels"), py::arg("device"), py::arg("stream"));
-  module.def("geglu_quantize", &geglu_quantize, "As ldmq_geglu_quantize.", py::arg("x"), py::arg("dtype"), py::arg("inv_scale"),
-             py::arg("inv_scale_count"), py::arg("inv_smooth"), py::arg("q"), py::arg("scale"), py::arg("rows"),
-             py::arg("channels"), py::arg("device"), py::arg("stream"));
+             py::arg("inv_scale"), py::arg("inv_scale_count"), py::arg("inv_smooth"), py::arg("q"), py::arg("q_dtype"),
+             py::arg("scale"), py::arg("rows"), py::arg("channels"), py::arg("device"), py::arg("stream"));
+  module.def("geglu_quantize", &geglu_quantize, "As ldmq_geglu_quantize.", py::arg("x"), py::arg("dtype"),
+             py::arg("inv_scale"), py::arg("inv_scale_count"), py::arg("inv_smooth"), py::arg("q"), py::arg("q_dtype"),
+             py::arg("scale"), py::arg("rows"), py::arg("channels"), py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace ldmq::binding

@@ -18,7 +18,8 @@ struct Epilogue {
   const float* x_scale;
   const float* weight_scale;
   ldmq_added bias;
-  const void* vector;  // (m / vector_rows, n) of out's dtype: added to the rows of a convolution, multiplied with those of a linear
+  // (m / vector_rows, n) of out's dtype: added to the rows of a convolution, multiplied with those of a linear
+  const void* vector;
   const void* residual;
   const float* out_inv_scale;
   void* out;

@@ -1,5 +1,5 @@
 // GELU, or GEGLU, and quantization in one launch that reads memory once: q = quantize(gelu(x)), or
-// q = quantize(value * gelu(gate)), in float32 up to the int8 rounding.
+// q = quantize(value * gelu(gate)), in float32 up to the last rounding.
 //
 // With a calibrated scale a thread keeps a run of V channels, and their factors, and walks down the rows. A row with a
 // scale of its own stays in the registers of its warps between the maximum and the rounding.
@@ -43,9 +43,9 @@ struct Inputs {
   }
 };
 
-template <typename T, int V, bool GATED>
+template <typename T, typename Q, int V, bool GATED>
 __global__ void __launch_bounds__(kThreads)
-    static_kernel(const T* __restrict__ x, bool tanh, Factors factors, int8_t* __restrict__ q, int64_t rows,
+    static_kernel(const T* __restrict__ x, bool tanh, Factors factors, Q* __restrict__ q, int64_t rows,
                   int64_t channels, int columns_per_block) {
   const int rows_per_block = kThreads / columns_per_block;
   const int row_in_block = static_cast<int>(threadIdx.x) / columns_per_block;
@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, int V, bool GATED>
+template <typename T, typename Q, int V, bool GATED>
 __global__ void __launch_bounds__(kMostRowThreads, 1)
-    token_kernel(const T* __restrict__ x, bool tanh, Factors factors, int8_t* __restrict__ q, float* scale,
+    token_kernel(const T* __restrict__ x, bool tanh, Factors factors, Q* __restrict__ q, float* scale,
                  int64_t rows, int64_t channels, int warps_per_row) {
   constexpr int kRuns = kRowValues / V;
   __shared__ uint32_t largest_of_warp[kMostRowThreads / kLanes];
@@ -107,30 +107,30 @@ __global__ void __launch_bounds__(kMostRowThreads, 1)
 #pragma unroll
       for (int i = 0; i < V; ++i) largest = max(largest, magnitude(y[run][i]));
     }
-    const float row_scale = measured_scale(row_maximum(largest, warps_per_row, largest_of_warp));
+    const float row_scale = measured_scale<Q>(row_maximum(largest, warps_per_row, largest_of_warp));
     const float inverse = __fdiv_rn(1.0f, row_scale);
     if (lane == 0 && end > 0) scale[row] = row_scale;
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
       const int64_t channel = static_cast<int64_t>(run * row_threads + lane) * V;
       if (channel >= end) break;
-      store_int8(y[run], inverse, q + row * channels + channel);
+      store_quantized(y[run], inverse, q + row * channels + channel);
     }
   }
 }
 
-template <typename T, int V, bool GATED>
+template <typename T, typename Q, int V, bool GATED>
 cudaError_t launch_static(const T* x, bool tanh, const ldmq_quantization& to, int64_t rows, int64_t channels,
                           void* stream) {
   const int64_t columns = channels / V, column_blocks = ceil_div(columns, kMostColumns);
   const int per_block = static_cast<int>(ceil_div(columns, column_blocks));
   const int64_t row_blocks = ceil_div(rows, static_cast<int64_t>(kThreads / per_block) * kRowsAhead);
   const dim3 grid(static_cast<unsigned>(std::min(row_blocks, kMostBlocks)), static_cast<unsigned>(column_blocks));
-  return launch(static_kernel<T, V, GATED>, Shape{grid, kThreads}, stream, x, tanh, Factors(to), to.q, rows, channels,
-                per_block);
+  return launch(static_kernel<T, Q, V, GATED>, Shape{grid, kThreads}, stream, x, tanh, Factors(to),
+                static_cast<Q*>(to.q), rows, channels, per_block);
 }
 
-template <typename T, int V, bool GATED>
+template <typename T, typename Q, int V, bool GATED>
 cudaError_t launch_tokens(const T* x, bool tanh, const ldmq_quantization& to, int64_t rows, int64_t channels,
                           void* stream) {
   const int warps_per_row = static_cast<int>(ceil_div(channels, kLanes * kRowValues));
@@ -138,8 +138,8 @@ cudaError_t launch_tokens(const T* x, bool tanh, const ldmq_quantization& to, in
   const int64_t blocks = std::min(ceil_div(rows, rows_per_block), kMostBlocks);
   const int threads = rows_per_block * warps_per_row * kLanes;
   const Shape shape{dim3(static_cast<unsigned>(blocks)), static_cast<unsigned>(threads)};
-  return launch(token_kernel<T, V, GATED>, shape, stream, x, tanh, Factors(to), to.q, to.scale, rows, channels,
-                warps_per_row);
+  return launch(token_kernel<T, Q, V, GATED>, shape, stream, x, tanh, Factors(to), static_cast<Q*>(to.q), to.scale,
+                rows, channels, warps_per_row);
 }
 
 template <bool GATED>
@@ -152,8 +152,11 @@ int quantize(const void* x, ldmq_dtype dtype, bool tanh, const ldmq_quantization
   return with_type(x, dtype, to, channels, [&](auto* typed, auto width) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
     constexpr int V = decltype(width)::value;
-    if (to.inv_scale) return launch_static<T, V, GATED>(typed, tanh, to, rows, channels, stream);
-    return launch_tokens<T, V, GATED>(typed, tanh, to, rows, channels, stream);
+    return with_quantized(to.q_dtype, [&](auto of_type) {
+      using Q = decltype(of_type);
+      if (to.inv_scale) return launch_static<T, Q, V, GATED>(typed, tanh, to, rows, channels, stream);
+      return launch_tokens<T, Q, V, GATED>(typed, tanh, to, rows, channels, stream);
+    });
   });
 }
 

@@ -41,7 +41,7 @@ struct Task {
   Factors factors;
   float eps;
   bool silu;
-  int8_t* q;
+  void* q;
   float* scale;
 };
 

@@ -19,7 +19,7 @@ using namespace ldmq;
 
 constexpr int kPixelValues = LDMQ_MAX_PIXEL_CHANNELS / kThreads;  // in the registers of a thread
 constexpr int kBlocks = 2;             // of a multiprocessor, at least: their loads keep memory busy
-constexpr int kSectorChannels = 32;    // whole sectors of 32 bytes, in int8 and wider
+constexpr int kSectorChannels = 32;    // whole sectors of 32 bytes, in 8 bits and wider
 constexpr int kLeastChunk = 128;       // channels of a chunk
 constexpr int kLeastUnit = 4096;       // values of a unit, 16 to a thread
 constexpr float kDipAt = -1.2784645f;  // where SiLU is least
@@ -70,7 +70,7 @@ __device__ __forceinline__ void bound_channels(const Task& task) {
 }
 
 // Step 3 with one scale for all, or one for each sample.
-template <typename T, int V, Mode kMode>
+template <typename T, typename Q, int V, Mode kMode>
 __device__ __forceinline__ void quantize_unit(const T* __restrict__ x, const Task& task, const Unit& unit,
                                               char* shared) {
   const Plan& plan = task.plan;
@@ -85,7 +85,7 @@ __device__ __forceinline__ void quantize_unit(const T* __restrict__ x, const Tas
     const uint32_t* bounds = plan.bounds + static_cast<int64_t>(unit.sample) * plan.channels;
     uint32_t largest = 0;
     for (int i = static_cast<int>(threadIdx.x); i < plan.channels; i += kThreads) largest = max(largest, bounds[i]);
-    const float scale = measured_scale(row_maximum(largest, kWarps, largest_of_warp));
+    const float scale = measured_scale<Q>(row_maximum(largest, kWarps, largest_of_warp));
     inverse = __fdiv_rn(1.0f, scale);
     if (unit.part == 0 && unit.first_group == 0 && threadIdx.x == 0) task.scale[unit.sample] = scale;
   }
@@ -110,7 +110,7 @@ __device__ __forceinline__ void quantize_unit(const T* __restrict__ x, const Tas
                      float y[V];
                      normalize(y, in, mean, multiplier, shift, task.silu);
                      multiply(y, factor);
-                     store_int8(y, inverse, task.q + at);
+                     store_quantized(y, inverse, static_cast<Q*>(task.q) + at);
                    });
   }
   __syncthreads();
@@ -122,7 +122,7 @@ __host__ __device__ __forceinline__ int pixel_warps(int channels) {
 }
 
 // Step 3 with a scale for each pixel: warps hold a whole one in their registers.
-template <typename T, int V>
+template <typename T, typename Q, int V>
 __device__ __forceinline__ void quantize_pixels(const T* __restrict__ x, const Task& task, char* shared) {
   constexpr int kRuns = kPixelValues / V;
   const Plan& plan = task.plan;
@@ -180,19 +180,19 @@ __device__ __forceinline__ void quantize_pixels(const T* __restrict__ x, const T
 #pragma unroll
       for (int i = 0; i < V; ++i) largest = max(largest, magnitude(y[run][i]));
     }
-    const float scale = measured_scale(row_maximum(largest, warps_per_row, largest_of_warp));
+    const float scale = measured_scale<Q>(row_maximum(largest, warps_per_row, largest_of_warp));
     const float inverse = __fdiv_rn(1.0f, scale);
     if (lane == 0 && end > 0) task.scale[pixel] = scale;
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
       const int channel = (run * row_threads + lane) * V;
       if (channel >= end) break;
-      store_int8(y[run], inverse, task.q + pixel * channels + channel);
+      store_quantized(y[run], inverse, static_cast<Q*>(task.q) + pixel * channels + channel);
     }
   }
 }
 
-template <typename T, int V, Mode kMode>
+template <typename T, typename Q, int V, Mode kMode>
 __global__ void __launch_bounds__(kThreads, kBlocks) group_norm_kernel(const T* __restrict__ x, const Task task) {
   char* shared = shared_memory();
   for (int64_t index = blockIdx.x; index < task.plan.units; index += gridDim.x) {
@@ -205,10 +205,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) group_norm_kernel(const T* 
     grid_sync();
   }
   if constexpr (kMode == Mode::kPerToken) {
-    quantize_pixels<T, V>(x, task, shared);
+    quantize_pixels<T, Q, V>(x, task, shared);
   } else {
     for (int64_t index = blockIdx.x; index < task.plan.units; index += gridDim.x) {
-      quantize_unit<T, V, kMode>(x, task, Unit(task.plan, index), shared);
+      quantize_unit<T, Q, V, kMode>(x, task, Unit(task.plan, index), shared);
     }
   }
 }
@@ -264,10 +264,10 @@ size_t shared_bytes(const Plan& plan, Mode mode, int width) {
   return std::max(first, largest_of_warp + last);
 }
 
-template <typename T, int V, Mode kMode>
+template <typename T, typename Q, int V, Mode kMode>
 cudaError_t launch_all(const T* x, const Task& task, int multiprocessors, void* stream) {
   const Plan& plan = task.plan;
-  const auto kernel = group_norm_kernel<T, V, kMode>;
+  const auto kernel = group_norm_kernel<T, Q, V, kMode>;
   Shape shape{dim3(), kThreads, shared_bytes(plan, kMode, V)};
   shape.cooperative = true;
   cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
@@ -312,8 +312,11 @@ extern "C" int ldmq_group_norm_silu_quantize(const ldmq_group_norm* norm, void* 
   return with_type(norm->x, norm->dtype, norm->to, norm->channels, [&](auto* x, auto width) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
     constexpr int V = decltype(width)::value;
-    if (mode == Mode::kStatic) return launch_all<T, V, Mode::kStatic>(x, task, multiprocessors, stream);
-    if (mode == Mode::kPerToken) return launch_all<T, V, Mode::kPerToken>(x, task, multiprocessors, stream);
-    return launch_all<T, V, Mode::kPerSample>(x, task, multiprocessors, stream);
+    return with_quantized(norm->to.q_dtype, [&](auto of_type) {
+      using Q = decltype(of_type);
+      if (mode == Mode::kStatic) return launch_all<T, Q, V, Mode::kStatic>(x, task, multiprocessors, stream);
+      if (mode == Mode::kPerToken) return launch_all<T, Q, V, Mode::kPerToken>(x, task, multiprocessors, stream);
+      return launch_all<T, Q, V, Mode::kPerSample>(x, task, multiprocessors, stream);
+    });
   });
 }

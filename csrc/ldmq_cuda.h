@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-typedef enum { LDMQ_FLOAT32 = 0, LDMQ_FLOAT16 = 1, LDMQ_BFLOAT16 = 2, LDMQ_INT8 = 3 } ldmq_dtype;
+typedef enum { LDMQ_FLOAT32 = 0, LDMQ_FLOAT16 = 1, LDMQ_BFLOAT16 = 2, LDMQ_INT8 = 3, LDMQ_FLOAT8 = 4 } ldmq_dtype;
 
 enum { LDMQ_MAX_CHANNELS = 1 << 23 };
 
@@ -68,27 +68,29 @@ const char* ldmq_refusal(const ldmq_gemm* gemm, int tile);
 // Runs a GEMM that its tile does not refuse.
 int ldmq_run_gemm(const ldmq_gemm* gemm, int tile, int device, void* stream);
 
-// x: (rows, channels), inv_scale: (1) or (channels) float32 -> q: (rows, channels) int8.
-int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* inv_scale, int64_t inv_scale_count,
-                         int8_t* q, int64_t rows, int64_t channels, int device, void* stream);
+// What is quantized to, q of q_dtype: int8, or FP8 (e4m3).
+// x: (rows, channels), inv_scale: (1) or (channels) float32 -> q: (rows, channels).
+int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* inv_scale, int64_t inv_scale_count, void* q,
+                         ldmq_dtype q_dtype, int64_t rows, int64_t channels, int device, void* stream);
 
-// x: (rows, channels), inv_smooth: (channels) float32 or null -> q: (rows, channels) int8, scale: (rows) float32.
-int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* inv_smooth, int8_t* q, float* scale,
-                            int64_t rows, int64_t channels, int device, void* stream);
+// x: (rows, channels), inv_smooth: (channels) float32 or null -> q: (rows, channels), scale: (rows) float32.
+int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* inv_smooth, void* q, ldmq_dtype q_dtype,
+                            float* scale, int64_t rows, int64_t channels, int device, void* stream);
 
 // x: (samples, pixels, channels), inv_smooth: (channels) float32 or null
-//   -> q: (samples, pixels, channels) int8, scale: (samples) float32; absmax: (samples) of scratch.
-int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* inv_smooth, int8_t* q, float* scale,
-                             uint32_t* absmax, int64_t samples, int64_t pixels, int64_t channels, int device,
-                             void* stream);
+//   -> q: (samples, pixels, channels), scale: (samples) float32; absmax: (samples) of scratch.
+int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* inv_smooth, void* q, ldmq_dtype q_dtype,
+                             float* scale, uint32_t* absmax, int64_t samples, int64_t pixels, int64_t channels,
+                             int device, void* stream);
 
 // What the result y of a producer becomes: y * inv_scale, of a calibrated scale; or y * inv_smooth, by a measured one.
 typedef struct {
   const float* inv_scale;  // (1) or (channels); null where the scale is measured
   int64_t inv_scale_count;
   const float* inv_smooth;  // (channels) or null; for a measured scale
-  int8_t* q;
-  float* scale;  // what was measured; null with a inv_scale
+  void* q;
+  ldmq_dtype q_dtype;  // int8 or FP8
+  float* scale;        // what was measured; null with a inv_scale
 } ldmq_quantization;
 
 // y = group_norm(x), and silu of that; one scale for each sample, or for each pixel.

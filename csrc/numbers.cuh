@@ -1,9 +1,12 @@
-// Floating numbers to and from memory, and the rounding to int8 that every backend shares.
+// Floating numbers to and from memory, and the rounding to int8 and FP8 that every backend shares.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "ldmq_cuda.h"
 
@@ -28,6 +31,39 @@ __device__ __forceinline__ int8_t round_to_int8(float y) {
   return static_cast<int8_t>(min(max(rounded, -127), 127));
 }
 __device__ __forceinline__ void from_float(int8_t& x, float value) { x = round_to_int8(value); }
+
+// e4m3: clamped to [-448, 448] and rounded to nearest, half to even; NaN stays NaN.
+struct Float8 {
+  __nv_fp8_storage_t raw;
+};
+__device__ __forceinline__ void from_float(Float8& x, float value) {
+  x.raw = __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void from_floats(Pack<T, V>& pack, const float* value) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) from_float(pack.value[i], value[i]);
+}
+// The instruction converts two at once.
+template <int V, std::enable_if_t<V % 2 == 0, int> = 0>
+__device__ __forceinline__ void from_floats(Pack<Float8, V>& pack, const float* value) {
+#pragma unroll
+  for (int i = 0; i < V; i += 2) {
+    const __nv_fp8x2_storage_t two =
+        __nv_cvt_float2_to_fp8x2(make_float2(value[i], value[i + 1]), __NV_SATFINITE, __NV_E4M3);
+    pack.value[i].raw = static_cast<__nv_fp8_storage_t>(two & 0xffu);
+    pack.value[i + 1].raw = static_cast<__nv_fp8_storage_t>(two >> 8);
+  }
+}
+
+// Calls `body` with a value of the type that is quantized to.
+template <typename Body>
+cudaError_t with_quantized(ldmq_dtype dtype, Body body) {
+  if (dtype == LDMQ_INT8) return body(int8_t());
+  if (dtype == LDMQ_FLOAT8) return body(Float8());
+  return cudaErrorInvalidValue;
+}
 
 // V neighbours as they lie in memory, in accesses of 16 bytes or less; addresses are aligned to that.
 template <int V, typename T>
@@ -55,8 +91,7 @@ __device__ __forceinline__ void store_run(const float (&value)[V], T* data) {
 #pragma unroll
   for (int part = 0; part < V; part += kPart) {
     Pack<T, kPart> pack;
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) from_float(pack.value[i], value[part + i]);
+    from_floats(pack, value + part);
     *reinterpret_cast<Pack<T, kPart>*>(data + part) = pack;
   }
 }
@@ -64,9 +99,11 @@ __device__ __forceinline__ void store_run(const float (&value)[V], T* data) {
 // Bits of |y|: ordered as the values are, with NaN above infinity, so an integer maximum keeps a NaN.
 __device__ __forceinline__ uint32_t magnitude(float y) { return __float_as_uint(y) & 0x7fffffffu; }
 
-// scale = max(absmax, floor) / 127, by IEEE division; the floor is ABSMAX_FLOOR of the reference backend.
+// scale = max(absmax, floor) / 127, of FP8 / 448, by IEEE division; the floor is ABSMAX_FLOOR of the reference backend.
+template <typename Q>
 __device__ __forceinline__ float measured_scale(uint32_t absmax) {
-  return __fdiv_rn(__uint_as_float(max(absmax, __float_as_uint(1e-12f))), 127.0f);
+  constexpr float kLargest = std::is_same_v<Q, Float8> ? 448.0f : 127.0f;
+  return __fdiv_rn(__uint_as_float(max(absmax, __float_as_uint(1e-12f))), kLargest);
 }
 
 }  // namespace ldmq

@@ -1,4 +1,5 @@
-// What the producers share: how their float results become int8, and the choice of element type and vector width.
+// What the producers share: how their float results become int8 or FP8, and the choice of element type and vector
+// width.
 #pragma once
 
 #include <type_traits>
@@ -51,8 +52,8 @@ __device__ __forceinline__ void multiply(float (&y)[V], const float (&factor)[V]
 }
 
 // Rounds y * inverse, of a measured scale; for a calibrated one `inverse` is one.
-template <int V>
-__device__ __forceinline__ void store_int8(const float (&y)[V], float inverse, int8_t* q) {
+template <int V, typename Q>
+__device__ __forceinline__ void store_quantized(const float (&y)[V], float inverse, Q* q) {
   float scaled[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) scaled[i] = __fmul_rn(y[i], inverse);

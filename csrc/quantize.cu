@@ -1,7 +1,9 @@
-// float -> int8, bit for bit as the reference backend.
+// float -> int8 or FP8, bit for bit as the reference backend.
 //
 //   static:  q = clamp(rint(fp32(x) * r[c]), -127, 127)
 //   dynamic: y = fp32(x) * m[c];  scale = max(absmax(y), floor) / 127;  q = clamp(rint(y * (1 / scale)), -127, 127)
+//
+// In FP8 448 takes the place of 127, and e4m3's values that of the integers.
 //
 // x and q are rows of channels, contiguous: tokens, or the pixels of NHWC images. A thread keeps a
 // fixed run of V channels and walks down the rows, so the per-channel factors stay in registers.
@@ -37,15 +39,13 @@ __device__ __forceinline__ uint32_t pack_magnitude(const T* x, const float (&fac
 }
 
 // Two products, not one by factor * inverse: the definition rounds in between.
-template <typename T, int V>
-__device__ __forceinline__ void quantize_pack(const T* x, int8_t* q, const float (&factor)[V], float inverse) {
+template <typename T, typename Q, int V>
+__device__ __forceinline__ void quantize_pack(const T* x, Q* q, const float (&factor)[V], float inverse) {
   const auto in = *reinterpret_cast<const Pack<T, V>*>(x);
-  Pack<int8_t, V> out;
+  float y[V];
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    out.value[i] = round_to_int8(__fmul_rn(__fmul_rn(to_float(in.value[i]), factor[i]), inverse));
-  }
-  *reinterpret_cast<Pack<int8_t, V>*>(q) = out;
+  for (int i = 0; i < V; ++i) y[i] = __fmul_rn(__fmul_rn(to_float(in.value[i]), factor[i]), inverse);
+  store_run(y, q);
 }
 
 // Where a thread stands: its first channel, its first row, and how far it steps.
@@ -64,9 +64,9 @@ struct Walk {
   }
 };
 
-template <typename T, int V>
+template <typename T, typename Q, int V>
 __global__ void __launch_bounds__(kThreads)
-    static_kernel(const T* x, const float* inv_scale, int64_t inv_scale_step, int8_t* q, int64_t rows,
+    static_kernel(const T* x, const float* inv_scale, int64_t inv_scale_step, Q* q, int64_t rows,
                   int64_t channels, int columns_per_block) {
   const Walk<V> walk(columns_per_block, channels);
   if (!walk.active) return;
@@ -74,13 +74,13 @@ __global__ void __launch_bounds__(kThreads)
   load_factors(factor, inv_scale, walk.column, inv_scale_step);
   for (int64_t row = walk.row; row < rows; row += walk.row_step) {
     const int64_t at = row * channels + walk.column;
-    quantize_pack<T, V>(x + at, q + at, factor, 1.0f);
+    quantize_pack(x + at, q + at, factor, 1.0f);
   }
 }
 
-template <typename T, int V>
+template <typename T, typename Q, int V>
 __global__ void __launch_bounds__(kThreads)
-    per_token_kernel(const T* x, const float* inv_smooth, int8_t* q, float* scale, int64_t rows, int64_t channels,
+    per_token_kernel(const T* x, const float* inv_smooth, Q* q, float* scale, int64_t rows, int64_t channels,
                      int threads_per_row) {
   __shared__ uint32_t warp_largest[kThreads / kWarp];
   const int rows_per_block = kThreads / threads_per_row;
@@ -104,13 +104,13 @@ __global__ void __launch_bounds__(kThreads)
       for (int warp = 0; warp < warps_per_row; ++warp) largest = max(largest, warp_largest[first_warp + warp]);
       __syncthreads();
     }
-    const float row_scale = measured_scale(largest);
+    const float row_scale = measured_scale<Q>(largest);
     const float inverse = __fdiv_rn(1.0f, row_scale);
     if (lane == 0 && row < rows) scale[row] = row_scale;
     for (int64_t column = static_cast<int64_t>(lane) * V; column < end; column += threads_per_row * V) {
       load_factors(factor, inv_smooth, column, 1);
       const int64_t at = row * channels + column;
-      quantize_pack<T, V>(x + at, q + at, factor, inverse);
+      quantize_pack(x + at, q + at, factor, inverse);
     }
   }
 }
@@ -140,49 +140,52 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, int V>
+template <typename T, typename Q, int V>
 __global__ void __launch_bounds__(kThreads)
-    per_sample_kernel(const T* x, const float* inv_smooth, const uint32_t* absmax, int8_t* q, float* scale,
+    per_sample_kernel(const T* x, const float* inv_smooth, const uint32_t* absmax, Q* q, float* scale,
                       int64_t samples, int64_t pixels, int64_t channels, int columns_per_block) {
   const Walk<V> walk(columns_per_block, channels);
   if (!walk.active) return;
   float factor[V];
   load_factors(factor, inv_smooth, walk.column, 1);
   for (int64_t sample = blockIdx.z; sample < samples; sample += gridDim.z) {
-    const float sample_scale = measured_scale(absmax[sample]);
+    const float sample_scale = measured_scale<Q>(absmax[sample]);
     const float inverse = __fdiv_rn(1.0f, sample_scale);
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) scale[sample] = sample_scale;
     for (int64_t row = walk.row; row < pixels; row += walk.row_step) {
       const int64_t at = (sample * pixels + row) * channels + walk.column;
-      quantize_pack<T, V>(x + at, q + at, factor, inverse);
+      quantize_pack(x + at, q + at, factor, inverse);
     }
   }
 }
 
-// Calls `body` with a pointer of the element type and the widest vector that channels and addresses allow.
+// Calls `body` with pointers of the types of x and q, and the widest vector that channels and addresses allow.
 template <typename T, typename Body>
-cudaError_t with_width(const void* x, const int8_t* q, int64_t channels, Body body) {
+cudaError_t with_width(const void* x, void* q, ldmq_dtype q_dtype, int64_t channels, Body body) {
   constexpr int kWide = 16 / sizeof(T);
   const auto* typed = static_cast<const T*>(x);
-  if (channels % kWide == 0 && is_aligned(x, 16) && is_aligned(q, kWide)) {
-    return body(typed, std::integral_constant<int, kWide>());
-  }
-  return body(typed, std::integral_constant<int, 1>());
+  const bool is_wide = channels % kWide == 0 && is_aligned(x, 16) && is_aligned(q, kWide);
+  return with_quantized(q_dtype, [&](auto of_type) {
+    auto* out = static_cast<decltype(of_type)*>(q);
+    if (is_wide) return body(typed, out, std::integral_constant<int, kWide>());
+    return body(typed, out, std::integral_constant<int, 1>());
+  });
 }
 
 template <typename Body>
-int dispatch(const void* x, ldmq_dtype dtype, const int8_t* q, int64_t channels, int device, Body body) {
+int dispatch(const void* x, ldmq_dtype dtype, void* q, ldmq_dtype q_dtype, int64_t channels, int device, Body body) {
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
   switch (dtype) {
     case LDMQ_FLOAT32:
-      return with_width<float>(x, q, channels, body);
+      return with_width<float>(x, q, q_dtype, channels, body);
     case LDMQ_FLOAT16:
-      return with_width<__half>(x, q, channels, body);
+      return with_width<__half>(x, q, q_dtype, channels, body);
     case LDMQ_BFLOAT16:
-      return with_width<__nv_bfloat16>(x, q, channels, body);
+      return with_width<__nv_bfloat16>(x, q, q_dtype, channels, body);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 // Blocks over rows (x), runs of channels (y) and samples (z), for kernels that use Walk.
@@ -197,39 +200,44 @@ int row_threads(int64_t columns) { return columns <= 64 ? 32 : columns <= 128 ? 
 }  // namespace
 
 extern "C" int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* inv_scale,
-                                    int64_t inv_scale_count, int8_t* q, int64_t rows, int64_t channels, int device,
-                                    void* stream) {
+                                    int64_t inv_scale_count, void* q, ldmq_dtype q_dtype, int64_t rows,
+                                    int64_t channels, int device, void* stream) {
   if (rows == 0 || channels == 0) return cudaSuccess;
-  return dispatch(x, dtype, q, channels, device, [&](auto* typed, auto width) {
+  return dispatch(x, dtype, q, q_dtype, channels, device, [&](auto* typed, auto* out, auto width) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    using Q = std::remove_pointer_t<decltype(out)>;
     constexpr int V = decltype(width)::value;
     const int64_t columns = channels / V;
     const int per_block = static_cast<int>(std::min<int64_t>(columns, kThreads));
     const Shape shape{walk_grid(rows, columns, per_block, 1), kThreads};
-    return launch(static_kernel<T, V>, shape, stream, typed, inv_scale, inv_scale_count == 1 ? 0 : 1, q, rows,
+    return launch(static_kernel<T, Q, V>, shape, stream, typed, inv_scale, inv_scale_count == 1 ? 0 : 1, out, rows,
                   channels, per_block);
   });
 }
 
-extern "C" int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* inv_smooth, int8_t* q,
-                                       float* scale, int64_t rows, int64_t channels, int device, void* stream) {
+extern "C" int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* inv_smooth, void* q,
+                                       ldmq_dtype q_dtype, float* scale, int64_t rows, int64_t channels, int device,
+                                       void* stream) {
   if (rows == 0 || channels == 0) return cudaSuccess;
-  return dispatch(x, dtype, q, channels, device, [&](auto* typed, auto width) {
+  return dispatch(x, dtype, q, q_dtype, channels, device, [&](auto* typed, auto* out, auto width) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    using Q = std::remove_pointer_t<decltype(out)>;
     constexpr int V = decltype(width)::value;
     const int threads_per_row = row_threads(channels / V);
     const int64_t blocks = std::min(ceil_div(rows, kThreads / threads_per_row), kMaxTokenBlocks);
     const Shape shape{dim3(static_cast<unsigned>(blocks)), kThreads};
-    return launch(per_token_kernel<T, V>, shape, stream, typed, inv_smooth, q, scale, rows, channels, threads_per_row);
+    return launch(per_token_kernel<T, Q, V>, shape, stream, typed, inv_smooth, out, scale, rows, channels,
+                  threads_per_row);
   });
 }
 
-extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* inv_smooth, int8_t* q,
-                                        float* scale, uint32_t* absmax, int64_t samples, int64_t pixels,
-                                        int64_t channels, int device, void* stream) {
+extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* inv_smooth, void* q,
+                                        ldmq_dtype q_dtype, float* scale, uint32_t* absmax, int64_t samples,
+                                        int64_t pixels, int64_t channels, int device, void* stream) {
   if (samples == 0 || pixels == 0 || channels == 0) return cudaSuccess;
-  return dispatch(x, dtype, q, channels, device, [&](auto* typed, auto width) {
+  return dispatch(x, dtype, q, q_dtype, channels, device, [&](auto* typed, auto* out, auto width) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    using Q = std::remove_pointer_t<decltype(out)>;
     constexpr int V = decltype(width)::value;
     const int64_t columns = channels / V;
     const int per_block = static_cast<int>(std::min<int64_t>(columns, kThreads));
@@ -239,8 +247,8 @@ extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const f
     error = launch(sample_absmax_kernel<T, V>, shape, stream, typed, inv_smooth, absmax, samples, pixels, channels,
                    per_block);
     if (error != cudaSuccess) return error;
-    return launch(per_sample_kernel<T, V>, shape, stream, typed, inv_smooth, absmax, q, scale, samples, pixels, channels,
-                  per_block);
+    return launch(per_sample_kernel<T, Q, V>, shape, stream, typed, inv_smooth, absmax, out, scale, samples, pixels,
+                  channels, per_block);
   });
 }
 

@@ -50,16 +50,6 @@ def eight_bit(q_dtype: torch.dtype | None) -> torch.dtype:
     return q_dtype or torch.int8
 
 
-def only_int8(q_dtype: torch.dtype | None) -> None:
-    """Accept that an op that quantizes is asked for int8, which it is where no dtype is given.
-
-    Raises:
-        Unsupported: another dtype.
-    """
-    if q_dtype not in (None, torch.int8):
-        raise Unsupported(f"{q_dtype} is asked for; this kernel makes int8")
-
-
 def check_float8(device: torch.device) -> None:
     """Accept a GPU that has e4m3 in its instructions, and any device that is none: an interpreter has.
 

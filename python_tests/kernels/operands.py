@@ -36,8 +36,6 @@ def cuda_refusal(op: str, operands: dict[str, Any]) -> str | None:
     csrc/README.md states these rules. python_tests/kernels/cuda has what a wrapper or the binding refuses otherwise.
     """
     x = operands.get("x", operands.get("x_q"))
-    if operands.get("q_dtype") not in (None, torch.int8):
-        return "this kernel makes int8"
     if op.startswith("quantize"):  # which lays out nothing anew, unlike the other ops
         channels_last = x.dim() == 4 and (op == "quantize_per_sample" or operands.get("channel_dim") == 1)
         layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.operands import check_float8, eight_bit
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+QUANTIZED = {torch.int8: "int8", FLOAT8: "float8_e4m3fn"}
 
 
 @functools.cache
@@ -104,6 +107,23 @@ def source(x: Tensor, memory_format: torch.memory_format) -> dict[str, Any]:
     if not x.is_contiguous(memory_format=memory_format):
         raise Unsupported(f"x has strides {x.stride()}, must be {str(memory_format).removeprefix('torch.')}")
     return {"x": x.data_ptr(), "dtype": DTYPES[x.dtype]}
+
+
+def quantized(x: Tensor, q_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that an op that quantizes stores beside `x`, int8 where none is asked for.
+
+    Raises:
+        Unsupported: neither int8 nor float8_e4m3fn, or FP8 for a GPU that has none.
+    """
+    stored = eight_bit(q_dtype)
+    if stored == FLOAT8:
+        check_float8(x.device)
+    return stored
+
+
+def stored_in(q: Tensor) -> dict[str, Any]:
+    """The arguments that say where the quantized values go."""
+    return {"q": q.data_ptr(), "q_dtype": QUANTIZED[q.dtype]}
 
 
 def check_factors(factors: Tensor, name: str, x: Tensor, channels: int) -> None:

@@ -1,4 +1,4 @@
-"""q = quantize(value * gelu(gate)), in float32 up to the int8 rounding; csrc/gelu_quantize.cu."""
+"""q = quantize(value * gelu(gate)), in float32 up to the last rounding; csrc/gelu_quantize.cu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import producers
 from ldmq_kernels.kernels.dispatch import Unsupported
-from ldmq_kernels.kernels.operands import only_int8
 
 
 def geglu_quantize(
@@ -19,9 +18,9 @@ def geglu_quantize(
         x: (..., 2 C) float32, float16 or bfloat16: the values, then their gates; copied where it is not contiguous.
 
     Raises:
-        Unsupported: FP8, another dtype, device or size of an operand, or too many channels for a scale of each row.
+        Unsupported: another dtype, device or size of an operand, FP8 for a GPU that has none, or too many channels for
+            a scale of each row.
     """
-    only_int8(q_dtype)
     if x.dim() == 0 or x.shape[-1] % 2:
         raise Unsupported(f"x is {tuple(x.shape)}, must have values and as many gates in its last axis")
-    return producers.run_on_rows("geglu_quantize", x, x.shape[-1] // 2, inv_scale, inv_smooth)
+    return producers.run_on_rows("geglu_quantize", x, x.shape[-1] // 2, inv_scale, inv_smooth, q_dtype)

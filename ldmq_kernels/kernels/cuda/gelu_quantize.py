@@ -1,4 +1,4 @@
-"""q = quantize(gelu(x)), in float32 up to the int8 rounding; csrc/gelu_quantize.cu."""
+"""q = quantize(gelu(x)), in float32 up to the last rounding; csrc/gelu_quantize.cu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.cuda import producers
 from ldmq_kernels.kernels.dispatch import Unsupported
-from ldmq_kernels.kernels.operands import only_int8
 
 
 def gelu_quantize(
@@ -24,9 +23,9 @@ def gelu_quantize(
         tanh: whether GELU goes by its approximation with tanh, or by the error function.
 
     Raises:
-        Unsupported: FP8, another dtype, device or size of an operand, or too many channels for a scale of each row.
+        Unsupported: another dtype, device or size of an operand, FP8 for a GPU that has none, or too many channels for
+            a scale of each row.
     """
-    only_int8(q_dtype)
     if x.dim() == 0:
         raise Unsupported("x has no axis of channels")
-    return producers.run_on_rows("gelu_quantize", x, x.shape[-1], inv_scale, inv_smooth, tanh=tanh)
+    return producers.run_on_rows("gelu_quantize", x, x.shape[-1], inv_scale, inv_smooth, q_dtype, tanh=tanh)

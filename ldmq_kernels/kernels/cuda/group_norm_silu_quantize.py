@@ -1,4 +1,4 @@
-"""q = quantize(silu(group_norm(x))), in float32 up to the int8 rounding; csrc/group_norm_silu_quantize.cu.
+"""q = quantize(silu(group_norm(x))), in float32 up to the last rounding; csrc/group_norm_silu_quantize.cu.
 
 One launch: statistics, and then the quantization, which reads memory again, mostly from the second-level cache.
 """
@@ -11,7 +11,6 @@ from torch import Tensor
 from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.cuda.producers import factors, vector
 from ldmq_kernels.kernels.dispatch import Unsupported
-from ldmq_kernels.kernels.operands import only_int8
 from ldmq_kernels.kernels.reference.producers import no_scale
 
 
@@ -35,10 +34,9 @@ def group_norm_silu_quantize(
         norm_bias: (C,) of any of these dtypes, or None for zeros.
 
     Raises:
-        Unsupported: FP8, another dtype, device or size of an operand, groups that do not divide the channels, or too
-            many channels for a scale of each pixel.
+        Unsupported: another dtype, device or size of an operand, groups that do not divide the channels, FP8 for a GPU
+            that has none, or too many channels for a scale of each pixel.
     """
-    only_int8(q_dtype)
     if x.dim() != 4:
         raise Unsupported(f"x has {x.dim()} axes, must be (N, C, H, W)")
     x = x.contiguous(memory_format=torch.channels_last)
@@ -49,7 +47,8 @@ def group_norm_silu_quantize(
     arguments |= vector("weight", norm_weight, x, channels) | vector("bias", norm_bias, x, channels)
     arguments |= factors(inv_scale, inv_smooth, x, channels)
     per_token = per_token and inv_scale is None
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
+    stored = extension.quantized(x, q_dtype)
+    q = torch.empty(x.shape, dtype=stored, device=x.device, memory_format=torch.channels_last)
     if inv_scale is not None:
         scale = no_scale(x)
     else:
@@ -69,7 +68,7 @@ def group_norm_silu_quantize(
             eps=eps,
             silu=silu,
             per_token=per_token,
-            q=q.data_ptr(),
+            **extension.stored_in(q),
             scale=scale.data_ptr(),
             scratch=scratch.data_ptr(),
         )

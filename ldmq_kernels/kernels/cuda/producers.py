@@ -1,4 +1,4 @@
-"""What the producers share: the arguments that say how their result becomes int8."""
+"""What the producers share: the arguments that say how their result becomes int8 or FP8."""
 
 from __future__ import annotations
 
@@ -47,7 +47,13 @@ def vector(name: str, operand: Tensor | None, x: Tensor, channels: int) -> dict[
 
 
 def run_on_rows(
-    op: str, x: Tensor, channels: int, inv_scale: Tensor | None, inv_smooth: Tensor | None, **more: Any
+    op: str,
+    x: Tensor,
+    channels: int,
+    inv_scale: Tensor | None,
+    inv_smooth: Tensor | None,
+    q_dtype: torch.dtype | None,
+    **more: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run an op of the binding that quantizes each row of what it computes.
 
@@ -57,25 +63,31 @@ def run_on_rows(
         channels: of the result.
         inv_scale: (1,) or (channels,) float32, or None where the scale of each row is measured.
         inv_smooth: (channels,) float32 or None, for a measured scale.
+        q_dtype: int8 or None for it, or float8_e4m3fn.
         more: the op's own arguments.
 
     Returns:
-        q (..., channels) int8, and the scales (...) float32, none with an inv_scale.
+        q (..., channels) of `q_dtype`, and the scales (...) float32, none with an inv_scale.
 
     Raises:
-        Unsupported: another dtype, device or size of an operand, or too many channels for a scale of each row.
+        Unsupported: another dtype, device or size of an operand, FP8 for a GPU that has none, or too many channels for
+            a scale of each row.
     """
     x = x.contiguous()
     arguments = extension.source(x, torch.contiguous_format) | extension.target(x) | more
     arguments |= factors(inv_scale, inv_smooth, x, channels)
-    q = torch.empty((*x.shape[:-1], channels), dtype=torch.int8, device=x.device)
+    q = torch.empty((*x.shape[:-1], channels), dtype=extension.quantized(x, q_dtype), device=x.device)
     scale = no_scale(x) if inv_scale is not None else x.new_empty(x.shape[:-1], dtype=torch.float32)
     if q.numel() == 0:
         return q, scale
     binding = extension.binding()
     try:
         getattr(binding, op)(
-            **arguments, q=q.data_ptr(), scale=scale.data_ptr(), rows=q.numel() // channels, channels=channels
+            **arguments,
+            **extension.stored_in(q),
+            scale=scale.data_ptr(),
+            rows=q.numel() // channels,
+            channels=channels,
         )
     except binding.Refusal as refusal:
         raise Unsupported(str(refusal)) from None

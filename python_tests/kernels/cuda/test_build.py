@@ -52,8 +52,8 @@ cat "$(dirname "$0")/log" >&2
 """
 
 TOKENS: dict[str, Any] = {
-    "x": 4096, "dtype": "float16", "inv_smooth": 0, "q": 8192, "scale": 12288, "rows": 3, "channels": 320,
-    "device": 0, "stream": 0,
+    "x": 4096, "dtype": "float16", "inv_smooth": 0, "q": 8192, "q_dtype": "int8", "scale": 12288, "rows": 3,
+    "channels": 320, "device": 0, "stream": 0,
 }  # fmt: skip
 SAMPLES = {name: value for name, value in TOKENS.items() if name != "rows"} | {
     "absmax": 16384,
@@ -349,10 +349,18 @@ def test_arguments_that_are_none_are_pythons_errors(emulated: ModuleType, call: 
 def test_arguments_are_taken_by_name_in_any_order(emulated: ModuleType) -> None:
     x, q, inv_scale = torch.randn(3, 32), torch.empty(3, 32, dtype=torch.int8), torch.full((1,), 40.0)
     given = {"x": x.data_ptr(), "dtype": "float32", "inv_scale": inv_scale.data_ptr(), "inv_scale_count": 1}
-    given |= {"q": q.data_ptr(), "rows": 3, "channels": 32, "device": 0, "stream": 0}
+    given |= {"q": q.data_ptr(), "q_dtype": "int8", "rows": 3, "channels": 32, "device": 0, "stream": 0}
     for names in (list(given), sorted(given), sorted(given, reverse=True)):
         q.fill_(99)
         emulated.quantize_static(**{name: given[name] for name in names})
         assert torch.equal(q, (x * 40).round().clamp(-127, 127).to(torch.int8))
     with pytest.raises(TypeError, match="keyword arguments alone"):
         emulated.quantize_static(1)
+
+
+def test_no_line_of_the_kernels_is_longer_than_those_of_python() -> None:
+    folders = ROOT / "csrc", Path(__file__).parent / "emulator"
+    sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")]
+    lines = {f"{path.name}:{at}": line for path in sources for at, line in enumerate(path.read_text().splitlines(), 1)}
+    assert len(lines) > 1000
+    assert not [place for place, line in lines.items() if len(line) > 120]

@@ -143,8 +143,8 @@ def test_the_callers_device_stays_current(emulated: ModuleType, before: int, dur
     emulated.set_device(before)
     try:
         emulated.quantize_per_token(
-            x=x.data_ptr(), dtype="float32", inv_smooth=0, q=q.data_ptr(), scale=scale.data_ptr(), rows=2, channels=8,
-            device=during, stream=0,
+            x=x.data_ptr(), dtype="float32", inv_smooth=0, q=q.data_ptr(), q_dtype="int8", scale=scale.data_ptr(),
+            rows=2, channels=8, device=during, stream=0,
         )  # fmt: skip
         assert emulated.get_device() == before
         assert emulated.launched_on() == during

@@ -250,8 +250,8 @@ def test_what_the_kernels_cannot_take_is_refused_with_the_reason(
 
 
 GEGLU: dict[str, Any] = {
-    "x": 4096, "dtype": "float16", "inv_scale": 0, "inv_scale_count": 0, "inv_smooth": 0, "q": 8192, "scale": 12288,
-    "rows": 3, "channels": 320, "device": 7, "stream": 0,
+    "x": 4096, "dtype": "float16", "inv_scale": 0, "inv_scale_count": 0, "inv_smooth": 0, "q": 8192,
+    "q_dtype": "int8", "scale": 12288, "rows": 3, "channels": 320, "device": 7, "stream": 0,
 }  # fmt: skip
 NORM: dict[str, Any] = {name: value for name, value in GEGLU.items() if name != "rows"} | {
     "weight": 0, "weight_dtype": "float32", "bias": 0, "bias_dtype": "float32", "groups": 32, "eps": EPS, "silu": True,
@@ -281,6 +281,7 @@ CALLS = {"geglu_quantize": GEGLU, "group_norm_silu_quantize": NORM}
         ("group_norm_silu_quantize", {"groups": 33}, "groups must divide channels"),
         ("group_norm_silu_quantize", {"bias": 4098}, "bias is not aligned to 4 bytes"),
         ("group_norm_silu_quantize", {"weight_dtype": "int8"}, "dtype is int8"),
+        *((op, {"q_dtype": "float16"}, "q_dtype is float16, must be int8 or float8_e4m3fn") for op in CALLS),
     ],
 )
 def test_bad_arguments_are_refused_before_a_launch(

@@ -98,7 +98,8 @@ constexpr int cudaEnableDefault = 0;
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, int,
                                                     cudaDriverEntryPointQueryResult* status) {
   const bool tiled = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
-  *function = tiled ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : reinterpret_cast<void*>(cuTensorMapEncodeIm2col);
+  *function =
+      tiled ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : reinterpret_cast<void*>(cuTensorMapEncodeIm2col);
   *status = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

@@ -1,6 +1,6 @@
 // The threads of one block, or of blocks that run together (a cluster, a cooperative grid), as fibers that take
-// turns: each runs until it has to wait. A round in which nothing moves is a deadlock, and ends the launch. With a seed,
-// blocks, warps and lanes take their turns in another order each round, and warps now and then miss one.
+// turns: each runs until it has to wait. A round in which nothing moves is a deadlock, and ends the launch. With a
+// seed, blocks, warps and lanes take their turns in another order each round, and warps now and then miss one.
 #pragma once
 
 #include <ucontext.h>

@@ -13,6 +13,10 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -86,6 +90,26 @@ inline const std::array<float, 256> kE4m3 = [] {
   }
   return values;
 }();
+
+using __nv_fp8_storage_t = uint8_t;
+using __nv_fp8x2_storage_t = uint16_t;
+enum __nv_saturation_t { __NV_NOSAT, __NV_SATFINITE };
+enum __nv_fp8_interpretation_t { __NV_E4M3, __NV_E5M2 };
+// To e4m3 alone, and finite; every NaN becomes the positive one, as by cvt.rn.satfinite.
+inline __nv_fp8_storage_t __nv_cvt_float_to_fp8(float value, __nv_saturation_t, __nv_fp8_interpretation_t) {
+  if (std::isnan(value)) return 0x7f;
+  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+  const float size = std::fmin(std::fabs(value), 448.0f);
+  if (size < 0.015625f) return static_cast<uint8_t>(sign | std::lrint(std::ldexp(size, 9)));  // 8 carries by itself
+  const int exponent = std::ilogb(size);
+  const long mantissa = std::lrint(std::ldexp(size, 3 - exponent));  // 8..16, and 16 carries by itself
+  return static_cast<uint8_t>(sign | ((static_cast<long>(exponent + 6) << 3) + mantissa));
+}
+inline __nv_fp8x2_storage_t __nv_cvt_float2_to_fp8x2(float2 value, __nv_saturation_t saturation,
+                                                     __nv_fp8_interpretation_t to) {
+  return static_cast<uint16_t>(__nv_cvt_float_to_fp8(value.x, saturation, to) |
+                               __nv_cvt_float_to_fp8(value.y, saturation, to) << 8);
+}
 
 // d plus the dot product of 32 values, as the tensor cores add: of int8 exactly; of e4m3 what is left of each term when
 // it is aligned with the largest and cut to 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).

@@ -116,7 +116,8 @@ inline void copy_im2col(const CUtensorMap& map, uint32_t target, uint32_t barrie
 // A byte of an operand that a descriptor of wgmma describes: K-major, rows in groups of eight.
 inline uint8_t operand_byte(uint64_t descriptor, uint32_t row, uint32_t k) {
   const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  const uint32_t layout = static_cast<uint32_t>(descriptor >> 62), row_bytes = layout == 1 ? 128 : layout == 2 ? 64 : 32;
+  const uint32_t layout = static_cast<uint32_t>(descriptor >> 62);
+  const uint32_t row_bytes = layout == 1 ? 128 : layout == 2 ? 64 : 32;
   if (layout == 0 || (descriptor >> 49 & 7) != 0) __builtin_trap();
   const uint32_t base = current->rank * static_cast<uint32_t>(kSharedBytes);
   return static_cast<uint8_t>(*at(base + swizzled(start + row / 8 * stride + row % 8 * row_bytes + k, row_bytes)));
