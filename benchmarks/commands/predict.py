@@ -51,12 +51,12 @@ def sums(found: list[Prediction]) -> str:
 def _cells(row: Predicted) -> list[str]:
     tile = ["", "", ""] if row.gemm is None else [row.gemm.tile, f"{row.gemm.waves:.2f}", f"{row.gemm.loop_share:.0%}"]
     floors = (row.operations_ms, row.bytes_ms, row.milliseconds)
-    return [*tile, *(f"{1e3 * value:.1f}" for value in floors)]
+    return [row.served_by, *tile, *(f"{1e3 * value:.1f}" for value in floors)]
 
 
 def layers(found: Prediction, each: bool) -> str:
     """A row for each operation, or for equal ones together, the longest first."""
-    head = ["", "sizes", "tile", "waves", "loop", "floor: operations", "bytes", "us each", "ms"]
+    head = ["", "sizes", "by", "tile", "waves", "loop", "floor: operations", "bytes", "us each", "ms"]
     if each:
         rows = [[f"{r.layer or 'model'} ({r.op})", r.words, *_cells(r), f"{r.milliseconds:.4f}"] for r in found.rows]
         return aligned(head, rows)
@@ -82,6 +82,7 @@ def as_json(found: list[Prediction]) -> dict[str, Any]:
                 "rows": [
                     {
                         "op": row.op,
+                        "served_by": row.served_by,
                         "layer": row.layer,
                         "sizes": row.words,
                         "ms": row.milliseconds,

@@ -26,6 +26,9 @@ EXTRA_PRODUCT = 214  # the same of the second accumulator of 160 columns, and it
 TAP_ADDRESS = 80  # a convolution's division for the tap, before its loads
 THROUGH_REGISTERS = 16  # an image tile that is no operand as it lies in shared memory
 UNPACK = 250  # int4 weights to int8 in registers
+# of a CUDA warpgroup on sm_90 between two products of FP8 where one alone is in flight: until it has seen the first one
+# done and the second is issued, without the additions in between; assumed, 2026-11-29
+PROMOTION = 150
 ASYNCHRONOUS_SHARE = 0.93  # of the tensor cores' rate, of loops that overlap products and loads; assumed, 2026-11-29
 
 

@@ -105,17 +105,14 @@ def by_cuda(op: str, gemm: Gemm, device: Device) -> GemmTime | None:
     tiles = [tile for tile in compiled_tiles(op) if cuda_tiles.runs_on(tile, gpu)]
     if not tiles or gemm.groups > 1 or channels % 16 or gemm.n % 8:
         return None
-    rate = device.products(device.int8_tops) * tile_cost.ASYNCHRONOUS_SHARE
-
-    def clocks(tile: cuda_tiles.Tile) -> float:
-        return cuda_tiles.estimate(tile, gemm.m, gemm.n, gemm.k, gpu, gemm.taps, rate)
-
+    dense = device.products(rate_of(op, device))
+    rate = dense * tile_cost.ASYNCHRONOUS_SHARE
     # the order is the extension's own, without the share: it is the same for all
     tile = min(tiles, key=lambda tile: cuda_tiles.estimate(tile, gemm.m, gemm.n, gemm.k, gpu, gemm.taps))
     count = -(-gemm.m // tile.m) * -(-gemm.n // tile.n)
-    step = tile_cost.step_clocks(tile.m * tile.n * tile.k, rate, (tile.m + tile.n / tile.cluster) * tile.k)
-    share = tile.m * tile.n * tile.k / device.products(device.int8_tops) / step
-    return GemmTime(clocks(tile), tile.name, count / gpu.multiprocessors, share)
+    share = tile.m * tile.n * tile.k / dense / cuda_tiles.step_clocks(tile, rate)
+    clocks = cuda_tiles.estimate(tile, gemm.m, gemm.n, gemm.k, gpu, gemm.taps, rate)
+    return GemmTime(clocks, tile.name, count / gpu.multiprocessors, share)
 
 
 def by_library(gemm: Gemm, device: Device) -> GemmTime:

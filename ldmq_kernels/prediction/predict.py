@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ldmq_kernels.kernels.backend import backends
 from ldmq_kernels.kernels.devices import Device
 from ldmq_kernels.prediction.gemms import GemmTime, by_cuda, by_library, by_triton, rate_of
 from ldmq_kernels.prediction.launches import launches_of
@@ -41,6 +42,7 @@ class Predicted:
         operations_ms: its operations at the data sheet's rate: no kernel is faster.
         bytes_ms: its tensors at the data sheet's bandwidth.
         launches: kernels.
+        served_by: the backend that computes it: "triton" or "cuda", "torch" for an operation of torch's own.
         gemm: how the product is cut; None for other operations.
     """
 
@@ -52,6 +54,7 @@ class Predicted:
     operations_ms: float
     bytes_ms: float
     launches: int
+    served_by: str = "torch"
     gemm: GemmTime | None = None
 
 
@@ -88,7 +91,7 @@ def predict(operations: Iterable[Operation], device: Device, backend: Backend) -
     Args:
         operations: of a quantized model for "triton" and "cuda", of a float one for "compiled".
         device: of the table of data sheets.
-        backend: who computes; what "cuda" refuses is Triton's, and so are FP8 products, whose tiles are not listed.
+        backend: who computes; what "cuda" refuses or does not have is Triton's, as each row's `served_by` says.
     """
     rows: list[Predicted] = []
     between: list[Operation] = []
@@ -98,7 +101,7 @@ def predict(operations: Iterable[Operation], device: Device, backend: Backend) -
             if backend == "compiled":
                 between.append(operation)
             else:
-                rows.append(_moved(operation, device, launches_of(operation, backend)))
+                rows.append(_moved(operation, device, backend))
             continue
         rows += _fused(between, device, last_read, position)
         between = []
@@ -116,20 +119,21 @@ def _multiplied(operation: Operation, device: Device, backend: Backend) -> Predi
     assert gemm is not None
     quantizes_alone = 0.0
     if "_" not in op:  # torch's own
-        time, tops = by_library(gemm, device), device.half_tops
+        time, tops, server = by_library(gemm, device), device.half_tops, "torch"
     else:
         tops = rate_of(op, device)
         is_static = op == "linear_static_w8a8"
         served = by_cuda("linear_w8a8" if is_static else op, gemm, device) if backend == "cuda" else None
         in_two = is_static and (served is not None or launches_of(operation, "triton") > 1)
         time = served or by_triton("linear_w8a8" if in_two else op, gemm, device)
+        server = "cuda" if served else "triton"
         if in_two:
             quantizes_alone = START_MS + _bytes_ms(3 * gemm.m * gemm.k, device) / COPY_SHARE
     least_ops, least_bytes = gemm.operations / (tops * 1e9), _bytes_ms(operation.bytes, device)
     taken = max(device.milliseconds(time.clocks), least_ops, least_bytes / COPY_SHARE) + quantizes_alone
     kind = CONVOLUTION if op.startswith("conv") else LINEAR
     launches = time.launches + (quantizes_alone > 0)
-    return Predicted(op, operation.layer, str(gemm), kind, taken, least_ops, least_bytes, launches, time)
+    return Predicted(op, operation.layer, str(gemm), kind, taken, least_ops, least_bytes, launches, server, time)
 
 
 def _attended(operation: Operation, device: Device) -> Predicted:
@@ -149,11 +153,12 @@ def _attended(operation: Operation, device: Device) -> Predicted:
     return Predicted(operation.op, operation.layer, words, ATTENTIONS, taken, least_ops, least_bytes, 1)
 
 
-def _moved(operation: Operation, device: Device, launches: int) -> Predicted:
-    least = _bytes_ms(operation.bytes, device)
+def _moved(operation: Operation, device: Device, backend: Literal["triton", "cuda"]) -> Predicted:
+    op, least, launches = operation.op, _bytes_ms(operation.bytes, device), launches_of(operation, backend)
     taken = START_MS * launches + least / COPY_SHARE
-    words = f"{operation.bytes / 1e6:.3g} MB"
-    return Predicted(operation.op, operation.layer, words, REST, taken, 0.0, least, launches)
+    ours = [name for name in (backend, "triton") if backends()[name].has(op)]
+    server = ours[0] if ours else "torch"
+    return Predicted(op, operation.layer, f"{operation.bytes / 1e6:.3g} MB", REST, taken, 0.0, least, launches, server)
 
 
 def _last_reads(operations: Sequence[Operation]) -> dict[int, int]:

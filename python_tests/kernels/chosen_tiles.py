@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from ldmq_kernels.kernels.cuda import extension, tiles
-from ldmq_kernels.kernels.gpu import Gpu
+from ldmq_kernels.kernels.gpu import FLOAT8_FROM, Gpu
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_choice import Problem
 from ldmq_kernels.kernels.triton.tile_tables import TILES, family
@@ -23,7 +23,7 @@ from ldmq_kernels.tuning.shapes import merged_of, of_models
 FILE = Path(__file__).with_name("chosen_tiles.json")
 MODELS = ("sd15", "sdxl", "vae_decoder")
 GPUS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # multiprocessors by compute capability
-CUDA_OPS = ("linear_w8a8", "linear_static_w8a8", "linear_w4a8", "conv2d_w8a8")
+CUDA_OPS = ("linear_w8a8", "linear_static_w8a8", "linear_w4a8", "conv2d_w8a8", "linear_fp8", "conv2d_fp8")
 CPU = torch.device("cpu")
 Chosen = dict[str, dict[str, str]]
 
@@ -67,6 +67,8 @@ def by_cuda() -> Chosen:
     chosen: Chosen = {}
     for op in CUDA_OPS:
         for capability, multiprocessors in GPUS.items():
+            if op.endswith("fp8") and capability < FLOAT8_FROM:
+                continue
             gpu = Gpu(f"without measurements {capability}", capability, multiprocessors)
             with mock.patch.object(tiles, "gpu_of", lambda _, gpu=gpu: gpu):
                 key = f"cuda {op} sm_{capability}"

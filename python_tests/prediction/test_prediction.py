@@ -113,6 +113,17 @@ def test_int8_loops_of_triton_drain_on_hopper_and_those_of_cuda_do_not() -> None
 def test_what_cuda_refuses_is_tritons() -> None:
     assert by_cuda("conv2d_w8a8", Gemm(8192, 320, 36, taps=9), H200) is None
     assert by_cuda("linear_w8a16", GEMMS[0], H200) is None
+    assert by_cuda("linear_fp8", GEMMS[0], DEVICES["a100"]) is None
+
+
+def test_rows_say_who_serves_them() -> None:
+    toy = recorded(Model(tiny_unet, TOYS["sd15"].inputs), "fp8-static")
+    cuda, triton = ({(row.op, row.served_by) for row in predict(toy, H200, name).rows} for name in ("cuda", "triton"))
+    for op in ("linear_fp8", "conv2d_fp8", "quantize_static", "group_norm_silu_quantize"):
+        assert (op, "cuda") in cuda
+        assert (op, "triton") in triton
+    assert ("layer_norm_quantize", "triton") in cuda
+    assert {by for op, by in cuda if op == "scaled_dot_product_attention"} == {"torch"}
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -131,18 +142,25 @@ def test_devices_are_found_by_their_key_and_by_what_torch_calls_them() -> None:
         device_of("h400")
 
 
-@pytest.mark.parametrize("op", ["linear_w8a8", "linear_w4a8", "conv2d_w8a8"])
+@pytest.mark.parametrize("op", ["linear_w8a8", "linear_w4a8", "conv2d_w8a8", "linear_fp8", "conv2d_fp8"])
 def test_the_list_of_cuda_tiles_is_what_the_sources_compile(op: str) -> None:
-    listed = {family: [t for t in compiled_tiles(op) if t.family == family] for family in (80, 90)}
+    lowest = 89 if op.endswith("fp8") else 80
+    listed = {family: [t for t in compiled_tiles(op) if t.family == family] for family in (lowest, 90)}
     pattern = rf'compiled<Tile<Kind::\w+, Element::\w+, ([^>]+)>>\("{op}"\)'
-    wgmma, mma = (re.findall(pattern, (CSRC / f"{family}_{op}.cu").read_text()) for family in ("sm90", "sm80"))
+    wgmma, mma = (re.findall(pattern, (CSRC / f"sm{family}_{op}.cu").read_text()) for family in (90, lowest))
+    assert len(wgmma) + len(mma) == len(compiled_tiles(op))
     assert [f"{t.m}, {t.n}, {t.k}, {t.stages}, {str(t.cooperative).lower()}, {t.cluster}" for t in listed[90]] == wgmma
     fields = [fields.split(", ") for fields in mma]
-    assert [[str(t.m), str(t.n), str(t.stages)] for t in listed[80]] == [[f[0], f[1], f[-1]] for f in fields]
+    assert [[str(t.m), str(t.n), str(t.stages)] for t in listed[lowest]] == [[f[0], f[1], f[-1]] for f in fields]
 
 
 def test_fp8_has_the_rate_of_int8_without_its_drain_where_there_is_fp8() -> None:
     gemm = Gemm(2048, 10240, 1280)
     assert by_triton("linear_fp8", gemm, H200).clocks < by_triton("linear_w8a8", gemm, H200).clocks
+    for device, family in (("h200", 90), ("l40s", 89)):
+        time = by_cuda("linear_fp8", gemm, DEVICES[device])
+        assert time.tile.startswith(f"sm{family} ")
+        assert 0 < time.loop_share <= 0.93 + 1e-9
+        assert DEVICES[device].milliseconds(time.clocks) > gemm.operations / (DEVICES[device].fp8_tops * 1e9)
     with pytest.raises(ValueError, match="NVIDIA A100 80GB has no FP8: choose a scheme in int8"):
         by_triton("linear_fp8", gemm, DEVICES["a100"])

@@ -1,4 +1,4 @@
-"""The int8 tiles that the extension is compiled with, for those who ask of a machine that has not built it."""
+"""The tiles that the extension is compiled with, for those who ask of a machine that has not built it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,27 @@ _SM90 = {
         (128, 128, 128, 8, _COOPERATIVE, 1),
         (128, 64, 128, 8, _COOPERATIVE, 1),
     ),
+    "linear_fp8": (
+        (256, 128, 128, 4, _COOPERATIVE, 2),
+        (128, 160, 128, 6, _COOPERATIVE, 2),
+        (128, 160, 64, 10, _COOPERATIVE, 2),
+        (128, 128, 128, 7, _COOPERATIVE, 1),
+        (128, 64, 128, 8, _COOPERATIVE, 1),
+    ),
+    "conv2d_fp8": (
+        (256, 128, 128, 4, _COOPERATIVE, 2),
+        (128, 160, 128, 6, _COOPERATIVE, 2),
+        (128, 160, 64, 10, _COOPERATIVE, 2),
+        (128, 64, 128, 8, _COOPERATIVE, 1),
+    ),
 }
-# m, n and stages, as csrc/sm80_*.cu has them; a step has 64 channels
-_SM80 = {
-    "linear_w8a8": ((128, 160, 4), (128, 128, 4), (256, 128, 3), (64, 128, 4), (64, 64, 6)),
-    "conv2d_w8a8": ((128, 160, 4), (128, 128, 4), (64, 128, 4), (64, 64, 6)),
-    "linear_w4a8": ((128, 160, 4), (128, 128, 4), (64, 128, 4), (64, 64, 6)),
+# the family, and m, n and stages, as csrc/sm80_*.cu and csrc/sm89_*.cu have them; a step has 64 channels
+_MMA = {
+    "linear_w8a8": (80, ((128, 160, 4), (128, 128, 4), (256, 128, 3), (64, 128, 4), (64, 64, 6))),
+    "conv2d_w8a8": (80, ((128, 160, 4), (128, 128, 4), (64, 128, 4), (64, 64, 6))),
+    "linear_w4a8": (80, ((128, 160, 4), (128, 128, 4), (64, 128, 4), (64, 64, 6))),
+    "linear_fp8": (89, ((128, 128, 4), (64, 64, 6))),
+    "conv2d_fp8": (89, ((128, 128, 4), (64, 64, 6))),
 }
 
 
@@ -49,4 +64,5 @@ def compiled_tiles(op: str) -> list[Tile]:
         Tile(-1, op, 90, m, n, k, stages, cluster, cooperative)
         for m, n, k, stages, cooperative, cluster in _SM90.get(op, ())
     ]
-    return wgmma + [Tile(-1, op, 80, m, n, 64, stages, 1, True) for m, n, stages in _SM80.get(op, ())]
+    family, mma = _MMA.get(op, (0, ()))
+    return wgmma + [Tile(-1, op, family, m, n, 64, stages, 1, False) for m, n, stages in mma]

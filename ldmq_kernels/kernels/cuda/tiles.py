@@ -60,30 +60,43 @@ def _of(op: str, gpu: Gpu) -> list[Tile]:
     ]
 
 
+def step_clocks(tile: Tile, rate: float) -> float:
+    """Clocks of one step of a tile's main loop: its products, its loads, or what promoting FP8's sums takes.
+
+    On Hopper two warpgroups share a tile of FP8. Where registers allow it, each has two products in flight, as
+    multiply_e4m3 of csrc/sm90_multiply.cuh has it; else it adds up one before it issues the next, and only the other
+    warpgroup's products are in flight meanwhile.
+
+    Args:
+        tile: one of the extension's.
+        rate: multiply-adds of a multiprocessor in a clock.
+    """
+    shared = (tile.n / 2, tile.m) if tile.op == "linear_w4a8" else (tile.m, tile.n)
+    products, loaded = tile.m * tile.n * tile.k, (shared[0] + shared[1] / tile.cluster) * tile.k
+    clocks = tile_cost.step_clocks(products, rate, loaded)
+    if not tile.op.endswith("fp8") or tile.family != HOPPER or (tile.m == 128 and tile.n <= 128):
+        return clocks
+    bands, additions = tile.m // 128, tile.n / 2
+    return max(clocks, products / rate / 2 + bands * (tile_cost.PROMOTION + additions))
+
+
 def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu, taps: int = 1, rate: float | None = None) -> float:
     """The clocks that a tile is expected to take.
 
     A cluster has tiles one below the other, which share the weight's bytes. With an int4 weight, which is half as many
-    bytes, the GEMM is transposed: they stand side by side and share those of x. The rate is of int8 multiply-adds of a
+    bytes, the GEMM is transposed: they stand side by side and share those of x. The rate is of multiply-adds of a
     multiprocessor in a clock; without one, that of `INT8_PRODUCTS`.
     """
-    if tile.op == "linear_w4a8":
-        below, beside = 1, tile.cluster
-        bytes_of_channel = tile.n / 2 + tile.m / tile.cluster
-    else:
-        below, beside = tile.cluster, 1
-        bytes_of_channel = tile.m + tile.n / tile.cluster
+    below, beside = (1, tile.cluster) if tile.op == "linear_w4a8" else (tile.cluster, 1)
     tiles = -(-m // (tile.m * below)) * -(-n // (tile.n * beside)) * tile.cluster
     steps = taps * -(-k // (taps * tile.k))  # a step has channels of one tap
-    products, rate = tile.m * tile.n * tile.k, rate or tile_cost.INT8_PRODUCTS[tile.family]
-    clocks_of_step = tile_cost.step_clocks(products, rate, bytes_of_channel * tile.k)
     store = tile_cost.store_clocks(tile.m * tile.n)
     alternates = tile.family == HOPPER and not tile.cooperative  # one tile is stored while the next is multiplied
     return tile_cost.gemm_clocks(
         tiles,
         gpu.multiprocessors,
         steps,
-        clocks_of_step,
+        step_clocks(tile, rate or tile_cost.INT8_PRODUCTS[tile.family]),
         tile_clocks=0 if alternates else store,
         launch_clocks=tile_cost.PIPELINE_START + store,
     )

@@ -38,6 +38,14 @@ def test_a_step_has_channels_of_one_tap(device: torch.device) -> None:
     assert nine > tiles.estimate(tile, 4096, 320, 9 * 320, gpu)
 
 
+def test_sums_of_fp8_are_promoted_behind_the_other_warpgroups_products_if_those_last_long_enough() -> None:
+    short = tiles.Tile(0, "linear_fp8", 90, 128, 160, 64, 10, 2, True)
+    long, small = short._replace(k=128), short._replace(n=64, k=128, cluster=1)
+    for tile, waits in ((short, True), (long, False), (small, False)):
+        of_int8 = tiles.step_clocks(tile._replace(op="linear_w8a8"), 4096)
+        assert (tiles.step_clocks(tile, 4096) > of_int8) == waits
+
+
 @pytest.mark.parametrize(
     ("driver", "built", "runs"), [(13000, 13000, True), (13020, 13000, True), (12080, 13000, False), (0, 12060, False)]
 )
