@@ -2,7 +2,7 @@
 
 W8A8 on the layers that SDNQ computes in 8 bits, and other tools with the layers that they take, drawn on held-out
 captions by both models of the study. Every picture counts by its own dB: their mean, and the worst tenth. A row is
-written as soon as it is there, with its commit, and one that is there is not measured again.
+written as soon as it is there, with its commit, and one that is there for as many captions is not measured again.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _built(peer: Quantization, comparison: Comparison) -> nn.Module:
 
 def measured(subject: Subject, captions: int, rows: Path, only: str) -> None:
     """Write every row that is not there yet."""
-    known = {(r["model"], r["tool"], r["configuration"]) for r in _read(rows)}
+    known = {(r["model"], r["tool"], r["configuration"]) for r in _read(rows, captions)}
     comparison = Comparison(subject, captions)
     versions = {q.tool: q for q in baselines()}
     for tool, configuration, build in todo(comparison):
@@ -193,8 +193,10 @@ def measured(subject: Subject, captions: int, rows: Path, only: str) -> None:
         print(_line(row), flush=True)
 
 
-def _read(rows: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+def _read(rows: Path, captions: int) -> list[dict[str, Any]]:
+    """The rows of so many captions: others' means are of other pictures."""
+    found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    return [row for row in found if row["captions"] == captions]
 
 
 def _line(row: dict[str, Any]) -> list[str]:
@@ -243,7 +245,7 @@ def main(arguments: list[str]) -> None:
     """Measure what is not there yet, then write the results file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks pictures", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SUBJECTS, action="append", help="which models; both, if none is given")
-    parser.add_argument("--captions", type=int, default=16, help="held out, drawn once each")
+    parser.add_argument("--captions", type=int, default=64, help="held out, drawn once each")
     parser.add_argument("--only", default="", help="rows whose words have this in them")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where rows go as they come")
     options = parser.parse_args(arguments)
@@ -251,7 +253,7 @@ def main(arguments: list[str]) -> None:
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     for name in options.model or SUBJECTS:
         measured(SUBJECTS[name], options.captions, options.rows, options.only)
-    rows = _read(options.rows)
+    rows = _read(options.rows, options.captions)
     summary = {
         f"pictures/{row['model']}/{row['configuration']}/psnr_db": Spread.of(row["by_picture"]["psnr"]).mean
         for row in rows

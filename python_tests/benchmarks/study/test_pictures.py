@@ -52,6 +52,20 @@ def test_rows_stand_by_model_with_this_package_last() -> None:
     ]
 
 
+def test_rows_of_other_captions_do_not_stand_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_arguments: Any) -> dict[str, Any]:
+        raise RuntimeError("it is measured")
+
+    monkeypatch.setattr(pictures, "todo", lambda _comparison: [(pictures.OURS, "some", None)])
+    monkeypatch.setattr(pictures.Comparison, "row", measure)
+    rows, found = tmp_path / "rows.jsonl", [_row("demo", pictures.OURS, db) for db in ([1.0], [1.0, 2.0])]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in found))
+    for captions in (1, 2):
+        pictures.measured(pictures.SUBJECTS["demo"], captions, rows, "")
+    with pytest.raises(RuntimeError, match="it is measured"):
+        pictures.measured(pictures.SUBJECTS["demo"], 3, rows, "")
+
+
 def test_the_page_begins_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = tmp_path / "drawn.json"
     drawn.write_text(json.dumps(_data(_row("demo", "sdnq", [40.0]))))
