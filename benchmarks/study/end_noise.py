@@ -39,10 +39,10 @@ from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, CallWeights, EndCa
 from ldmq_kernels.sensitivity.analysis import ANALYSED_STEPS
 from ldmq_kernels.sensitivity.candidates import LayerCandidate, LayerSearch, Method
 from ldmq_kernels.sensitivity.decoding import decoded
-from ldmq_kernels.sensitivity.end_noise import EndNoise, end_noise
+from ldmq_kernels.sensitivity.end_noise import EndNoise, LayerEndNoise
 from ldmq_kernels.sensitivity.ends import PROBES as END_PROBES
 from ldmq_kernels.sensitivity.output_noise import swapped
-from ldmq_kernels.sensitivity.probes import PROBES, EndRecord, chunks_of_layers, record, record_ends
+from ldmq_kernels.sensitivity.probes import PROBES, EndRecord, chunks_of_layers, end_records, record
 
 SCHEMES = ("w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w8a16", "w4a8-dynamic")
 ENDS = (LATENT, PICTURE)
@@ -111,17 +111,22 @@ def _estimates(
     """Layers with their candidates, and noise at the end by each set of probes."""
     model, calibration = denoiser(setup.pipe), setup.calibration
     trajectory = calibration.trajectory.at_steps(spread_steps(calibration.trajectory.steps, ANALYSED_STEPS))
-    replays = [(trajectory.calls, PROBES), ([of_call.call for of_call in ends.calls], len(ENDS) * ends.probes)]
     sets = [_set(ends, probes, place) for place in range(ends.probes // probes)]
-    for chunk in chunks_of_layers(model, replays, list(dict.fromkeys(name for name, _ in pairs))):
-        records, end_records = record(model, trajectory, chunk), record_ends(model, ends, chunk)
+    layers, found, sums = quantizable_layers(model), {}, {}
+    for chunk in chunks_of_layers(model, trajectory.calls, PROBES, list(dict.fromkeys(name for name, _ in pairs))):
+        records = record(model, trajectory, chunk)
         for name in chunk:
-            layer, of_layer = quantizable_layers(model)[name], end_records.pop(name)
-            search = LayerSearch(name, layer, records.pop(name), calibration, Method(gptq=False))
+            search = LayerSearch(name, layers[name], records.pop(name), calibration, Method(gptq=False))
             wanted = [scheme for layer_name, scheme in pairs if layer_name == name]
-            found = search.candidates(parse_schemes(wanted))
-            noises = [end_noise(layer, [_of_set(r, kept) for r in of_layer], s, search.judges) for s, kept in sets]
-            yield from ((name, candidate, [n[str(candidate.scheme)] for n in noises]) for candidate in found)
+            found[name] = search.candidates(parse_schemes(wanted))
+            sums[name] = [LayerEndNoise(layers[name], part, search.judges) for part, _ in sets]
+    for chunk in chunks_of_layers(model, [ends.calls[0].call], len(ENDS) * ends.probes, list(found)):
+        for name, of_call in end_records(model, ends, chunk):
+            for total, (_, kept) in zip(sums[name], sets, strict=True):
+                total.add(_of_set(of_call, kept))
+    for name, candidates in found.items():
+        noises = [total.noise() for total in sums[name]]
+        yield from ((name, candidate, [n[str(candidate.scheme)] for n in noises]) for candidate in candidates)
 
 
 def agreement(true: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.hadamard import block_size, rotate, unrotate
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.sensitivity.adjoint import LATENT, sampler_adjoint
-from ldmq_kernels.sensitivity.probes import EndRecord, chunks_of_layers, record_ends
+from ldmq_kernels.sensitivity.probes import EndRecord, chunks_of_layers, end_records
 
 PICTURES, PROBES = 4, 2
 LEFT_OUT = {"demo": ("conv_in", "conv_out"), "second": ("pos_embed.proj",)}  # which SDNQ computes in float
@@ -131,9 +131,12 @@ def measured(subject: Subject) -> list[dict[str, Any]]:
     layers, rows = quantizable_layers(model), []
     power = sum(ends.scale[LATENT].values())
     names = [name for name in layers if name not in LEFT_OUT[subject.name]]
-    for chunk in chunks_of_layers(model, [([c.call for c in ends.calls], PROBES)], names):
-        for name, records in record_ends(model, ends, chunk).items():
-            noise = {words: value / power for words, value in layer_noise(layers[name], records).items()}
+    for chunk in chunks_of_layers(model, [c.call for c in ends.calls], PROBES, names):
+        records: dict[str, list[EndRecord]] = {name: [] for name in chunk}
+        for name, of_call in end_records(model, ends, chunk):
+            records[name].append(of_call)
+        for name in chunk:
+            noise = {words: value / power for words, value in layer_noise(layers[name], records.pop(name)).items()}
             rows.append({"op": "layer", "model": subject.name, "layer": name, "noise": noise})
     return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -62,16 +62,22 @@ class PlanEvaluator:
         }
 
     @torch.no_grad()
-    def cross_validated_drawing(self, schemes: Mapping[str, str], ends: FloatEnds) -> Drawn:
+    def cross_validated_drawing(
+        self, schemes: Mapping[str, str], ends: FloatEnds, samples: Collection[int] | None = None
+    ) -> Drawn:
         """The calibration's own pictures, each fold of its prompts drawn with what the other one makes.
 
         Where GPTQ rounds, that takes the other fold's inputs.
+
+        Args:
+            samples: numbers of the samples that are drawn; all of them if None.
 
         Raises:
             ValueError: a latent is not finite.
         """
         calibration, candidates = self._analysis.calibration, self._candidates(schemes)
-        prompts, folds, parts = calibration.trajectory.prompts, calibration.trajectory.by_fold(), []
+        folds, parts = calibration.trajectory.by_fold(), []
+        prompts = [prompt for prompt in calibration.trajectory.prompts if samples is None or prompt in samples]
         for fold in sorted({prompt % 2 for prompt in prompts}):
             plans = {(name, schemes[name]): candidate.judged_on(fold) for name, candidate in candidates.items()}
             quantized = self._quantize(plans, folds.get(1 - fold, calibration.trajectory))

@@ -31,10 +31,12 @@ class NoiseColumns:
 
     Attributes:
         weights: of the columns in the mean of dB; they add up to 1.
+        pictures: the sample of each column; None at the UNet's output.
     """
 
     of: Callable[[str, LayerCandidate], tuple[float, ...]]
     weights: tuple[float, ...]
+    pictures: tuple[int, ...] | None = None
 
 
 def noise_columns(analysis: Analysis, measure: Measure) -> NoiseColumns:
@@ -48,7 +50,7 @@ def noise_columns(analysis: Analysis, measure: Measure) -> NoiseColumns:
             assert candidate.end is not None
             return tuple(candidate.end.by_picture[end][picture] for picture in pictures)
 
-        return NoiseColumns(by_picture, (1 / len(pictures),) * len(pictures))
+        return NoiseColumns(by_picture, (1 / len(pictures),) * len(pictures), tuple(pictures))
 
     def by_step(layer: str, candidate: LayerCandidate) -> tuple[float, ...]:
         noise = analysis.output[layer, str(candidate.scheme)].by_step

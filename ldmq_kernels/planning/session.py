@@ -112,6 +112,7 @@ class Session:
         self.ends, self.measure = ends, SQNR if ends is None else ends.measure
         self.sensitive = sensitive_blocks(model, analysis, hybrid) if hybrid else []
         columns, kept, rest = noise_columns(analysis, self.measure), (SQNR, *self.signals), None
+        self._pictures = columns.pictures
         options = restricted(model, make_options(model, analysis, formats, kept, times, columns), self.sensitive)
         if times is not None:
             rest = times.rest
@@ -127,9 +128,9 @@ class Session:
         """SQNR as the calibration alone has it: the sum of the layers' noise, corrected for what they do together.
 
         The correction is measured once, by running the first assignment along the calibration's trajectory, or for
-        the end of it by drawing the calibration's pictures. At the UNet's output there is none where GPTQ rounds a
-        layer, which on the samples that it rounds for has less noise than on others; pictures of each half of the
-        prompts are drawn with what it rounds for the other half.
+        the end of it by drawing those of the calibration's pictures that noise is known of. At the UNet's output there
+        is none where GPTQ rounds a layer, which on the samples that it rounds for has less noise than on others;
+        pictures of each half of the prompts are drawn with what it rounds for the other half.
         """
         if assignment.sum_db >= MOST_DB:
             return MOST_DB
@@ -144,7 +145,7 @@ class Session:
     def _cross_validated_db(self, assignment: Assignment) -> float:
         if self.ends is None:
             return mean_db(self._evaluator.cross_validated(assignment.schemes))
-        drawn = self._evaluator.cross_validated_drawing(assignment.schemes, self.ends.calibrated)
+        drawn = self._evaluator.cross_validated_drawing(assignment.schemes, self.ends.calibrated, self._pictures)
         return drawn.mean_db(self.measure)
 
     def _is_rounded_for_calibration(self, layer: str, scheme: str) -> bool:

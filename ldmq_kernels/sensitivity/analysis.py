@@ -25,10 +25,10 @@ from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.sensitivity.adjoint import End, EndTrajectory
 from ldmq_kernels.sensitivity.candidates import WHOLE, LayerCandidate, LayerSearch, Method
-from ldmq_kernels.sensitivity.ends import calibrated_ends
+from ldmq_kernels.sensitivity.ends import Waiting, calibrated_ends
 from ldmq_kernels.sensitivity.identity import call_identity, pipeline_identity
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
-from ldmq_kernels.sensitivity.probes import PROBES, chunks_of_layers, record, record_ends
+from ldmq_kernels.sensitivity.probes import MEMORY, PROBES, chunks_of_layers, record
 from ldmq_kernels.sensitivity.similarity import (
     SSIM,
     Decoder,
@@ -164,23 +164,20 @@ def _search(
     def search(names: list[str]) -> Iterator[tuple[str, list[LayerCandidate]]]:
         if not names:
             return
-        ends, replays = find_ends(), [(trial.trajectory.calls, probes)]
-        if ends is not None:
-            replays.append(([of_call.call for of_call in ends.calls], len(ends.ends) * ends.probes))
-        for chunk in chunks_of_layers(trial.model, replays, names):
+        ends, waiting = find_ends(), Waiting()
+        for chunk in chunks_of_layers(trial.model, trial.trajectory.calls, probes, names):
             records = record(trial.model, trial.trajectory, chunk, probes)
-            end_records = {} if ends is None else record_ends(trial.model, ends, chunk)
             for name in chunk:
-                layer_search = LayerSearch(
-                    name,
-                    trial.modules[name],
-                    records.pop(name),
-                    trial.calibration,
-                    method,
-                    ends,
-                    end_records.pop(name, ()),
-                )
-                yield name, layer_search.candidates(schemes)
+                layer_search = LayerSearch(name, trial.modules[name], records.pop(name), trial.calibration, method)
+                candidates = layer_search.candidates(schemes)
+                if ends is None:
+                    yield name, candidates
+                    continue
+                waiting.add(name, trial.modules[name], candidates, layer_search.judges)
+                if waiting.bytes > MEMORY:
+                    yield from waiting.followed(trial.model, ends)
+        if ends is not None:
+            yield from waiting.followed(trial.model, ends)
 
     names = list(trial.calibration.absmax)
     return work.run(

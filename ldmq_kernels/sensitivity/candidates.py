@@ -10,7 +10,7 @@ from the other half of the prompts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,12 +26,11 @@ from ldmq_kernels.numerics.formats import SCHEMES, Scheme
 from ldmq_kernels.numerics.smoothing import parts_vector, smoothing_vector
 from ldmq_kernels.plans.layers import refusal
 from ldmq_kernels.plans.plan import LayerPlan
-from ldmq_kernels.sensitivity.adjoint import EndTrajectory
-from ldmq_kernels.sensitivity.end_noise import EndNoise, end_noise
+from ldmq_kernels.sensitivity.end_noise import EndNoise
 from ldmq_kernels.sensitivity.output_noise import StepNoise
-from ldmq_kernels.sensitivity.probes import EndRecord, LayerRecord
+from ldmq_kernels.sensitivity.probes import LayerRecord
 from ldmq_kernels.sensitivity.recipes import Recipe, Trial
-from ldmq_kernels.sensitivity.trials import FloatReference, estimated_output_noise, set_to_step, try_out
+from ldmq_kernels.sensitivity.trials import FloatReference, Judge, estimated_output_noise, try_out
 
 SMOOTHING_ALPHAS = (0.25, 0.5, 0.75)
 PARTS = "parts"  # in place of an alpha: one factor for each part of a concatenation
@@ -101,8 +100,8 @@ class LayerSearch:
     """The search for one layer; `candidates` runs it.
 
     Attributes:
-        judges: of each candidate, by its scheme, the function that gives its quantized layer for a record, as the other
-            fold of the prompts makes it.
+        judges: of each candidate, by its scheme, what gives its quantized layer for a record, as the other fold of the
+            prompts makes it.
     """
 
     def __init__(
@@ -112,12 +111,9 @@ class LayerSearch:
         records: list[LayerRecord],
         calibration: Calibration,
         method: Method,
-        ends: EndTrajectory | None = None,
-        end_records: Sequence[EndRecord] = (),
     ) -> None:
         self.name, self.layer, self.method = name, layer, method
-        self.ends, self.end_records = ends, end_records
-        self.judges: dict[str, Callable[[LayerRecord | EndRecord], QuantizedLayer]] = {}
+        self.judges: dict[str, Judge] = {}
         self.reference = FloatReference.of(layer, records)
         self.timesteps = calibration.trajectory.timesteps()
         self.weight = quantized_class(layer).to_channels_last(layer.weight.detach())
@@ -222,15 +218,9 @@ class LayerSearch:
             quantized.correct_bias(layer_plan.bias_correction, self.layer.weight)
         return quantized
 
-    def _quantized_layers(
-        self, recipe: Recipe, judged: Sequence[LayerPlan]
-    ) -> Callable[[LayerRecord | EndRecord], QuantizedLayer]:
-        """A function that gives for a record the layer as the other fold makes it, set to its step."""
-        layers = [
-            set_to_step(self._quantized(recipe, layer_plan, fold), self.timesteps, self.calibration.timestep_groups)
-            for fold, layer_plan in enumerate(judged)
-        ]
-        return lambda record: layers[record.fold % len(layers)](record)
+    def _quantized_layers(self, recipe: Recipe, judged: Sequence[LayerPlan]) -> Judge:
+        layers = [self._quantized(recipe, layer_plan, fold) for fold, layer_plan in enumerate(judged)]
+        return Judge(layers, self.timesteps, self.calibration.timestep_groups)
 
     def _try(self, recipe: Recipe) -> Trial:
         return Trial(recipe, try_out(self.reference, self._quantized_layers(recipe, self._judged(recipe))))
@@ -332,11 +322,7 @@ class LayerSearch:
             ranged = self._ranged(smoothed, sibling)
             tried[str(scheme)] = ranged.recipe
             best[str(scheme)] = self._candidate(self._rounded(ranged))
-        found = [best[str(s)] for s in schemes if str(s) in best]
-        if self.ends is None:
-            return found
-        noise = end_noise(self.layer, self.end_records, self.ends, self.judges)
-        return [replace(candidate, end=noise[str(candidate.scheme)]) for candidate in found]
+        return [best[str(s)] for s in schemes if str(s) in best]
 
     def _candidate(self, trial: Trial) -> LayerCandidate:
         recipe, outcome = trial.recipe, trial.outcome

@@ -11,7 +11,7 @@ probes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,8 @@ class _Amplitudes:
         count = (len(ends.ends) * ends.probes, len(self._pictures))
         self._amplitude, self._excess, self._power = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
 
-    def add(self, record: EndRecord, error: Tensor) -> None:
-        """Add the error of a layer's output in one call, (rows, ...) float32."""
-        if not record.gradients:
-            return
-        flat = error.flatten(1)
-        by_row = torch.stack([torch.linalg.vecdot(g.flatten(1), flat) for g in record.gradients]).double().cpu()
+    def add(self, record: EndRecord, by_row: Tensor) -> None:
+        """Add what a layer's error in one call does along each probe, (probes, rows) float64."""
         if record.prompts:
             places = torch.tensor([self._pictures.index(prompt) for prompt in record.prompts])
             found = torch.zeros_like(self._amplitude).index_add(1, places, by_row)
@@ -79,22 +75,33 @@ class _Amplitudes:
         return EndNoise(found)
 
 
-@torch.no_grad()
-def end_noise(
-    layer: nn.Module,
-    records: Sequence[EndRecord],
-    ends: EndTrajectory,
-    quantized: Mapping[str, Callable[[EndRecord], nn.Module]],
-) -> dict[str, EndNoise]:
-    """The noise at the end of each way to quantize a layer.
+class LayerEndNoise:
+    """The noise at the end of each way to quantize a layer, added up record by record.
 
     Args:
-        records: of the float layer.
+        layer: the float layer.
         quantized: name -> a function that gives the quantized layer for a record.
     """
-    sums = {name: _Amplitudes(ends) for name in quantized}
-    for record in records:
-        exact = product_of_layer(layer, record.x).float()
-        for name, layer_for in quantized.items():
-            sums[name].add(record, product_of_layer(layer_for(record), record.x).float() - exact)
-    return {name: total.noise() for name, total in sums.items()}
+
+    def __init__(
+        self, layer: nn.Module, ends: EndTrajectory, quantized: Mapping[str, Callable[[EndRecord], nn.Module]]
+    ) -> None:
+        self._layer, self._quantized = layer, quantized
+        self._sums = {name: _Amplitudes(ends) for name in quantized}
+
+    @torch.no_grad()
+    def add(self, record: EndRecord) -> None:
+        """Add one call of the float layer; a record without gradients adds nothing."""
+        if not record.gradients or not self._quantized:
+            return
+        exact = product_of_layer(self._layer, record.x).float()
+        layers = [layer_for(record) for layer_for in self._quantized.values()]
+        errors = [product_of_layer(layer, record.x).float() - exact for layer in layers]
+        of_rows, by_probe = (torch.stack([t.flatten(1) for t in some], 1) for some in (errors, record.gradients))
+        found = torch.bmm(of_rows, by_probe.mT).double().cpu()  # (rows, ways, probes)
+        for place, sums in enumerate(self._sums.values()):
+            sums.add(record, found[:, place].T)
+
+    def noise(self) -> dict[str, EndNoise]:
+        """The noise of each way by what was added."""
+        return {name: sums.noise() for name, sums in self._sums.items()}

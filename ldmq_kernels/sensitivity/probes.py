@@ -181,49 +181,50 @@ def _recording(model: nn.Module, layers: Sequence[str], probes: int) -> Iterator
         recorder.close()
 
 
-def record_ends(model: nn.Module, ends: EndTrajectory, layers: Sequence[str]) -> dict[str, list[EndRecord]]:
-    """Replay the calls of some pictures in float and record these layers with what their outputs weigh at the end.
+def end_records(model: nn.Module, ends: EndTrajectory, layers: Sequence[str]) -> Iterator[tuple[str, EndRecord]]:
+    """Replay the calls of some pictures in float, with what these layers' outputs weigh at the end.
 
-    Returns:
-        layer -> records in the order of the calls, each of the rows of one fold of the prompts. A layer whose output
-        does not reach the UNet's has no gradients.
+    One call's records are in memory at a time, if none is kept.
+
+    Yields:
+        A layer's name and a record of the rows of one fold of the prompts, call by call. A layer whose output does not
+        reach the UNet's has no gradients.
     """
-    records: dict[str, list[EndRecord]] = {name: [] for name in layers}
-    with _recording(model, layers, len(ends.ends) * ends.probes) as recorder:
-        for of_call in ends.calls:
-            size = float(of_call.adjoints.abs().amax()) or 1.0  # gradients in 16 bit neither vanish nor overflow
+    for of_call in ends.calls:
+        size = float(of_call.adjoints.abs().amax()) or 1.0  # gradients in 16 bit neither vanish nor overflow
+        with _recording(model, layers, len(ends.ends) * ends.probes) as recorder:  # not while a caller runs the layers
             ran, output = _call(model, of_call.call, recorder, list(of_call.adjoints / size))
-            for name, x, gradients in ran:
-                prompts = prompts_of_rows(x.shape[0], of_call.call.prompts, output.shape[0])
-                gradients = [g * size for g in gradients]
-                records[name] += EndRecord(of_call.call.step, of_call.weights, x, gradients, prompts).folds()
-    return records
+        while ran:
+            name, x, gradients = ran.pop(0)
+            prompts = prompts_of_rows(x.shape[0], of_call.call.prompts, output.shape[0])
+            gradients = [g * size for g in gradients]
+            for record in EndRecord(of_call.call.step, of_call.weights, x, gradients, prompts).folds():
+                yield name, record
 
 
 def chunks_of_layers(
-    model: nn.Module, replays: Sequence[tuple[Sequence[UNetCall], int]], layers: Sequence[str]
+    model: nn.Module, calls: Sequence[UNetCall], probes: int, layers: Sequence[str]
 ) -> Iterator[list[str]]:
-    """Cut the layers into runs whose records fit the memory; a layer that alone is larger gets its own.
+    """Cut the layers into runs whose records of these calls fit the memory; a layer that alone is larger gets its own.
 
     Args:
-        replays: what is recorded: calls, and how many probes there are of each.
+        probes: how many there are in each call.
     """
     sizes: dict[str, int] = dict.fromkeys(layers, 0)
     modules = quantizable_layers(model)
 
-    def note(name: str, probes: int, calls: int) -> Any:
+    def note(name: str) -> Any:
         def size(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = layer_input(args, kwargs)
-            sizes[name] += calls * (x.numel() * x.element_size() + 4 * probes * output.numel())
+            sizes[name] += len(calls) * (x.numel() * x.element_size() + 4 * probes * output.numel())
 
         return size
 
-    for calls, probes in replays:
-        handles = [watch_product(modules[name], note(name, probes, len(calls))) for name in layers]
-        try:
-            with torch.no_grad():
-                calls[0].run(model)
-        finally:
-            for handle in handles:
-                handle.remove()
+    handles = [watch_product(modules[name], note(name)) for name in layers]
+    try:
+        with torch.no_grad():
+            calls[0].run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
     return chunks_within(layers, sizes, MEMORY)

@@ -58,17 +58,25 @@ def _channels_last(output: Tensor, layer: nn.Module) -> Tensor:
     return output.unsqueeze(1) if output.dim() == 2 else output.flatten(1, -2)
 
 
-def set_to_step(
-    layer: QuantizedLayer, timesteps: Sequence[float], boundaries: Sequence[float]
-) -> Callable[[LayerRecord | EndRecord], QuantizedLayer]:
-    """A function that gives the layer for a record, set to the timestep group of its step where it has such scales."""
+@dataclass(frozen=True)
+class Judge:
+    """Gives for a record the layer as the other fold of the prompts makes it, set to the record's step.
 
-    def layer_for(record: LayerRecord | EndRecord) -> QuantizedLayer:
+    Attributes:
+        layers: for the records of each fold; one for both where nothing is taken from the inputs.
+        boundaries: of the timestep groups, for layers that have a scale for each.
+    """
+
+    layers: Sequence[QuantizedLayer]
+    timesteps: Sequence[float]
+    boundaries: Sequence[float]
+
+    def __call__(self, record: LayerRecord | EndRecord) -> QuantizedLayer:
+        """The layer for a record."""
+        layer = self.layers[record.fold % len(self.layers)]
         if layer.scheme.has_timestep_scales:
-            layer.use_timestep_group(group_of(timesteps[record.step], boundaries))
+            layer.use_timestep_group(group_of(self.timesteps[record.step], self.boundaries))
         return layer
-
-    return layer_for
 
 
 def try_out(reference: FloatReference, layer_for: Callable[[LayerRecord], nn.Module]) -> Outcome:

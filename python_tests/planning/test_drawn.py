@@ -27,7 +27,9 @@ from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan, PlanError
+from ldmq_kernels.sensitivity.adjoint import LATENT
 from ldmq_kernels.sensitivity.candidates import LayerCandidate
+from ldmq_kernels.sensitivity.end_noise import EndNoise
 from ldmq_kernels.sensitivity.output_noise import swapped
 from python_tests.planning.test_settings import Pipe
 from python_tests.tiny import PROMPTS, SHALLOW, tiny_pipeline
@@ -145,6 +147,23 @@ def test_plans_that_gptq_rounds_are_predicted_by_what_each_half_of_the_prompts_m
         power = float((latents - exact).double().square().sum() / exact.double().square().sum())
         place = drawn.samples.index(sample)
         assert drawn.by_picture["latent"][place] == pytest.approx(-10 * math.log10(power), abs=0.01)
+
+
+def test_the_prediction_is_corrected_by_the_pictures_that_noise_is_known_of(
+    session: Session, shallow_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_the_first(candidate: LayerCandidate) -> LayerCandidate:
+        assert candidate.end is not None
+        return replace(candidate, end=EndNoise({LATENT: {0: candidate.end.by_picture[LATENT][0]}}))
+
+    few = {name: [of_the_first(c) for c in each] for name, each in session.analysis.candidates.items()}
+    analysis = replace(session.analysis, candidates=few)
+    of_one = Session(shallow_pipe.unet, analysis, session.held_out, FORMATS, ends=session.ends)
+    seen: list[Any] = []
+    compare = FloatEnds.compare
+    monkeypatch.setattr(FloatEnds, "compare", lambda ends, samples=None: seen.append(samples) or compare(ends, samples))
+    of_one.predicted_db(of_one.chooser.choose(Target(latent_db=40.0)))
+    assert seen == [[0]]
 
 
 def test_several_settings_have_a_target_in_the_latents_and_the_worst_keeps_it() -> None:

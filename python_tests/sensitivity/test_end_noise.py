@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from ldmq_kernels.calibration.drawings import draw
 from ldmq_kernels.calibration.trajectory import UNetCall
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.sensitivity import Analysis, analyze
+from ldmq_kernels.sensitivity import Analysis, analyze, probes
 from ldmq_kernels.sensitivity import ends as ends_of_analysis
 from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, CallWeights, EndCall, EndTrajectory, rademacher
 from ldmq_kernels.sensitivity.analysis import quantized_as
-from ldmq_kernels.sensitivity.end_noise import EndNoise, end_noise
+from ldmq_kernels.sensitivity.end_noise import EndNoise, LayerEndNoise
 from ldmq_kernels.sensitivity.output_noise import swapped
-from ldmq_kernels.sensitivity.probes import EndRecord
+from ldmq_kernels.sensitivity.probes import EndRecord, end_records
 from ldmq_kernels.sensitivity.stored import candidates_of, store_candidates
+from ldmq_kernels.sensitivity.trials import Judge
 from ldmq_kernels.sensitivity.work_folder import WorkError
 from python_tests.tiny import PROMPTS
 
@@ -70,7 +71,14 @@ def _noise(ends: EndTrajectory, errors: dict[int, Tensor]) -> EndNoise:
         signs = [ones] if ends.probes == 1 else [rademacher(ones, 99 * step + probe) for probe in range(ends.probes)]
         records += EndRecord(step, of_call.weights, EACH_ROW, signs, (0, 1, 0, 1)).folds()
     layers = {step: _layer(error) for step, error in errors.items()}
-    return end_noise(EXACT, records, ends, {"one": lambda record: layers[record.step]})["one"]
+    return _added(ends, records, lambda record: layers[record.step])
+
+
+def _added(ends: EndTrajectory, records: Sequence[EndRecord], layer_for: Callable[[EndRecord], nn.Module]) -> EndNoise:
+    noise = LayerEndNoise(EXACT, ends, {"other": lambda _: EXACT, "one": layer_for})
+    for record in records:
+        noise.add(record)
+    return noise.noise()["one"]
 
 
 ALIKE = {step: torch.full((2, 3), 0.25) for step in range(STEPS)}
@@ -115,17 +123,15 @@ def test_a_row_for_all_pictures_counts_once_in_all() -> None:
     ends = _ends()
     record = EndRecord(0, ends.calls[0].weights, EACH_ROW[:1], [torch.ones(1, 3)], ())
     assert record.folds() == [record]
-    noise = end_noise(EXACT, [record], ends, {"one": lambda _: _layer(torch.ones(2, 3))})["one"]
+    noise = _added(ends, [record], lambda _: _layer(torch.ones(2, 3)))
     power = sum(noise.by_picture[LATENT][picture] * ends.scale[LATENT][picture] for picture in range(PICTURES))
     assert power == pytest.approx(9.0)
 
 
 @pytest.fixture(scope="module")
-def analysis(shallow_pipe: StableDiffusionPipeline) -> Iterator[Analysis]:
+def analysis(shallow_pipe: StableDiffusionPipeline) -> Analysis:
     calibration = calibrate(shallow_pipe, PROMPTS, SETTINGS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ends_of_analysis, "PROBES", 16)  # of two pictures; more would be exact
-        yield analyze(shallow_pipe, calibration, parse_schemes(["w8a8-dynamic"]), ends=(LATENT, PICTURE))
+    return analyze(shallow_pipe, calibration, parse_schemes(["w8a8-dynamic"]), ends=(LATENT, PICTURE))
 
 
 def test_noise_in_the_latents_is_as_predicted(shallow_pipe: StableDiffusionPipeline, analysis: Analysis) -> None:
@@ -143,6 +149,48 @@ def test_noise_in_the_latents_is_as_predicted(shallow_pipe: StableDiffusionPipel
     assert abs(float(np.median(np.subtract(predicted, true)))) < 1.5
 
 
+def test_layers_are_followed_to_the_end_in_any_number_of_replays(
+    shallow_pipe: StableDiffusionPipeline, analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calibration = shallow_pipe.unet, analysis.calibration
+    names = list(analysis.candidates)[:3]
+    monkeypatch.setattr(ends_of_analysis, "PROBES", 2)
+    ends = ends_of_analysis.calibrated_ends(shallow_pipe, calibration, (LATENT,), show=False)
+    assert ends is not None
+
+    def found(memory: int) -> dict[str, EndNoise | None]:
+        monkeypatch.setattr(probes, "MEMORY", memory)
+        waiting = ends_of_analysis.Waiting()
+        for name in names:
+            layer, (candidate,) = quantizable_layers(model)[name], analysis.candidates[name]
+            quantized = quantized_as(name, layer, candidate)
+            before = waiting.bytes
+            waiting.add(name, layer, [candidate], {"w8a8-dynamic": Judge([quantized], (), ())})
+            assert waiting.bytes - before >= layer.weight.numel()
+        noise = {name: candidate.end for name, (candidate,) in waiting.followed(model, ends)}
+        assert waiting.bytes == 0
+        assert list(waiting.followed(model, ends)) == []
+        return noise
+
+    together = found(probes.MEMORY)
+    assert list(together) == names
+    assert found(1) == together
+
+
+def test_a_layer_may_be_run_while_its_records_come(
+    shallow_pipe: StableDiffusionPipeline, analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = ends_of_analysis.calibrated_ends(shallow_pipe, analysis.calibration, (LATENT,), show=False)
+    assert ends is not None
+    name = "conv_in"
+    layer = quantizable_layers(shallow_pipe.unet)[name]
+    steps = []
+    for _, of_call in end_records(shallow_pipe.unet, ends, [name]):
+        layer(of_call.x)
+        steps.append((of_call.step, of_call.fold))
+    assert steps == [(step, fold) for step in range(3) for fold in (0, 1)]
+
+
 def test_noise_at_the_end_is_kept_to_the_bit(shallow_pipe: StableDiffusionPipeline, analysis: Analysis) -> None:
     layers = quantizable_layers(shallow_pipe.unet)
     name, kept = next(iter(analysis.candidates.items()))
@@ -155,6 +203,7 @@ def test_what_is_kept_in_a_folder_needs_no_adjoint_again(
     shallow_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calibration, schemes = calibrate(shallow_pipe, PROMPTS, SETTINGS), parse_schemes(["w8a16"])
+    monkeypatch.setattr(ends_of_analysis, "PROBES", 1)
     options: dict[str, Any] = {"exact": 0, "work_dir": tmp_path / "work"}
     first = analyze(shallow_pipe, calibration, schemes, ends=(LATENT,), **options)
     monkeypatch.setattr(ends_of_analysis, "sampler_adjoint", None)
