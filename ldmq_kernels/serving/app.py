@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import Metric
 from starlette.exceptions import HTTPException
 
 from ldmq_kernels.serving.answers import Answers
@@ -20,6 +21,7 @@ from ldmq_kernels.serving.engine import Engine
 from ldmq_kernels.serving.errors import ApiError
 from ldmq_kernels.serving.images import Pictures
 from ldmq_kernels.serving.loading import Served, load
+from ldmq_kernels.serving.metrics import exposition
 from ldmq_kernels.serving.settings import ServerSettings
 from ldmq_kernels.serving.state import State
 
@@ -32,6 +34,7 @@ def make_app(
     settings: ServerSettings,
     loader: Callable[[ServerSettings, str], dict[str, Any]] = load,
     kept: Pictures | None = None,
+    gather: Callable[[list[Metric]], list[Metric]] = list,
 ) -> FastAPI:
     """The application; its models are loaded, and a picture drawn with each, before it takes requests.
 
@@ -39,6 +42,7 @@ def make_app(
         settings: models and limits.
         loader: (settings, device) -> pipelines by the models' names.
         kept: where pictures are kept for answers by URL; in this process if None.
+        gather: this process' figures -> all that /metrics tells; called in a thread.
     """
     state = State(settings, kept)
 
@@ -61,6 +65,12 @@ def make_app(
     _add_errors(app, state)
     _add_images(app, state)
     _add_facts(app, state)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        families = await asyncio.to_thread(gather, state.metrics.families())
+        return PlainTextResponse(exposition(families), media_type="text/plain; version=0.0.4")
+
     return app
 
 
@@ -167,10 +177,6 @@ def _add_facts(app: FastAPI, state: State) -> None:
     async def ready() -> Response:
         body = {"ready": state.is_ready(), "batch_invariant": state.invariant}
         return JSONResponse(body, 200 if state.is_ready() else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return PlainTextResponse(state.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from ldmq_kernels.kernels import dispatch
 
@@ -36,8 +39,33 @@ class Metrics:
         )
         self.calls = Gauge("ldmq_op_calls_total", "Calls of quantized ops.", ["op", "backend"], registry=r)
 
-    def text(self) -> bytes:
-        """All of it now."""
+    def families(self) -> list[Metric]:
+        """All of it now, by names."""
         for (op, backend), count in dispatch.calls_by_backend().items():
             self.calls.labels(op, backend).set(count)
-        return generate_latest(self.registry)
+        return list(self.registry.collect())
+
+
+class _Families(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self.families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
+def exposition(families: Iterable[Metric]) -> bytes:
+    """Figures in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(_Families(families))
+    return generate_latest(registry)
+
+
+def by_replica(told: Mapping[str, Iterable[Metric]]) -> list[Metric]:
+    """The figures of several servers as those of one, each with its server's name as the label `replica`."""
+    together: dict[str, Metric] = {}
+    for replica, families in told.items():
+        for family in families:
+            whole = together.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            whole.samples += [one._replace(labels=one.labels | {"replica": replica}) for one in family.samples]
+    return [*together.values()]

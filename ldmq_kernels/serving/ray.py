@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from prometheus_client import Metric
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -20,10 +22,12 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ldmq_kernels.serving.app import make_app
 from ldmq_kernels.serving.images import Kept
 from ldmq_kernels.serving.loading import ServingError, load
+from ldmq_kernels.serving.metrics import by_replica
 from ldmq_kernels.serving.settings import ServedModel, ServerSettings
 
 RETRY_AFTER_S = 5
 STARTS = 3
+FIGURES_S = 60.0  # that a replica's figures are told by others after it was last heard: Ray asks it every 10 s
 
 
 @dataclass(frozen=True)
@@ -39,25 +43,50 @@ class ClusterSettings(ServerSettings):
     max_replicas: int | None = None
 
 
-class SharedPictures:
-    """Pictures that are fetched by URL from whichever replica is asked: one actor of the cluster keeps them.
+class Keeper(Kept):
+    """What replicas share, in one actor of the cluster: pictures, and each replica's figures."""
+
+    def __init__(self, max_bytes: int, seconds: float) -> None:
+        super().__init__(max_bytes, seconds)
+        self._told: dict[tuple[str, str], tuple[float, list[Metric]]] = {}
+
+    def tell(self, application: str, replica: str, figures: list[Metric]) -> dict[str, list[Metric]]:
+        """Take a replica's figures, and give those of all replicas of its application that told theirs of late."""
+        now = time.monotonic()
+        self._told[application, replica] = now, figures
+        self._told = {by: told for by, told in self._told.items() if now - told[0] <= FIGURES_S}
+        return {name: told[1] for (of, name), told in self._told.items() if of == application}
+
+
+class Shared:
+    """A replica's side of the `Keeper`: its pictures are fetched by URL from whichever replica is asked.
 
     Args:
-        max_bytes, seconds: as of `Kept`; an actor that is there already goes on with its own.
+        max_bytes, seconds: as of `Kept`; a keeper that is there already goes on with its own.
     """
 
     def __init__(self, max_bytes: int, seconds: float) -> None:
         options = {"namespace": "ldmq_kernels", "lifetime": "detached", "num_cpus": 0}
         options |= {"get_if_exists": True, "max_restarts": -1, "max_task_retries": 1}
-        self._actor = ray.remote(Kept).options(name="pictures", **options).remote(max_bytes, seconds)
+        self._keeper = ray.remote(Keeper).options(name="keeper", **options).remote(max_bytes, seconds)
+        context = serve.get_replica_context()
+        self._replica = context.app_name, context.replica_tag
 
     def add(self, data: bytes, kind: str) -> str:
         """Keep a picture; its name cannot be guessed."""
-        return ray.get(self._actor.add.remote(data, kind))
+        return ray.get(self._keeper.add.remote(data, kind))
 
     def get(self, name: str) -> tuple[bytes, str] | None:
         """A picture and its format, while it is kept."""
-        return ray.get(self._actor.get.remote(name))
+        return ray.get(self._keeper.get.remote(name))
+
+    def tell(self, figures: list[Metric]) -> None:
+        """Tell this replica's figures, without waiting."""
+        self._keeper.tell.remote(*self._replica, figures)
+
+    def gather(self, figures: list[Metric]) -> list[Metric]:
+        """The figures of all replicas, from this one's own."""
+        return by_replica(ray.get(self._keeper.tell.remote(*self._replica, figures)))
 
 
 @serve.ingress()
@@ -70,19 +99,21 @@ class Images:
     """
 
     def __init__(self, settings: ServerSettings, loader: Callable[..., dict[str, Any]] = load) -> None:
-        kept = SharedPictures(settings.limits.max_kept, settings.limits.kept_s)
-        self.app_of_replica = make_app(settings, loader, kept)
+        self.shared = Shared(settings.limits.max_kept, settings.limits.kept_s)
+        self.app_of_replica = make_app(settings, loader, self.shared, self.shared.gather)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.app_of_replica
 
     def check_health(self) -> None:
-        """Raise where a lane draws no more: Ray puts another replica in this one's place.
+        """Tell the figures; raise where a lane draws no more: Ray puts another replica in this one's place.
 
         Raises:
-            RuntimeError: it does not.
+            RuntimeError: a lane has ended.
         """
-        if not self.app_of_replica.state.served.is_ready():
+        served = self.app_of_replica.state.served
+        self.shared.tell(served.metrics.families())
+        if not served.is_ready():
             raise RuntimeError("a lane of this replica has ended, its log says why")
 
 

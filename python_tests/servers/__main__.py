@@ -68,7 +68,7 @@ ENVIRONMENTS = {
             ("--constraint", "constraints.txt", "typer", "rich", "fastapi", "uvicorn", "python-multipart", "openai"),
             ("--constraint", "constraints.txt", "prometheus-client", "pillow", "httpx", "ray[serve]==2.60.0"),
         ),
-        ("servers/test_ray.py", "serving/test_api.py"),
+        ("servers/test_ray.py", "servers/test_ray_machines.py", "serving/test_api.py"),
     ),
     "comfyui": Environment(
         (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import os
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ pytest.importorskip("ray", reason="`make test-servers` installs it")
 from ray.serve.schema import ServeDeploySchema
 
 from ldmq_kernels.serving.loading import ServingError
-from ldmq_kernels.serving.ray import Images, read_settings
-from python_tests.servers.on_ray import cluster, slow_application, start
+from ldmq_kernels.serving.ray import FIGURES_S, Images, Keeper, read_settings
+from python_tests.servers.on_ray import BATCH, at_once, body, cluster, drawn_by, seeds, slow_application, start, until
 from python_tests.serving.served import GENERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-BATCH = 4
 
 
 @pytest.fixture(scope="module")
@@ -36,38 +34,18 @@ def url() -> Iterator[str]:
         yield url
 
 
-def body(number: int, steps: int = 10, **more: Any) -> dict[str, Any]:
-    return {"prompt": str(number), "seed": number, "size": "16x16", "num_inference_steps": steps} | more
+def figures(url: str, name: str) -> dict[str, float]:
+    """The figures whose lines begin with the name, by replica."""
+    found: Counter[str] = Counter()
+    for line in httpx.get(f"{url}/metrics", timeout=60).text.splitlines():
+        if line.startswith(name):
+            labels, _, value = line.rpartition(" ")
+            found[labels.partition('replica="')[2].partition('"')[0]] += float(value)
+    return found
 
 
-def at_once(url: str, bodies: list[dict[str, Any]], meanwhile: Callable[[], None] = lambda: None) -> list[Any]:
-    """The answers of as many clients, each of which asks once."""
-
-    async def work() -> list[Any]:
-        limits = httpx.Limits(max_connections=len(bodies))
-        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-            asking = [asyncio.create_task(client.post(GENERATIONS, json=one)) for one in bodies]
-            await asyncio.to_thread(meanwhile)
-            return await asyncio.gather(*asking)
-
-    return asyncio.run(work())
-
-
-def seeds(answer: httpx.Response) -> list[int]:
-    return [picture["seed"] for picture in answer.json()["data"]]
-
-
-def drawn_by(folder: Path) -> dict[int, list[int]]:
-    """Which process has begun which requests."""
-    lines = {int(file.name): file.read_text().split("\n") for file in folder.iterdir()}
-    return {pid: [int(line) for line in of if line.isdecimal()] for pid, of in lines.items()}
-
-
-def until(condition: Callable[[], Any], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came to hold"
-        time.sleep(0.1)
+def total(url: str, name: str) -> float:
+    return sum(figures(url, name).values())
 
 
 def served(url: str) -> str:
@@ -134,6 +112,61 @@ def test_every_replica_finds_a_picture_by_its_url(url: str, tmp_path: Path) -> N
     for answer in answers:
         for _ in range(4):
             assert httpx.get(answer.json()["data"][0]["url"], timeout=60).content.startswith(b"\x89PNG")
+
+
+def test_more_than_may_wait_is_refused_and_the_rest_is_drawn(url: str, tmp_path: Path) -> None:
+    start(slow_application(tmp_path, step_seconds=0.05, limits={"max_batch": 1}))
+    answers = at_once(url, [body(number) for number in range(60)])
+    count = Counter(answer.status_code for answer in answers)
+    assert set(count) == {200, 429}
+    assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 429)
+    assert count[200] >= 16
+
+
+def test_a_batch_stops_when_its_clients_have_left(url: str, tmp_path: Path) -> None:
+    start(slow_application(tmp_path, step_seconds=0.05))
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}{GENERATIONS}", json=body(1, steps=200), timeout=5)
+    until(lambda: total(url, "ldmq_batches_stopped_total") == 1, 20)
+
+
+def test_waiting_requests_start_another_replica(url: str, tmp_path: Path) -> None:
+    start(slow_application(tmp_path, step_seconds=0.05, max_replicas=2))
+    ended = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=url, timeout=120) as client:
+            while not ended.is_set():
+                client.post(GENERATIONS, json=body(1, steps=20)).raise_for_status()
+
+    threads = [threading.Thread(target=ask) for _ in range(4 * BATCH)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: len(drawn_by(tmp_path)) == 2, 240)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_figures_are_those_of_every_replica(url: str, tmp_path: Path) -> None:
+    start(slow_application(tmp_path, min_replicas=2))
+    answers = at_once(url, [body(number) for number in range(6 * BATCH)])
+    assert {answer.status_code for answer in answers} == {200}
+    assert all(drawn_by(tmp_path).values())
+    until(lambda: len(figures(url, "ldmq_images_total")) == 2)
+    until(lambda: total(url, "ldmq_images_total") == 6 * BATCH)
+
+
+def test_figures_of_a_replica_that_is_gone_are_told_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = Keeper(10, 10)
+    keeper.tell("images", "gone", [])
+    keeper.tell("another", "other", [])
+    assert set(keeper.tell("images", "here", [])) == {"gone", "here"}
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + FIGURES_S + 1)
+    assert set(keeper.tell("images", "here", [])) == {"here"}
 
 
 def test_arguments_are_read_as_a_configuration_gives_them() -> None:

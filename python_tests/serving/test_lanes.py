@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldmq_kernels.serving.drawing import Lane
-from ldmq_kernels.serving.metrics import Metrics
+from ldmq_kernels.serving.metrics import Metrics, exposition
 from ldmq_kernels.serving.tasks import Key, Task
 
 KEY = Key("tiny", "text", 16, 16, 2, 4.0, False)
@@ -33,7 +33,7 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles(shared_pipe: Any, monke
 
     monkeypatch.setattr(shared_pipe.vae, "decode", needs_tiles)
     np.testing.assert_array_equal(drawn(lane)[0], before)
-    assert b"ldmq_tiled_decodes_total 1.0" in metrics.text()
+    assert b"ldmq_tiled_decodes_total 1.0" in exposition(metrics.families())
     assert not shared_pipe.vae.use_tiling
     with pytest.raises(torch.OutOfMemoryError):
         drawn(lane, seeds=(0, 1))
