@@ -15,7 +15,8 @@ from typing import Any
 from benchmarks import breadth
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
-from benchmarks.study import gallery
+from benchmarks.study import gallery, pictures
+from benchmarks.study.questions import PART_QUESTIONS
 
 PAGE, README = results.ROOT / "docs" / "results.md", results.ROOT / "README.md"
 MODELS = results.ROOT / "docs" / "models.md"
@@ -32,10 +33,9 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "compilations": "models.compilations",
     "host_time": "machine.host_time",
     "study": "study.report",
-    "study_calibration": "study.report",
-    "study_fp8": "study.report",
+    **{f"study_{part}": "study.report" for part in PART_QUESTIONS},
     "study_second": "study.report",
-    "study_second_calibration": "study.report",
+    **{f"study_second_{part}": "study.report" for part in PART_QUESTIONS},
     "pictures": "study.pictures",
     "remedies": "study.remedies",
     "robustness": "study.robustness",
@@ -87,12 +87,6 @@ def page() -> str:
 
 # -- the README's table ------------------------------------------------------------------------------------
 
-STUDY_ROWS = {  # configuration of the study -> words
-    "w8a8 dynamic, plain": "every layer in W8A8, scales measured at each call",
-    "planned by SQNR within the bytes of W8A8 static": "planned within the bytes of W8A8",
-    "planned by SQNR within 0.32 of the bytes of fp16": "planned within 0.32 of fp16's bytes",
-    "planned by SQNR within the bytes of W4A8 static": "planned within the bytes of W4A8",
-}
 UNET_KEYS = {"vs_fp32": "times as fast as float32", "vs_bf16": "times as fast as bfloat16"}
 
 
@@ -102,15 +96,10 @@ def readme_table() -> str:
     for (what, _), path in sorted(results.newest().items(), key=lambda item: item[1].name):
         newest[what] = path
     lines, sources = [], []
-    if "study" in newest:
-        data = json.loads(newest["study"].read_text())
-        rows = {row["configuration"]: row["figures"] for row in data["rows"] if row["failed"] is None}
-        for configuration, words in STUDY_ROWS.items():
-            if configuration in rows:
-                found = rows[configuration]
-                size, noise = f"{found['share_of_fp16']:.3f}x of fp16", f"{found['sqnr_db']['value']:.1f} dB"
-                lines.append([f"demo UNet: {words}", size, noise])
-        sources.append(source(newest["study"], data, README.parent))
+    if "pictures" in newest:
+        data = json.loads(newest["pictures"].read_text())
+        lines += pictures.readme_lines(data)
+        sources.append(source(newest["pictures"], data, README.parent))
     if "unet_sd15_cpu" in newest:
         data = json.loads(newest["unet_sd15_cpu"].read_text())
         found = {key.rpartition("/")[2]: value for key, value in data["summary"].items()}
@@ -118,7 +107,7 @@ def readme_table() -> str:
         words = "UNet of Stable Diffusion 1.5's size in W8A8, on a CPU"
         lines.append([words, f"{found['peak_memory_share']:.2f}x of float32's peak memory", speed])
         sources.append(source(newest["unet_sd15_cpu"], data, README.parent))
-    return "\n\n".join([markdown(["", "size", "SQNR of the UNet's output, or speed"], lines), *sources])
+    return "\n\n".join([markdown(["", "size", "PSNR of the pictures, or speed"], lines), *sources])
 
 
 def models_page(page: str) -> str:

@@ -44,6 +44,7 @@ from ldmq_kernels.sensitivity.candidates import LayerCandidate
 
 ROWS = results.ROOT / "build" / "pictures.jsonl"
 RIVAL = "w8a8 dynamic, everywhere"  # SDNQ's configuration, on whose layers this package is compared
+ON_THEM = "SDNQ's layers"
 PEERS = ((RIVAL, "sdnq"), ("w8a8 dynamic", "torchao"), ("as it comes", "sdnq"), ("w8a8 calibrated", "optimum-quanto"))
 ONE_PRODUCT, WITH_SPLIT = ("w8a8-dynamic", "w8a8-rotated"), ("w8a8-dynamic", "w8a8-rotated", "w8a8x2")
 SPLIT_SHARE = 0.05  # of the operations that SDNQ makes in 8 bits: what is made twice at most
@@ -155,13 +156,12 @@ def _mean(candidate: LayerCandidate) -> float:
 
 def todo(comparison: Comparison) -> list[tuple[str, str, Callable[[], nn.Module]]]:
     """Tool, configuration and what builds the model, the most telling first."""
-    on_them = "SDNQ's layers"
     peers = {(q.configuration, q.tool): q for q in baselines()}
     ours = [
-        (OURS, f"w8a8 dynamic, plain, {on_them}", comparison.plain),
-        (OURS, f"w8a8 dynamic or rotated, {on_them}", comparison.one_product),
-        (OURS, f"w8a8 dynamic or rotated, GPTQ, {on_them}", comparison.with_gptq),
-        (OURS, f"w8a8 dynamic or rotated, some split, {on_them}", comparison.with_split),
+        (OURS, f"w8a8 dynamic, plain, {ON_THEM}", comparison.plain),
+        (OURS, f"w8a8 dynamic or rotated, {ON_THEM}", comparison.one_product),
+        (OURS, f"w8a8 dynamic or rotated, GPTQ, {ON_THEM}", comparison.with_gptq),
+        (OURS, f"w8a8 dynamic or rotated, some split, {ON_THEM}", comparison.with_split),
     ]
     others = [(q.tool, q.configuration, partial(_built, q, comparison)) for q in map(peers.get, PEERS) if q]
     return [*ours, *others]
@@ -236,9 +236,26 @@ def table(data: dict[str, Any]) -> str:
         "8 bits / all; a picture's PSNR and its latent's SQNR are against the float model's from the same noise). "
         "No milliseconds: without VNNI this processor gains no time by int8, and no GPU has run the kernels."
     )
+    return f"{words}\n\n" + markdown(HEAD, [_line(row) for row in _in_order(data["rows"])])
+
+
+def readme_lines(data: dict[str, Any]) -> list[list[str]]:
+    """Bytes and PSNR of every tool whose layers are SDNQ's, for the README."""
+    rows = [row for row in data["rows"] if row["configuration"] == RIVAL or ON_THEM in row["configuration"]]
+    return [
+        [
+            f"{line[0]} model, W8A8: {line[1]}",
+            f"{line[2]} of fp16",
+            f"{line[5]} dB in the mean of {row['captions']}, {line[6]} dB for the worst tenth",
+        ]
+        for row in _in_order(rows)
+        for line in [_line(row)]
+    ]
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     order = {name: place for place, name in enumerate(SUBJECTS)}
-    rows = sorted(data["rows"], key=lambda r: (order[r["model"]], r["tool"] == OURS))
-    return f"{words}\n\n" + markdown(HEAD, [_line(row) for row in rows])
+    return sorted(rows, key=lambda r: (order[r["model"]], r["tool"] == OURS))
 
 
 def main(arguments: list[str]) -> None:

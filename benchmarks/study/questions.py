@@ -29,6 +29,11 @@ from benchmarks.study.samples import Interval, Samples, difference
 
 CALIBRATION_QUESTIONS = "calibration of static scales"
 FLOAT8_QUESTIONS = "int8 or FP8"
+PART_QUESTIONS = {  # how the questions begin that a part of the study answers
+    "search": ("activation scales", "smoothing", "search of", "bias correction", "rounding"),
+    "calibration": (CALIBRATION_QUESTIONS,),
+    "fp8": (FLOAT8_QUESTIONS,),
+}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     pip install --no-deps -r benchmarks/requirements-peers.txt
     python -m benchmarks study                  # about half an hour on two cores; goes on where it was stopped
     python -m benchmarks study --model second   # the same of a transformer
-    python -m benchmarks study --part calibration   # the cases of one decision, all at this state
+    python -m benchmarks study --part search    # the cases of some decisions, all at this state
     python -m benchmarks study --report         # docs/study.md and its figures again, from the newest results alone
 
 Every case is measured on the same held-out captions, drawn from several sets of seeds, which neither calibration
@@ -34,7 +34,7 @@ from benchmarks.study.evaluation import Evaluation, Setup, prepare
 from benchmarks.study.inspect_model import inspect_model
 from benchmarks.study.own_plans import twice_computed
 from benchmarks.study.peers import NOT_INSTALLED, OURS
-from benchmarks.study.questions import CALIBRATION_QUESTIONS, FLOAT8_QUESTIONS, as_records, questions
+from benchmarks.study.questions import PART_QUESTIONS, as_records, questions
 from benchmarks.study.samples import Samples, interval, measures_of, value
 from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
 from ldmq_kernels.files import check_place
@@ -42,8 +42,6 @@ from ldmq_kernels.files import check_place
 ROWS = results.ROOT / "build" / "study.jsonl"
 CAPTIONS, SEED_SETS = 24, 3
 QUICK_CAPTIONS, QUICK_STEPS = 4, 3
-# how the questions begin that a part of the study answers
-PART_QUESTIONS = {"calibration": CALIBRATION_QUESTIONS, "fp8": FLOAT8_QUESTIONS}
 
 
 def measured(case: Case, setup: Setup, evaluation: Evaluation) -> dict[str, Any]:
@@ -185,8 +183,15 @@ def main(arguments: list[str]) -> None:
     """Run what is not measured yet, then write the results and the pages."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks study", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=SUBJECTS, default=DEMO, help="which model it is made on")
-    parser.add_argument("--part", choices=PART_QUESTIONS, help="the cases of one decision; a results file of their own")
-    parser.add_argument("--only", action="append", metavar="PATTERN", help="cases whose words fit; may be repeated")
+    parser.add_argument(
+        "--part", choices=PART_QUESTIONS, help="the cases of some decisions; a results file of their own"
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="PATTERN",
+        help="cases whose words fit, kept for a later run of all; may be repeated",
+    )
     parser.add_argument("--captions", type=int, default=CAPTIONS, help="held out; eights keep batches equal")
     parser.add_argument("--seed-sets", type=int, default=SEED_SETS, help="how often each caption is drawn")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where results go as they come")
@@ -214,6 +219,9 @@ def main(arguments: list[str]) -> None:
     study = Study(options.rows, settings | {"model": subject.name}, console)
     setup, evaluation = prepare(subject, **settings, show=console.is_terminal)
     found = list(study.run(planned, setup, evaluation))
+    if options.only:  # a results file of a few cases would stand for the whole study
+        print(f"measured: {len(found)} cases, in {options.rows}; the same without --only goes on and writes results")
+        return
     part = {"part": options.part} if options.part else {}
     path = write(subject, found, study.settings | part, evaluation.float_figures, study.key["commit"])
     pages = report.write_newest(options.docs)

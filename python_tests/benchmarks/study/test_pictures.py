@@ -52,6 +52,14 @@ def test_rows_stand_by_model_with_this_package_last() -> None:
     ]
 
 
+def test_the_readme_has_the_rows_of_equal_layers() -> None:
+    rows = [_row("demo", "sdnq", [1.0]), _row("demo", pictures.OURS, [2.0, 4.0]), _row("demo", "torchao", [3.0])]
+    rows[0]["configuration"], rows[1]["configuration"] = pictures.RIVAL, f"rotated, {pictures.ON_THEM}"
+    (rival, ours) = pictures.readme_lines(_data(*rows))
+    assert rival[0] == f"demo model, W8A8: sdnq 1: {pictures.RIVAL}"
+    assert ours[2] == "3.00 dB in the mean of 2, 2.20 dB for the worst tenth"
+
+
 def test_rows_of_other_captions_do_not_stand_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(*_arguments: Any) -> dict[str, Any]:
         raise RuntimeError("it is measured")

@@ -327,6 +327,27 @@ def test_a_part_of_the_study_has_its_cases_and_its_question_alone(tmp_path: Path
         assert f"| {case.quantization.configuration} |" in report.table(data)
 
 
+def test_a_part_may_answer_several_questions() -> None:
+    planned = [case.quantization.configuration for case in run.of_part(cases.cases(), "search")]
+    assert cases.words("w8a8-dynamic", how="searched") in planned
+    assert cases.words("w4a8-static", how="GPTQ") in planned
+    assert not [configuration for configuration in planned if "fp8" in configuration or "planned" in configuration]
+    assert len(planned) == len(set(planned))
+
+
+def test_a_few_cases_are_kept_and_are_no_study(
+    setup: Setup, evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "prepare", lambda *_arguments, **_options: (setup, evaluation))
+    monkeypatch.setattr(run, "quick_cases", lambda: [_case("w8a16, plain", lambda s: s.unet)])
+    rows = tmp_path / "rows.jsonl"
+    run.main(["--quick", "--only", "w8a16*", "--rows", str(rows), "--docs", str(tmp_path / "docs")])
+    assert len(rows.read_text().splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+    assert "1 cases" in capsys.readouterr().out
+
+
 def test_one_seed_set_has_no_distance_to_another() -> None:
     data = _data([cases.own_name(cases.words("w8a8-static"))])
     assert "## Seeds" in report.text(data)
