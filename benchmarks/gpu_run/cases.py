@@ -154,7 +154,7 @@ def _unsplit(tile: Any) -> Any:
 def _for_tile(op: str, tile: Any) -> Shape:
     """More than one tile each way, the last ones partly outside, and a K that the blocks do not divide."""
     channels, out = tile.k * getattr(tile, "split_k", 1) + 32, tile.n + 8
-    options = frozenset({"bias", "residual"})
+    options = frozenset({"bias", "residual", "out_inv_scale"})
     if not ops.spec_of(op).shape.takes_pictures:
         return Shape(tile.m + 5, channels, out, options=options)
     return Shape(1, channels, out, (2, 7, tile.m // 14 + 2), 3, options=options)

@@ -118,6 +118,7 @@ MEASURE = (
     ),
     Job("doctor", ("-m", "ldmq_kernels", "doctor"), 100, 60, after=AFTER_BUILD),
     *(_op(name) for name in ("linear_fp8", "conv2d_fp8", "linear_w4a8", "conv2d_w4a8", "linear_static_w8a8")),
+    *(_op(name) for name in ("linear_geglu_w8a8", "linear_geglu_fp8")),
     *(_op(name) for name in ("quantize_per_token", "quantize_static", "quantize_per_sample", "silu_quantize")),
     *(_op(name) for name in ("rotate_quantize_per_token", "rotate_quantize_per_sample")),
     *(_op(name) for name in ("linear_w8a16", "conv2d_w8a16", "linear_w4a16")),

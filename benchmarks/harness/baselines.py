@@ -65,6 +65,7 @@ class Baseline:
 BASELINES = {
     "ldmq_with_quantize": Baseline("our op, and the quantization of its input before it", ("cpu", "cuda")),
     "ldmq_w8a8": Baseline("our op for int8 weights on the same input", ("cpu", "cuda")),
+    "two_ops": Baseline("our linear, then our GEGLU and quantization", ("cpu", "cuda")),
     "two_launches": Baseline("our quantization of the input, then our int8 linear", ("cpu", "cuda")),
     "fp32": Baseline("torch's layer in float32", ("cpu",)),
     "bf16": Baseline("torch's layer in bfloat16", ("cpu",)),

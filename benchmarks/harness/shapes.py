@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.harness.machine import device
+from ldmq_kernels.tuning.calls import GEGLU_WIDENING
 from ldmq_kernels.tuning.shapes import Conv2d, Linear, of_models
 
 FEWEST_ROWS = 512  # of the linears that carry a UNet; text and time embeddings have fewer
@@ -31,6 +32,11 @@ def linears() -> tuple[Linear, ...]:
     if device().type != "cuda":
         return CPU_LINEARS
     return tuple(shape for shape in of_models(*UNETS)[0] if shape.m >= FEWEST_ROWS)
+
+
+def geglus() -> Iterator[Linear]:
+    """Those of `linears` whose outputs are values and gates."""
+    return (shape for shape in linears() if shape.n == GEGLU_WIDENING * shape.k)
 
 
 def convolutions() -> tuple[Conv2d, ...]:

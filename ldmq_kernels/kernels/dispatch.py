@@ -186,6 +186,18 @@ def packer(op: str, device: torch.device) -> Packer | None:
     return None
 
 
+def is_served(op: str, device: torch.device) -> bool:
+    """Whether the backend that is offered an op first on a device has it: else parts of it, each an op, run faster.
+
+    On the meta device, where nothing is computed, calls are recorded as a GPU would get them.
+    """
+    if device.type == "meta":
+        return True
+    off = measurements.off(op, device)
+    first = next(name for name in usual_order(device) if name not in off and backends()[name].serves(device))
+    return first != DEFINITION and backends()[first].has(op)
+
+
 def _switched_off(op: str, name: str, reason: str) -> str:
     """Why a backend that was found to be wrong here gets no call; said once as a warning, too."""
     told = f"switched off by `ldmq doctor`: {reason}"

@@ -1,8 +1,9 @@
 """Gradients of the ops: of those that only store weights in few bits, the definition's; of those that round, none.
 
 A rounded activation passes no gradient on, and an int8 tensor cannot say that one was lost. So an op that rounds
-refuses an input that requires gradients. A bias that does is taken, as layers whose bias is trainable are called for
-inference too, and the backward pass refuses it. Layers pass gradients straight through (`nn.straight_through`).
+refuses an input that requires gradients. A bias that does is taken where the output is floating, as layers whose bias
+is trainable are called for inference too, and the backward pass refuses it. Layers pass gradients straight through
+(`nn.straight_through`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ def needed(spec: OpSpec, arguments: Arguments) -> list[Tensor]:
 
 
 def check(spec: OpSpec, arguments: Arguments) -> None:
-    """Accept for an op that rounds that its bias requires gradients, and nothing else.
+    """Accept for an op that rounds that its bias requires gradients, unless it quantizes its output; nothing else.
 
     Raises:
         RuntimeError: a gradient would have to pass the rounding: an activation requires it.
     """
     bias = arguments[spec.arguments.index("bias")] if "bias" in spec.arguments else None
+    if "out_inv_scale" in spec.arguments and arguments[spec.arguments.index("out_inv_scale")] is not None:
+        bias = None
     if any(tensor is not bias for tensor in needed(spec, arguments)):
         raise RuntimeError(_text(spec))
 

@@ -50,6 +50,20 @@ def eight_bit(q_dtype: torch.dtype | None) -> torch.dtype:
     return q_dtype or torch.int8
 
 
+def check_gated_output(out_inv_scale: Tensor | None, out_dtype: torch.dtype, channels: int) -> None:
+    """Accept an output that is 8 bit with an inverse scale for it, or one for each channel, and floating without.
+
+    Raises:
+        Unsupported: another dtype, or another number of scales.
+    """
+    is_eight_bit = out_dtype in (torch.int8, FLOAT8)
+    if is_eight_bit != (out_inv_scale is not None) or not (is_eight_bit or out_dtype.is_floating_point):
+        given = "no inverse scale" if out_inv_scale is None else "an inverse scale"
+        raise Unsupported(f"an output of {out_dtype} with {given}; int8 and {FLOAT8} have one, floats have none")
+    if out_inv_scale is not None and out_inv_scale.numel() not in (1, channels):
+        raise Unsupported(f"{out_inv_scale.numel()} inverse scales of the output, must be 1 or {channels}")
+
+
 def check_float8(device: torch.device) -> None:
     """Accept a GPU that has e4m3 in its instructions, and any device that is none: an interpreter has.
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 INT8_PRODUCTS = {80: 2048, 89: 1024, 90: 4096}
 L2_BYTES = 40  # that a multiprocessor loads from the L2 cache in a clock; assumed, 2026-11-26
 STORED_BYTES = 16  # of the output that a multiprocessor stores in a clock; assumed, 2026-11-26
+GELU_INSTRUCTIONS = 34  # of each output of GEGLU in an epilogue, scales and rounding too; set 2026-11-29
+LANES = 128  # float32 instructions of a multiprocessor in a clock
 PIPELINE_START = 1500  # clocks from a launch to its first products; assumed, 2026-11-26
 FILL_AND_STORE = 8e6 / 4096  # clocks to fill the pipeline of a tile and to store it; assumed, 2026-11-25
 REDUCTION_LAUNCH = 20e6 / 4096  # clocks of the launch that reduces split-K's partial sums; assumed, 2026-11-25
@@ -46,6 +48,14 @@ def step_clocks(products: float, rate: float, loaded_bytes: float = 0.0) -> floa
 def store_clocks(elements: int) -> float:
     """Clocks to store a tile's output of so many elements in 16 bit."""
     return elements * 2 / STORED_BYTES
+
+
+def epilogue_clocks(op: str, elements: int) -> float:
+    """Clocks of the epilogue of a tile of so many sums, by the op: with GEGLU half of them are stored, in 8 bit."""
+    if "geglu" not in op:
+        return store_clocks(elements)
+    outputs = elements / 2
+    return outputs / STORED_BYTES + outputs * GELU_INSTRUCTIONS / LANES
 
 
 def gemm_clocks(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
+from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.nn.packed import PLAIN
 from ldmq_kernels.nn.quantized import ACTIVATION_DTYPES, FIRST_TOKEN, QuantizedLayer
 from ldmq_kernels.nn.straight_through import is_differentiated, straight_through
 from ldmq_kernels.numerics.hadamard import block_size, rotate
@@ -20,6 +22,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     """
 
     kind = "linear"
+    geglu_op: str | None = None  # the op with GEGLU in the product's epilogue, where it is faster than two ops
 
     @staticmethod
     def to_channels_last(weight: Tensor) -> Tensor:
@@ -51,6 +54,12 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     def is_pointwise(self) -> bool:
         """True."""
         return True
+
+    def finish(self) -> None:
+        """As for every layer; whether GEGLU can be in the epilogue is asked here, and not in each call."""
+        super().finish()
+        op, plain = self.scheme.format.geglu_linear, self._buffers.get(PLAIN)
+        self.geglu_op = op if op is not None and plain is not None and dispatch.is_served(op, plain.device) else None
 
     def forward(self, input: Tensor) -> Tensor:
         """Quantize the input as the scheme says, multiply in integers, scale back."""
@@ -151,6 +160,22 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         product = getattr(ops, self.scheme.format.products["linear"])
         gated = () if gate is None else (gate,)
         return product(x_q, scale, self.kernel_weight(True), *self.operands(), bias, residual, out_dtype, *gated)
+
+    def geglu(self, x_q: Tensor, x_scale: Tensor | None, out_dtype: Any, out_inv_scale: Tensor | None = None) -> Tensor:
+        """The integer product of an input that is quantized already, and GEGLU of it, by `geglu_op`.
+
+        Args:
+            x_q: (..., in_features) 8 bit.
+            x_scale: (...) float32; not needed by a static scheme.
+            out_dtype: int8 or float8_e4m3fn with an `out_inv_scale`, else float16, bfloat16 or float32.
+            out_inv_scale: (1,) or (out_features / 2,) float32, what the result is multiplied with to be rounded.
+
+        Returns:
+            (..., out_features / 2): the first half of the outputs, times GELU of the second.
+        """
+        scale, bias = self.scale_and_bias(x_scale, False)
+        product = getattr(ops, str(self.geglu_op))
+        return product(x_q, scale, self.kernel_weight(True), *self.operands(), bias, out_inv_scale, out_dtype)
 
 
 def _gated(out: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:

@@ -185,7 +185,8 @@ class QuantizedLayer(PackedWeight, InputScale):
         """The ops that compute this kind of layer in a scheme."""
         products, activations = scheme.format.products, scheme.activations
         quantizers = activations.quantize_static, activations.quantize_per_token, activations.quantize_per_sample
-        named = products[product_of(self.kind)], *quantizers, scheme.format.first_token_op, scheme.format.fused_linear
+        fused = scheme.format.fused_linear, scheme.format.geglu_linear
+        named = products[product_of(self.kind)], *quantizers, scheme.format.first_token_op, *fused
         return [op for op in named if op]
 
     def with_activations(self, scheme: Scheme, *, input_scale: Tensor | None = None, first_token: bool = False) -> Self:

@@ -7,6 +7,7 @@ operands. What computes an op is chosen when it runs, by `kernels.dispatch`, amo
 
 from ldmq_kernels.kernels.op_spec import spec_of, specs
 from ldmq_kernels.ops.conv2d import conv2d_fp8, conv2d_w4a8, conv2d_w8a8, conv2d_w8a16
+from ldmq_kernels.ops.geglu import linear_geglu_fp8, linear_geglu_w8a8
 from ldmq_kernels.ops.linear import (
     linear_fp8,
     linear_static_w8a8,
@@ -40,6 +41,8 @@ __all__ = [
     "group_norm_silu_quantize",
     "layer_norm_quantize",
     "linear_fp8",
+    "linear_geglu_fp8",
+    "linear_geglu_w8a8",
     "linear_static_w8a8",
     "linear_w4a8",
     "linear_w4a16",

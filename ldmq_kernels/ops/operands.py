@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from ldmq_kernels.kernels.op_spec import OpSpec, spec_of
 from ldmq_kernels.numerics.formats.float8 import FLOAT8, FLOAT8_MAX, round_to_float8
 from ldmq_kernels.numerics.formats.int4 import group_count
 
-EVERY_OPTION = frozenset({"bias", "sample_bias", "residual", "inv_scale", "inv_smooth", "norm_weight", "norm_bias"})
+EVERY_OPTION = frozenset(
+    {"bias", "sample_bias", "residual", "inv_scale", "inv_smooth", "norm_weight", "norm_bias", "out_inv_scale"}
+)
 MODULATION = frozenset({"gate", "modulation_scale", "modulation_shift"})
 NORM = frozenset({"norm_weight", "norm_bias"})
 
@@ -30,7 +32,7 @@ class Shape:
         kernel, stride, upsample: of a convolution, padded by kernel // 2 on all sides.
         norm_groups: of a group norm.
         options: the operands that are there of those that may be None. Beside an inv_scale there is no inv_smooth;
-            with "q_dtype", what quantizes makes FP8.
+            with "q_dtype", what quantizes makes FP8, an output too.
         scale_per_row: whether activations have a scale for each token or sample, and calibrated ones for each channel.
         per_token: whether a norm over pictures measures a scale for each pixel.
         prefers_picture: whether an op that takes both is given a picture.
@@ -69,8 +71,8 @@ class Operands:
             made_on: where they are made: on the CPU every device gets the same; on `device` large ones are made faster.
         """
         self.device, self.dtype, self.shape = device, dtype, shape
-        self._made_on = made_on or torch.device("cpu")
-        self._random = torch.Generator(self._made_on).manual_seed(0)
+        self.made_on = made_on or torch.device("cpu")
+        self._random = torch.Generator(self.made_on).manual_seed(0)
         self._makers: dict[str, Callable[[OpSpec, bool], Any]] = {
             "x": lambda _, is_picture: self.input(is_picture),
             "x_q": lambda spec, is_picture: self._laid_out(
@@ -103,7 +105,9 @@ class Operands:
             "dilation": lambda *_: (1, 1),
             "groups": lambda *_: 1,
             "upsample": lambda *_: shape.upsample,
-            "out_dtype": lambda *_: dtype,
+            "out_dtype": self._out_dtype,
+            # of about the size that calibration gives it
+            "out_inv_scale": lambda *_: self.positive(self._output_scales()) * 1e4 / shape.channels,
             "q_dtype": lambda *_: FLOAT8,
         }
 
@@ -118,6 +122,8 @@ class Operands:
             ValueError: an argument has a name that no other op's has: the specification needs an example of its own.
         """
         absent = spec.optional - self.shape.options
+        if "q_dtype" in self.shape.options:
+            absent -= {"out_inv_scale"}
         if "inv_scale" in spec.optional - absent:
             absent |= {"inv_smooth"}
         unknown = [name for name in spec.arguments if name not in self._makers]
@@ -135,7 +141,7 @@ class Operands:
 
     def positive(self, *sizes: int) -> Tensor:
         """Scales around 0.01, float32."""
-        return (torch.rand(sizes, generator=self._random, device=self._made_on) * 0.02 + 0.001).to(self.device)
+        return (torch.rand(sizes, generator=self._random, device=self.made_on) * 0.02 + 0.001).to(self.device)
 
     def quantized(self, spec: OpSpec, *sizes: int) -> Tensor:
         """Values over the range of the op's 8-bit operands, as the shape says."""
@@ -148,10 +154,10 @@ class Operands:
         return self._integers(-127, 128, sizes).to(torch.int8)
 
     def _normal(self, *sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=self._random, device=self._made_on)
+        return torch.randn(sizes, generator=self._random, device=self.made_on)
 
     def _integers(self, low: int, high: int, sizes: tuple[int, ...]) -> Tensor:
-        return torch.randint(low, high, sizes, generator=self._random, device=self._made_on).to(self.device)
+        return torch.randint(low, high, sizes, generator=self._random, device=self.made_on).to(self.device)
 
     def _input_sizes(self, is_picture: bool, widening: int = 1) -> tuple[int, ...]:
         samples, height, width = self.shape.picture
@@ -165,6 +171,15 @@ class Operands:
     def _samples(self) -> int:
         """Runs of tokens that a modulation has rows for."""
         return 2 if self.shape.tokens % 2 == 0 else 1
+
+    def _output_scales(self) -> int:
+        return self.shape.out // 2 if self.shape.scale_per_row else 1
+
+    def _out_dtype(self, spec: OpSpec, _is_picture: bool) -> torch.dtype:
+        """What an op writes: floats, or what is quantized where it can have an inverse scale for that."""
+        if "out_inv_scale" in spec.optional and self.shape.options & {"q_dtype", "out_inv_scale"}:
+            return FLOAT8 if "q_dtype" in self.shape.options else torch.int8
+        return self.dtype
 
     def _scales(self, spec: OpSpec, is_picture: bool) -> int:
         if not self.shape.scale_per_row or "inv_scale" in spec.arguments:
@@ -213,6 +228,12 @@ def of_either(spec: OpSpec, operands: Operands) -> tuple[Any, ...]:
 def of_gated(spec: OpSpec, operands: Operands) -> tuple[Any, ...]:
     """An input (tokens, 2 C): values, then their gates."""
     return operands.input(False, widening=2), *operands.of(spec, is_picture=False)[1:]
+
+
+def of_value_and_gate(spec: OpSpec, operands: Operands) -> tuple[Any, ...]:
+    """An input (tokens, C), and a weight of as many gates as values: an odd number of columns is one more."""
+    shape = replace(operands.shape, out=operands.shape.out + operands.shape.out % 2)
+    return Operands(operands.device, operands.dtype, shape, operands.made_on).of(spec, is_picture=False)
 
 
 def example(

@@ -60,7 +60,7 @@ def by_triton(op: str, gemm: Gemm, device: Device) -> GemmTime:
         gpu.multiprocessors * tile.ctas,
         -(-steps // tile.split_k),
         step,
-        tile_cost.PIPELINE_START + tile_cost.store_clocks(tile.m * tile.n),
+        tile_cost.PIPELINE_START + tile_cost.epilogue_clocks(op, tile.m * tile.n),
         tile_cost.REDUCTION_LAUNCH if tile.split_k > 1 else 0.0,
     )
     words = f"{tile.m}x{tile.n}x{tile.k}" + f" x {tile.ctas}" * (tile.ctas > 1) + " T" * tile.transposed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -185,10 +186,9 @@ def _gemm(name: str, facts: Mapping[str, Any], out: Tensor) -> Gemm | None:
         n, k = facts["weight"]
         return Gemm(out.numel() // n, n, k)
     if name.startswith("linear_"):
-        n = facts["weight_scale"][0]
         x = facts.get("x_q", facts.get("x"))
         assert x is not None
-        return Gemm(out.numel() // n, n, x[-1])
+        return Gemm(math.prod(x[:-1]), facts["weight_scale"][0], x[-1])
     if name.startswith("conv2d_"):
         x = facts.get("x_q", facts.get("x"))
         assert x is not None

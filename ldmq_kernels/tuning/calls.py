@@ -11,10 +11,11 @@ import torch
 
 from ldmq_kernels.kernels.op_spec import OpSpec
 from ldmq_kernels.ops import spec_of
-from ldmq_kernels.ops.operands import NORM, Shape, example, of_gated, of_picture
+from ldmq_kernels.ops.operands import NORM, Shape, example, of_gated, of_picture, of_value_and_gate
 from ldmq_kernels.tuning.shapes import Conv2d, Input, Linear, merged_of, of_models
 
 NORM_GROUPS = 32
+GEGLU_WIDENING = 8  # a feed-forward's values, four times as wide as its input, and as many gates
 STATIC, PER_TOKEN, PER_SAMPLE = "static", "per token", "per sample"
 
 
@@ -51,14 +52,16 @@ def calls(names: tuple[str, ...], models: tuple[str, ...], device: torch.device)
             shapes = _inputs(spec, linears, convolutions)
         else:
             shapes = convolutions if spec.shape.takes_pictures else linears
+            if spec.example is of_value_and_gate:
+                shapes = [s for s in linears if s.n == GEGLU_WIDENING * s.k]
         yield from (Call(op, shape, partial(arguments, spec, shape, device)) for shape in shapes)
 
 
 def _inputs(spec: OpSpec, linears: list[Linear], convolutions: list[Conv2d]) -> list[Input]:
     """What an op quantizes before these layers, each shape once, in each way to scale it that the op has."""
     tokens = [(s.m, s.k) for s in linears]
-    if spec.example is of_gated:  # value and gate of a feed-forward layer four times as wide
-        tokens = [(s.m, s.n) for s in linears if s.n == 8 * s.k]
+    if spec.example is of_gated:
+        tokens = [(s.m, s.n) for s in linears if s.n == GEGLU_WIDENING * s.k]
     pictures = [(s.n, s.c, s.size, s.size) for s in convolutions]
     if "num_groups" in spec.arguments:
         pictures = [sizes for sizes in pictures if sizes[1] % NORM_GROUPS == 0]
@@ -79,8 +82,11 @@ def arguments(spec: OpSpec, shape: Linear | Conv2d | Input, device: torch.device
 
 
 def sizes_of(spec: OpSpec, shape: Linear | Conv2d | Input) -> Shape:
-    """The shape of a call as a layer of a model makes it, with a bias, scales for the whole, and no residual."""
-    options = NORM | {"bias"}
+    """The shape of a call as a layer of a model makes it, with a bias, scales for the whole, and no residual.
+
+    An output that can be quantized is.
+    """
+    options = NORM | {"bias", "out_inv_scale"}
     if isinstance(shape, Linear):
         return Shape(shape.m, shape.k, shape.n, options=options)
     if isinstance(shape, Conv2d):

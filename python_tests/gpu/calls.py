@@ -100,6 +100,9 @@ def linear(
         inputs = (x.float(), one, one) if exact else (normal(device, rows, depth, dtype=dtype), 30 * one, one / 30)
         return Call(op, (*inputs, *weight, scale, *terms), tile, intermediate=x.numel() if columns > 640 else 0)
     x_scale = one if exact else positive(device, rows)
+    if "geglu" in op:
+        inv_scale = torch.full((columns // 2,), 500 / depth, device=device)
+        return Call(op, (x, x_scale, *weight, scale, bias, inv_scale, torch.int8), tile)
     return Call(op, (x, x_scale, *weight, scale, *terms, torch.float32 if exact else dtype), tile)
 
 
@@ -178,6 +181,8 @@ LINEARS: dict[str, tuple[tuple[int, int, int], Tile | None]] = {
     "linear_static_w8a8": ((2048, 640, 640), None),
     "linear_static_w8a8 in two launches": ((2048, 640, 1280), None),
     "linear_static_w8a8 unaligned": ((154, 100, 320), None),
+    "linear_geglu_w8a8": ((2048, 640, 1280), None),
+    "linear_geglu_w8a8 unaligned": ((154, 100, 320), None),
     "linear_w4a8": ((2048, 640, 1280), None),
     "linear_w4a8 unaligned": ((154, 100, 320), None),
     "linear_w4a8 split": ((130, 1280, 640), Tile(64, 64, 64, 4, 4, split_k=4)),
@@ -262,4 +267,4 @@ def by_cuda(name: str, device: torch.device) -> Call:
 
 
 CALLS |= {f"{name} by CUDA": partial(by_cuda, name) for name in IN_CUDA}
-EXACT = tuple(name for name in (*LINEARS, *CONVOLUTIONS) if "a8" in name.split()[0])
+EXACT = tuple(name for name in (*LINEARS, *CONVOLUTIONS) if "a8" in name.split()[0] and "geglu" not in name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -115,6 +115,20 @@ def test_a_transformer_block_with_q_k_and_v_as_one_product(scheme: str) -> None:
         **({"quantize_static": 1} if is_static else {"quantize_per_token": 3}),
         **products,
     )
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-static", "w8a8-dynamic", "fp8-static"])
+def test_geglu_in_the_epilogue_of_its_projection(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a calibrated scale the product after it gets its 8-bit input from there, else from one quantization more."""
+    fused, x = converted(FeedForward(32, activation_fn="geglu"), scheme), random(2, 5, 32)
+    in_two_ops = served_by("reference", lambda: fused(x))[0]
+    monkeypatch.setattr(dispatch, "is_served", lambda *_: True)
+    fused._apply(lambda tensor: tensor)  # the layers ask again
+    products = {"fp8-static": {"quantize_static": 1, "linear_geglu_fp8": 1, "linear_fp8": 1}}
+    products["w8a8-static"] = {"quantize_static": 1, "linear_geglu_w8a8": 1, "linear_w8a8": 1}
+    products["w8a8-dynamic"] = {"quantize_per_token": 2, "linear_geglu_w8a8": 1, "linear_w8a8": 1}
+    check(lambda: fused(x), **products[scheme])
+    assert float(sqnr_db(in_two_ops, served_by("reference", lambda: fused(x))[0])) > NEAR
 
 
 @pytest.mark.parametrize("scheme", ["w8a8-static", "w8a8-dynamic", "w4a8-dynamic"])

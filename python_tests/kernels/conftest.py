@@ -17,7 +17,7 @@ ON_GPU = ("triton", "cuda")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out ops that the CUDA backend does not have; mark the folders of what runs on a GPU."""
+    """Leave out ops that a backend does not have; mark the folders of what runs on a GPU."""
     for item in items:
         if item.path.parent in [HERE / backend for backend in ON_GPU]:
             item.add_marker(pytest.mark.gpu_kernels)
@@ -25,8 +25,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def is_missing(item: pytest.Item) -> bool:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         op = parameters.get("op", item.path.stem.removeprefix("test_"))  # test_float8.py is of several
-        is_op = backends()["reference"].has(op)
-        return is_op and parameters.get("backend") == "cuda" and not backends()["cuda"].has(op)
+        is_op, name = backends()["reference"].has(op), parameters.get("backend")
+        return is_op and name in ("cpu", "cuda") and not backends()[name].has(op)
 
     missing = [item for item in items if item.path.parent == HERE and is_missing(item)]
     if missing:

@@ -152,6 +152,7 @@ def test_many_shapes_are_not_kept_for_ever(write: Files, monkeypatch: pytest.Mon
         ("linear_w8a8", 0, "17x68 to 37"),
         ("linear_w4a8", 1, "63x20 to 4"),
         ("linear_static_w8a8", 0, "17x68 to 37"),
+        ("linear_geglu_w8a8", 0, "17x68 to 38"),
         ("linear_w8a16", 2, "1x4 to 320"),
         ("linear_w4a16", 0, "17x68 to 37"),
         ("conv2d_w8a8", 0, "2x68x9x7 to 37, kernel 3x3, stride 1x1, upsample 1"),

@@ -37,7 +37,7 @@ def test_an_op_that_rounds_refuses_an_activation_that_requires_gradients(op: str
         arguments[index].requires_grad_()
         with torch.no_grad():
             torch.testing.assert_close(call(*arguments), wanted, rtol=0, atol=0)
-        if name == "bias":
+        if name == "bias" and "out_inv_scale" not in specs()[op].arguments:
             out = call(*arguments)
             assert torch.equal(out, wanted)
             with pytest.raises(RuntimeError, match=f"ldmq::{op} {REFUSED}"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.geometry import conv2d_output_size
 from ldmq_kernels.ops import spec_of, specs
-from ldmq_kernels.ops.operands import NORM, Shape, example, of_either, of_gated, of_picture
+from ldmq_kernels.ops.operands import NORM, Shape, example, of_either, of_gated, of_picture, of_value_and_gate
 
 EPILOGUES = ("bias", "residual", "sample-bias")
 NORM_GROUPS = 32
@@ -72,6 +72,8 @@ def parse_shape(op: str, text: str) -> tuple[int, ...]:
     sizes = tuple(map(int, parts))
     if spec_of(op).example is of_gated and sizes[-1] % 2:
         raise ValueError(f"--shape {text}: {op} takes values and their gates side by side: K must be even")
+    if spec_of(op).example is of_value_and_gate and sizes[1] % 2:
+        raise ValueError(f"--shape {text}: {op} makes values and their gates side by side: N must be even")
     return sizes
 
 

@@ -50,11 +50,12 @@ SUMS: dict[str, int | tuple[int, ...]] = {
     "linear_w4a16": 1,
     "conv2d_w8a16": 1,
     "linear_fp8": (0, 1, 5, 7),  # input, its scales, residual, gate
+    "linear_geglu_fp8": (0, 1),
     "conv2d_fp8": (0, 1, 5, 6),  # input, its scales, the bias of each sample, residual
     "group_norm_silu_quantize": 1,
 }
 # On a CPU these come from a vector's function or from a scalar one, by where in the tensor an element lies.
-ON_CPU = dict.fromkeys(
+ON_CPU: dict[str, int | tuple[int, ...]] = dict.fromkeys(
     (
         "silu",
         "gelu",
@@ -73,7 +74,7 @@ ON_CPU = dict.fromkeys(
         "gelu_quantize",
     ),
     1,
-)
+) | {"linear_geglu_w8a8": (0, 1)}
 # Of these, on a CPU, by a test of the batch and its pictures: whether all of it gives each the bits of its own call.
 ALIKE_ON_CPU: dict[str, Callable[[Tensor, int], bool]] = {
     "silu": is_elementwise_alike,

@@ -90,7 +90,7 @@ def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu, taps: int = 1, rate: 
     below, beside = (1, tile.cluster) if tile.op == "linear_w4a8" else (tile.cluster, 1)
     tiles = -(-m // (tile.m * below)) * -(-n // (tile.n * beside)) * tile.cluster
     steps = taps * -(-k // (taps * tile.k))  # a step has channels of one tap
-    store = tile_cost.store_clocks(tile.m * tile.n)
+    store = tile_cost.epilogue_clocks(tile.op, tile.m * tile.n)
     alternates = tile.family == HOPPER and not tile.cooperative  # one tile is stored while the next is multiplied
     return tile_cost.gemm_clocks(
         tiles,

@@ -31,7 +31,7 @@ class LinearLaunch(NamedTuple):
         tile: the tile that was chosen.
         grid: programs: tiles of the output, and split_k.
         x: (m, k), a descriptor, or a tensor that the kernel reads by pointers.
-        weight: (n, k), or (n, bytes) int8 holding int4, in the same way.
+        weight: (n, k), or (n, bytes) int8 holding int4, in the same way; (2, n, k) where a half of it are gates.
         extra_weight: the same with blocks for the second accumulator, or None.
         epilogue: the epilogue's operands.
         out: (m, n) floating, or (split_k, m, n) of the accumulator.
@@ -79,6 +79,7 @@ def linear(
     epilogue: Epilogue,
     out_dtype: torch.dtype,
     launch: Callable[[LinearLaunch], None],
+    has_gates: bool = False,
 ) -> Tensor:
     """Multiply activations by a linear's weight.
 
@@ -89,6 +90,8 @@ def linear(
         epilogue: the epilogue's operands, as the op was given them.
         out_dtype: float16, bfloat16 or float32.
         launch: calls the op's kernel.
+        has_gates: whether half of the weight's rows are gates of the others, so that n is half of their number, and
+            half of a tile's columns are of each.
 
     Returns:
         (..., n) of `out_dtype`.
@@ -96,25 +99,26 @@ def linear(
     Raises:
         Unsupported: there are neither one activation scale nor one for each row.
     """
-    k, n = x.shape[-1], weight.shape[0]
+    k, rows = x.shape[-1], weight.shape[0]
+    n = rows // 2 if has_gates else rows
     matrix = x.reshape(-1, k).contiguous()
     m = matrix.shape[0]
     out = torch.empty((*x.shape[:-1], n), dtype=stored_dtype(x, out_dtype), device=x.device)
-    epilogue = epilogue.expanded(m, n, out.shape)
+    epilogue = epilogue.expanded(m, rows, out.shape)
     if out.numel() == 0:
         return out.to(out_dtype)
     table, is_aligned = _linear_table(op, matrix, weight)
     tiled = is_aligned and has_tma(x.device)
-    tile = choose(table, Problem(m, n, k), x.device)
+    tile = choose(table, Problem(m, rows, k), x.device)
     weight_k = tile.k
     if weight.dtype == torch.uint8:
         weight, weight_k = weight.view(torch.int8), tile.k // 2
     partial = partial_sums(out, tile, m, n, accumulator_dtype(weight))
     call = LinearLaunch(
         tile,
-        grid(tile, -(-m // tile.m), n, x.device),
+        grid(tile, -(-m // tile.m), rows, x.device),
         _operand(matrix, tile.m, tile.k, tiled),
-        _operand(weight, tile.main_n, weight_k, tiled),
+        _halves(weight, tile.n, weight_k, tiled) if has_gates else _operand(weight, tile.main_n, weight_k, tiled),
         _operand(weight, tile.extra_n, weight_k, tiled) if tile.extra_n else None,
         epilogue,
         partial,
@@ -199,3 +203,11 @@ def _operand(matrix: Tensor, rows: int, k: int, tiled: bool) -> Tensor | TensorD
     if not tiled:
         return matrix
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, k])
+
+
+def _halves(weight: Tensor, rows: int, k: int, tiled: bool) -> Tensor | TensorDescriptor:
+    """A weight of two halves in the same way: blocks have `rows` // 2 rows of each, those of one after the other."""
+    if not tiled:
+        return weight
+    pair = weight.view(2, -1, weight.shape[1])
+    return TensorDescriptor(pair, list(pair.shape), list(pair.stride()), [2, rows // 2, k])

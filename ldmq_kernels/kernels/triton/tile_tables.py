@@ -191,9 +191,22 @@ _INT8: Table = {
     "100": _with_persistent(tuple(tile for tile in _INT8_DEEP if tile.m != 64 or tile.n == 16)),
 }
 
+
+def _gated(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """Tiles of which half of the columns are gates: of two equal halves, and each whole, since it is gated at once."""
+    return tuple(replace(t, splittable=False) for t in tiles if t.n >= 64 and not t.extra_n)
+
+
 TILES: dict[str, Table] = {
     "linear_w8a8": _INT8,
     "linear_w8a8 unaligned": _everywhere(_INT8_UNALIGNED),
+    "linear_geglu_w8a8": {
+        "80": _gated(_INT8_SHALLOW),
+        "86": _gated(_INT8_SHALLOW),
+        "90": _gated(_INT8_DEEP),
+        "100": _gated(tuple(tile for tile in _INT8_DEEP if tile.m != 64)),
+    },
+    "linear_geglu_w8a8 unaligned": _everywhere(_gated(_INT8_UNALIGNED[:3])),  # wider ones spill
     "linear_static_w8a8": _everywhere(_INT8_STATIC),
     "linear_static_w8a8 unaligned": _everywhere(_INT8_UNALIGNED),
     "linear_w4a8": _everywhere(_INT4),
@@ -216,5 +229,7 @@ TILES: dict[str, Table] = {
 }
 # FP8 loads as many bytes and multiplies at the same rate
 TILES |= {
-    table.replace("w8a8", "fp8"): TILES[table] for table in TILES if table.startswith(("linear_w8a8", "conv2d_w8a8"))
+    table.replace("w8a8", "fp8"): TILES[table]
+    for table in TILES
+    if table.startswith(("linear_w8a8", "linear_geglu", "conv2d_w8a8"))
 }

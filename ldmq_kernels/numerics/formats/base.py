@@ -143,6 +143,8 @@ class Format:
             each output.
         operation_cost: of a multiply-accumulate, relative to int8 by int8.
         fused_linear: the op that also quantizes the input of a linear with a calibrated scale, or None.
+        geglu_linear: the op of a linear whose outputs are values and gates, with GEGLU in its epilogue: it takes what
+            the product of linears does up to the bias, then the inverse scale and the dtype of the output; or None.
         first_token_op: the weight-only op for the 16-bit input of a first token, (x, weight, scale, bias); or None.
         like: the name of a format with the same activations and a finer weight: what a search finds of the activations
             there serves here too.
@@ -157,6 +159,7 @@ class Format:
     operands: tuple[str, ...]
     operation_cost: float
     fused_linear: str | None = None
+    geglu_linear: str | None = None
     first_token_op: str | None = None
     like: str | None = None
     colours: Mapping[str, tuple[str, str]] = field(default_factory=dict)

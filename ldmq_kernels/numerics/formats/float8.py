@@ -82,5 +82,6 @@ FP8 = Format(
     {"linear": "linear_fp8", "conv2d": "conv2d_fp8"},
     ("weight_scale",),
     operation_cost=1.0,
+    geglu_linear="linear_geglu_fp8",
     colours={"static": ("#3f5fb8", "#8aa4ec"), "dynamic": ("#5f86d8", "#a9c2f6")},
 )

@@ -107,6 +107,7 @@ W8A8 = Format(
     ("weight_scale",),
     operation_cost=1.0,
     fused_linear="linear_static_w8a8",
+    geglu_linear="linear_geglu_w8a8",
     first_token_op="linear_w8a16",
     colours={
         "static": ("#1f6f8b", "#58b0cc"),

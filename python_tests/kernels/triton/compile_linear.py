@@ -33,6 +33,18 @@ def gated(arguments: tuple, n: int) -> tuple:
     return *arguments, empty(F16, 2, n)
 
 
+def linear_geglu_w8a8(m: int, k: int, n: int, out: torch.dtype = I8) -> tuple:
+    """Per-token scales and bias; a scale for each channel of a quantized output."""
+    x, x_scale, weight, weight_scale, bias, *_ = linear_w8a8(m, k, n)
+    return x, x_scale, weight, weight_scale, bias, None if out == F16 else empty(F32, n // 2), out
+
+
+def linear_geglu_fp8(m: int, k: int, n: int, out: torch.dtype = FLOAT8) -> tuple:
+    """The same in FP8."""
+    x, x_scale, weight, *rest = linear_geglu_w8a8(m, k, n, out)
+    return x.to(FLOAT8), x_scale, weight.to(FLOAT8), *rest
+
+
 def linear_static_w8a8(m: int, k: int, n: int, smoothed: bool) -> tuple:
     """Bias and residual."""
     floats = empty(F16, n), empty(F16, m, n)
@@ -74,6 +86,12 @@ CALLS: list[tuple[str, str, tuple, Tile | None]] = [
     ("linear_fp8", "160 columns", linear_fp8(2048, 1280, 1280), None),
     ("linear_fp8", "unaligned", linear_fp8(2048, 1284, 1280), None),
     ("linear_fp8", "split", linear_fp8(128, 5120, 1280), None),
+    ("linear_geglu_w8a8", "main", linear_geglu_w8a8(2048, 1280, 10240), None),
+    ("linear_geglu_w8a8", "16 bit", linear_geglu_w8a8(8192, 640, 5120, F16), None),
+    ("linear_geglu_w8a8", "to fp8", linear_geglu_w8a8(2048, 1280, 10240, FLOAT8), None),
+    ("linear_geglu_w8a8", "unaligned", linear_geglu_w8a8(2048, 1284, 10240), None),
+    ("linear_geglu_fp8", "main", linear_geglu_fp8(2048, 1280, 10240), None),
+    ("linear_geglu_fp8", "16 bit", linear_geglu_fp8(2048, 1280, 10240, F16), None),
     ("linear_w4a8", "gated", gated(linear_w4a8(8192, 1536, 1536), 1536), None),
     ("linear_static_w8a8", "main", linear_static_w8a8(8192, 320, 320, smoothed=False), None),
     ("linear_static_w8a8", "smoothed", linear_static_w8a8(2048, 640, 640, smoothed=True), None),
@@ -92,6 +110,8 @@ def of_tile(table: str, m: int, n: int) -> tuple:
     dtype = F32 if "float32" in kind else F16
     if op == "linear_static_w8a8":
         return linear_static_w8a8(4 * m, k, 4 * n, smoothed=True)
+    if op == "linear_geglu_w8a8":
+        return linear_geglu_w8a8(4 * m, k, 4 * n)
     if op.endswith("a16"):
         return {"linear_w8a16": linear_w8a16, "linear_w4a16": linear_w4a16}[op](4 * m, k, 4 * n, dtype)
     return {"linear_w8a8": linear_w8a8, "linear_w4a8": linear_w4a8}[op](4 * m, k, 4 * n)

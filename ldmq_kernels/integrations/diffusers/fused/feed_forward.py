@@ -1,4 +1,7 @@
-"""Feed-forward: projection, [GELU + quantize] or [GEGLU + quantize], projection with gate and residual."""
+"""Feed-forward: projection, [GELU + quantize] or [GEGLU + quantize], projection with gate and residual.
+
+GEGLU is in the epilogue of its projection, and so is the quantization by a calibrated scale, where a backend has that.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ class FusedFeedForward(FeedForward):
         """Take and return what the forward of FeedForward does."""
         if args or kwargs or not is_plain(self) or wants_gradients(self, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
-        return feed(self, self.net[0].proj(hidden_states))
+        if not _gates_in_epilogue(self):
+            return feed(self, self.net[0].proj(hidden_states))
+        return run(self, hidden_states, lambda layer: layer.quantize(hidden_states), lambda: hidden_states)
 
 
 def is_plain(ff: Any) -> bool:
@@ -43,16 +48,46 @@ def is_plain(ff: Any) -> bool:
     )
 
 
-def project_in(
-    ff: Any, x: Tensor, quantized: Callable[[Any], tuple[Tensor, Tensor]], plain: Callable[[], Tensor]
+def run(
+    ff: Any,
+    x: Tensor,
+    quantized: Callable[[Any], tuple[Tensor, Tensor | None]],
+    plain: Callable[[], Tensor],
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """The first projection in x's dtype: of what `quantized` makes as the layer wants it, or of what `plain` makes."""
+    """ff * gate + residual, in x's dtype.
+
+    Args:
+        ff: for which `is_plain` holds.
+        x: whose dtype the feed-forward computes in.
+        quantized: the first layer to its quantized input and the scales of that.
+        plain: makes the input floating.
+        residual: of the output's shape.
+        gate: that broadcasts to the output.
+    """
     layer = ff.net[0].proj
-    return layer.linear(*quantized(layer), x.dtype) if takes_quantized(layer) else layer(plain())
+    if not takes_quantized(layer):
+        return feed(ff, layer(plain()), residual, gate)
+    x_q, scale = quantized(layer)
+    if not _gates_in_epilogue(ff):
+        return feed(ff, layer.linear(x_q, scale, x.dtype), residual, gate)
+    out = ff.net[2]
+    inv_scale = out.input_inv_scale if takes_quantized(out) else None
+    if inv_scale is None:  # measured for each token, which no tile sees whole
+        return gated(out, layer.geglu(x_q, scale, x.dtype), residual, gate)
+    hidden = layer.geglu(x_q, scale, out.scheme.activations.dtype, inv_scale)
+    return out.linear(hidden, None, x.dtype, residual, gate=gate)
+
+
+def _gates_in_epilogue(ff: Any) -> bool:
+    """Whether the first product's epilogue can have GEGLU."""
+    layer = ff.net[0].proj
+    return isinstance(ff.net[0], GEGLU) and takes_quantized(layer) and layer.geglu_op is not None
 
 
 def feed(ff: Any, hidden: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
-    """What comes after the first projection: out(activation(hidden)) * gate + residual."""
+    """What comes after a first projection without its activation: out(activation(hidden)) * gate + residual."""
     first, out = ff.net[0], ff.net[2]
     if takes_quantized(out):
         rounding = (out.input_inv_scale, out.smoothing, *out.scheme.activations.op_dtype)

@@ -44,7 +44,11 @@ def projected(
 def fed(ff: Any, norm: Any, x: Tensor, terms: Sequence[Tensor]) -> Tensor:
     """x + gate * ff(norm(x) * (1 + scale) + shift); `terms` are shift, scale and gate."""
     shift, scale, gate = terms
-    hidden = feed_forward.project_in(
-        ff, x, lambda layer: quantized_layer_norm(norm, x, layer, scale, shift), lambda: norm(x) * (1 + scale) + shift
+    return feed_forward.run(
+        ff,
+        x,
+        lambda layer: quantized_layer_norm(norm, x, layer, scale, shift),
+        lambda: norm(x) * (1 + scale) + shift,
+        x,
+        gate,
     )
-    return feed_forward.feed(ff, hidden, x, gate)

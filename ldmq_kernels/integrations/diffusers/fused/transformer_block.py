@@ -172,13 +172,14 @@ class FusedBasicTransformerBlock(SharesProjections, BasicTransformerBlock):
         if not (is_unwrapped(norm, nn.LayerNorm) and feed_forward.is_plain(ff)):
             out = ff(_modulated(norm(x), scale, shift))
             return (out if gate is None else gate * out) + x
-        hidden = feed_forward.project_in(
+        return feed_forward.run(
             ff,
             x,
             lambda layer: quantized_layer_norm(norm, x, layer, scale, shift),
             lambda: _modulated(norm(x), scale, shift),
+            x,
+            gate,
         )
-        return feed_forward.feed(ff, hidden, x, gate)
 
 
 def _whole(text: Tensor | None, is_part: bool) -> Tensor | None:

@@ -68,13 +68,14 @@ class FusedWanTransformerBlock(SharesProjections, WanTransformerBlock):
         x = self._text_attention(x, text)
         shift, scale, gate = terms[3:]
         norm, ff = self.norm3, self.ffn
-        hidden = feed_forward.project_in(
+        return feed_forward.run(
             ff,
             x,
             lambda layer: quantized_layer_norm(norm, x, layer, scale, shift),
             lambda: (norm(x.float()) * (1 + scale) + shift).to(x.dtype),
+            x,
+            gate,
         )
-        return feed_forward.feed(ff, hidden, x, gate)
 
     def _is_fusible(self, *given: Tensor) -> bool:
         return (
