@@ -5,6 +5,9 @@ call; its noise in the final latents and in the pictures stands beside what the 
 as many probes as plans are made with, and beside the noise at the model's output, averaged over steps. The
 probes are random, so there are several sets of them. What GPTQ rounds is left out, since it knows the calibration's own
 samples. Each picture is drawn with what the other half of the prompts makes of the layer, as candidates are judged.
+
+Sizes are means over pictures of decibels, as those of plans are: noise that is pooled is that of one or two pictures,
+which a few probes in each know badly.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor, nn
 
 from benchmarks.harness import results
@@ -68,25 +71,38 @@ class _Setup:
     calibration: Calibration
     pictures: Tensor
 
-    def effects(self, name: str, candidate: LayerCandidate) -> dict[str, float]:
-        """The noise in latents, pooled and relative, and the mean squared error of pictures, drawn with one layer."""
+    def effects(self, name: str, candidate: LayerCandidate) -> dict[str, list[float]]:
+        """The relative noise in each latent, and the mean squared error of each picture, drawn with one layer."""
         layer = quantizable_layers(denoiser(self.pipe))[name]
         judges = _ByFold([quantize_layer(name, layer, candidate.judged_on(fold)) for fold in (0, 1)])
         model, calibration = denoiser(self.pipe), self.calibration
         with swapped(model, {name: judges}), timestep_groups.following(model, calibration.timestep_groups):
             latents = draw(self.pipe, calibration.calls, calibration.settings, "latent")[0]
-        exact = calibration.trajectory.latents
-        pictures = decoded(self.pipe.vae, latents)
+        exact = calibration.trajectory.latents.double()
+        off = {LATENT: (latents - exact).double(), PICTURE: (decoded(self.pipe.vae, latents) - self.pictures).double()}
+        power = exact.square().flatten(1).sum(1)
         return {
-            LATENT: float((latents - exact).double().square().sum() / exact.double().square().sum()),
-            PICTURE: float((pictures - self.pictures).double().square().mean()),
+            LATENT: (off[LATENT].square().flatten(1).sum(1) / power).tolist(),
+            PICTURE: off[PICTURE].square().flatten(1).mean(1).tolist(),
         }
 
-    def predicted(self, noise: EndNoise) -> dict[str, float]:
-        """The same of an estimate."""
-        power = self.calibration.trajectory.latents.double().square().flatten(1).sum(1)
-        relative = torch.tensor([noise.by_picture[LATENT][i] for i in range(len(power))], dtype=torch.float64)
-        return {LATENT: float((relative * power).sum() / power.sum()), PICTURE: noise.mean(PICTURE)}
+
+def mean_db(noise: Sequence[float]) -> float:
+    """The mean over pictures of noise in dB."""
+    return float(np.mean(10 * np.log10(noise)))
+
+
+def pooled_db(noise: Sequence[float]) -> float:
+    """The mean over pictures of noise, in dB."""
+    return float(10 * np.log10(np.mean(noise)))
+
+
+def estimated_db(noise: Sequence[float], probes: int) -> float:
+    """The same of estimates by probes, without what the logarithm of a mean of so many squares is short of on average.
+
+    A probe's amplitude is a sum of many random signs, so that its square is nearly of the chi-squared distribution.
+    """
+    return mean_db(noise) - 10 / np.log(10) * float(special.digamma(probes / 2) - np.log(probes / 2))
 
 
 def _set(ends: EndTrajectory, probes: int, place: int) -> tuple[EndTrajectory, list[int]]:
@@ -131,7 +147,7 @@ def _estimates(
 
 def agreement(true: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
     """Rank correlation, and by how many dB predictions are too high: the median of sizes, and percentiles."""
-    off = 10 * np.log10(np.array(predicted) / np.array(true))
+    off = np.array(predicted) - np.array(true)
     return {
         "spearman": float(stats.spearmanr(true, predicted).statistic),
         "median_size_db": float(np.median(np.abs(off))),
@@ -170,17 +186,24 @@ def measured(
         assert candidate.estimate is not None
         with torch.no_grad():
             true = setup.effects(name, candidate)
-        row = {"op": "layer", "guidance": guidance, "layer": name, "scheme": str(candidate.scheme), "true": true}
-        row |= {ADJOINT: [setup.predicted(noise) for noise in noises], OUTPUT: candidate.estimate.mean_power}
-        if min(true.values()) > 0:  # what a model of joint blocks makes of its text in the last one is never used
-            rows.append(row)
-        yield row
+        if min(min(of_end) for of_end in true.values()) == 0:
+            continue  # what a model of joint blocks makes of its text in the last one is never used
+        estimates = [{end: list(noise.by_picture[end].values()) for end in ENDS} for noise in noises]
+        row = {"op": "layer", "guidance": guidance, "layer": name, "scheme": str(candidate.scheme)}
+        row |= {"true": {end: mean_db(of_end) for end, of_end in true.items()}}
+        row |= {"true, pooled": {end: pooled_db(of_end) for end, of_end in true.items()}}
+        row |= {ADJOINT: [{end: estimated_db(found, probes) for end, found in e.items()} for e in estimates]}
+        row |= {f"{ADJOINT}, pooled": [{end: pooled_db(found) for end, found in e.items()} for e in estimates]}
+        rows.append(row | {OUTPUT: 10 * np.log10(candidate.estimate.mean_power)})
+        yield rows[-1]
     for end in ENDS:
         true = [row["true"][end] for row in rows]
         shared = {"op": "agreement", "guidance": guidance, "end": end, "pairs": len(rows), "probes": probes}
         yield shared | {"signal": OUTPUT} | agreement(true, [row[OUTPUT] for row in rows])
         for place in range(sets):
             found = agreement(true, [row[ADJOINT][place][end] for row in rows])
+            off = [row[f"{ADJOINT}, pooled"][place][end] - row["true, pooled"][end] for row in rows]
+            found["pooled_size_db"] = float(np.median(np.abs(off)))
             yield shared | {"signal": ADJOINT, "set": place} | found
 
 
@@ -192,21 +215,23 @@ def table(data: dict[str, Any]) -> str:
             groups.setdefault((row["guidance"], row["end"], row["signal"]), []).append(row)
     lines = []
     for (guidance, end, signal), rows in groups.items():
-        size = ["", ""]
+        size = ["", "", ""]
         if signal != OUTPUT:
             size = [
                 ", ".join(f"{row['median_size_db']:.2f}" for row in rows),
                 ", ".join(f"{row['median_db']:+.1f} ({row['p10_db']:+.1f} to {row['p90_db']:+.1f})" for row in rows),
+                ", ".join(f"{row['pooled_size_db']:.2f}" for row in rows if "pooled_size_db" in row),
             ]
         lines.append([f"{guidance:g}", end, signal, ", ".join(f"{row['spearman']:.3f}" for row in rows), *size])
     count, probes = (max(row[key] for rows in groups.values() for row in rows) for key in ("pairs", "probes"))
     words = (
         f"**What is known of a layer's noise at the end** (the {data['rows'][-1]['model']} model, {count} layers and "
         "schemes drawn at random, each alone; noise in the final latents and the pictures, drawn and predicted; each "
-        f"set of {probes} probes apart)"
+        f"set of {probes} probes apart; sizes are means over pictures of dB, as those of plans are; noise pooled over "
+        "pictures is that of one or two of them, and known less well)"
     )
     head = ["guidance", "end", "signal", "rank correlation", "dB off, median", "dB too high, median (10th to 90th %)"]
-    return f"{words}\n\n" + markdown(head, lines)
+    return f"{words}\n\n" + markdown([*head, "pooled: dB off, median"], lines)
 
 
 def results_of(subject: Subject) -> str:

@@ -22,7 +22,7 @@ from ldmq_kernels.sensitivity.trials import Judge
 logger = logging.getLogger(__name__)
 
 WHOLE_MODEL = 100_000_000  # parameters up to which all pictures and calls count
-PROBES = 16  # at each end; with fewer, sizes scatter more by the chance of which probes are drawn
+PROBES = 8  # at each end; with fewer, sizes scatter more by the chance of which probes are drawn
 LARGE_PICTURES, LARGE_PROBES = 2, 1  # of a larger model
 LARGE_CALLS = 8  # of each run, at which layers are recorded: in the median sizes come out smaller than by all
 
