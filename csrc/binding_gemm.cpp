@@ -50,12 +50,12 @@ class GemmCall {
     const int64_t step = gemm_.scale_rows, scales = step > 0 ? (gemm_.m + step - 1) / step : 1;
     require(gemm_.scale_rows >= 0 && (scale_count == scales || gemm_.m == 0),
             "x_scale has " + std::to_string(scale_count) + " elements, must have " + std::to_string(scales));
-    if (gemm_.out_dtype == LDMQ_INT8) {
-      require(gemm_.out_inv_scale, "an int8 output needs out_inv_scale");
+    if (gemm_.out_dtype == LDMQ_INT8 || gemm_.out_dtype == LDMQ_FLOAT8) {
+      require(gemm_.out_inv_scale, "an 8-bit output needs out_inv_scale");
       require(gemm_.out_inv_scale_count == 1 || gemm_.out_inv_scale_count == gemm_.n,
               "out_inv_scale must have 1 element or one for each output channel");
     } else {
-      require(!gemm_.out_inv_scale, "out_inv_scale is for an int8 output");
+      require(!gemm_.out_inv_scale, "out_inv_scale is for an 8-bit output");
     }
     if (const char* why = ldmq_refusal(&gemm_, tile)) throw Refusal(text(why));
   }
@@ -124,7 +124,8 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
   gemm.out_inv_scale = static_cast<const float*>(address(out_inv_scale));
   gemm.out_inv_scale_count = out_inv_scale_count;
   gemm.out = reinterpret_cast<void*>(out);
-  gemm.out_dtype = out_dtype == "int8" ? LDMQ_INT8 : parse_dtype("ldmq cuda out", out_dtype);
+  const bool quantized = out_dtype == "int8" || out_dtype == "float8_e4m3fn";
+  gemm.out_dtype = quantized ? parse_quantized("ldmq cuda out", out_dtype) : parse_dtype("ldmq cuda out", out_dtype);
   gemm.m = m;
   gemm.n = n;
   gemm.channels = channels;

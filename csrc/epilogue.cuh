@@ -1,5 +1,5 @@
 // What happens to the accumulators of a tile, int32 or float32: scales, bias, sample vector or gate, residual, and one
-// rounding.
+// rounding; or GEGLU of the two halves of its columns.
 //
 // The tensor cores leave a lane with two neighbouring columns of every eight. Lanes trade them by shuffles until each
 // has eight neighbouring columns of one row, so that memory is read and written 16 bytes at a time.
@@ -182,6 +182,104 @@ __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_
       for (int i = 0; i < kRun; ++i) run[i] = accumulator((group + i / 2) * 4 + half * 2 + i % 2);
       gather_columns(run);
       finish_run<T, GATE>(epilogue, column, rows[half], first, residual[half], run);
+    }
+  }
+}
+
+// The terms of two neighbouring columns of the product, and of the output where that is quantized.
+struct PairTerms {
+  float scale[2] = {}, bias[2] = {};
+
+  __device__ __forceinline__ PairTerms(const Epilogue& epilogue, int first, bool valid) {
+    if (!valid) return;
+    load_run(scale, epilogue.weight_scale + first);
+    if (!epilogue.bias.data) return;
+    if (epilogue.bias.dtype == LDMQ_FLOAT32) {
+      load_run(bias, static_cast<const float*>(epilogue.bias.data) + first);
+    } else if (epilogue.bias.dtype == LDMQ_FLOAT16) {
+      load_run(bias, static_cast<const __half*>(epilogue.bias.data) + first);
+    } else {
+      load_run(bias, static_cast<const __nv_bfloat16*>(epilogue.bias.data) + first);
+    }
+  }
+  template <typename Sum>
+  __device__ __forceinline__ float of(Sum sum, const RowTerms& row, int i) const {
+    return to_float(sum) * row.scale * scale[i] + bias[i];
+  }
+};
+
+// Eight columns of a row from those that its four lanes have in four blocks: each stores a block. Numbers of 8 and 16
+// bits trade places in pairs.
+template <typename T>
+__device__ __forceinline__ void store_traded(float (&value)[kRun], bool valid, T* target) {
+  if constexpr (sizeof(T) == 4) {
+    gather_columns(value);
+    if (valid) store_run(value, target);
+  } else {
+    using Bits = std::conditional_t<sizeof(T) == 1, uint16_t, uint32_t>;
+    uint32_t pair[4];
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+      Pack<T, 2> pack;
+      from_floats(pack, value + 2 * block);
+      pair[block] = *reinterpret_cast<const Bits*>(&pack);
+    }
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+#pragma unroll
+      for (int block = 0; block < 4; ++block) {
+        if (!(block & bit)) trade(pair[block], pair[block + bit], bit);
+      }
+    }
+    if (!valid) return;
+    if constexpr (sizeof(T) == 1) {
+      *reinterpret_cast<uint2*>(target) = {pair[0] | pair[1] << 16, pair[2] | pair[3] << 16};
+    } else {
+      *reinterpret_cast<uint4*>(target) = {pair[0], pair[1], pair[2], pair[3]};
+    }
+  }
+}
+
+// The same as finish_rows with GEGLU: the first half of the blocks are of values, and the others of their gates. Lanes
+// trade the results, which are half as many as the sums, and mostly narrower.
+template <typename T, int BLOCKS, typename Accumulator>
+__device__ __forceinline__ void finish_gated(const Epilogue& epilogue, int first_row, int first_column,
+                                             const Accumulator& accumulator) {
+  constexpr bool kQuantized = sizeof(T) == 1;
+  static_assert(BLOCKS % 8 == 0, "four blocks of values are stored at once");
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const RowTerms rows[2] = {{epilogue, first_row + lane / 4}, {epilogue, first_row + lane / 4 + 8}};
+#pragma unroll
+  for (int group = 0; group < BLOCKS / 2; group += 4) {
+    float out[2][kRun];
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+      const int first = first_column + (group + block) * 8 + lane % 4 * 2;
+      const bool valid = first < epilogue.n;
+      const PairTerms of_value(epilogue, first, valid), of_gate(epilogue, epilogue.n + first, valid);
+      float inv_scale[2] = {};
+      if (kQuantized && valid) {
+        if (epilogue.out_inv_scale_step == 0) {
+          inv_scale[0] = inv_scale[1] = *epilogue.out_inv_scale;
+        } else {
+          load_run(inv_scale, epilogue.out_inv_scale + first);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // two columns of two rows
+        const int at = (group + block) * 4 + i, column = i % 2;
+        const RowTerms& row = rows[i / 2];
+        const float gate = of_gate.of(accumulator(BLOCKS * 2 + at), row, column);
+        float gated = of_value.of(accumulator(at), row, column) * gelu(gate);
+        if constexpr (kQuantized) gated = __fmul_rn(gated, inv_scale[column]);
+        out[i / 2][block * 2 + column] = gated;
+      }
+    }
+    const int first = first_column + (group + lane % 4) * 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      store_traded(out[half], rows[half].valid && first < epilogue.n,
+                   static_cast<T*>(epilogue.out) + rows[half].at + first);
     }
   }
 }

@@ -18,10 +18,10 @@ constexpr int64_t kMostColumns = 64;  // of the runs of V channels in a block: i
 constexpr int64_t kMostBlocks = 1 << 20;
 constexpr int kRowsAhead = 2;  // whose loads are under way together
 
-// x (1 + erf(x / sqrt(2))) / 2, or x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+// GELU by the error function, or x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
 __device__ __forceinline__ float gelu(float x, bool tanh) {
   if (tanh) return x / (1.0f + __expf(-1.595769122f * (x + 0.044715f * x * x * x)));
-  return 0.5f * x * (1.0f + erff(x * 0.707106781f));
+  return ldmq::gelu(x);
 }
 
 // V neighbours of one row: of x, or of the values and their gates.

@@ -22,13 +22,17 @@ const TileList& tiles() {
     add(sm90_conv2d_w8a8());
     add(sm90_linear_w4a8());
     add(sm90_linear_fp8());
+    add(sm90_linear_geglu_w8a8());
+    add(sm90_linear_geglu_fp8());
     add(sm90_conv2d_fp8());
 #endif
 #if LDMQ_HAS_SM89
     add(sm89_linear_fp8());
+    add(sm89_linear_geglu_fp8());
     add(sm89_conv2d_fp8());
 #endif
     add(sm80_linear_w8a8());
+    add(sm80_linear_geglu_w8a8());
     add(sm80_conv2d_w8a8());
     add(sm80_linear_w4a8());
     return list;
@@ -56,10 +60,12 @@ const char* refusal_of_operands(const ldmq_gemm& gemm, const std::string& op) {
   for (const void* pointer : vectors) {
     if (!is_aligned(pointer, 16)) return "tensors must begin at a multiple of 16 bytes";
   }
-  if (gemm.out_dtype == LDMQ_INT8 && (gemm.residual || gemm.vector)) {
-    return "an int8 output takes no residual, no sample vector and no gate";
+  const bool geglu = op == "linear_geglu_w8a8" || op == "linear_geglu_fp8";
+  if ((geglu || gemm.out_dtype == LDMQ_INT8) && (gemm.residual || gemm.vector)) {
+    return "GEGLU and an int8 output take no residual, no sample vector and no gate";
   }
   if (gemm.out_dtype == LDMQ_INT8 && is_fp8(op)) return "an int8 output is for int8 operands";
+  if (gemm.out_dtype == LDMQ_FLOAT8 && !geglu) return "an FP8 output is for GEGLU";
   return nullptr;
 }
 

@@ -10,7 +10,7 @@ namespace ldmq {
 
 constexpr int kGroup = 64;  // input channels that share a multiplier of an int4 weight
 
-enum class Kind { kLinear, kConv2d, kLinearInt4 };
+enum class Kind { kLinear, kConv2d, kLinearInt4, kGeglu };
 enum class Element { kInt8, kE4m3 };  // of both operands, as the tensor cores read them
 
 // int8 is summed exactly, e4m3 in float32.
@@ -46,8 +46,8 @@ inline ConvShape conv_shape_of(const ldmq_gemm& gemm) {
           gemm.dilation_height, gemm.dilation_width, gemm.pad_top, gemm.pad_left, gemm.upsample};
 }
 
-// Calls `body` with a value of the type that is stored; int8 is stored for the next layer of int8.
-template <Element ELEMENT, typename Body>
+// Calls `body` with a value of the type that is stored: int8 for the next layer of int8, by GEGLU for any next layer.
+template <Kind KIND, Element ELEMENT, typename Body>
 int with_out_type(ldmq_dtype dtype, Body body) {
   switch (dtype) {
     case LDMQ_FLOAT32:
@@ -57,7 +57,10 @@ int with_out_type(ldmq_dtype dtype, Body body) {
     case LDMQ_BFLOAT16:
       return body(__nv_bfloat16());
     case LDMQ_INT8:
-      if constexpr (ELEMENT == Element::kInt8) return body(int8_t());
+      if constexpr (ELEMENT == Element::kInt8 || KIND == Kind::kGeglu) return body(int8_t());
+      break;
+    case LDMQ_FLOAT8:
+      if constexpr (KIND == Kind::kGeglu) return body(Float8());
   }
   return cudaErrorInvalidValue;
 }

@@ -23,7 +23,9 @@ typedef struct {
 // float32, and
 //   out = (accumulator * x_scale * weight_scale + bias) * vector[row] + residual   of a linear: gates
 //   out = accumulator * x_scale * weight_scale + bias + vector[row] + residual     of a convolution: one a sample
-// in float32, rounded once; an int8 out is out * out_inv_scale, rounded and clamped to [-127, 127].
+// in float32, rounded once; an int8 out is out * out_inv_scale, rounded and clamped to [-127, 127]. Of GEGLU the weight,
+// its scales and the bias have 2 n rows, values and then their gates, and
+//   out = value * gelu(gate)   both as above, of m x n each; out may be int8 or FP8 with out_inv_scale
 // A linear has one tap, and m tokens; a convolution is an implicit GEMM with m pixels of its output, and
 // kernel_height * kernel_width taps on NHWC images.
 typedef struct {
@@ -50,9 +52,10 @@ typedef struct {
 
 // A compiled tile: `op` takes it by its place in ldmq_tiles().
 typedef struct {
-  const char* op;       // "linear_w8a8", "linear_w4a8", "conv2d_w8a8", "linear_fp8" or "conv2d_fp8"
+  const char* op;       // "linear_w8a8", "linear_w4a8", "conv2d_w8a8", "linear_fp8", "conv2d_fp8",
+                        // "linear_geglu_w8a8" or "linear_geglu_fp8"
   int family;           // 80: mma.sync; 89: that of FP8, from 8.9 on; 90: wgmma and TMA, on capability 9.0 alone
-  int m, n;             // of the output
+  int m, n;             // of the product; with GEGLU the output has n / 2 columns
   int k;                // of a step: input channels of one tap
   int stages;           // of shared memory
   int cluster;          // blocks that share what they load

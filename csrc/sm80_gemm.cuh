@@ -21,7 +21,8 @@ struct Tile {
   static constexpr Kind kKind = KIND;
   static constexpr Element kElement = ELEMENT;
   static constexpr int kFamily = ELEMENT == Element::kInt8 ? 80 : 89;
-  static constexpr int kM = M, kN = N, kStages = STAGES;
+  static constexpr bool kGated = KIND == Kind::kGeglu;  // of a warp's columns the first half, and then their gates
+  static constexpr int kM = M, kN = N, kOutN = kGated ? N / 2 : N, kStages = STAGES;
   static constexpr int kWarpM = WARP_M, kWarpN = WARP_N;
   static constexpr int kWarpsM = M / WARP_M, kThreads = 32 * kWarpsM * (N / WARP_N);
   static constexpr int kWeightBytes = KIND == Kind::kLinearInt4 ? kK / 2 : kK;  // of a column and step
@@ -130,8 +131,14 @@ class WeightCopies {
     row_bytes_ = parameters.channels / kPacked;
     left_ = parameters.epilogue.n - first_column;
     const int64_t column_bytes = static_cast<int64_t>(parameters.taps) * row_bytes_;
-    from_ = parameters.weight + (first_column + column_) * column_bytes + chunk_ * kChunk;
-    step_bytes_ = kColumnStep * column_bytes;
+    int64_t row = first_column + column_;
+    if constexpr (Tile::kGated) {
+      static_assert(kColumnStep % Tile::kWarpN == 0, "a thread has values of all warps, or gates of all");
+      row = first_column + in_half(column_);
+      if (column_ % Tile::kWarpN >= Tile::kWarpN / 2) row += parameters.epilogue.n;
+    }
+    from_ = parameters.weight + row * column_bytes + chunk_ * kChunk;
+    step_bytes_ = (Tile::kGated ? kColumnStep / 2 : kColumnStep) * column_bytes;
   }
 
   __device__ __forceinline__ void start(const Parameters& parameters, char* target, const Step& step) const {
@@ -142,13 +149,19 @@ class WeightCopies {
     for (int i = 0; i < kCount; ++i) {
       const int column = column_ + i * kColumnStep;
       if (Tile::kN % kColumnStep != 0 && column >= Tile::kN) continue;
-      const bool valid = inside && column < left_;
+      const bool valid = inside && in_half(column) < left_;
       cp_async_16(target + chunk_at<Tile::kWeightBytes>(column, chunk_),
                   valid ? from + i * step_bytes_ : parameters.weight, valid);
     }
   }
 
  private:
+  // The column of the output that a tile's column, of values or of gates, belongs to.
+  __device__ __forceinline__ static int in_half(int column) {
+    constexpr int kHalf = Tile::kWarpN / 2;
+    return Tile::kGated ? column / Tile::kWarpN * kHalf + column % kHalf : column;
+  }
+
   int column_, chunk_, row_bytes_, left_;
   const uint8_t* from_;
   int64_t step_bytes_;
@@ -196,7 +209,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_const
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int warp_m = warp % Tile::kWarpsM * Tile::kWarpM;
   const int warp_n = warp / Tile::kWarpsM * Tile::kWarpN;
-  const int first_row = tile_m * Tile::kM, first_column = tile_n * Tile::kN;
+  const int first_row = tile_m * Tile::kM, first_column = tile_n * Tile::kOutN;
 
   const ActivationCopies<Tile> rows(parameters, first_row);
   const WeightCopies<Tile> weights(parameters, first_column);
@@ -258,9 +271,14 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_const
   cp_async_wait<0>();
 #pragma unroll
   for (int band = 0; band < kBands; ++band) {
-    finish_rows<Out, kRuns * 4, Tile::kKind != Kind::kConv2d>(
-        parameters.epilogue, first_row + warp_m + band * 16, first_column + warp_n,
-        [&](int i) { return sum[band][i / 4][i % 4]; });
+    const int row = first_row + warp_m + band * 16;
+    const auto accumulator = [&](int i) { return sum[band][i / 4][i % 4]; };
+    if constexpr (Tile::kGated) {
+      finish_gated<Out, kRuns * 4>(parameters.epilogue, row, first_column + warp_n / 2, accumulator);
+    } else {
+      finish_rows<Out, kRuns * 4, Tile::kKind != Kind::kConv2d>(parameters.epilogue, row, first_column + warp_n,
+                                                                accumulator);
+    }
   }
 }
 
@@ -274,11 +292,11 @@ int run(const ldmq_gemm& gemm, void* stream) {
   parameters.taps = taps_of(gemm);
   parameters.groups = static_cast<int>(ceil_div(gemm.channels, kGroup));
   parameters.scheduler = {static_cast<int>(ceil_div(gemm.m, Tile::kM)),
-                          static_cast<int>(ceil_div(gemm.n, Tile::kN))};
+                          static_cast<int>(ceil_div(gemm.n, Tile::kOutN))};
   parameters.conv = conv_shape_of(gemm);
   parameters.epilogue = epilogue_of(gemm);
   const Shape shape = {dim3(static_cast<unsigned>(parameters.scheduler.count())), Tile::kThreads, Tile::kSharedBytes};
-  return with_out_type<Tile::kElement>(gemm.out_dtype, [&](auto out) {
+  return with_out_type<Tile::kKind, Tile::kElement>(gemm.out_dtype, [&](auto out) {
     return launch(gemm_kernel<Tile, decltype(out)>, shape, stream, parameters);
   });
 }

@@ -59,10 +59,12 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
       keep_registers(sum[band]);
-      const int a_first = a_row + group_row + band * 64 + warp_row, b_first = b_tile * Tile::kBRows;
+      const int a_first = a_row + group_row + band * 64 + warp_row, b_first = b_tile * Tile::kBStep;
       const auto accumulator = [&](int i) { return sum[band][i]; };
       if constexpr (Tile::kInt4) {
         finish_transposed<Out, Tile::kBRows / 8, kGate>(parameters.epilogue, b_first, a_first, accumulator);
+      } else if constexpr (Tile::kGated) {
+        finish_gated<Out, Tile::kBRows / 8>(parameters.epilogue, a_first, b_first, accumulator);
       } else {
         finish_rows<Out, Tile::kBRows / 8, kGate>(parameters.epilogue, a_first, b_first, accumulator);
       }
@@ -119,8 +121,8 @@ int run(const ldmq_gemm& gemm, void* stream) {
   if (error != cudaSuccess) return error;
   const void* b = Tile::kInt4 ? static_cast<const void*>(gemm.x) : gemm.weight;
   const int64_t a_rows = Tile::kInt4 ? gemm.n : gemm.m;
-  const int64_t b_rows = Tile::kInt4 ? gemm.m : gemm.n;
-  error = encode_tiled(&parameters.b, b, b_rows, taps * gemm.channels, Tile::kBRows / Tile::kCluster, Tile::kK);
+  const int64_t b_rows = Tile::kInt4 ? gemm.m : Tile::kGated ? 2 * gemm.n : gemm.n;
+  error = encode_tiled(&parameters.b, b, b_rows, taps * gemm.channels, Tile::kBPart, Tile::kK);
   if (error != cudaSuccess) return error;
   parameters.multiplier = gemm.multiplier;
   parameters.channels = static_cast<int>(gemm.channels);
@@ -140,7 +142,7 @@ int run(const ldmq_gemm& gemm, void* stream) {
   const int clusters = std::max(1, std::min(parameters.scheduler.count(), multiprocessors / Tile::kCluster));
   const Shape shape = {dim3(static_cast<unsigned>(clusters * Tile::kCluster)), kThreads, Tile::kSharedBytes,
                        Tile::kCluster};
-  return with_out_type<Tile::kElement>(gemm.out_dtype, [&](auto out) {
+  return with_out_type<Tile::kKind, Tile::kElement>(gemm.out_dtype, [&](auto out) {
     return launch(gemm_kernel<Tile, decltype(out)>, shape, stream, parameters);
   });
 }

@@ -15,15 +15,19 @@ struct Tile {
   using Accumulator = AccumulatorOf<ELEMENT>;
   static constexpr Kind kKind = KIND;
   static constexpr Element kElement = ELEMENT;
-  static constexpr bool kInt4 = KIND == Kind::kLinearInt4, kCooperative = COOPERATIVE;
+  static constexpr bool kInt4 = KIND == Kind::kLinearInt4, kGated = KIND == Kind::kGeglu, kCooperative = COOPERATIVE;
   static constexpr int kARows = A_ROWS, kBRows = B_ROWS, kK = K, kStages = STAGES, kCluster = CLUSTER;
+  // With gates operand b is two halves of rows, n apart in the weight: each is a part that is loaded at once.
+  static constexpr int kBPart = B_ROWS / (kGated ? 2 : CLUSTER), kBStep = kGated ? B_ROWS / 2 : B_ROWS;
+  static constexpr int kBParts = B_ROWS / kBPart / CLUSTER;  // that this block loads, for all of its cluster
   static constexpr int kM = kInt4 ? B_ROWS : A_ROWS, kN = kInt4 ? A_ROWS : B_ROWS;  // of the output
   static constexpr int kGroupRows = COOPERATIVE ? A_ROWS / 2 : A_ROWS;                       // of a warpgroup
   static constexpr int kARowBytes = kInt4 ? K / 2 : K;
   static constexpr int kABytes = A_ROWS * kARowBytes, kBBytes = B_ROWS * K, kStageBytes = kABytes + kBBytes;
   static constexpr int kSharedBytes = STAGES * kStageBytes + (2 * STAGES + 2) * 8;
   static_assert(kGroupRows % 64 == 0 && B_ROWS % 32 == 0 && kABytes % kAlignment == 0);
-  static_assert(kBBytes / CLUSTER % kAlignment == 0, "each part of operand b begins where a swizzle does");
+  static_assert(kBPart * K % kAlignment == 0, "each part of operand b begins where a swizzle does");
+  static_assert(!kGated || CLUSTER <= 2, "each block of a cluster loads one half at least");
   static_assert(kSharedBytes <= 227 << 10 && A_ROWS <= 256 && B_ROWS <= 256);
   static_assert(ELEMENT == Element::kInt8 || COOPERATIVE, "one warpgroup multiplies while the other promotes its sums");
 };
@@ -70,7 +74,6 @@ struct Shared {
 // One thread: loads every step of every tile of this block.
 template <typename Tile>
 __device__ __forceinline__ void load_tiles(const Parameters& parameters, const Shared<Tile>& shared, int rank) {
-  constexpr int kPart = Tile::kBRows / Tile::kCluster;  // of operand b, loaded by this block for all of its cluster
   const int cluster = static_cast<int>(blockIdx.x) / Tile::kCluster;
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.scheduler.count();
   prefetch_tensormap(&parameters.a);
@@ -79,7 +82,8 @@ __device__ __forceinline__ void load_tiles(const Parameters& parameters, const S
   for (int tile = cluster; tile < tiles; tile += clusters) {
     int a_tile, b_tile;
     parameters.scheduler.coordinates(tile, a_tile, b_tile);
-    const int a_row = (a_tile * Tile::kCluster + rank) * Tile::kARows, b_row = b_tile * Tile::kBRows + rank * kPart;
+    const int a_row = (a_tile * Tile::kCluster + rank) * Tile::kARows, b_row = b_tile * Tile::kBStep;
+    const int part_step = Tile::kGated ? parameters.epilogue.n : Tile::kBPart;
     int base_w = 0, base_h = 0, sample = 0;
     if constexpr (Tile::kKind == Kind::kConv2d) {
       const ConvShape& p = parameters.conv;
@@ -105,12 +109,16 @@ __device__ __forceinline__ void load_tiles(const Parameters& parameters, const S
         } else {
           tma_load_2d(shared.a(ring.stage), &parameters.a, full, Tile::kInt4 ? channel / 2 : channel, a_row);
         }
-        char* target = shared.b(ring.stage) + rank * kPart * Tile::kK;
         const int b_column = tap * parameters.channels + channel;
-        if constexpr (Tile::kCluster > 1) {
-          tma_load_2d_multicast(target, &parameters.b, full, b_column, b_row, (1 << Tile::kCluster) - 1);
-        } else {
-          tma_load_2d(target, &parameters.b, full, b_column, b_row);
+#pragma unroll
+        for (int i = 0; i < Tile::kBParts; ++i) {
+          const int part = rank * Tile::kBParts + i, row = b_row + part * part_step;
+          char* target = shared.b(ring.stage) + part * Tile::kBPart * Tile::kK;
+          if constexpr (Tile::kCluster > 1) {
+            tma_load_2d_multicast(target, &parameters.b, full, b_column, row, (1 << Tile::kCluster) - 1);
+          } else {
+            tma_load_2d(target, &parameters.b, full, b_column, row);
+          }
         }
         ring.advance(1);
       }

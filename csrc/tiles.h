@@ -14,14 +14,18 @@ struct CompiledTile {
 using TileList = std::vector<CompiledTile>;
 
 TileList sm80_linear_w8a8();
+TileList sm80_linear_geglu_w8a8();
 TileList sm80_linear_w4a8();
 TileList sm80_conv2d_w8a8();
 TileList sm89_linear_fp8();
+TileList sm89_linear_geglu_fp8();
 TileList sm89_conv2d_fp8();
 TileList sm90_linear_w8a8();
 TileList sm90_linear_w4a8();
 TileList sm90_conv2d_w8a8();
 TileList sm90_linear_fp8();
+TileList sm90_linear_geglu_w8a8();
+TileList sm90_linear_geglu_fp8();
 TileList sm90_conv2d_fp8();
 
 }  // namespace ldmq

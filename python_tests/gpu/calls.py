@@ -241,6 +241,7 @@ CALLS: dict[str, Maker] = {
 IN_CUDA = (  # what the CUDA backend takes of these
     "linear_w8a8",
     "linear_static_w8a8",
+    "linear_geglu_w8a8",
     "linear_w4a8",
     "conv2d_w8a8",
     "conv2d_w8a8 stride 2",

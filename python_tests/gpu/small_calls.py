@@ -50,6 +50,8 @@ def run_tiles(device: torch.device) -> None:
     calls = {
         "linear_w8a8": (x, one, weight, scale, None, None, torch.float16),
         "linear_w4a8": (x, one, packed, multiplier, scale, None, None, torch.float16),
+        "linear_geglu_w8a8": (x, one, weight[:304], scale[:304], None, one, torch.int8),
+        "linear_geglu_fp8": (x_fp8, one, weight_fp8[:304], scale[:304], None, None, torch.float16),
         "conv2d_w8a8": (picture, one, weight.view(columns, 1, 1, depth), scale, None, None, None, *square),
         "linear_fp8": (x_fp8, one, weight_fp8, scale, None, None, torch.float16),
         "conv2d_fp8": (picture_fp8, one, weight_fp8.view(columns, 1, 1, depth), scale, None, None, None, *square),

@@ -50,7 +50,7 @@ def cuda_refusal(op: str, operands: dict[str, Any]) -> str | None:
     multiple = 32 if op == "linear_w4a8" else 16
     if x.shape[1 if op.startswith("conv2d") else -1] % multiple:
         return f"input channels must be a multiple of {multiple}"
-    if len(operands["weight_scale"]) % 8:
+    if len(operands["weight_scale"]) // (2 if "geglu" in op else 1) % 8:
         return "output channels must be a multiple of 8"
     return None
 

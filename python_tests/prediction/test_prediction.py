@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,23 @@ from ldmq_kernels.kernels.devices import DEVICES, device_called, device_of
 from ldmq_kernels.kernels.tile_cost import INT8_PRODUCTS
 from ldmq_kernels.prediction import BACKENDS, Operation, predict, record
 from ldmq_kernels.prediction.gemms import by_cuda, by_library, by_triton
+from ldmq_kernels.prediction.predict import COPY_SHARE, GAP_MS, START_MS
 from ldmq_kernels.prediction.recorded import Gemm
+from ldmq_kernels.tuning.calls import GEGLU_WIDENING
+from ldmq_kernels.tuning.shapes import of_models
 from python_tests.tiny import run_unet, tiny_unet
 
 CSRC = Path(__file__).parents[2] / "csrc"
 H200 = DEVICES["h200"]
+CUDA_OPS = (
+    "linear_w8a8",
+    "linear_w4a8",
+    "conv2d_w8a8",
+    "linear_geglu_w8a8",
+    "linear_fp8",
+    "conv2d_fp8",
+    "linear_geglu_fp8",
+)
 GEMMS = [Gemm(2048, 1280, 1280), Gemm(2, 1280, 320), Gemm(8192, 640, 5760, taps=9), Gemm(65536, 5120, 5120)]
 
 
@@ -142,7 +156,7 @@ def test_devices_are_found_by_their_key_and_by_what_torch_calls_them() -> None:
         device_of("h400")
 
 
-@pytest.mark.parametrize("op", ["linear_w8a8", "linear_w4a8", "conv2d_w8a8", "linear_fp8", "conv2d_fp8"])
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_the_list_of_cuda_tiles_is_what_the_sources_compile(op: str) -> None:
     lowest = 89 if op.endswith("fp8") else 80
     listed = {family: [t for t in compiled_tiles(op) if t.family == family] for family in (lowest, 90)}
@@ -152,6 +166,18 @@ def test_the_list_of_cuda_tiles_is_what_the_sources_compile(op: str) -> None:
     assert [f"{t.m}, {t.n}, {t.k}, {t.stages}, {str(t.cooperative).lower()}, {t.cluster}" for t in listed[90]] == wgmma
     fields = [fields.split(", ") for fields in mma]
     assert [[str(t.m), str(t.n), str(t.stages)] for t in listed[lowest]] == [[f[0], f[1], f[-1]] for f in fields]
+
+
+@pytest.mark.parametrize("device", ["h200", "a100", "rtx4090"])
+@pytest.mark.parametrize("by", [by_triton, by_cuda])
+def test_geglu_gains_in_the_epilogue_at_every_size_of_the_models(by: Callable[..., Any], device: str) -> None:
+    """Why blocks take it wherever a backend has it: the op that it saves takes longer than the epilogue grows."""
+    shapes = [s for s in of_models("sd15", "sdxl")[0] if s.n == GEGLU_WIDENING * s.k]
+    assert len(shapes) >= 5
+    for shape in shapes:
+        gemm, on = Gemm(shape.m, shape.n, shape.k), DEVICES[device]
+        added = on.milliseconds(by("linear_geglu_w8a8", gemm, on).clocks - by("linear_w8a8", gemm, on).clocks)
+        assert added < START_MS + GAP_MS + 2.5e-6 * shape.m * shape.n / on.bandwidth / COPY_SHARE
 
 
 def test_fp8_has_the_rate_of_int8_without_its_drain_where_there_is_fp8() -> None:

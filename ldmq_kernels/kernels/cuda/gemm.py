@@ -14,7 +14,7 @@ from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.geometry import conv2d_output_size
 from ldmq_kernels.kernels.operands import plain, quantized
 
-_OUT_DTYPES = {**extension.DTYPES, torch.int8: "int8"}
+_OUT_DTYPES = {**extension.DTYPES, torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn"}
 
 
 class ConvShape(NamedTuple):
@@ -62,7 +62,7 @@ class Epilogue(NamedTuple):
     out_inv_scale: Tensor | None = None
     gate: Tensor | None = None
 
-    def checked(self, op: str, x: Tensor, out: Tensor, units: int) -> Epilogue:
+    def checked(self, op: str, x: Tensor, out: Tensor, units: int, n: int) -> Epilogue:
         """The same operands beside x, of the dtypes that the kernels take, contiguous in the output's order.
 
         Args:
@@ -70,17 +70,18 @@ class Epilogue(NamedTuple):
             x: the activations.
             out: what is written.
             units: rows or samples that may have a scale of their own.
+            n: columns of the output, or its channels; with GEGLU the product has twice as many.
 
         Raises:
             Unsupported: another dtype, device or count; the text names op and operand.
         """
-        n = self.weight_scale.numel()
+        columns = self.weight_scale.numel()
         inv_scale, bias = self.out_inv_scale, self.bias
         if bias is not None:
-            bias = _check(op, "bias", bias, x, tuple(extension.DTYPES)).expand(n).contiguous()
+            bias = _check(op, "bias", bias, x, tuple(extension.DTYPES)).expand(columns).contiguous()
         return Epilogue(
             _factors(op, "x_scale", self.x_scale, x, (1, units)),
-            _factors(op, "weight_scale", self.weight_scale, x, (n, n)),
+            _factors(op, "weight_scale", self.weight_scale, x, (columns, columns)),
             bias,
             _added(op, "residual", self.residual, x, out.shape, out.dtype),
             _added(op, "sample_bias", self.sample_bias, x, (units, n), out.dtype),
@@ -175,7 +176,8 @@ def run(
     """Compute `out` of operands whose shapes are checked.
 
     Args:
-        op: "linear_w8a8", "linear_w4a8", "conv2d_w8a8", "linear_fp8" or "conv2d_fp8".
+        op: "linear_w8a8", "linear_w4a8", "conv2d_w8a8", "linear_fp8", "conv2d_fp8", "linear_geglu_w8a8" or
+            "linear_geglu_fp8".
         x: (M, channels) contiguous, or (N, C, H, W) channels_last, of the op's int8 or float8_e4m3fn.
         weight: (N, channels) or (K, R, S, C) of the same, or (N, channels / 2) uint8 holding int4; contiguous.
         multiplier: (N, groups) uint8 contiguous, of an int4 weight.
@@ -195,9 +197,10 @@ def run(
     for name, operand in (("weight", weight), ("multiplier", multiplier)):
         if operand is not None:
             _check(op, name, operand, x, (operand.dtype,))
-    n = epilogue.weight_scale.shape[0]
+    columns = epilogue.weight_scale.shape[0]
+    n = columns // 2 if "geglu" in op else columns
     m, units = (conv.m, conv.samples) if conv else (x.shape[0], x.shape[0])
-    epilogue = epilogue.checked(op, x, out, units)
+    epilogue = epilogue.checked(op, x, out, units, n)
     call: dict[str, Any] = {
         "x": x.data_ptr(),
         "weight": weight.data_ptr(),
@@ -212,7 +215,7 @@ def run(
         **extension.target(x),
     }
     taps = conv.kernel_height * conv.kernel_width if conv else 1
-    _launch(op, m, n, taps * channels, taps, x.device, call)
+    _launch(op, m, columns, taps * channels, taps, x.device, call)
     return out
 
 
@@ -222,15 +225,15 @@ def linear(
     """A linear layer whose activations and weights are both of `dtype`.
 
     Args:
-        op: "linear_w8a8" or "linear_fp8".
+        op: "linear_w8a8", "linear_fp8", "linear_geglu_w8a8" or "linear_geglu_fp8".
         x_q: (..., K), K a multiple of 16.
-        weight: (N, K), N a multiple of 8.
+        weight: (N, K), N a multiple of 8, with GEGLU of 16.
         dtype: int8 or float8_e4m3fn.
         epilogue: scales, and what is added.
         out_dtype: of the result.
 
     Returns:
-        (..., N).
+        (..., N), with GEGLU (..., N / 2).
 
     Raises:
         Unsupported: a packed weight, or an operand of another dtype or size.
@@ -238,7 +241,8 @@ def linear(
     k, n = x_q.shape[-1], epilogue.weight_scale.shape[0]
     weight = plain(weight, dtype, (n, k))
     x = quantized(x_q, dtype).reshape(-1, k).contiguous()
-    out = torch.empty((*x_q.shape[:-1], n), dtype=out_dtype, device=x.device)
+    outputs = n // 2 if "geglu" in op else n
+    out = torch.empty((*x_q.shape[:-1], outputs), dtype=out_dtype, device=x.device)
     return run(op, x, weight, None, epilogue, out, channels=k)
 
 

@@ -58,6 +58,22 @@ NAMES = {
         "sm89 128x128x64x4",
         "sm89 64x64x64x6",
     ],
+    "linear_geglu_w8a8": [
+        "sm90 128x256x128x4 cooperative cluster 2",
+        "sm90 128x128x128x7 cluster 2",
+        "sm90 128x128x128x7",
+        "sm90 128x64x128x8 cooperative",
+        "sm80 256x128x64x3",
+        "sm80 128x128x64x4",
+        "sm80 64x128x64x4",
+    ],
+    "linear_geglu_fp8": [
+        "sm90 256x128x128x4 cooperative cluster 2",
+        "sm90 128x128x128x7 cooperative",
+        "sm90 128x64x128x8 cooperative",
+        "sm89 128x128x64x4",
+        "sm89 64x128x64x4",
+    ],
     "conv2d_fp8": [
         "sm90 256x128x128x4 cooperative cluster 2",
         "sm90 128x160x128x6 cooperative cluster 2",

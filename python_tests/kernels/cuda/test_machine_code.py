@@ -16,15 +16,17 @@ from python_tests.kernels.kept_builds import ROOT, kept_build
 from python_tests.kernels.machine_code import waits
 
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.x]*)", re.MULTILINE)
-DESIGNED = re.compile(r"sm(80|90)11gemm_kernelINS0_4TileILNS_4KindE([012])ELNS_7ElementE([01])E")
+DESIGNED = re.compile(r"sm(80|90)11gemm_kernelINS0_4TileILNS_4KindE([0123])ELNS_7ElementE([01])E")
 OPS = {
     ("0", "0"): "linear_w8a8",
     ("1", "0"): "conv2d_w8a8",
     ("2", "0"): "linear_w4a8",
+    ("3", "0"): "linear_geglu_w8a8",
     ("0", "1"): "linear_fp8",
+    ("3", "1"): "linear_geglu_fp8",
     ("1", "1"): "conv2d_fp8",
 }
-FP8 = ("linear_fp8", "conv2d_fp8")
+FP8 = ("linear_fp8", "conv2d_fp8", "linear_geglu_fp8")
 
 
 def _cuobjdump() -> str | None:
@@ -195,7 +197,7 @@ def test_ada_multiplies_fp8_and_promotes_each_product(build_folder: Path, op: st
         }
         text = subprocess.run([tool, "-sass", folder / "ada.cubin"], capture_output=True, text=True, check=True).stdout
     found = _gemms(text)
-    assert len(found) == 2 * 3  # tiles, of three dtypes of the output
+    assert len(found) == 2 * (5 if "geglu" in op else 3)  # tiles, of each dtype of the output
     for (_, name, found_op), body in found.items():
         counts = opcodes(body)
         products = starting(counts, "QMMA.16832.F32.E4M3.E4M3")

@@ -49,6 +49,21 @@ def linear(name: str, k: int = 144) -> tuple[Callable[[], Tensor], Tensor]:
     return call, exact_linear(x, weight)
 
 
+def geglu(name: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """Values of several tiles, beside gates of 10 that GELU hands on: half of each step's weight is n rows away."""
+    tile = tile_of("linear_geglu_w8a8", name)
+    x, weight = random_int8(2 * tile.m + 5, 528), random_int8(tile.n + 16, 528).sign()
+    n = len(weight) // 2
+    x[:, 0], weight[n:], weight[n:, 0] = 10, 0, 1
+
+    def call() -> Tensor:
+        with tiles.forced(tile):
+            scale = torch.ones(2 * n)
+            return cuda.linear_geglu_w8a8(x, ONE, weight, scale, None, None, torch.float32)
+
+    return call, exact_linear(x, weight[:n]) * 10
+
+
 def conv2d(name: str) -> tuple[Callable[[], Tensor], Tensor]:
     tile = tile_of("conv2d_w8a8", name)
     x, weight = random_int8(2, 32, 6, 5).contiguous(memory_format=torch.channels_last), random_int8(24, 3, 3, 32)
@@ -65,6 +80,8 @@ PRODUCTS = {
     "in turns, cluster": lambda: linear("sm90 128x160x64x10 cluster 2"),
     "cooperative, cluster": lambda: linear("sm90 128x256x128x4 cooperative cluster 2"),
     "mma.sync": lambda: linear("sm80 64x64x64x6", 528),
+    "gates, cluster": lambda: geglu("sm90 128x128x128x7 cluster 2"),
+    "gates": lambda: geglu("sm90 128x128x128x7"),
     "im2col": lambda: conv2d("sm90 128x160x128x6 cluster 2"),
 }
 

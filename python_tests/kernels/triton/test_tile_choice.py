@@ -53,6 +53,14 @@ def test_a_long_sum_that_fills_the_gpu_is_not_split() -> None:
     assert chosen("linear_w8a8", 8192, 5120, 640).split_k == 1
 
 
+@pytest.mark.parametrize("table", [name for name in TILES if "geglu" in name])
+def test_tiles_with_gates_have_two_equal_halves_and_whole_sums(table: str) -> None:
+    for tiles in TILES[table].values():
+        assert all(tile.n in (64, 128, 256) and not tile.splittable and tile.split_k == 1 for tile in tiles)
+    problem = (2048, 10240, 1280)
+    assert chosen(table, *problem).programs(*problem[:2]) >= HOPPER.multiprocessors
+
+
 def test_few_rows_take_a_short_tile() -> None:
     assert chosen("linear_w8a8", 2, 1280, 320).m <= 64
 
