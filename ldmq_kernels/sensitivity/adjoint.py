@@ -12,7 +12,8 @@ again with gradients: the activations of one call are in memory at a time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from ldmq_kernels.calibration.settings import Settings
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
 from ldmq_kernels.progress import track
 from ldmq_kernels.sensitivity.decoding import decoded
+from ldmq_kernels.sensitivity.recording import Ran, give, recording
 from ldmq_kernels.sensitivity.redrawn import NoAdjoint, Redrawn, frozen
 
 End = Literal["latent", "picture"]
@@ -66,8 +68,8 @@ class EndTrajectory:
     Attributes:
         calls: of one run of the pipeline after the other.
         ends: where probes were drawn, in order: "latent", "picture"; `probes` of them each.
-        scale: end -> picture -> what a squared amplitude is divided by: the latent's sum of squares, so that noise is
-            relative, or a picture's number of values, so that it is the mean squared error.
+        scale: end -> picture, all of them -> what a squared amplitude is divided by: the latent's sum of squares, so
+            that noise is relative, or a picture's number of values, so that it is the mean squared error.
     """
 
     calls: list[EndCall]
@@ -78,7 +80,12 @@ class EndTrajectory:
     @property
     def pictures(self) -> list[int]:
         """The indices of the pictures' prompts, ascending."""
-        return sorted({prompt for of_call in self.calls for prompt in of_call.call.prompts})
+        return sorted(self.scale[self.ends[0]])
+
+    @classmethod
+    def without_calls(cls, pictures: Sequence[int], ends: Sequence[End], probes: int) -> EndTrajectory:
+        """The end of some pictures before anything is known of it."""
+        return cls([], tuple(ends), probes, {end: dict.fromkeys(sorted(pictures), 0.0) for end in ends})
 
     def thinned(self, count: int) -> EndTrajectory:
         """So many calls of each run, spread over it, each standing for its share of all.
@@ -124,35 +131,52 @@ def _add(sums: list[Tensor | None], more: Sequence[Tensor | None]) -> None:
             sums[index] = value if before is None else before + value
 
 
+def scale_of(adjoints: Tensor) -> float:
+    """What adjoints are divided by, so that gradients in 16 bit neither vanish nor overflow: a power of two."""
+    largest = float(adjoints.abs().amax())
+    return 2.0 ** math.frexp(largest)[1] if largest else 1.0
+
+
 def _through_the_model(
-    model: nn.Module, call: UNetCall, rows: Tensor, given: Sequence[Tensor], adjoints: Sequence[Tensor]
-) -> list[list[Tensor | None]]:
+    model: nn.Module,
+    call: UNetCall,
+    rows: Tensor,
+    given: Sequence[Tensor],
+    adjoints: Sequence[Tensor],
+    layers: Sequence[str],
+) -> tuple[list[list[Tensor | None]], list[Ran]]:
     """For each probe the gradients by the floating tensors that a call was given, through the model computed again.
 
     Args:
         call: cut to some rows of the batch.
         rows: which; the others have no gradient.
         given: the whole tensors, as far as they are wanted.
+        layers: that are recorded on the way.
     """
     leaves, form = pytree.tree_flatten((call.args, call.kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     wanted = [place for place, tensor in zip(places, given, strict=True) if tensor.requires_grad]
-    with torch.enable_grad():
+    cut = [adjoint[rows] for adjoint in adjoints]
+    size = scale_of(torch.stack(cut))
+    with torch.enable_grad(), recording(model, layers, True) as recorder:
         for place in wanted:
             leaves[place] = leaves[place].detach().clone().requires_grad_()
         args, kwargs = pytree.tree_unflatten(leaves, form)
         output = replace(call, args=args, kwargs=kwargs).run(model)
-        found = []
-        for probe, adjoint in enumerate(adjoints):
-            cut = torch.autograd.grad(
+        ran, outputs = recorder.taken()
+        found: list[list[Tensor | None]] = [[None] * len(wanted) for _ in cut]
+        for probe, adjoint in enumerate(cut if output.requires_grad else ()):
+            gradients = torch.autograd.grad(
                 output,
-                [leaves[place] for place in wanted],
-                adjoint[rows].to(output.dtype),
+                [*(leaves[place] for place in wanted), *outputs],
+                (adjoint / size).to(output.dtype),
                 retain_graph=probe + 1 < len(adjoints),
                 allow_unused=True,
             )
-            found.append([_spread(g, t, rows) for g, t in zip(cut, _in_graph(given), strict=True)])
-    return found
+            by_given = [None if g is None else g * size for g in gradients[: len(wanted)]]
+            found[probe] = [_spread(g, t, rows) for g, t in zip(by_given, _in_graph(given), strict=True)]
+            give(ran, gradients[len(wanted) :], size)
+    return found, ran
 
 
 def _in_graph(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -172,9 +196,10 @@ def _walk_back(
     rows: Sequence[Tensor],
     run: Redrawn,
     weights: Sequence[Tensor],
+    layers: Sequence[str],
     show: bool,
-) -> list[list[Tensor]]:
-    """For each call and probe the adjoint of its output.
+) -> Iterator[tuple[list[Tensor], list[Ran]]]:
+    """For each call, from the last to the first, the adjoint of its output of each probe, and what ran of the layers.
 
     Args:
         calls: cut to the rows of the batch that are wanted.
@@ -186,16 +211,15 @@ def _walk_back(
         known = [adjoint for adjoint in of_call if adjoint is not None and bool((adjoint != 0).any())]
         if len(known) < len(of_call):
             raise NoAdjoint(f"no gradient runs from its latents to the output of call {index} of its model")
-        given = run.inputs[index]
-        if not _in_graph(given) or index == 0:
-            continue
-        for of_probe, gradients in zip(
-            adjoints, _through_the_model(model, calls[index], rows[index], given, known), strict=True
-        ):
-            pairs = [(t, g) for t, g in zip(_in_graph(given), gradients, strict=True) if g is not None]
-            if pairs:
-                _add(of_probe, _gradients([t for t, _ in pairs], run.outputs[:index], [g for _, g in pairs]))
-    return [[of_probe[index] for of_probe in adjoints] for index in range(len(calls))]  # type: ignore[misc]
+        given = run.inputs[index] if index else [tensor.detach() for tensor in run.inputs[0]]
+        ran: list[Ran] = []
+        if _in_graph(given) or layers:
+            found, ran = _through_the_model(model, calls[index], rows[index], given, known, layers)
+            for of_probe, gradients in zip(adjoints, found, strict=True):
+                pairs = [(t, g) for t, g in zip(_in_graph(given), gradients, strict=True) if g is not None]
+                if pairs:
+                    _add(of_probe, _gradients([t for t, _ in pairs], run.outputs[:index], [g for _, g in pairs]))
+        yield known, ran
 
 
 def _weights(
@@ -256,31 +280,53 @@ def sampler_adjoint(
             scheduler rounds or leaves torch; the pipeline draws other pictures from the same seeds; or it has no VAE
             that its latents could be decoded with.
     """
+    found = EndTrajectory.without_calls(pictures, ends, probes)
+    runs: dict[tuple[int, ...], list[EndCall]] = {}
+    for of_call, _ in walk(pipe, trajectory, calls, settings, found, show=show):
+        runs.setdefault(of_call.call.prompts, []).append(of_call)
+    return replace(found, calls=[of_call for run in runs.values() for of_call in reversed(run)])
+
+
+def walk(
+    pipe: Any,
+    trajectory: Trajectory,
+    calls: Sequence[Call],
+    settings: Settings,
+    found: EndTrajectory,
+    *,
+    layers: Sequence[str] = (),
+    show: bool = False,
+) -> Iterator[tuple[EndCall, list[Ran]]]:
+    """The calls of each run of the pipeline, from its last to its first, with their adjoints; see `sampler_adjoint`.
+
+    Args:
+        found: without calls: its pictures are walked to, and its scale is filled.
+        layers: of the model, that are recorded on the way.
+
+    Yields:
+        A call, and what ran of the layers in it, with the gradients by their outputs.
+    """
     model, vae = denoiser(pipe), getattr(whole_pipeline(pipe), "vae", None)
-    if PICTURE in ends and vae is None:
+    if PICTURE in found.ends and vae is None:
         raise NoAdjoint("it has no VAE that decodes its latents to pictures")
-    once = torch.ones(len(ends) * probes, dtype=torch.float64)
-    found = EndTrajectory([], tuple(ends), probes, {end: {} for end in ends})
+    once = torch.ones(len(found.ends) * found.probes, dtype=torch.float64)
     for drawing in drawings(calls, settings):
-        taken = [sample for sample in drawing.samples if sample in set(pictures)]
+        taken = [sample for sample in drawing.samples if sample in set(found.pictures)]
         if not taken:
             continue
         recorded = [call for call in trajectory.calls if call.prompts == drawing.samples]
         run = Redrawn(pipe, recorded, partial(drawing.run, pipe, LATENTS))
-        if PICTURE in ends and run.latents.dim() != 4:
+        if PICTURE in found.ends and run.latents.dim() != 4:
             raise NoAdjoint(f"its latents are {tuple(run.latents.shape)}, which its VAE does not decode as they are")
         count = len(drawing.samples)
         rows = {sample: range(drawing.samples.index(sample), run.latents.shape[0], count) for sample in taken}
         with frozen(vae) if isinstance(vae, nn.Module) else contextlib.nullcontext():
-            weights, scale = _weights(vae, run.latents, rows, ends, probes)
-        for end in ends:
+            weights, scale = _weights(vae, run.latents, rows, found.ends, found.probes)
+        for end in found.ends:
             found.scale[end].update(scale[end])
         cut = [call.of_prompts(taken) for call in recorded]
         rows_of_calls = [torch.tensor(call.rows_of(taken), device=run.latents.device) for call in recorded]
-        with frozen(model):
-            adjoints = _walk_back(model, cut, rows_of_calls, run, weights, show)
-        found.calls.extend(
-            EndCall(call, torch.stack([adjoint[rows].float() for adjoint in of_call]), CallWeights(once, once))
-            for call, rows, of_call in zip(cut, rows_of_calls, adjoints, strict=True)
-        )
-    return found
+        walked = _walk_back(model, cut, rows_of_calls, run, weights, layers, show)
+        for index, (of_call, ran) in zip(range(len(cut) - 1, -1, -1), walked, strict=True):
+            adjoints = torch.stack([adjoint[rows_of_calls[index]].float() for adjoint in of_call])
+            yield EndCall(cut[index], adjoints, CallWeights(once, once)), ran

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.sensitivity.adjoint import End, EndTrajectory
+from ldmq_kernels.sensitivity.adjoint import End
 from ldmq_kernels.sensitivity.candidates import WHOLE, LayerCandidate, LayerSearch, Method
-from ldmq_kernels.sensitivity.ends import Waiting, calibrated_ends
+from ldmq_kernels.sensitivity.ends import Following
 from ldmq_kernels.sensitivity.identity import call_identity, pipeline_identity
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
 from ldmq_kernels.sensitivity.probes import MEMORY, PROBES, chunks_of_layers, record
@@ -157,27 +157,26 @@ def _search(
     schemes: list[Scheme],
     method: Method,
     probes: int,
-    find_ends: Callable[[], EndTrajectory | None],
+    following: Following | None,
     work: Work,
     show: bool,
 ) -> Any:
     def search(names: list[str]) -> Iterator[tuple[str, list[LayerCandidate]]]:
         if not names:
             return
-        ends, waiting = find_ends(), Waiting()
         for chunk in chunks_of_layers(trial.model, trial.trajectory.calls, probes, names):
             records = record(trial.model, trial.trajectory, chunk, probes)
             for name in chunk:
                 layer_search = LayerSearch(name, trial.modules[name], records.pop(name), trial.calibration, method)
                 candidates = layer_search.candidates(schemes)
-                if ends is None:
+                if following is None:
                     yield name, candidates
                     continue
-                waiting.add(name, trial.modules[name], candidates, layer_search.judges)
-                if waiting.bytes > MEMORY:
-                    yield from waiting.followed(trial.model, ends)
-        if ends is not None:
-            yield from waiting.followed(trial.model, ends)
+                following.add(name, candidates, layer_search.judges)
+                if following.bytes > MEMORY:
+                    yield from following.followed()
+        if following is not None:
+            yield from following.followed()
 
     names = list(trial.calibration.absmax)
     return work.run(
@@ -332,10 +331,8 @@ def analyze(
         ends=ends,
     )
 
-    def find_ends() -> EndTrajectory | None:
-        return calibrated_ends(pipe, calibration, ends, show=show) if ends else None
-
-    candidates = _search(trial, tried, method, PROBES, find_ends, work, show)
+    following = Following(pipe, calibration, ends, show=show) if ends else None
+    candidates = _search(trial, tried, method, PROBES, following, work, show)
     estimates = {key: c.estimate for key, c in _by_key(candidates) if c.estimate is not None}
     if exact == AUTO:
         known = bool(ends) and all(c.end is not None for _, c in _by_key(candidates))  # layers are chosen by that

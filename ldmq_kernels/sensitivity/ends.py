@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +12,14 @@ from torch import nn
 
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
-from ldmq_kernels.calibration.settings import sample_number
-from ldmq_kernels.sensitivity.adjoint import End, EndTrajectory, sampler_adjoint
+from ldmq_kernels.calibration.drawings import Call
+from ldmq_kernels.calibration.settings import Settings, sample_number
+from ldmq_kernels.calibration.trajectory import Trajectory
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.sensitivity.adjoint import End, EndTrajectory, sampler_adjoint, walk
 from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.end_noise import LayerEndNoise
-from ldmq_kernels.sensitivity.probes import chunks_of_layers, end_records
+from ldmq_kernels.sensitivity.probes import EndRecord, chunks_of_layers, end_records, records_of
 from ldmq_kernels.sensitivity.redrawn import NoAdjoint
 from ldmq_kernels.sensitivity.trials import Judge
 
@@ -32,62 +36,85 @@ def is_whole(model: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) <= WHOLE_MODEL
 
 
-def calibrated_ends(pipe: Any, calibration: Calibration, ends: Sequence[End], *, show: bool) -> EndTrajectory | None:
-    """The adjoint of the sampler for the calibration's pictures, or the first of each setting for a large model.
+class Following:
+    """Candidates of layers, followed to the end of the trajectory; many wait for each other and go in one replay.
 
-    Returns:
-        None where it cannot be had, of which a warning tells.
+    Args:
+        pipe: the pipeline that was calibrated.
+        ends: where noise counts.
     """
-    whole = is_whole(denoiser(pipe))
-    calls, settings = len(calibration.calls), len(calibration.settings)
-    count = calls if whole else min(calls, LARGE_PICTURES)
-    pictures = [sample_number(call, setting, settings) for setting in range(settings) for call in range(count)]
-    try:
-        found = sampler_adjoint(
-            pipe,
-            calibration.trajectory,
-            calibration.calls,
-            calibration.settings,
-            pictures,
-            ends=ends,
-            probes=PROBES if whole else LARGE_PROBES,
-            show=show,
-        )
-    except NoAdjoint as reason:
-        own = type(getattr(whole_pipeline(pipe), "scheduler", None)).__name__
-        logger.warning(
-            "noise at the end of the trajectory is not predicted: of this %s with a %s, %s; layers are chosen by their "
-            "noise at the model's output, averaged over steps",
-            type(whole_pipeline(pipe)).__name__,
-            " or ".join(dict.fromkeys(one.scheduler or own for one in calibration.settings)),
-            reason,
-        )
-        return None
-    return found if whole else found.thinned(LARGE_CALLS)
 
+    def __init__(self, pipe: Any, calibration: Calibration, ends: Sequence[End], *, show: bool) -> None:
+        self._pipe, self._calibration, self._show = pipe, calibration, show
+        self._model = denoiser(pipe)
+        self._is_whole = is_whole(self._model)
+        self._pictures = self._settled_pictures()
+        self._empty = EndTrajectory.without_calls(self._pictures, ends, PROBES if self._is_whole else LARGE_PROBES)
+        self._waiting: dict[str, tuple[list[LayerCandidate], Mapping[str, Judge]]] = {}
+        self.bytes = 0  # of the quantized layers that wait
 
-class Waiting:
-    """Candidates of layers that wait for each other, since all of them are followed to the end in one replay."""
+    def _settled_pictures(self) -> list[int]:
+        """All pictures of the calibration, or of a large model the first of each setting."""
+        calls, settings = len(self._calibration.calls), len(self._calibration.settings)
+        count = calls if self._is_whole else min(calls, LARGE_PICTURES)
+        return [sample_number(call, setting, settings) for setting in range(settings) for call in range(count)]
 
-    def __init__(self) -> None:
-        self._layers: dict[str, tuple[nn.Module, list[LayerCandidate], Mapping[str, Judge]]] = {}
-        self.bytes = 0  # of the quantized layers that are held
-
-    def add(self, name: str, layer: nn.Module, candidates: list[LayerCandidate], judges: Mapping[str, Judge]) -> None:
-        """Add the candidates of a layer, with what judges each scheme's."""
-        self._layers[name] = layer, candidates, judges
+    def add(self, name: str, candidates: list[LayerCandidate], judges: Mapping[str, Judge]) -> None:
+        """Have the candidates of a layer wait, with what judges each scheme's."""
+        self._waiting[name] = candidates, judges
         held = {id(t): t for judge in judges.values() for of in judge.layers for t in (*of.buffers(), *of.parameters())}
         self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
-    def followed(self, model: nn.Module, ends: EndTrajectory) -> Iterator[tuple[str, list[LayerCandidate]]]:
-        """Each layer that waits, with its candidates and their noise at the end; none waits any more."""
-        probes, waiting = len(ends.ends) * ends.probes, self._layers
-        self._layers, self.bytes = {}, 0
-        for chunk in chunks_of_layers(model, [ends.calls[0].call], probes, list(waiting)) if waiting else ():
-            sums = {name: LayerEndNoise(waiting[name][0], ends, waiting[name][2]) for name in chunk}
-            for name, record in end_records(model, ends, chunk):
-                sums[name].add(record)
+    def followed(self) -> Iterator[tuple[str, list[LayerCandidate]]]:
+        """Each layer that waits, with its candidates and their noise at the end; none waits any more.
+
+        Where gradients do not run to the end, of which a warning tells, candidates are as they were.
+        """
+        waiting, self._waiting, self.bytes = self._waiting, {}, 0
+        ends, layers = self._empty, quantizable_layers(self._model)
+        probes, first = len(ends.ends) * ends.probes, self._calibration.trajectory.calls[:1]
+        for chunk in chunks_of_layers(self._model, first, probes, list(waiting)) if waiting else ():
+            sums = {name: LayerEndNoise(layers[name], ends, waiting[name][1]) for name in chunk}
+            try:
+                for name, record in self._records(chunk):
+                    sums[name].add(record)
+            except NoAdjoint as reason:
+                self._tell(reason)
+                yield from ((name, candidates) for name, (candidates, _) in waiting.items())
+                return
             for name in chunk:
-                _, candidates, _ = waiting.pop(name)
+                candidates, _ = waiting.pop(name)
                 noise = sums.pop(name).noise()
                 yield name, [replace(candidate, end=noise[str(candidate.scheme)]) for candidate in candidates]
+
+    def _records(self, layers: Sequence[str]) -> Iterator[tuple[str, EndRecord]]:
+        """Of a small model from the walk to the beginning itself, of a large one from some of the calls after it."""
+        if not self._is_whole:
+            yield from end_records(self._model, self.some_calls, layers)
+            return
+        for of_call, ran in walk(self._pipe, *self._walked(), self._empty, layers=layers, show=self._show):
+            yield from records_of(of_call, ran)
+
+    def _walked(self) -> tuple[Trajectory, Sequence[Call], Settings]:
+        return self._calibration.trajectory, self._calibration.calls, self._calibration.settings
+
+    @functools.cached_property
+    def some_calls(self) -> EndTrajectory:
+        """The calls of a large model that stand for all."""
+        empty = self._empty
+        found = sampler_adjoint(
+            self._pipe, *self._walked(), self._pictures, ends=empty.ends, probes=empty.probes, show=self._show
+        )
+        for end in empty.ends:
+            empty.scale[end].update(found.scale[end])
+        return found.thinned(LARGE_CALLS)
+
+    def _tell(self, reason: NoAdjoint) -> None:
+        own = type(getattr(whole_pipeline(self._pipe), "scheduler", None)).__name__
+        logger.warning(
+            "noise at the end of the trajectory is not predicted: of this %s with a %s, %s; layers are chosen by their "
+            "noise at the model's output, averaged over steps",
+            type(whole_pipeline(self._pipe)).__name__,
+            " or ".join(dict.fromkeys(one.scheduler or own for one in self._calibration.settings)),
+            reason,
+        )

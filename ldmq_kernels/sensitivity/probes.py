@@ -8,7 +8,6 @@ number of trials at the UNet's output is estimated from the layer's own inputs, 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows, prompts_of_rows
 from ldmq_kernels.chunks import chunks_within
-from ldmq_kernels.nn.kinds import FloatLayer, watch_product
+from ldmq_kernels.nn.kinds import watch_product
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
-from ldmq_kernels.sensitivity.adjoint import CallWeights, EndTrajectory, frozen, rademacher
+from ldmq_kernels.sensitivity.adjoint import CallWeights, EndCall, EndTrajectory, rademacher, scale_of
+from ldmq_kernels.sensitivity.recording import Ran, Recorder, give, recording
 
 MEMORY = 4 << 30  # bytes of inputs and gradients that are kept at a time
 PROBES = 2
@@ -92,56 +92,23 @@ class EndRecord:
         return found or [self]
 
 
-class _Recorder:
-    """Hooks that keep inputs, and the gradients of outputs, of some layers during a call."""
-
-    def __init__(self, layers: dict[str, FloatLayer], probes: int) -> None:
-        self.inputs: list[tuple[str, Tensor]] = []  # a layer may run several times in a call
-        self.outputs: list[Tensor] = []
-        self.probes = probes
-        self._handles = [watch_product(layer, self._hook(name)) for name, layer in layers.items()]
-
-    def _hook(self, name: str) -> Any:
-        def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            self.inputs.append((name, layer_input(args, kwargs).detach()))
-            if not self.probes:
-                return None
-            if not output.requires_grad:  # none of the layers recorded comes before it: the graph begins here
-                output = output.detach().requires_grad_().clone()
-            self.outputs.append(output)
-            return output
-
-        return keep
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
 def _call(
-    model: nn.Module, call: UNetCall, recorder: _Recorder, vectors: Sequence[Tensor]
-) -> tuple[list[tuple[str, Tensor, list[Tensor]]], Tensor]:
+    model: nn.Module, call: UNetCall, recorder: Recorder, vectors: Sequence[Tensor], size: float = 1.0
+) -> tuple[list[Ran], Tensor]:
     """What ran of the recorded layers in one call, each with its input and gradients, and the model's output.
 
     Args:
         vectors: what the output is multiplied with before the gradients; each is a backward pass.
+        size: what gradients are multiplied with.
     """
-    with torch.set_grad_enabled(recorder.probes > 0):
+    with torch.set_grad_enabled(bool(vectors)):
         output = call.run(model)
-        ran: list[tuple[str, Tensor, list[Tensor]]] = [(name, x, []) for name, x in recorder.inputs]
-        for probe, vector in enumerate(vectors if recorder.outputs else ()):
+        ran, outputs = recorder.taken()
+        for probe, vector in enumerate(vectors if output.requires_grad else ()):
             found = torch.autograd.grad(
-                output,
-                recorder.outputs,
-                vector.to(output.dtype),
-                retain_graph=probe + 1 < len(vectors),
-                allow_unused=True,
+                output, outputs, vector.to(output.dtype), retain_graph=probe + 1 < len(vectors), allow_unused=True
             )
-            for (_, _, gradients), gradient in zip(ran, found, strict=True):
-                if gradient is not None:
-                    gradients.append(gradient.float())
-    recorder.inputs.clear()
-    recorder.outputs.clear()
+            give(ran, found, size)
     return ran, output.detach()
 
 
@@ -158,7 +125,7 @@ def record(
         reach the UNet's has no gradients.
     """
     records: dict[str, list[LayerRecord]] = {name: [] for name in layers}
-    with _recording(model, layers, probes) as recorder:
+    with recording(model, layers, probes > 0) as recorder:
         for index, call in enumerate(trajectory.calls):
             prompts = call.prompts if len(trajectory.prompts) > 1 else ()
             vectors = [rademacher(call.output, 1000 * index + probe) for probe in range(probes)]
@@ -168,17 +135,6 @@ def record(
                 rows = folds_of_rows(x.shape[0], prompts, output.shape[0])
                 records[name].append(LayerRecord(call.step, x, signal, gradients, rows=rows, call=index))
     return records
-
-
-@contextlib.contextmanager
-def _recording(model: nn.Module, layers: Sequence[str], probes: int) -> Iterator[_Recorder]:
-    modules = quantizable_layers(model)
-    recorder = _Recorder({name: modules[name] for name in layers}, probes)
-    try:
-        with frozen(model):
-            yield recorder
-    finally:
-        recorder.close()
 
 
 def end_records(model: nn.Module, ends: EndTrajectory, layers: Sequence[str]) -> Iterator[tuple[str, EndRecord]]:
@@ -191,15 +147,20 @@ def end_records(model: nn.Module, ends: EndTrajectory, layers: Sequence[str]) ->
         reach the UNet's has no gradients.
     """
     for of_call in ends.calls:
-        size = float(of_call.adjoints.abs().amax()) or 1.0  # gradients in 16 bit neither vanish nor overflow
-        with _recording(model, layers, len(ends.ends) * ends.probes) as recorder:  # not while a caller runs the layers
-            ran, output = _call(model, of_call.call, recorder, list(of_call.adjoints / size))
-        while ran:
-            name, x, gradients = ran.pop(0)
-            prompts = prompts_of_rows(x.shape[0], of_call.call.prompts, output.shape[0])
-            gradients = [g * size for g in gradients]
-            for record in EndRecord(of_call.call.step, of_call.weights, x, gradients, prompts).folds():
-                yield name, record
+        size = scale_of(of_call.adjoints)
+        with recording(model, layers, True) as recorder:  # not while a caller runs the layers
+            ran, _ = _call(model, of_call.call, recorder, list(of_call.adjoints / size), size)
+        yield from records_of(of_call, ran)
+
+
+def records_of(of_call: EndCall, ran: list[Ran]) -> Iterator[tuple[str, EndRecord]]:
+    """What ran of the layers in a call, as records of each fold of the prompts; `ran` is emptied on the way."""
+    call = of_call.call
+    while ran:
+        name, x, gradients = ran.pop(0)
+        prompts = prompts_of_rows(x.shape[0], call.prompts, call.output.shape[0])
+        for record in EndRecord(call.step, of_call.weights, x, gradients, prompts).folds():
+            yield name, record
 
 
 def chunks_of_layers(

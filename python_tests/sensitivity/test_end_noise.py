@@ -23,7 +23,15 @@ from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.sensitivity import Analysis, analyze, probes
 from ldmq_kernels.sensitivity import ends as ends_of_analysis
-from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, CallWeights, EndCall, EndTrajectory, rademacher
+from ldmq_kernels.sensitivity.adjoint import (
+    LATENT,
+    PICTURE,
+    CallWeights,
+    EndCall,
+    EndTrajectory,
+    rademacher,
+    sampler_adjoint,
+)
 from ldmq_kernels.sensitivity.analysis import quantized_as
 from ldmq_kernels.sensitivity.end_noise import EndNoise, LayerEndNoise
 from ldmq_kernels.sensitivity.output_noise import swapped
@@ -149,46 +157,48 @@ def test_noise_in_the_latents_is_as_predicted(shallow_pipe: StableDiffusionPipel
     assert abs(float(np.median(np.subtract(predicted, true)))) < 1.5
 
 
-def test_layers_are_followed_to_the_end_in_any_number_of_replays(
+def _followed(pipe: Any, analysis: Analysis, names: Sequence[str]) -> dict[str, EndNoise | None]:
+    """Noise at the end of a few layers' candidates of the analysis, as they are in a plan."""
+    following = ends_of_analysis.Following(pipe, analysis.calibration, (LATENT,), show=False)
+    for name in names:
+        layer, (candidate,), before = quantizable_layers(pipe.unet)[name], analysis.candidates[name], following.bytes
+        judge = Judge([quantized_as(name, layer, candidate)], (), ())
+        following.add(name, [candidate], {"w8a8-dynamic": judge})
+        assert following.bytes - before >= layer.weight.numel()
+    noise = {name: candidate.end for name, (candidate,) in following.followed()}
+    assert following.bytes == 0
+    assert list(following.followed()) == []
+    return noise
+
+
+def test_layers_are_followed_to_the_end_in_any_number_of_replays_whether_a_model_is_small_or_large(
     shallow_pipe: StableDiffusionPipeline, analysis: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, calibration = shallow_pipe.unet, analysis.calibration
     names = list(analysis.candidates)[:3]
     monkeypatch.setattr(ends_of_analysis, "PROBES", 2)
-    ends = ends_of_analysis.calibrated_ends(shallow_pipe, calibration, (LATENT,), show=False)
-    assert ends is not None
-
-    def found(memory: int) -> dict[str, EndNoise | None]:
-        monkeypatch.setattr(probes, "MEMORY", memory)
-        waiting = ends_of_analysis.Waiting()
-        for name in names:
-            layer, (candidate,) = quantizable_layers(model)[name], analysis.candidates[name]
-            quantized = quantized_as(name, layer, candidate)
-            before = waiting.bytes
-            waiting.add(name, layer, [candidate], {"w8a8-dynamic": Judge([quantized], (), ())})
-            assert waiting.bytes - before >= layer.weight.numel()
-        noise = {name: candidate.end for name, (candidate,) in waiting.followed(model, ends)}
-        assert waiting.bytes == 0
-        assert list(waiting.followed(model, ends)) == []
-        return noise
-
-    together = found(probes.MEMORY)
+    together = _followed(shallow_pipe, analysis, names)
     assert list(together) == names
-    assert found(1) == together
+    monkeypatch.setattr(probes, "MEMORY", 1)
+    assert _followed(shallow_pipe, analysis, names) == together
+    monkeypatch.setattr(ends_of_analysis, "WHOLE_MODEL", 10)
+    monkeypatch.setattr(ends_of_analysis, "LARGE_PROBES", 2)
+    large = _followed(shallow_pipe, analysis, names)
+    for name, noise in together.items():
+        other = large[name]
+        assert noise is not None
+        assert other is not None
+        assert other.by_picture[LATENT] == pytest.approx(noise.by_picture[LATENT], rel=1e-3)
 
 
-def test_a_layer_may_be_run_while_its_records_come(
-    shallow_pipe: StableDiffusionPipeline, analysis: Analysis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ends = ends_of_analysis.calibrated_ends(shallow_pipe, analysis.calibration, (LATENT,), show=False)
-    assert ends is not None
-    name = "conv_in"
+def test_a_layer_may_be_run_while_its_records_come(shallow_pipe: StableDiffusionPipeline, analysis: Analysis) -> None:
+    calibration, name = analysis.calibration, "conv_in"
+    ends = sampler_adjoint(shallow_pipe, calibration.trajectory, calibration.calls, calibration.settings, [0], probes=1)
     layer = quantizable_layers(shallow_pipe.unet)[name]
     steps = []
     for _, of_call in end_records(shallow_pipe.unet, ends, [name]):
         layer(of_call.x)
-        steps.append((of_call.step, of_call.fold))
-    assert steps == [(step, fold) for step in range(3) for fold in (0, 1)]
+        steps.append(of_call.step)
+    assert steps == [0, 1, 2]
 
 
 def test_noise_at_the_end_is_kept_to_the_bit(shallow_pipe: StableDiffusionPipeline, analysis: Analysis) -> None:
@@ -206,7 +216,7 @@ def test_what_is_kept_in_a_folder_needs_no_adjoint_again(
     monkeypatch.setattr(ends_of_analysis, "PROBES", 1)
     options: dict[str, Any] = {"exact": 0, "work_dir": tmp_path / "work"}
     first = analyze(shallow_pipe, calibration, schemes, ends=(LATENT,), **options)
-    monkeypatch.setattr(ends_of_analysis, "sampler_adjoint", None)
+    monkeypatch.setattr(ends_of_analysis, "walk", None)
     again = analyze(shallow_pipe, calibration, schemes, ends=(LATENT,), **options)
     assert [c.end for (c,) in again.candidates.values()] == [c.end for (c,) in first.candidates.values()]
     with pytest.raises(WorkError, match="ends"):
@@ -234,8 +244,7 @@ def test_of_a_large_model_some_steps_of_two_pictures_count(
     calibration = calibrate(shallow_pipe, [*PROMPTS, "a dog"], SETTINGS)
     monkeypatch.setattr(ends_of_analysis, "WHOLE_MODEL", 10)
     monkeypatch.setattr(ends_of_analysis, "LARGE_CALLS", 2)
-    found = ends_of_analysis.calibrated_ends(shallow_pipe, calibration, (LATENT,), show=False)
-    assert found is not None
+    found = ends_of_analysis.Following(shallow_pipe, calibration, (LATENT,), show=False).some_calls
     assert (found.pictures, found.probes) == ([0, 1], 1)
     assert [of_call.call.step for of_call in found.calls] == [0, 2]
 
