@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import math
@@ -123,25 +124,19 @@ class Engine:
         while True:
             async with self._came:
                 await self._came.wait_for(lambda: self.waiting)
-                first = self.waiting[0]
-                rest = first.arrived + self.limits.batch_wait_s - loop.time()
-                if rest > 0 and len(self._like(first)) < self.max_batch:
-                    try:
+                batch = self._like(self.waiting[0])
+                rest = batch[-1].arrived + self.limits.batch_wait_s - loop.time()
+                if rest > 0 and len(batch) < self.max_batch:
+                    # until one has come, or none has for long enough: requests sent at once do not arrive at once
+                    with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(rest):
-                            await self._came.wait_for(functools.partial(self._is_full, first))
-                    except TimeoutError:
-                        pass
-                if first not in self.waiting:
+                            await self._came.wait()
                     continue
-                batch = self._like(first)
                 for task in batch:
                     self.waiting.remove(task)
                 self.running.update(batch)
                 self._gauge()
                 return batch
-
-    def _is_full(self, first: Task) -> bool:
-        return first.gone or len(self._like(first)) >= self.max_batch
 
     def _like(self, first: Task) -> list[Task]:
         return [task for task in self.waiting if task.key == first.key][: self.max_batch]

@@ -31,7 +31,7 @@ class Limits:
 
     Attributes:
         max_batch: pictures drawn in one call of a pipeline.
-        batch_wait_s: seconds that a first request waits for others of its kind.
+        batch_wait_s: seconds in which no other request of a kind comes, after which those that came are drawn.
         max_pixels: of one picture.
         max_steps: of one picture.
         max_waiting: pixels x steps of all pictures that wait.

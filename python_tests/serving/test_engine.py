@@ -52,6 +52,24 @@ def test_equal_requests_share_a_batch_and_others_do_not() -> None:
     run(work())
 
 
+def test_a_batch_waits_while_others_of_its_kind_come() -> None:
+    pipe = SlowPipeline()
+    app = slow_app(pipe, limits={"batch_wait_s": 0.5})
+
+    async def work() -> None:
+        async with client_of(app) as client:
+            pipe.seen.clear()
+
+            async def late(number: int) -> Any:
+                await asyncio.sleep(0.3 * number)
+                return await ask(client, str(number))
+
+            await asyncio.gather(*map(late, range(3)))
+            assert [len(batch) for batch in pipe.seen] == [3]
+
+    run(work())
+
+
 def test_a_batch_stops_within_a_step_when_its_clients_have_left() -> None:
     pipe = SlowPipeline(STEP)
     with Server(slow_app(pipe)) as url:
