@@ -24,6 +24,8 @@ from python_tests.serving.served import GENERATIONS, SlowPipeline
 APPLICATION = "images"
 BATCH = 4
 PROCESSORS = 8  # for Ray to count, not to use
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a proxy's start, on a busy machine
+os.environ.setdefault("RAY_worker_niceness", "0")  # else replicas wait behind all other work
 MACHINE = {"num_cpus": PROCESSORS, "num_gpus": 1}
 
 
