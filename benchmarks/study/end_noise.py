@@ -26,9 +26,12 @@ from benchmarks.harness import results
 from benchmarks.harness.machine import device
 from benchmarks.harness.tables import markdown
 from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
+from ldmq_kernels.calibration.adjoint import LATENT, PICTURE, CallWeights, EndCall, EndTrajectory, sampler_adjoint
 from ldmq_kernels.calibration.calibrate import Calibration, calibrate
+from ldmq_kernels.calibration.decoding import decoded
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.drawings import draw
+from ldmq_kernels.calibration.probes import PROBES, EndRecord, chunks_of_layers, end_records, record
 from ldmq_kernels.calibration.ranges import spread_steps
 from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.conversion.convert import quantize_layer
@@ -38,14 +41,11 @@ from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning.request import split_calls
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, CallWeights, EndCall, EndTrajectory, sampler_adjoint
 from ldmq_kernels.sensitivity.analysis import ANALYSED_STEPS
 from ldmq_kernels.sensitivity.candidates import LayerCandidate, LayerSearch, Method
-from ldmq_kernels.sensitivity.decoding import decoded
 from ldmq_kernels.sensitivity.end_noise import EndNoise, LayerEndNoise
 from ldmq_kernels.sensitivity.ends import PROBES as END_PROBES
 from ldmq_kernels.sensitivity.output_noise import swapped
-from ldmq_kernels.sensitivity.probes import PROBES, EndRecord, chunks_of_layers, end_records, record
 
 SCHEMES = ("w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w8a16", "w4a8-dynamic")
 ENDS = (LATENT, PICTURE)

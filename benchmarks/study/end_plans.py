@@ -22,6 +22,7 @@ from benchmarks.harness.machine import device
 from benchmarks.harness.tables import markdown
 from benchmarks.study.evaluation import TEST_SEED
 from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
+from ldmq_kernels.calibration.adjoint import LATENT, PICTURE
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.settings import SamplingSettings
@@ -38,7 +39,6 @@ from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import MEASURES, Measure, Target
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE
 from ldmq_kernels.sensitivity.analysis import EXACT_RUNS, Analysis, analyze
 
 WHAT = "end_plans"

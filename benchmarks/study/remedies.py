@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
 from benchmarks.study.subjects import SUBJECTS, Subject
+from ldmq_kernels.calibration.adjoint import LATENT, sampler_adjoint
 from ldmq_kernels.calibration.denoisers import denoiser
+from ldmq_kernels.calibration.probes import EndRecord, chunks_of_layers, end_records
 from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.demo.run import calibration_captions
 from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.hadamard import block_size, rotate, unrotate
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.sensitivity.adjoint import LATENT, sampler_adjoint
-from ldmq_kernels.sensitivity.probes import EndRecord, chunks_of_layers, end_records
 
 PICTURES, PROBES = 4, 2
 LEFT_OUT = {"demo": ("conv_in", "conv_out"), "second": ("pos_embed.proj",)}  # which SDNQ computes in float

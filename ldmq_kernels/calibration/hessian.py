@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -74,21 +75,35 @@ class HessianObserver:
         self._name, self._rows = name, rows
         self._random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Take the rows of one call, or a sample of them that stands for all; a forward hook with keywords."""
         x = layer_input(args, kwargs).detach()
         channels = output.shape[-1 - axes_of(layer)]
         available = output.numel() // channels
         count = min(self._rows, available)
         chosen = torch.randperm(available, generator=self._random)[:count].to(x.device)
-        if isinstance(layer, FloatConvolution):
-            seen = _patches(layer, x, chosen, output.shape[-axes_of(layer) :])
-        else:
-            seen = x.flatten(0, -2)[chosen]
-        seen = seen.float()
+        seen = rows_of(layer, x, output.shape, chosen)
         if not bool(torch.isfinite(seen).all()):
             raise ValueError(f"{self._name}: its input holds NaN or infinite values")
         self.total.addmm_(seen.t(), seen, alpha=available / count)
+
+
+def rows_of(layer: FloatLayer, x: Tensor, shape: Sequence[int], positions: Tensor | None = None) -> Tensor:
+    """(positions, K) float32: what a layer multiplies its weight with, in the order of its stored weight.
+
+    Args:
+        x: the layer's input.
+        shape: of its output.
+        positions: which of its output positions, counted over (N, ...); all in this order, if None.
+    """
+    if not isinstance(layer, FloatConvolution):
+        flat = x.flatten(0, -2)
+        return (flat if positions is None else flat[positions]).float()
+    axes = axes_of(layer)
+    if positions is None:
+        batch = x.shape[0] if x.dim() == axes + 2 else 1
+        positions = torch.arange(batch * math.prod(shape[-axes:]), device=x.device)
+    return _patches(layer, x, positions, shape[-axes:]).float()
 
 
 def _patches(layer: FloatConvolution, x: Tensor, positions: Tensor, size: Sequence[int]) -> Tensor:

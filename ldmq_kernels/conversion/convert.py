@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldmq_kernels.nn import QuantizedLayer, name_layers, quantized_class, timestep_groups
 from ldmq_kernels.nn.guard import guard_if_asked
 from ldmq_kernels.nn.kinds import FloatLayer, has_own_convolution, own_computation
+from ldmq_kernels.numerics.gptq import Hessian
 from ldmq_kernels.plans.layers import ADAPTED, modules_below_adapters, quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
 from ldmq_kernels.plans.weights import WeightsCheck
@@ -28,7 +29,7 @@ def on_conversion(listener: Callable[[nn.Module, Plan], None]) -> None:
 
 
 def convert(
-    model: nn.Module, plan: Plan, hessians: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None
+    model: nn.Module, plan: Plan, hessians: Mapping[str, Hessian] | Callable[[str], Hessian] | None = None
 ) -> None:
     """Replace every layer that the plan quantizes, in place; the others stay as they are, but frozen.
 
@@ -39,8 +40,8 @@ def convert(
     was made from other weights is applied with an `OtherWeightsWarning`.
 
     Args:
-        hessians: layer -> (K, K) float32 for the layers that the plan rounds by GPTQ, asked for in the model's
-            order; see `calibration.hessian`. `ldmq.quantize` makes them of a pipeline.
+        hessians: layer -> (K, K) float32, or a `KroneckerHessian`, for the layers that the plan rounds by GPTQ,
+            asked for in the model's order; see `calibration.hessian`. `ldmq.quantize` makes them of a pipeline.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -58,7 +59,7 @@ def convert(
     hessian_of = hessians.get if isinstance(hessians, Mapping) else hessians
     built: dict[nn.Module, nn.Module] = {}
     for name, layer_plan in layer_plans.items():
-        hessian = hessian_of(name) if hessian_of is not None and layer_plan.rounding == "gptq" else None
+        hessian = hessian_of(name) if hessian_of is not None and layer_plan.needs_inputs else None
         built[layers[name]] = quantize_layer(name, layers[name], layer_plan, hessian)
     check = WeightsCheck(plan, model)
     for name, layer in layers.items():
@@ -114,12 +115,13 @@ def dequantize(model: nn.Module) -> None:
 
 
 def quantize_layer(
-    name: str, layer: FloatLayer, layer_plan: LayerPlan, hessian: Tensor | None = None
+    name: str, layer: FloatLayer, layer_plan: LayerPlan, hessian: Hessian | None = None
 ) -> QuantizedLayer:
     """The quantized layer that takes the place of `layer`; see `QuantizedLayer.from_float`.
 
     Args:
-        hessian: (K, K) float32, the second moments of the layer's inputs, where the plan rounds it by GPTQ.
+        hessian: (K, K) float32, the second moments of the layer's inputs, or with what its outputs weigh a
+            `KroneckerHessian`, where the plan rounds it by GPTQ.
 
     Raises:
         ConversionError: the layer computes something of its own, has hooks or a convolution that would be lost, holds
@@ -143,7 +145,7 @@ def quantize_layer(
         raise ConversionError(f"{name}: its weight is not in memory (meta device): quantize before offloading")
     if not layer.weight.is_floating_point():
         raise ConversionError(f"{name}: its weight is {layer.weight.dtype}, a floating dtype is needed: {keep}")
-    needs_hessian = layer_plan.rounding == "gptq"
+    needs_hessian = layer_plan.needs_inputs
     if needs_hessian and hessian is None:
         raise ConversionError(
             f"{name}: the plan rounds it by GPTQ, which takes the layer's inputs: quantize it within its pipeline, "

@@ -82,7 +82,7 @@ def _name_rounded(model: nn.Module) -> None:
     if plan is None:
         return
     merged = [name for name, module in model.named_modules() if BEFORE in vars(module)]
-    rounded = [name for name in merged if plan.details.get(name, {}).get("rounding") == "gptq"]
+    rounded = [name for name in merged if plan.details.get(name, {}).get("rounding", "nearest") != "nearest"]
     if rounded:
         warnings.warn(
             f"{len(rounded)} layers that the plan rounds by GPTQ are rounded to nearest with the adapter in them, as "

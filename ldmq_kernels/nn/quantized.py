@@ -13,6 +13,7 @@ from ldmq_kernels.nn.input_scale import InputScale
 from ldmq_kernels.nn.kinds import CHANNEL_AXES
 from ldmq_kernels.nn.packed import PLAIN, PackedWeight, buffer_name
 from ldmq_kernels.numerics.formats import Scheme, no_groups, product_of, schemes_of
+from ldmq_kernels.numerics.gptq import Hessian
 from ldmq_kernels.numerics.hadamard import block_size
 from ldmq_kernels.numerics.smoothing import fitted
 from ldmq_kernels.numerics.split import LOW_STEPS, quantize_low_part
@@ -75,7 +76,7 @@ class QuantizedLayer(PackedWeight, InputScale):
         smoothing: Tensor | None = None,
         first_token: bool = False,
         bias_correction: Tensor | None = None,
-        hessian: Tensor | None = None,
+        hessian: Hessian | None = None,
     ) -> Self:
         """Quantize a float layer; the bias is shared with it unless it is corrected, the weight is not.
 
@@ -87,7 +88,7 @@ class QuantizedLayer(PackedWeight, InputScale):
                 8-bit activations only.
             first_token: compute the row x[:, :1] of an input (B, T, C) from its 16-bit values; linears only.
             bias_correction: (out,) float32, added to the bias.
-            hessian: (K, K) float32, the sum of x x^T over the layer's inputs without smoothing: round by GPTQ.
+            hessian: (K, K) of the layer's inputs without smoothing, or of its outputs too: round by GPTQ.
 
         Raises:
             ValueError: the scheme does not exist for this kind of layer or lacks its input scale, the layer is

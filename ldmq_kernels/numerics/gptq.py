@@ -10,11 +10,14 @@ form: Frantar et al., GPTQ, arXiv 2210.17323; Chen et al., The Geometry of LLM Q
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ldmq_kernels.numerics.kronecker import KroneckerHessian, round_both_ways
+
+Hessian = Tensor | KroneckerHessian
 Nearest = Callable[[Tensor], Tensor]
 
 BLOCK = 128  # columns whose errors reach the later columns by one matrix product
@@ -22,15 +25,15 @@ DAMPING = 0.01  # of the mean diagonal, added to it
 DOUBLE_UP_TO = 2048  # width up to which the factor is computed in float64
 
 
-def check_hessian(hessian: Tensor, width: int) -> None:
-    """Refuse a matrix that is not the second moments of `width` inputs.
+def check_hessian(hessian: Tensor, width: int, of: str = "inputs") -> None:
+    """Refuse a matrix that is not the second moments of `width` inputs, or outputs.
 
     Raises:
         ValueError: it is not (width, width), holds NaN or infinite values, or has a negative diagonal.
     """
     if hessian.shape != (width, width):
         raise ValueError(
-            f"the hessian is {tuple(hessian.shape)}, but the weight has {width} inputs: ({width}, {width}) is "
+            f"the hessian is {tuple(hessian.shape)}, but the weight has {width} {of}: ({width}, {width}) is "
             "needed, recorded at this layer's own input"
         )
     if not bool(torch.isfinite(hessian).all()):
@@ -80,19 +83,24 @@ class RoundingOrder:
         importance: (K,) float32, positive, with mean 1, by input: what its rounding error counts squared, the
             part of its power that inputs of less power do not share. It replaces the diagonal of the hessian,
             which counts errors that later inputs make up for.
+        outputs: the same of the outputs, of a `KroneckerHessian`; None where each output is rounded for itself.
     """
 
     order: Tensor
     reach: Tensor
     importance: Tensor
+    outputs: RoundingOrder | None = None
 
 
-def rounding_order(hessian: Tensor, width: int) -> RoundingOrder:
-    """Factorize the second moments of a layer's inputs, (K, K) with K = `width`.
+def rounding_order(hessian: Hessian, width: int, outputs: int = 0) -> RoundingOrder:
+    """Factorize the Hessian of a layer of `width` inputs, of `outputs` where it counts them.
 
     Raises:
         ValueError: the hessian has another size, is not finite, or is not a sum of x x^T.
     """
+    if isinstance(hessian, KroneckerHessian):
+        check_hessian(hessian.outputs, outputs, "outputs")
+        return replace(rounding_order(hessian.inputs, width), outputs=rounding_order(hessian.outputs, outputs))
     check_hessian(hessian, width)
     order = torch.argsort(hessian.diagonal(), stable=True)
     factor = damped_cholesky(hessian[order[:, None], order])
@@ -121,6 +129,12 @@ def gptq_round(weight: Tensor, steps: Tensor, nearest: Nearest, inputs: Rounding
         (out, K) float32, grid points, so that points * steps is near the weight.
     """
     order, reach = inputs.order, inputs.reach
+    if inputs.outputs is not None:
+        rows = inputs.outputs.order
+        place = rows[:, None], order
+        points = torch.empty_like(weight)
+        points[place] = round_both_ways(weight[place], steps[place], nearest, reach, inputs.outputs.reach)
+        return points
     columns, steps = weight.t()[order], steps.t()[order]
     points, error = torch.empty_like(columns), torch.empty_like(columns)
     for end in range(len(order), 0, -BLOCK):

@@ -7,11 +7,14 @@ Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ldmq_kernels.numerics.gptq import Hessian
 from ldmq_kernels.numerics.hadamard import rotated_hessian, rotated_weight
+from ldmq_kernels.numerics.kronecker import KroneckerHessian
 
 LARGEST_RATIO = 1e4  # a dead channel must not be scaled into the overflow of another one
 
@@ -63,9 +66,13 @@ def smoothed_hessian(hessian: Tensor, inv_scale: Tensor) -> Tensor:
 
 
 def fitted(
-    weight: Tensor, hessian: Tensor | None, inv_smooth: Tensor | None, rotated: bool
-) -> tuple[Tensor, Tensor | None]:
-    """A weight (out, ..., C) and a Hessian (K, K) for inputs that are smoothed, then rotated, and then rounded."""
+    weight: Tensor, hessian: Hessian | None, inv_smooth: Tensor | None, rotated: bool
+) -> tuple[Tensor, Hessian | None]:
+    """A weight (out, ..., C) and a Hessian for inputs that are smoothed, then rotated, and then rounded."""
+    if isinstance(hessian, KroneckerHessian):
+        weight, inputs = fitted(weight, hessian.inputs, inv_smooth, rotated)
+        assert isinstance(inputs, Tensor)
+        return weight, replace(hessian, inputs=inputs)
     if inv_smooth is not None:
         weight = weight.float() / inv_smooth
         hessian = None if hessian is None else smoothed_hessian(hessian, inv_smooth)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldmq_kernels.calibration.decoding import decoded
 from ldmq_kernels.calibration.denoisers import whole_pipeline
 from ldmq_kernels.calibration.drawings import LATENT as LATENTS
 from ldmq_kernels.calibration.drawings import Call, drawings
@@ -20,7 +21,6 @@ from ldmq_kernels.numerics.sqnr import to_db
 from ldmq_kernels.planning.assignment import MOST_DB
 from ldmq_kernels.planning.target import MEASURES, Measure
 from ldmq_kernels.progress import track
-from ldmq_kernels.sensitivity.decoding import decoded
 
 WORST = 10  # per cent
 PICTURES = 8  # that verify a plan at least: what is held out is drawn with further seeds

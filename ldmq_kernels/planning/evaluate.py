@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldmq_kernels.calibration.hessian import hessian_bytes, input_hessians
 from ldmq_kernels.calibration.trajectory import Trajectory
@@ -16,6 +16,7 @@ from ldmq_kernels.conversion.hessian import BYTES_AT_ONCE
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.nn.timestep_groups import following
 from ldmq_kernels.numerics.formats import FLOAT
+from ldmq_kernels.numerics.gptq import Hessian
 from ldmq_kernels.planning.drawn import Drawn, FloatEnds, together
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan
@@ -131,7 +132,7 @@ class PlanEvaluator:
     def _quantize(self, plans: Mapping[Key, LayerPlan], trajectory: Trajectory) -> dict[Key, QuantizedLayer]:
         """Quantize layers, those that GPTQ rounds by a trajectory in chunks whose Hessians fit into memory."""
         layers = quantizable_layers(self._model)
-        sizes = {key: hessian_bytes(layers[key[0]]) for key, plan in plans.items() if plan.rounding == "gptq"}
+        sizes = {key: hessian_bytes(layers[key[0]]) for key, plan in plans.items() if plan.needs_inputs}
         quantized: dict[Key, QuantizedLayer] = {
             key: quantize_layer(key[0], layers[key[0]], plan) for key, plan in plans.items() if key not in sizes
         }
@@ -147,7 +148,7 @@ def measure_plan(
     model: nn.Module,
     plan: Plan,
     trajectory: Trajectory,
-    hessians: Mapping[str, Tensor] | Callable[[str], Tensor] | None = None,
+    hessians: Mapping[str, Hessian] | Callable[[str], Hessian] | None = None,
 ) -> StepNoise:
     """Noise at the output of the whole quantized model along a float trajectory, by sample too; the model stays float.
 
@@ -164,7 +165,7 @@ def measure_plan(
     quantized: dict[str, nn.Module] = {}
     for name, layer_plan in plan.layers(model).items():
         if layer_plan.scheme.quantizes:
-            hessian = hessian_of(name) if hessian_of is not None and layer_plan.rounding == "gptq" else None
+            hessian = hessian_of(name) if hessian_of is not None and layer_plan.needs_inputs else None
             quantized[name] = quantize_layer(name, layers[name], layer_plan, hessian)
     with swapped(model, quantized), following(model, plan.timestep_groups):
         return output_noise(model, trajectory, by_sample=True)

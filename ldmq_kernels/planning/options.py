@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ldmq_kernels.calibration.adjoint import LATENT, PICTURE, End
 from ldmq_kernels.nn import quantized_class
 from ldmq_kernels.nn.cuts import depends_on_cuts
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
@@ -18,7 +19,6 @@ from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.cost import layer_bytes, operation_cost, weight_bytes
 from ldmq_kernels.plans.layers import layer_shape, quantizable_layers
 from ldmq_kernels.plans.plan import PlanError
-from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, End
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.candidates import LayerCandidate
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ldmq_kernels.calibration.adjoint import is_whole
 from ldmq_kernels.calibration.autoencoders import WHICH, is_autoencoder, takes_a_timestep
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.denoisers import ENCODERS, chosen, denoiser, denoiser_name, denoisers, whole_pipeline
@@ -31,7 +32,6 @@ from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes, cache_file, measure_times
 from ldmq_kernels.plans.plan import Plan, plan_output
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze, open_work
-from ldmq_kernels.sensitivity.ends import is_whole
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ldmq_kernels.calibration.adjoint import End
 from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.calibration.ranges import FIRST_STEP, MODES
 from ldmq_kernels.calibration.settings import SamplingSettings, Settings, each_of
@@ -15,7 +16,6 @@ from ldmq_kernels.numerics.formats.float8 import FLOAT8
 from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.options import ENDS
 from ldmq_kernels.planning.target import MEASURES, Measure, Target
-from ldmq_kernels.sensitivity.adjoint import End
 from ldmq_kernels.sensitivity.similarity import SSIM
 
 DEFAULT_FORMATS = ("w8a8", "w8a16", "fp16")

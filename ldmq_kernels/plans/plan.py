@@ -46,7 +46,7 @@ from ldmq_kernels.plans.reading import (
     read_plan_file,
 )
 
-ROUNDINGS = ("nearest", "gptq")
+ROUNDINGS = ("nearest", "gptq", "gptq-end")
 DETAILS = ("first_token", "rounding")  # what an entry of `details` may say
 
 
@@ -59,7 +59,8 @@ class LayerPlan:
         smoothing: (C,) float32, the inverse that inputs are multiplied with.
         first_token: whether the first token's row is computed from its 16-bit input.
         bias_correction: (out,) float32, added to the bias.
-        rounding: of the weight, "nearest" or "gptq", which needs the inputs of a calibration.
+        rounding: of the weight, "nearest"; "gptq", by the layer's inputs in a calibration; or "gptq-end", by what its
+            errors make of the end of the trajectory too.
     """
 
     scheme: Scheme
@@ -69,6 +70,11 @@ class LayerPlan:
     first_token: bool = False
     bias_correction: Tensor | None = None
     rounding: str = "nearest"
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the weight is rounded by the layer's inputs in a calibration."""
+        return self.rounding != "nearest"
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -146,14 +152,19 @@ class Plan:
     @property
     def needs_inputs(self) -> bool:
         """Whether a layer's weight is rounded by GPTQ, which takes the layer's inputs in a calibration."""
-        gptq = [name for name, details in self.details.items() if details.get("rounding") == "gptq"]
-        return any(self.layer(name).scheme.quantizes for name in gptq)
+        layers = [self.layer(name) for name, details in self.details.items() if "rounding" in details]
+        return any(layer.needs_inputs and layer.scheme.quantizes for layer in layers)
 
-    def with_gptq(self, model: nn.Module) -> Plan:
+    def with_gptq(self, model: nn.Module, *, end: bool = False) -> Plan:
         """The same plan with every weight that it quantizes rounded by GPTQ, but those of grouped convolutions.
 
         The search tries GPTQ for weights of 4 bits alone. With 8 bits it pays as well in what is drawn, and costs
         nothing when the model runs; applying the plan takes the inputs of every layer then, a run of the calibration.
+
+        Args:
+            end: round by what errors make of the end of the trajectory, the pictures or final latents: the errors of a
+                rounded weight are alike from step to step, and add up there. Pictures keep more by it than by the
+                layers' inputs alone. Applying the plan takes gradients through the pipeline.
 
         Raises:
             PlanError: the plan does not fit the model.
@@ -162,7 +173,7 @@ class Plan:
         quantizable = quantizable_layers(model)
         for name, layer_plan in self.layers(model).items():
             if layer_plan.scheme.quantizes and getattr(quantizable[name], "groups", 1) == 1:
-                rounded.details.setdefault(name, {})["rounding"] = "gptq"
+                rounded.details.setdefault(name, {})["rounding"] = "gptq-end" if end else "gptq"
         return rounded
 
     @property

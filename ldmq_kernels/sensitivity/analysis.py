@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldmq_kernels.calibration.adjoint import End
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.drawings import Call, texts_of
+from ldmq_kernels.calibration.probes import MEMORY, PROBES, chunks_of_layers, record
 from ldmq_kernels.calibration.ranges import range_drift, spread_steps
 from ldmq_kernels.calibration.settings import Settings, recorded
 from ldmq_kernels.calibration.trajectory import Trajectory
@@ -23,12 +25,10 @@ from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.sensitivity.adjoint import End
 from ldmq_kernels.sensitivity.candidates import WHOLE, LayerCandidate, LayerSearch, Method
 from ldmq_kernels.sensitivity.ends import Following
 from ldmq_kernels.sensitivity.identity import call_identity, pipeline_identity
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
-from ldmq_kernels.sensitivity.probes import MEMORY, PROBES, chunks_of_layers, record
 from ldmq_kernels.sensitivity.similarity import (
     SSIM,
     Decoder,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.hessian import HessianObserver
+from ldmq_kernels.calibration.probes import LayerRecord
 from ldmq_kernels.calibration.ranges import static_scale
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.nn import QuantizedLayer, quantized_class
@@ -28,7 +29,6 @@ from ldmq_kernels.plans.layers import refusal
 from ldmq_kernels.plans.plan import LayerPlan
 from ldmq_kernels.sensitivity.end_noise import EndNoise
 from ldmq_kernels.sensitivity.output_noise import StepNoise
-from ldmq_kernels.sensitivity.probes import LayerRecord
 from ldmq_kernels.sensitivity.recipes import Recipe, Trial
 from ldmq_kernels.sensitivity.trials import FloatReference, Judge, estimated_output_noise, try_out
 

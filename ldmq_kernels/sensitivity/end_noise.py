@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldmq_kernels.calibration.adjoint import End, EndTrajectory
+from ldmq_kernels.calibration.probes import EndRecord
 from ldmq_kernels.nn import product_of_layer
-from ldmq_kernels.sensitivity.adjoint import End, EndTrajectory
-from ldmq_kernels.sensitivity.probes import EndRecord
 
 LEAST = 0.1  # of the powers added over steps: no estimate is below that, whatever is taken away
 

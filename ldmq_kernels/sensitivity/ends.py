@@ -8,32 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
+from ldmq_kernels.calibration.adjoint import End, EndTrajectory, is_whole, sampler_adjoint, walk
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
 from ldmq_kernels.calibration.drawings import Call
+from ldmq_kernels.calibration.probes import EndRecord, chunks_of_layers, end_records, records_of
+from ldmq_kernels.calibration.redrawn import NoAdjoint
 from ldmq_kernels.calibration.settings import Settings, sample_number
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.sensitivity.adjoint import End, EndTrajectory, sampler_adjoint, walk
 from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.end_noise import LayerEndNoise
-from ldmq_kernels.sensitivity.probes import EndRecord, chunks_of_layers, end_records, records_of
-from ldmq_kernels.sensitivity.redrawn import NoAdjoint
 from ldmq_kernels.sensitivity.trials import Judge
 
 logger = logging.getLogger(__name__)
 
-WHOLE_MODEL = 100_000_000  # parameters up to which all pictures and calls count
 PROBES = 8  # at each end; with fewer, sizes scatter more by the chance of which probes are drawn
 LARGE_PICTURES, LARGE_PROBES = 2, 1  # of a larger model
 LARGE_CALLS = 8  # of each run, at which layers are recorded: in the median sizes come out smaller than by all
-
-
-def is_whole(model: nn.Module) -> bool:
-    """Whether a model is so small that all pictures and calls of a calibration count at the end."""
-    return sum(parameter.numel() for parameter in model.parameters()) <= WHOLE_MODEL
 
 
 class Following:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldmq_kernels.calibration.decoding import decoded
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, replay
-from ldmq_kernels.sensitivity.decoding import decoded
 
 SSIM = "ssim"  # the signal's name
 SCORED = (".attn2.", ".ff.")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmq_kernels.calibration.adjoint import End
 from ldmq_kernels.nn import QuantizedLayer, quantized_class
 from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.plans.plan import LayerPlan
-from ldmq_kernels.sensitivity.adjoint import End
 from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.end_noise import EndNoise
 from ldmq_kernels.sensitivity.output_noise import SampleNoise, StepNoise

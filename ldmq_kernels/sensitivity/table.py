@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from ldmq_kernels.calibration.adjoint import PICTURE
 from ldmq_kernels.files import write_csv
 from ldmq_kernels.numerics.sqnr import from_db
-from ldmq_kernels.sensitivity.adjoint import PICTURE
 from ldmq_kernels.sensitivity.analysis import Analysis
 from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.output_noise import StepNoise, finite_db

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldmq_kernels.calibration.probes import EndRecord, LayerRecord
 from ldmq_kernels.calibration.ranges import group_of
 from ldmq_kernels.nn import QuantizedLayer, product_of_layer
 from ldmq_kernels.nn.kinds import axes_of
 from ldmq_kernels.sensitivity.output_noise import StepNoise
-from ldmq_kernels.sensitivity.probes import EndRecord, LayerRecord
 
 
 @dataclass(frozen=True)

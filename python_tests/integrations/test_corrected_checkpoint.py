@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import ldmq_kernels as ldmq
+from ldmq_kernels.calibration.redrawn import NoAdjoint
 from ldmq_kernels.conversion import ConversionError, convert, summarize
 from ldmq_kernels.integrations.diffusers import LdmqConfig
 from ldmq_kernels.integrations.diffusers.fused import unfuse
@@ -128,6 +129,38 @@ def test_a_pipeline_quantizes_with_gptq_and_what_it_saves_loads(tmp_path: Any) -
     pipe.unet.save_pretrained(tmp_path / "unet")
     loaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     assert torch.equal(run_unet(loaded), run_unet(pipe.unet))
+
+
+def test_a_pipeline_quantizes_by_the_end_of_its_trajectory_and_what_it_saves_loads(tmp_path: Any) -> None:
+    pipe, plain = tiny_pipeline(tmp_path / "tokenizer"), tiny_pipeline(tmp_path / "other")
+    plan = gptq_plan(pipe.unet)
+    ldmq.quantize(plain, plan, show_progress=False)
+    names = list(plan.details)[::3]
+    for name in names:
+        plan.details[name]["rounding"] = "gptq-end"
+    ldmq.quantize(pipe, plan, show_progress=False)
+    differ = {
+        name
+        for name, layer in plain.unet.named_modules()
+        if isinstance(layer, QuantizedLayer) and not torch.equal(layer.weight, pipe.unet.get_submodule(name).weight)
+    }
+    assert differ <= set(names)
+    assert len(differ) > 0.9 * len(names)
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert torch.equal(run_unet(loaded), run_unet(pipe.unet))
+
+
+def test_a_trajectory_without_a_gradient_says_what_to_round_by(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise NoAdjoint("its scheduler rounds")
+
+    monkeypatch.setattr("ldmq_kernels.calibration.end_hessian.sampler_adjoint", refuse)
+    pipe = tiny_pipeline(tmp_path / "tokenizer")
+    plan = gptq_plan(pipe.unet).with_gptq(pipe.unet, end=True)
+    with pytest.raises(PlanError, match=r"has no gradient: its scheduler rounds: .*`plan\.with_gptq\(model\)`"):
+        ldmq.quantize(pipe, plan, show_progress=False)
+    assert not any(isinstance(m, QuantizedLayer) for m in pipe.unet.modules())
 
 
 def test_gptq_without_a_pipeline_or_without_texts_says_what_to_do(tmp_path: Any) -> None:

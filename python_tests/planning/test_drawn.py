@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration import SamplingSettings
+from ldmq_kernels.calibration.adjoint import LATENT
 from ldmq_kernels.calibration.drawings import draw
 from ldmq_kernels.calibration.hessian import input_hessians
 from ldmq_kernels.calibration.settings import changed
@@ -27,7 +28,6 @@ from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan, PlanError
-from ldmq_kernels.sensitivity.adjoint import LATENT
 from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.end_noise import EndNoise
 from ldmq_kernels.sensitivity.output_noise import swapped

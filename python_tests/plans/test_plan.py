@@ -224,6 +224,13 @@ def test_gptq_is_asked_for_every_weight_that_is_quantized_and_known_to_its_layer
     assert plan.to_dict() == before
 
 
+def test_gptq_by_the_end_of_the_trajectory_is_said_of_each_layer_and_read_again(unet):
+    rounded = Plan.from_dict(rich_plan(unet).with_gptq(unet, end=True).to_dict())
+    assert {entry["rounding"] for entry in rounded.details.values()} == {"gptq-end"}
+    assert rounded.needs_inputs
+    assert rounded.layer(LINEAR).rounding == "gptq-end"
+
+
 def test_gptq_is_not_asked_for_a_grouped_convolution_below_an_adapter():
     model, adapter = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3)), nn.Module()
     adapter.base_layer, model[0] = model[0], adapter

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from ldmq_kernels.calibration.calibrate import Calibration
+from ldmq_kernels.calibration.probes import LayerRecord
 from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.numerics.sqnr import relative_noise_power
 from ldmq_kernels.sensitivity.candidates import PLAIN, LayerSearch, Method
-from ldmq_kernels.sensitivity.probes import LayerRecord
 
 STEPS = 4
 

@@ -16,14 +16,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from scipy import stats
 from torch import Tensor, nn
 
-from ldmq_kernels.calibration import SamplingSettings, calibrate
-from ldmq_kernels.calibration.drawings import draw
-from ldmq_kernels.calibration.trajectory import UNetCall
-from ldmq_kernels.numerics.formats import parse_schemes
-from ldmq_kernels.plans.layers import quantizable_layers
-from ldmq_kernels.sensitivity import Analysis, analyze, probes
-from ldmq_kernels.sensitivity import ends as ends_of_analysis
-from ldmq_kernels.sensitivity.adjoint import (
+from ldmq_kernels.calibration import SamplingSettings, calibrate, probes
+from ldmq_kernels.calibration import adjoint as sampler
+from ldmq_kernels.calibration.adjoint import (
     LATENT,
     PICTURE,
     CallWeights,
@@ -32,10 +27,16 @@ from ldmq_kernels.sensitivity.adjoint import (
     rademacher,
     sampler_adjoint,
 )
+from ldmq_kernels.calibration.drawings import draw
+from ldmq_kernels.calibration.probes import EndRecord, end_records
+from ldmq_kernels.calibration.trajectory import UNetCall
+from ldmq_kernels.numerics.formats import parse_schemes
+from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.sensitivity import Analysis, analyze
+from ldmq_kernels.sensitivity import ends as ends_of_analysis
 from ldmq_kernels.sensitivity.analysis import quantized_as
 from ldmq_kernels.sensitivity.end_noise import EndNoise, LayerEndNoise
 from ldmq_kernels.sensitivity.output_noise import swapped
-from ldmq_kernels.sensitivity.probes import EndRecord, end_records
 from ldmq_kernels.sensitivity.stored import candidates_of, store_candidates
 from ldmq_kernels.sensitivity.trials import Judge
 from ldmq_kernels.sensitivity.work_folder import WorkError
@@ -180,7 +181,7 @@ def test_layers_are_followed_to_the_end_in_any_number_of_replays_whether_a_model
     assert list(together) == names
     monkeypatch.setattr(probes, "MEMORY", 1)
     assert _followed(shallow_pipe, analysis, names) == together
-    monkeypatch.setattr(ends_of_analysis, "WHOLE_MODEL", 10)
+    monkeypatch.setattr(sampler, "WHOLE_MODEL", 10)
     monkeypatch.setattr(ends_of_analysis, "LARGE_PROBES", 2)
     large = _followed(shallow_pipe, analysis, names)
     for name, noise in together.items():
@@ -242,7 +243,7 @@ def test_of_a_large_model_some_steps_of_two_pictures_count(
     shallow_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibration = calibrate(shallow_pipe, [*PROMPTS, "a dog"], SETTINGS)
-    monkeypatch.setattr(ends_of_analysis, "WHOLE_MODEL", 10)
+    monkeypatch.setattr(sampler, "WHOLE_MODEL", 10)
     monkeypatch.setattr(ends_of_analysis, "LARGE_CALLS", 2)
     found = ends_of_analysis.Following(shallow_pipe, calibration, (LATENT,), show=False).some_calls
     assert (found.pictures, found.probes) == ([0, 1], 1)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ldmq_kernels.numerics.gptq import Hessian
+
 FLOAT_BYTES = 2  # of a value in 16 bit
 PRODUCTS = ("linear", "conv2d")
 KINDS = ("linear", "conv2d", "conv1d", "conv3d")
@@ -53,12 +55,13 @@ class WeightFormat(ABC):
         """The tensors that stand for a weight of this shape, by name; the one called "weight" is among them."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, hessian: Hessian | None = None) -> dict[str, Tensor]:
         """Round a floating weight.
 
         Args:
             weight: (out, ..., C) floating.
-            hessian: (K, K) float32, K = weight[0].numel(): the sum of x x^T over the layer's inputs, for GPTQ rounding.
+            hessian: for GPTQ rounding, (K, K) float32, K = weight[0].numel(): the sum of x x^T over the layer's inputs;
+                or with what the outputs weigh, too.
 
         Returns:
             A tensor for each name of `buffers`.

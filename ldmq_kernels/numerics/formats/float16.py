@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.numerics.formats.base import FLOAT_ACTIVATIONS, Buffer, Format, WeightFormat
+from ldmq_kernels.numerics.gptq import Hessian
 
 
 class FloatWeight(WeightFormat):
@@ -20,7 +21,7 @@ class FloatWeight(WeightFormat):
         """The weight, counted as 16 bit."""
         return {"weight": Buffer(tuple(shape), torch.float16)}
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, hessian: Hessian | None = None) -> dict[str, Tensor]:
         """The weight itself."""
         return {"weight": weight}
 

@@ -20,6 +20,7 @@ from ldmq_kernels.numerics.formats.rounding import (
     per_channel,
     rounded_on_grid,
 )
+from ldmq_kernels.numerics.gptq import Hessian
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
@@ -37,7 +38,7 @@ class Float8Weight(WeightFormat):
         """The values, and a scale for each output channel."""
         return {"weight": Buffer(tuple(shape), FLOAT8), "weight_scale": Buffer((shape[0],), torch.float32)}
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, hessian: Hessian | None = None) -> dict[str, Tensor]:
         """Round to the nearest values or, with a hessian, as GPTQ does on the grid of e4m3."""
         check_finite(weight)
         weight = weight.float()

@@ -22,12 +22,13 @@ from ldmq_kernels.numerics.formats.int4 import (
     wrong_nibbles,
 )
 from ldmq_kernels.numerics.formats.rounding import SMALLEST_SCALE, check_finite, not_positive, order_of, rounded
+from ldmq_kernels.numerics.gptq import Hessian
 
 GROUP_SHRINKS = tuple(1 - step / 50 for step in range(21))  # of a group's scale, down to 0.6
 
 
 def quantize_weight_w4a16(
-    weight: Tensor, hessian: Tensor | None = None, group_size: int = GROUP_SIZE
+    weight: Tensor, hessian: Hessian | None = None, group_size: int = GROUP_SIZE
 ) -> tuple[Tensor, Tensor]:
     """Round to int4 with one float32 scale for each output channel and group.
 
@@ -67,7 +68,7 @@ class GroupedInt4Weight(WeightFormat):
             "group_scale": Buffer((*shape[:-1], group_count(shape[-1])), torch.float32),
         }
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, hessian: Hessian | None = None) -> dict[str, Tensor]:
         """Round as `quantize_weight_w4a16` does."""
         integers, scale = quantize_weight_w4a16(weight, hessian)
         return {"weight": pack_int4(integers), "group_scale": scale}

@@ -35,7 +35,7 @@ from ldmq_kernels.numerics.formats.rounding import (
     per_channel,
     rounded,
 )
-from ldmq_kernels.numerics.gptq import RoundingOrder
+from ldmq_kernels.numerics.gptq import Hessian, RoundingOrder
 
 MULTIPLIER_MAX = 18  # 7 * 18 = 126 still fits int8
 CHANNEL_SHRINKS = (1.0, 0.9, 0.8)  # of a channel's scale
@@ -53,7 +53,7 @@ class GroupedWeight:
     scale: Tensor
 
 
-def quantize_weight_w4a8(weight: Tensor, hessian: Tensor | None = None, group_size: int = GROUP_SIZE) -> GroupedWeight:
+def quantize_weight_w4a8(weight: Tensor, hessian: Hessian | None = None, group_size: int = GROUP_SIZE) -> GroupedWeight:
     """Round to int4 in two levels, so that integers * multiplier is an exact int8.
 
     Each channel takes, of a few scales, and each of its groups, of all multipliers, the one with the
@@ -116,7 +116,7 @@ class TwoLevelInt4Weight(WeightFormat):
             "weight_scale": Buffer((shape[0],), torch.float32),
         }
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, hessian: Hessian | None = None) -> dict[str, Tensor]:
         """Round as `quantize_weight_w4a8` does."""
         made = quantize_weight_w4a8(weight, hessian)
         return {"weight": pack_int4(made.integers), "multiplier": made.multiplier, "weight_scale": made.scale}

@@ -16,6 +16,7 @@ from ldmq_kernels.numerics.formats.rounding import (
     per_channel,
     rounded,
 )
+from ldmq_kernels.numerics.gptq import Hessian
 
 INT8_MAX = 127
 
@@ -50,12 +51,13 @@ INT8_ACTIVATIONS = (
 )
 
 
-def quantize_weight_int8(weight: Tensor, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_weight_int8(weight: Tensor, hessian: Hessian | None = None) -> tuple[Tensor, Tensor]:
     """Round to int8 in [-127, 127] with one scale for each output channel, which its largest value sets.
 
     Args:
         weight: (out, ..., C) floating.
-        hessian: (K, K) float32, K = weight[0].numel(): the sum of x x^T over the layer's inputs, for GPTQ rounding.
+        hessian: for GPTQ rounding, (K, K) float32, K = weight[0].numel(): the sum of x x^T over the layer's inputs;
+            or with what the outputs weigh, too.
 
     Returns:
         integers (out, ..., C) int8, and scale (out,) float32.
@@ -78,7 +80,7 @@ class Int8Weight(WeightFormat):
         """The integers, and a scale for each output channel."""
         return {"weight": Buffer(tuple(shape), torch.int8), "weight_scale": Buffer((shape[0],), torch.float32)}
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, hessian: Hessian | None = None) -> dict[str, Tensor]:
         """Round as `quantize_weight_int8` does."""
         integers, scale = quantize_weight_int8(weight, hessian)
         return {"weight": integers, "weight_scale": scale}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldmq_kernels.numerics.gptq import Nearest, RoundingOrder, gptq_round, integers_up_to, rounding_order
+from ldmq_kernels.numerics.gptq import Hessian, Nearest, RoundingOrder, gptq_round, integers_up_to, rounding_order
 
 SMALLEST_SCALE = 1e-30  # of an all-zero channel, whose integers are all zero
 
@@ -21,9 +21,9 @@ def per_channel(scale: Tensor, weight: Tensor) -> Tensor:
     return scale.view(-1, *[1] * (weight.dim() - 1))
 
 
-def order_of(weight: Tensor, hessian: Tensor | None) -> RoundingOrder | None:
-    """In what order GPTQ rounds the inputs of a weight (out, ..., C); None without a hessian."""
-    return None if hessian is None else rounding_order(hessian, weight[0].numel())
+def order_of(weight: Tensor, hessian: Hessian | None) -> RoundingOrder | None:
+    """In what order GPTQ rounds the inputs of a weight (out, ..., C), and maybe its outputs; None without a hessian."""
+    return None if hessian is None else rounding_order(hessian, weight[0].numel(), len(weight))
 
 
 def rounded(weight: Tensor, steps: Tensor, largest: int, inputs: RoundingOrder | None) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from benchmarks.study import remedies
-from ldmq_kernels.sensitivity.adjoint import CallWeights
-from ldmq_kernels.sensitivity.probes import EndRecord
+from ldmq_kernels.calibration.adjoint import CallWeights
+from ldmq_kernels.calibration.probes import EndRecord
 
 
 def test_each_remedy_helps_where_it_should() -> None:

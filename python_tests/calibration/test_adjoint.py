@@ -18,10 +18,10 @@ from diffusers import (
 from torch import Tensor
 
 from ldmq_kernels.calibration import SamplingSettings, Trajectory, drawings, record_trajectory
+from ldmq_kernels.calibration.adjoint import LATENT, PICTURE, EndTrajectory, _weights, rademacher, sampler_adjoint
+from ldmq_kernels.calibration.decoding import decoded
 from ldmq_kernels.calibration.drawings import Call, draw
-from ldmq_kernels.sensitivity.adjoint import LATENT, PICTURE, EndTrajectory, _weights, rademacher, sampler_adjoint
-from ldmq_kernels.sensitivity.decoding import decoded
-from ldmq_kernels.sensitivity.redrawn import NoAdjoint
+from ldmq_kernels.calibration.redrawn import NoAdjoint
 from python_tests.tiny import PROMPTS, SHALLOW, tiny_pipeline
 
 SETTINGS = SamplingSettings(num_inference_steps=3, guidance_scale=4.0)

@@ -23,20 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ldmq_kernels.calibration.decoding import decoded
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
 from ldmq_kernels.calibration.drawings import LATENT as LATENTS
 from ldmq_kernels.calibration.drawings import Call, drawings
 from ldmq_kernels.calibration.ranges import spread_steps
+from ldmq_kernels.calibration.recording import Ran, give, recording
+from ldmq_kernels.calibration.redrawn import NoAdjoint, Redrawn, frozen
 from ldmq_kernels.calibration.settings import Settings
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
 from ldmq_kernels.progress import track
-from ldmq_kernels.sensitivity.decoding import decoded
-from ldmq_kernels.sensitivity.recording import Ran, give, recording
-from ldmq_kernels.sensitivity.redrawn import NoAdjoint, Redrawn, frozen
 
 End = Literal["latent", "picture"]
 LATENT: End = "latent"
 PICTURE: End = "picture"
+WHOLE_MODEL = 100_000_000  # parameters up to which all pictures and calls count
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def _spread_over(run: Sequence[EndCall], count: int) -> list[EndCall]:
         weights = CallWeights((share * times).sum(0), (share * times.square()).sum(0))
         kept.append(replace(run[place], weights=weights))
     return kept
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether a model is so small that all pictures and calls of a calibration count at the end."""
+    return sum(parameter.numel() for parameter in model.parameters()) <= WHOLE_MODEL
 
 
 def rademacher(like: Tensor, seed: int) -> Tensor:

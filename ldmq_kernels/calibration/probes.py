@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldmq_kernels.calibration.adjoint import CallWeights, EndCall, EndTrajectory, rademacher, scale_of
+from ldmq_kernels.calibration.recording import Ran, Recorder, give, recording
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows, prompts_of_rows
 from ldmq_kernels.chunks import chunks_within
 from ldmq_kernels.nn.kinds import watch_product
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
-from ldmq_kernels.sensitivity.adjoint import CallWeights, EndCall, EndTrajectory, rademacher, scale_of
-from ldmq_kernels.sensitivity.recording import Ran, Recorder, give, recording
 
 MEMORY = 4 << 30  # bytes of inputs and gradients that are kept at a time
 PROBES = 2

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldmq_kernels.calibration.redrawn import frozen
 from ldmq_kernels.nn.kinds import FloatLayer, watch_product
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
-from ldmq_kernels.sensitivity.redrawn import frozen
 
 Ran = tuple[str, Tensor, list[Tensor]]  # a layer's name, its input, and the gradient by its output for each probe
 
