@@ -102,6 +102,11 @@ class Comparison:
         plan = self._plan({name: found.layer_plan for name, found in self._quietest().items()})
         return self._made(plan.with_gptq(self.setup.unet))
 
+    def with_gptq_by_the_end(self) -> nn.Module:
+        """The same, rounded by what errors of inputs and outputs make of the calibration's pictures."""
+        plan = self._plan({name: found.layer_plan for name, found in self._quietest().items()})
+        return self._made(plan.with_gptq(self.setup.unet, end=True))
+
     def with_split(self) -> nn.Module:
         """The same, but split activations where a product more takes most noise away, for few operations in all."""
         choices = self._quietest()
@@ -161,6 +166,7 @@ def todo(comparison: Comparison) -> list[tuple[str, str, Callable[[], nn.Module]
         (OURS, f"w8a8 dynamic, plain, {ON_THEM}", comparison.plain),
         (OURS, f"w8a8 dynamic or rotated, {ON_THEM}", comparison.one_product),
         (OURS, f"w8a8 dynamic or rotated, GPTQ, {ON_THEM}", comparison.with_gptq),
+        (OURS, f"w8a8 dynamic or rotated, GPTQ by the end, {ON_THEM}", comparison.with_gptq_by_the_end),
         (OURS, f"w8a8 dynamic or rotated, some split, {ON_THEM}", comparison.with_split),
     ]
     others = [(q.tool, q.configuration, partial(_built, q, comparison)) for q in map(peers.get, PEERS) if q]

@@ -84,8 +84,7 @@ class QuantizedLayer(PackedWeight, InputScale):
             module: nn.Linear, or nn.Conv1d, nn.Conv2d or nn.Conv3d; its class is of the kind that this one is for.
             scheme: what to compute in, of `numerics.formats.SCHEMES`.
             input_scale: (1,) float32, required by a static scheme; (timestep groups,) by a timestep one.
-            smoothing: (C,) float32 inverse of the smoothing vector; the weight takes the vector itself. Of
-                8-bit activations only.
+            smoothing: (C,) float32 inverse of the smoothing vector, of 8-bit activations; the weight takes the vector.
             first_token: compute the row x[:, :1] of an input (B, T, C) from its 16-bit values; linears only.
             bias_correction: (out,) float32, added to the bias.
             hessian: (K, K) of the layer's inputs without smoothing, or of its outputs too: round by GPTQ.

@@ -1,7 +1,5 @@
 """Rounding by two Hessians makes small what errors of all outputs make together."""
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -49,7 +47,7 @@ def place_by_place(w: Tensor, step: float, of: KroneckerHessian) -> Tensor:
 @pytest.mark.parametrize(("out", "width"), [(1, 1), (7, 12), (20, 5)])
 def test_every_place_is_rounded_by_all_that_were_rounded_before(out: int, width: int) -> None:
     w, of = weight(out, width), hessians(out, width)
-    assert torch.equal(rounded(w, 0.2, 1000, of), place_by_place(w, 0.2, of))
+    assert torch.allclose(rounded(w, 0.2, 1000, of), place_by_place(w, 0.2, of), atol=1e-5)
 
 
 def test_tiles_hand_their_errors_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,11 +87,11 @@ def test_every_format_rounds_by_them_smoothed_and_rotated(scheme: str) -> None:
     assert errors["both"] < 0.7 * errors["nearest"]
 
 
-@pytest.mark.parametrize(("out", "value"), itertools.product([5], [float("nan"), -1.0]))
-def test_hessians_of_outputs_that_are_none_are_refused(out: int, value: float) -> None:
-    of = hessians(out, 4)
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_hessians_of_outputs_that_are_none_are_refused(value: float) -> None:
+    of = hessians(5, 4)
     with pytest.raises(ValueError, match=r"the weight has 6 outputs: \(6, 6\) is needed"):
         rounding_order(of, 4, 6)
     of.outputs[0, 0] = value
     with pytest.raises(ValueError, match=r"NaN|negative diagonal"):
-        rounding_order(of, 4, out)
+        rounding_order(of, 4, 5)
