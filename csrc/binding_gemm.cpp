@@ -44,6 +44,8 @@ class GemmCall {
                                                           {"weight_scale", gemm_.weight_scale},
                                                           {"out", gemm_.out}};
     for (const auto& [name, pointer] : needed) require(!launches || pointer, std::string(name) + " is null");
+    require(gemm_.split_k >= 0 && gemm_.split_k <= LDMQ_MAX_SPLIT_K,
+            "split_k is " + std::to_string(gemm_.split_k) + ", must be 0 to " + std::to_string(LDMQ_MAX_SPLIT_K));
     require(!gemm_.vector || (gemm_.vectors > 0 && gemm_.m % gemm_.vectors == 0),
             "there are " + std::to_string(gemm_.vectors) + " vectors, which must divide m");
     require(op_ != "linear_w4a8" || !launches || gemm_.multiplier, "multiplier is null");
@@ -108,7 +110,8 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
               int64_t scale_rows, uintptr_t weight_scale, uintptr_t bias, const std::string& bias_dtype,
               uintptr_t vector, int64_t vectors, uintptr_t residual, uintptr_t out,
               const std::string& out_dtype, uintptr_t out_inv_scale, int64_t out_inv_scale_count, int64_t m, int64_t n,
-              int64_t channels, const std::vector<int64_t>& conv, int device, uintptr_t stream) {
+              int64_t channels, const std::vector<int64_t>& conv, int64_t split_k, uintptr_t partial, int device,
+              uintptr_t stream) {
   ldmq_gemm gemm = {};
   const GemmCall call(gemm, tile);
   gemm.x = address(x);
@@ -140,6 +143,8 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
     for (size_t i = 0; i < 5; ++i) *sizes[i] = conv[i];
     for (size_t i = 0; i < 9; ++i) *steps[i] = static_cast<int>(conv[i + 5]);
   }
+  gemm.split_k = static_cast<int>(split_k);
+  gemm.partial = reinterpret_cast<void*>(partial);
   call.check(tile, scale_count);
   call.run(tile, device, stream);
 }
@@ -153,7 +158,8 @@ void define_gemm(py::module_& module) {
              py::arg("weight_scale"), py::arg("bias"), py::arg("bias_dtype"), py::arg("vector"),
              py::arg("vectors"), py::arg("residual"), py::arg("out"), py::arg("out_dtype"),
              py::arg("out_inv_scale"), py::arg("out_inv_scale_count"), py::arg("m"), py::arg("n"),
-             py::arg("channels"), py::arg("conv"), py::arg("device"), py::arg("stream"));
+             py::arg("channels"), py::arg("conv"), py::arg("split_k"), py::arg("partial"), py::arg("device"),
+             py::arg("stream"));
 }
 
 }  // namespace ldmq::binding

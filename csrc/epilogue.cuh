@@ -22,7 +22,7 @@ struct Epilogue {
   const void* vector;
   const void* residual;
   const float* out_inv_scale;
-  void* out;
+  void* out;  // or partial sums
   int m, n, scale_rows, vector_rows, out_inv_scale_step;
 };
 
@@ -182,6 +182,28 @@ __device__ __forceinline__ void finish_rows(const Epilogue& epilogue, int first_
       for (int i = 0; i < kRun; ++i) run[i] = accumulator((group + i / 2) * 4 + half * 2 + i % 2);
       gather_columns(run);
       finish_run<T, GATE>(epilogue, column, rows[half], first, residual[half], run);
+    }
+  }
+}
+
+// The accumulators themselves, by split-K: of this part of k in (splits, m, n). Four lanes have the eight columns of a
+// block, a whole sector.
+template <int BLOCKS, typename Accumulator>
+__device__ __forceinline__ void store_sums(const Epilogue& epilogue, int split, int first_row, int first_column,
+                                           const Accumulator& accumulator) {
+  using Sum = decltype(accumulator(0));
+  const int lane = static_cast<int>(threadIdx.x) % 32, column = first_column + lane % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + lane / 4 + half * 8;
+    if (row >= epilogue.m) continue;
+    Sum* out = static_cast<Sum*>(epilogue.out) +
+               (static_cast<int64_t>(split) * epilogue.m + row) * epilogue.n + column;
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      if (column + block * 8 >= epilogue.n) continue;
+      *reinterpret_cast<Pack<Sum, 2>*>(out + block * 8) = {
+          {accumulator(block * 4 + half * 2), accumulator(block * 4 + half * 2 + 1)}};
     }
   }
 }

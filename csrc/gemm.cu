@@ -69,6 +69,12 @@ const char* refusal_of_operands(const ldmq_gemm& gemm, const std::string& op) {
   return nullptr;
 }
 
+const char* refusal_of_split(const ldmq_gemm& gemm, const std::string& op) {
+  if (gemm.split_k <= 1) return nullptr;
+  if (op.rfind("conv2d", 0) != 0) return "split-K is for convolutions";
+  return gemm.partial && is_aligned(gemm.partial, 16) ? nullptr : "split-K needs room for its partial sums";
+}
+
 const char* refusal_of_conv(const ldmq_gemm& gemm, int family) {
   if (gemm.upsample != 1 && gemm.upsample != 2) return "upsample must be 1 or 2";
   if (family < 90) return nullptr;
@@ -104,6 +110,7 @@ extern "C" const char* ldmq_refusal(const ldmq_gemm* gemm, int tile) {
   const CompiledTile& compiled = tiles()[static_cast<size_t>(tile)];
   const std::string op = compiled.tile.op;
   const char* why = refusal_of_operands(*gemm, op);
+  if (!why) why = refusal_of_split(*gemm, op);
   if (!why && op.rfind("conv2d", 0) == 0) why = refusal_of_conv(*gemm, compiled.tile.family);
   return why;
 }

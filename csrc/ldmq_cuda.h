@@ -11,7 +11,7 @@ extern "C" {
 
 typedef enum { LDMQ_FLOAT32 = 0, LDMQ_FLOAT16 = 1, LDMQ_BFLOAT16 = 2, LDMQ_INT8 = 3, LDMQ_FLOAT8 = 4 } ldmq_dtype;
 
-enum { LDMQ_MAX_CHANNELS = 1 << 23 };
+enum { LDMQ_MAX_CHANNELS = 1 << 23, LDMQ_MAX_SPLIT_K = 64 };
 
 // A tensor that is added; null where there is none.
 typedef struct {
@@ -48,6 +48,8 @@ typedef struct {
   int64_t samples, height, width, out_height, out_width;
   int kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width;
   int pad_top, pad_left, upsample;
+  int split_k;                // blocks that share the k of one tile of a convolution; 0 and 1: one
+  void* partial;              // (split_k, m, n) of the accumulator, scratch; null without split-K
 } ldmq_gemm;
 
 // A compiled tile: `op` takes it by its place in ldmq_tiles().
@@ -68,7 +70,8 @@ const ldmq_tile* ldmq_tiles(int* count);
 // Why the tile at this place of ldmq_tiles() cannot take a GEMM, or null where it can.
 const char* ldmq_refusal(const ldmq_gemm* gemm, int tile);
 
-// Runs a GEMM that its tile does not refuse.
+// Runs a GEMM that its tile does not refuse: one launch, and with split-K a second one, which adds the partial sums,
+// always in the same order.
 int ldmq_run_gemm(const ldmq_gemm* gemm, int tile, int device, void* stream);
 
 // What is quantized to, q of q_dtype: int8, or FP8 (e4m3).

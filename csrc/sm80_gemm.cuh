@@ -47,21 +47,6 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) {
   return ROW_BYTES == 64 ? row * 64 + (chunk ^ (row >> 1 & 3)) * kChunk : row * 32 + (chunk ^ (row >> 2 & 1)) * kChunk;
 }
 
-// A step of the main loop: a tap, and some of its input channels.
-struct Step {
-  int tap = 0, tap_y = 0, tap_x = 0, channel = 0;
-
-  __device__ __forceinline__ void advance(const Parameters& parameters) {
-    channel += kK;
-    if (channel < parameters.channels) return;
-    channel = 0;
-    ++tap;
-    if (++tap_x < parameters.conv.kernel_width) return;
-    tap_x = 0;
-    ++tap_y;
-  }
-};
-
 // What a thread copies of x in every step: a chunk of each of a few rows.
 template <typename Tile>
 class ActivationCopies {
@@ -204,8 +189,9 @@ template <typename Tile, typename Out>
 __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_constant__ Parameters parameters) {
   constexpr int kBands = Tile::kWarpM / 16, kRuns = Tile::kWarpN / 32;
   char* shared = shared_memory();
-  int tile_m, tile_n;
-  parameters.scheduler.coordinates(static_cast<int>(blockIdx.x), tile_m, tile_n);
+  int tile = static_cast<int>(blockIdx.x), tile_m, tile_n;
+  const Steps part = parameters.scheduler.steps_of<Out>(tile);
+  parameters.scheduler.coordinates(tile, tile_m, tile_n);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int warp_m = warp % Tile::kWarpsM * Tile::kWarpM;
   const int warp_n = warp / Tile::kWarpsM * Tile::kWarpN;
@@ -213,15 +199,15 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_const
 
   const ActivationCopies<Tile> rows(parameters, first_row);
   const WeightCopies<Tile> weights(parameters, first_column);
-  const int steps_of_tap = (parameters.channels + kK - 1) / kK, steps = steps_of_tap * parameters.taps;
+  const int steps = part.count, kernel_width = parameters.conv.kernel_width;
   int next = 0;
-  Step next_step;
+  Step next_step = Step::at<kK>(part.first, parameters.channels, kernel_width);
   const auto start_next = [&] {
     if (next < steps) {
       char* stage = shared + next % Tile::kStages * Tile::kStageBytes;
       rows.start(parameters, stage, next_step);
       weights.start(parameters, stage + Tile::kM * kK, next_step);
-      next_step.advance(parameters);
+      next_step.advance<kK>(parameters.channels, kernel_width);
     }
     ++next;
     cp_async_commit();
@@ -275,6 +261,8 @@ __global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_const
     const auto accumulator = [&](int i) { return sum[band][i / 4][i % 4]; };
     if constexpr (Tile::kGated) {
       finish_gated<Out, kRuns * 4>(parameters.epilogue, row, first_column + warp_n / 2, accumulator);
+    } else if constexpr (std::is_same_v<Out, PartialSums>) {
+      store_sums<kRuns * 4>(parameters.epilogue, part.split, row, first_column + warp_n, accumulator);
     } else {
       finish_rows<Out, kRuns * 4, Tile::kKind != Kind::kConv2d>(parameters.epilogue, row, first_column + warp_n,
                                                                 accumulator);
@@ -292,13 +280,16 @@ int run(const ldmq_gemm& gemm, void* stream) {
   parameters.taps = taps_of(gemm);
   parameters.groups = static_cast<int>(ceil_div(gemm.channels, kGroup));
   parameters.scheduler = {static_cast<int>(ceil_div(gemm.m, Tile::kM)),
-                          static_cast<int>(ceil_div(gemm.n, Tile::kOutN))};
+                          static_cast<int>(ceil_div(gemm.n, Tile::kOutN)),
+                          static_cast<int>(ceil_div(gemm.channels, kK)) * parameters.taps};
   parameters.conv = conv_shape_of(gemm);
   parameters.epilogue = epilogue_of(gemm);
+  if (gemm.split_k > 1) parameters.scheduler.split(gemm.split_k);
   const Shape shape = {dim3(static_cast<unsigned>(parameters.scheduler.count())), Tile::kThreads, Tile::kSharedBytes};
-  return with_out_type<Tile::kKind, Tile::kElement>(gemm.out_dtype, [&](auto out) {
+  const int error = with_stored_type<Tile::kKind, Tile::kElement>(gemm, [&](auto out) {
     return launch(gemm_kernel<Tile, decltype(out)>, shape, stream, parameters);
   });
+  return error == cudaSuccess ? reduce_if_split<Tile::kElement>(gemm, parameters.scheduler, stream) : error;
 }
 
 template <typename Tile>

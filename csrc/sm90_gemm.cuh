@@ -25,7 +25,6 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
   constexpr bool kGate = Tile::kKind != Kind::kConv2d;
   const int cluster = static_cast<int>(blockIdx.x) / Tile::kCluster;
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.scheduler.count();
-  const int steps_of_tap = (parameters.channels + Tile::kK - 1) / Tile::kK, steps = steps_of_tap * parameters.taps;
   const int warp_row = static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16;
   const int group_row = Tile::kCooperative ? group * Tile::kGroupRows : 0;
   const auto release = [&](int stage) {  // to all blocks that load into it
@@ -33,7 +32,10 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
   };
   Ring<Tile::kStages> ring;
   int round = 0;
-  for (int tile = cluster; tile < tiles; tile += clusters, ++round) {
+  for (int work = cluster; work < tiles; work += clusters, ++round) {
+    int tile = work;
+    const Steps part = parameters.scheduler.steps_of<Out>(tile);
+    const int steps = part.count;
     if (!Tile::kCooperative && round % 2 != group) {
       ring.advance(steps);
       continue;
@@ -65,6 +67,8 @@ __device__ __forceinline__ void multiply_tiles(const Parameters& parameters, con
         finish_transposed<Out, Tile::kBRows / 8, kGate>(parameters.epilogue, b_first, a_first, accumulator);
       } else if constexpr (Tile::kGated) {
         finish_gated<Out, Tile::kBRows / 8>(parameters.epilogue, a_first, b_first, accumulator);
+      } else if constexpr (std::is_same_v<Out, PartialSums>) {
+        store_sums<Tile::kBRows / 8>(parameters.epilogue, part.split, a_first, b_first, accumulator);
       } else {
         finish_rows<Out, Tile::kBRows / 8, kGate>(parameters.epilogue, a_first, b_first, accumulator);
       }
@@ -93,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup == 0) {
     setmaxnreg_dec<kLoadRegisters>();
-    if (threadIdx.x == 0) load_tiles(parameters, shared, rank);
+    if (threadIdx.x == 0) load_tiles<Tile, Out>(parameters, shared, rank);
   } else {
     setmaxnreg_inc<kMultiplyRegisters>();
     multiply_tiles<Tile, Out>(parameters, shared, rank, warpgroup - 1);
@@ -130,7 +134,9 @@ int run(const ldmq_gemm& gemm, void* stream) {
   parameters.groups = static_cast<int>(ceil_div(gemm.channels, kGroup));
   parameters.a_rows = static_cast<int>(a_rows);
   parameters.scheduler = {static_cast<int>(ceil_div(a_rows, Tile::kARows * Tile::kCluster)),
-                          static_cast<int>(ceil_div(b_rows, Tile::kBRows))};
+                          static_cast<int>(ceil_div(b_rows, Tile::kBRows)),
+                          static_cast<int>(ceil_div(gemm.channels, Tile::kK)) * taps};
+  if (gemm.split_k > 1) parameters.scheduler.split(gemm.split_k);
   parameters.conv = conv_shape_of(gemm);
   parameters.epilogue = epilogue_of(gemm);
   int device = 0, multiprocessors = 0;
@@ -142,9 +148,10 @@ int run(const ldmq_gemm& gemm, void* stream) {
   const int clusters = std::max(1, std::min(parameters.scheduler.count(), multiprocessors / Tile::kCluster));
   const Shape shape = {dim3(static_cast<unsigned>(clusters * Tile::kCluster)), kThreads, Tile::kSharedBytes,
                        Tile::kCluster};
-  return with_out_type<Tile::kKind, Tile::kElement>(gemm.out_dtype, [&](auto out) {
+  const int launched = with_stored_type<Tile::kKind, Tile::kElement>(gemm, [&](auto out) {
     return launch(gemm_kernel<Tile, decltype(out)>, shape, stream, parameters);
   });
+  return launched == cudaSuccess ? reduce_if_split<Tile::kElement>(gemm, parameters.scheduler, stream) : launched;
 }
 
 template <typename Tile>

@@ -72,56 +72,52 @@ struct Shared {
 };
 
 // One thread: loads every step of every tile of this block.
-template <typename Tile>
+template <typename Tile, typename Out>
 __device__ __forceinline__ void load_tiles(const Parameters& parameters, const Shared<Tile>& shared, int rank) {
   const int cluster = static_cast<int>(blockIdx.x) / Tile::kCluster;
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.scheduler.count();
+  const ConvShape& p = parameters.conv;
   prefetch_tensormap(&parameters.a);
   prefetch_tensormap(&parameters.b);
   Ring<Tile::kStages> ring;
-  for (int tile = cluster; tile < tiles; tile += clusters) {
-    int a_tile, b_tile;
+  for (int work = cluster; work < tiles; work += clusters) {
+    int tile = work, a_tile, b_tile;
+    const Steps steps = parameters.scheduler.steps_of<Out>(tile);
     parameters.scheduler.coordinates(tile, a_tile, b_tile);
     const int a_row = (a_tile * Tile::kCluster + rank) * Tile::kARows, b_row = b_tile * Tile::kBStep;
     const int part_step = Tile::kGated ? parameters.epilogue.n : Tile::kBPart;
     int base_w = 0, base_h = 0, sample = 0;
     if constexpr (Tile::kKind == Kind::kConv2d) {
-      const ConvShape& p = parameters.conv;
       const int row = a_row / p.out_width;
       sample = row / p.out_height;
       base_w = (a_row - row * p.out_width) * p.stride_width - p.pad_left;
       base_h = (row - sample * p.out_height) * p.stride_height - p.pad_top;
     }
-    for (int tap = 0; tap < parameters.taps; ++tap) {
-      uint16_t tap_w = 0, tap_h = 0;
+    Step step = Step::at<Tile::kK>(steps.first, parameters.channels, p.kernel_width);
+    for (int left = steps.count; left > 0; --left) {
+      uint64_t* full = shared.full + ring.stage;
+      mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1u);
+      mbarrier_arrive_expect_tx(full, Tile::kStageBytes);
       if constexpr (Tile::kKind == Kind::kConv2d) {
-        const ConvShape& p = parameters.conv;
-        const int tap_y = tap / p.kernel_width, tap_x = tap - tap_y * p.kernel_width;
-        tap_w = static_cast<uint16_t>(tap_x * p.dilation_width);
-        tap_h = static_cast<uint16_t>(tap_y * p.dilation_height);
+        tma_load_im2col(shared.a(ring.stage), &parameters.a, full, step.channel, base_w, base_h, sample,
+                        static_cast<uint16_t>(step.tap_x * p.dilation_width),
+                        static_cast<uint16_t>(step.tap_y * p.dilation_height));
+      } else {
+        tma_load_2d(shared.a(ring.stage), &parameters.a, full, Tile::kInt4 ? step.channel / 2 : step.channel, a_row);
       }
-      for (int channel = 0; channel < parameters.channels; channel += Tile::kK) {
-        uint64_t* full = shared.full + ring.stage;
-        mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1u);
-        mbarrier_arrive_expect_tx(full, Tile::kStageBytes);
-        if constexpr (Tile::kKind == Kind::kConv2d) {
-          tma_load_im2col(shared.a(ring.stage), &parameters.a, full, channel, base_w, base_h, sample, tap_w, tap_h);
-        } else {
-          tma_load_2d(shared.a(ring.stage), &parameters.a, full, Tile::kInt4 ? channel / 2 : channel, a_row);
-        }
-        const int b_column = tap * parameters.channels + channel;
+      const int b_column = step.tap * parameters.channels + step.channel;
 #pragma unroll
-        for (int i = 0; i < Tile::kBParts; ++i) {
-          const int part = rank * Tile::kBParts + i, row = b_row + part * part_step;
-          char* target = shared.b(ring.stage) + part * Tile::kBPart * Tile::kK;
-          if constexpr (Tile::kCluster > 1) {
-            tma_load_2d_multicast(target, &parameters.b, full, b_column, row, (1 << Tile::kCluster) - 1);
-          } else {
-            tma_load_2d(target, &parameters.b, full, b_column, row);
-          }
+      for (int i = 0; i < Tile::kBParts; ++i) {
+        const int part = rank * Tile::kBParts + i, row = b_row + part * part_step;
+        char* target = shared.b(ring.stage) + part * Tile::kBPart * Tile::kK;
+        if constexpr (Tile::kCluster > 1) {
+          tma_load_2d_multicast(target, &parameters.b, full, b_column, row, (1 << Tile::kCluster) - 1);
+        } else {
+          tma_load_2d(target, &parameters.b, full, b_column, row);
         }
-        ring.advance(1);
       }
+      step.advance<Tile::kK>(parameters.channels, p.kernel_width);
+      ring.advance(1);
     }
   }
 }

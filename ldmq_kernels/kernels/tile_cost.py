@@ -58,6 +58,11 @@ def epilogue_clocks(op: str, elements: int) -> float:
     return outputs / STORED_BYTES + outputs * GELU_INSTRUCTIONS / LANES
 
 
+def reduction_clocks(loaded_bytes: float, multiprocessors: int) -> float:
+    """Clocks of the launch that adds split-K's partial sums, of so many bytes."""
+    return REDUCTION_LAUNCH + loaded_bytes / (L2_BYTES * multiprocessors)
+
+
 def gemm_clocks(
     tiles: int,
     multiprocessors: int,

@@ -102,17 +102,22 @@ def _lost_clocks(op: str, tile: Tile) -> float:
 def by_cuda(op: str, gemm: Gemm, device: Device) -> GemmTime | None:
     """By this package's CUDA kernels; None for a product that they refuse."""
     channels, gpu = gemm.k // gemm.taps, device.gpu
-    tiles = [tile for tile in compiled_tiles(op) if cuda_tiles.runs_on(tile, gpu)]
+    tiles = [
+        split
+        for tile in compiled_tiles(op)
+        if cuda_tiles.runs_on(tile, gpu)
+        for split in cuda_tiles.with_splits(tile, gemm.k)
+    ]
     if not tiles or gemm.groups > 1 or channels % 16 or gemm.n % 8:
         return None
     dense = device.products(rate_of(op, device))
     rate = dense * tile_cost.ASYNCHRONOUS_SHARE
     # the order is the extension's own, without the share: it is the same for all
     tile = min(tiles, key=lambda tile: cuda_tiles.estimate(tile, gemm.m, gemm.n, gemm.k, gpu, gemm.taps))
-    count = -(-gemm.m // tile.m) * -(-gemm.n // tile.n)
+    count = -(-gemm.m // tile.m) * -(-gemm.n // tile.n) * tile.split_k
     share = tile.m * tile.n * tile.k / dense / cuda_tiles.step_clocks(tile, rate)
     clocks = cuda_tiles.estimate(tile, gemm.m, gemm.n, gemm.k, gpu, gemm.taps, rate)
-    return GemmTime(clocks, tile.name, count / gpu.multiprocessors, share)
+    return GemmTime(clocks, tile.name, count / gpu.multiprocessors, share, 1 + (tile.split_k > 1))
 
 
 def by_library(gemm: Gemm, device: Device) -> GemmTime:

@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def run_tiles(device: torch.device) -> None:
-    """A product of more than one tile on every tile that this GPU runs."""
+    """A product of more than one tile on every tile that this GPU runs, convolutions also with their K in two parts."""
     rows, columns, depth = 300, 328, 160
     x = torch.randint(-127, 128, (rows, depth), dtype=torch.int8, device=device)
     weight = torch.randint(-127, 128, (columns, depth), dtype=torch.int8, device=device)
@@ -58,10 +58,12 @@ def run_tiles(device: torch.device) -> None:
     }
     with dispatch.use_backend("cuda"):
         for op, arguments in calls.items():
+            splits = (1, 2) if op.startswith("conv2d") else (1,)
             for tile in tiles.candidates(op, rows, columns, depth, device):
-                with tiles.forced(tile):
-                    getattr(ops, op)(*arguments)
-                print(op, tile.name)
+                for split_k in splits:
+                    with tiles.forced(split := tile._replace(split_k=split_k)):
+                        getattr(ops, op)(*arguments)
+                    print(op, split.name)
 
 
 if __name__ == "__main__":

@@ -150,14 +150,21 @@ def _launch(op: str, m: int, n: int, k: int, taps: int, device: torch.device, ca
     """Run a call on the tile that is chosen for it, or on one for every GPU where that one refuses it."""
     binding = extension.binding()
     choose = functools.partial(tiles.choose, op, m, n, k, device, taps=taps)
+
+    def run_on(tile: tiles.Tile) -> None:
+        partial = None
+        if tile.split_k > 1:  # int32, or as many bytes of float32
+            partial = torch.empty((tile.split_k, m, n), dtype=torch.int32, device=device)
+        binding.run_gemm(tile=tile.place, split_k=tile.split_k, partial=_address(partial), **call)
+
     tile = choose()
     try:
-        binding.run_gemm(tile=tile.place, **call)
+        run_on(tile)
     except binding.Refusal as refusal:
         if tile.family < tiles.HOPPER or tiles.is_forced():
             raise Unsupported(str(refusal)) from None
         try:  # Hopper's tiles refuse a few convolutions that those for every GPU take
-            binding.run_gemm(tile=choose(for_all=True).place, **call)
+            run_on(choose(for_all=True))
         except binding.Refusal as final:
             raise Unsupported(str(final)) from None
 

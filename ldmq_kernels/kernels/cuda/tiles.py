@@ -16,11 +16,14 @@ from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.gpu import Gpu, gpu_of
 
 HOPPER = 90
+SPLIT_K = (1, 2, 3, 4, 6, 8)  # as Triton's; of convolutions
+FEWEST_STEPS = 4  # of the main loop of each part of K
+SUM_BYTES = 4  # of a partial sum
 _override: ContextVar[Tile | None] = ContextVar("ldmq_cuda_tile", default=None)
 
 
 class Tile(NamedTuple):
-    """A tile of the output as the extension holds it, at this place of its list."""
+    """A tile of the output as the extension holds it, at this place of its list, and the blocks that share its K."""
 
     place: int
     op: str
@@ -31,13 +34,15 @@ class Tile(NamedTuple):
     stages: int
     cluster: int
     cooperative: bool
+    split_k: int = 1
 
     @property
     def name(self) -> str:
-        """As the file of measurements has it, such as "sm90 256x160x128x4 cooperative cluster 2"."""
+        """As the file of measurements has it, such as "sm90 256x160x128x4 cooperative cluster 2 split-K 2"."""
         kind = " cooperative" if self.cooperative else ""
         cluster = f" cluster {self.cluster}" if self.cluster > 1 else ""
-        return f"sm{self.family} {self.m}x{self.n}x{self.k}x{self.stages}{kind}{cluster}"
+        split = f" split-K {self.split_k}" if self.split_k > 1 else ""
+        return f"sm{self.family} {self.m}x{self.n}x{self.k}x{self.stages}{kind}{cluster}{split}"
 
 
 @functools.cache
@@ -85,12 +90,17 @@ def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu, taps: int = 1, rate: 
 
     A cluster has tiles one below the other, which share the weight's bytes. With an int4 weight, which is half as many
     bytes, the GEMM is transposed: they stand side by side and share those of x. The rate is of multiply-adds of a
-    multiprocessor in a clock; without one, that of `INT8_PRODUCTS`.
+    multiprocessor in a clock; without one, that of `INT8_PRODUCTS`. Split-K stores its sums, and reads them in a
+    launch of its own.
     """
     below, beside = (1, tile.cluster) if tile.op == "linear_w4a8" else (tile.cluster, 1)
-    tiles = -(-m // (tile.m * below)) * -(-n // (tile.n * beside)) * tile.cluster
-    steps = taps * -(-k // (taps * tile.k))  # a step has channels of one tap
+    tiles = -(-m // (tile.m * below)) * -(-n // (tile.n * beside)) * tile.cluster * tile.split_k
+    steps = -(-taps * -(-k // (taps * tile.k)) // tile.split_k)  # a step has channels of one tap
     store = tile_cost.epilogue_clocks(tile.op, tile.m * tile.n)
+    reduction = 0.0
+    if tile.split_k > 1:
+        store *= SUM_BYTES / 2
+        reduction = tile_cost.reduction_clocks(tile.split_k * m * n * SUM_BYTES, gpu.multiprocessors)
     alternates = tile.family == HOPPER and not tile.cooperative  # one tile is stored while the next is multiplied
     return tile_cost.gemm_clocks(
         tiles,
@@ -98,8 +108,14 @@ def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu, taps: int = 1, rate: 
         steps,
         step_clocks(tile, rate or tile_cost.INT8_PRODUCTS[tile.family]),
         tile_clocks=0 if alternates else store,
-        launch_clocks=tile_cost.PIPELINE_START + store,
+        launch_clocks=tile_cost.PIPELINE_START + store + reduction,
     )
+
+
+def with_splits(tile: Tile, k: int) -> list[Tile]:
+    """A tile, and for a convolution the same with its K shared by several blocks, which have a few steps each."""
+    splits = SPLIT_K if tile.op.startswith("conv2d") else (1,)
+    return [tile._replace(split_k=split) for split in splits if split == 1 or k >= split * FEWEST_STEPS * tile.k]
 
 
 def candidates(op: str, m: int, n: int, k: int, device: torch.device, taps: int = 1) -> list[Tile]:
@@ -114,7 +130,7 @@ def candidates(op: str, m: int, n: int, k: int, device: torch.device, taps: int 
         taps: positions of a convolution's kernel.
     """
     gpu = gpu_of(device)
-    tiles = _of(op.replace("_static", ""), gpu)
+    tiles = [split for tile in _of(op.replace("_static", ""), gpu) for split in with_splits(tile, k)]
     return sorted(tiles, key=lambda tile: estimate(tile, m, n, k, gpu, taps))
 
 

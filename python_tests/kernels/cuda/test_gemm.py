@@ -25,14 +25,10 @@ from python_tests.kernels.operands import (
 
 
 def test_the_extension_has_these_tiles(device: torch.device) -> None:
-    built = {(tile.op, tile.name) for tile in map(tiles.Tile._make, enumerated(extension.binding().tiles()))}
+    built = {(tile.op, tile.name) for tile in (tiles.Tile(0, *fields) for fields in extension.binding().tiles())}
     families = {tile[1] for tile in extension.binding().tiles()}
     wanted = {(op, name) for op, names in NAMES.items() for name in names if int(name[2:4]) in families}
     assert built == wanted
-
-
-def enumerated(fields: list[tuple]) -> list[tuple]:
-    return [(index, *rest) for index, rest in enumerate(fields)]
 
 
 @tiles_of("linear_w8a8")
