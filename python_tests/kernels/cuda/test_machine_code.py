@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from python_tests.kernels.cuda.machine_loops import divides, step_loops
 from python_tests.kernels.cuda.wgmma_in_flight import overwritten_operands
 from python_tests.kernels.kept_builds import ROOT, kept_build
 from python_tests.kernels.machine_code import waits
@@ -163,6 +164,32 @@ def test_a_register_written_too_early_is_found() -> None:
         assert not overwritten_operands(text.format(harmless))
     for early in ("IMAD R11, R2, R3, RZ", "LDG.E.64 R10, [R2.64]", "@!P1 BRA 0x0000", "LOP3.LUT P0, R9, R2, R3, RZ"):
         assert overwritten_operands(text.format(early))
+
+
+def test_no_loop_over_the_steps_of_a_convolution_divides(kernels: dict) -> None:
+    """Tap and channel are carried from step to step; where a tile or a part of k begins, they are divided once."""
+    convolutions = {name: text for (_, name, op), text in kernels.items() if op.startswith("conv2d")}
+    assert convolutions
+    for name, text in convolutions.items():
+        is_hopper = "4sm90" in name
+        found = step_loops(text, "UTMALDG" if is_hopper else "LDGSTS", is_hopper)
+        assert found, name
+        assert not [loop for loop in found if divides(loop)], name
+
+
+def test_a_division_in_a_loop_over_steps_is_found() -> None:
+    """In the middle one of three: over tiles, taps and channels."""
+
+    def kernel(of_tile: str, of_tap: str) -> str:
+        lines = [of_tile, of_tap, "UTMALDG.2D [UR8], [UR4]", "UTMALDG.4D.IM2COL [UR8], [UR4], UR2"]
+        lines += [f"@P{i} BRA 0x{16 * place:x}" for i, place in enumerate((2, 1, 0))] + ["EXIT"]
+        return "\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(lines))
+
+    harmless, division = "IMAD R0, R1, R2, RZ", "MUFU.RCP R0, R1"
+    assert len(step_loops(kernel(harmless, harmless), "UTMALDG", True)) == 2
+    assert not any(map(divides, step_loops(kernel(division, harmless), "UTMALDG", True)))
+    assert any(map(divides, step_loops(kernel(harmless, division), "UTMALDG", True)))
+    assert any(map(divides, step_loops(kernel(division, harmless), "UTMALDG", False)))
 
 
 def test_other_gpus_multiply_what_asynchronous_copies_bring(kernels: dict) -> None:
