@@ -135,7 +135,7 @@ def _estimates(
             search = LayerSearch(name, layers[name], records.pop(name), calibration, Method(gptq=False))
             wanted = [scheme for layer_name, scheme in pairs if layer_name == name]
             found[name] = search.candidates(parse_schemes(wanted))
-            sums[name] = [LayerEndNoise(layers[name], part, search.judges) for part, _ in sets]
+            sums[name] = [LayerEndNoise(part, search.judges) for part, _ in sets]
     for chunk in chunks_of_layers(model, [ends.calls[0].call], len(ENDS) * ends.probes, list(found)):
         for name, of_call in end_records(model, ends, chunk):
             for total, (_, kept) in zip(sums[name], sets, strict=True):

@@ -68,6 +68,7 @@ class EndRecord:
         step: the sampling step of the call.
         weights: for how many calls this one stands.
         x: the layer's input.
+        output: what the float layer makes of it.
         gradients: for each probe the weight of each value of the layer's output at the end, float32; empty where the
             output does not reach the model's.
         prompts: the prompt of each row; empty where rows are no pictures', such as a time embedding's for all.
@@ -77,6 +78,7 @@ class EndRecord:
     step: int
     weights: CallWeights
     x: Tensor
+    output: Tensor
     gradients: list[Tensor]
     prompts: tuple[int, ...]
     fold: int = 0
@@ -88,7 +90,8 @@ class EndRecord:
             rows = [row for row, prompt in enumerate(self.prompts) if prompt % 2 == fold]
             prompts, index = tuple(self.prompts[row] for row in rows), torch.tensor(rows, device=self.x.device)
             gradients = [g[index] for g in self.gradients]
-            found.append(replace(self, x=self.x[index], gradients=gradients, prompts=prompts, fold=fold))
+            x, output = self.x[index], self.output[index]
+            found.append(replace(self, x=x, output=output, gradients=gradients, prompts=prompts, fold=fold))
         return found or [self]
 
 
@@ -131,7 +134,7 @@ def record(
             vectors = [rademacher(call.output, 1000 * index + probe) for probe in range(probes)]
             ran, output = _call(model, call, recorder, vectors)
             signal = float(output.double().square().sum())
-            for name, x, gradients in ran:
+            for name, x, _, gradients in ran:
                 rows = folds_of_rows(x.shape[0], prompts, output.shape[0])
                 records[name].append(LayerRecord(call.step, x, signal, gradients, rows=rows, call=index))
     return records
@@ -157,9 +160,9 @@ def records_of(of_call: EndCall, ran: list[Ran]) -> Iterator[tuple[str, EndRecor
     """What ran of the layers in a call, as records of each fold of the prompts; `ran` is emptied on the way."""
     call = of_call.call
     while ran:
-        name, x, gradients = ran.pop(0)
+        name, x, output, gradients = ran.pop(0)
         prompts = prompts_of_rows(x.shape[0], call.prompts, call.output.shape[0])
-        for record in EndRecord(call.step, of_call.weights, x, gradients, prompts).folds():
+        for record in EndRecord(call.step, of_call.weights, x, output, gradients, prompts).folds():
             yield name, record
 
 
@@ -177,7 +180,7 @@ def chunks_of_layers(
     def note(name: str) -> Any:
         def size(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = layer_input(args, kwargs)
-            sizes[name] += len(calls) * (x.numel() * x.element_size() + 4 * probes * output.numel())
+            sizes[name] += len(calls) * (x.nbytes + output.nbytes + 4 * probes * output.numel())
 
         return size
 

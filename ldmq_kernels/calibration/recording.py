@@ -12,26 +12,26 @@ from ldmq_kernels.calibration.redrawn import frozen
 from ldmq_kernels.nn.kinds import FloatLayer, watch_product
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
-Ran = tuple[str, Tensor, list[Tensor]]  # a layer's name, its input, and the gradient by its output for each probe
+Ran = tuple[str, Tensor, Tensor, list[Tensor]]  # a layer's name, input and output, the gradient by that of each probe
 
 
 class Recorder:
-    """Hooks that keep inputs and outputs of some layers during a call of the model; outputs stay in the graph.
+    """Hooks that keep inputs and outputs of some layers during a call of the model.
 
     Attributes:
-        inputs: names of layers, a layer as often as it runs in the call, each with its input.
-        outputs: theirs, where gradients by them are wanted.
+        ran: names of layers, a layer as often as it runs in the call, each with its input and output.
+        outputs: theirs in the graph, where gradients by them are wanted.
     """
 
     def __init__(self, layers: Mapping[str, FloatLayer], gradients: bool) -> None:
-        self.inputs: list[tuple[str, Tensor]] = []
+        self.ran: list[tuple[str, Tensor, Tensor]] = []
         self.outputs: list[Tensor] = []
         self._gradients = gradients
         self._handles = [watch_product(layer, self._hook(name)) for name, layer in layers.items()]
 
     def _hook(self, name: str) -> Any:
         def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            self.inputs.append((name, layer_input(args, kwargs).detach()))
+            self.ran.append((name, layer_input(args, kwargs).detach(), output.detach()))
             if not self._gradients:
                 return None
             if not output.requires_grad:  # none of the layers recorded comes before it: the graph begins here
@@ -43,8 +43,8 @@ class Recorder:
 
     def taken(self) -> tuple[list[Ran], list[Tensor]]:
         """What ran since, without gradients yet, and its outputs; both are forgotten here."""
-        ran: list[Ran] = [(name, x, []) for name, x in self.inputs]
-        outputs, self.inputs, self.outputs = self.outputs, [], []
+        ran: list[Ran] = [(*found, []) for found in self.ran]
+        outputs, self.ran, self.outputs = self.outputs, [], []
         return ran, outputs
 
     def close(self) -> None:
@@ -71,6 +71,6 @@ def give(ran: Sequence[Ran], gradients: Sequence[Tensor | None], size: float = 1
     Args:
         size: what the probe was divided by.
     """
-    for (_, _, found), gradient in zip(ran, gradients, strict=True):
+    for (*_, found), gradient in zip(ran, gradients, strict=True):
         if gradient is not None:
             found.append(gradient.float() * size if size != 1.0 else gradient.float())

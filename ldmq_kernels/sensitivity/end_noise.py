@@ -79,14 +79,11 @@ class LayerEndNoise:
     """The noise at the end of each way to quantize a layer, added up record by record.
 
     Args:
-        layer: the float layer.
         quantized: name -> a function that gives the quantized layer for a record.
     """
 
-    def __init__(
-        self, layer: nn.Module, ends: EndTrajectory, quantized: Mapping[str, Callable[[EndRecord], nn.Module]]
-    ) -> None:
-        self._layer, self._quantized = layer, quantized
+    def __init__(self, ends: EndTrajectory, quantized: Mapping[str, Callable[[EndRecord], nn.Module]]) -> None:
+        self._quantized = quantized
         self._sums = {name: _Amplitudes(ends) for name in quantized}
 
     @torch.no_grad()
@@ -94,7 +91,7 @@ class LayerEndNoise:
         """Add one call of the float layer; a record without gradients adds nothing."""
         if not record.gradients or not self._quantized:
             return
-        exact = product_of_layer(self._layer, record.x).float()
+        exact = record.output.float()
         layers = [layer_for(record) for layer_for in self._quantized.values()]
         errors = [product_of_layer(layer, record.x).float() - exact for layer in layers]
         of_rows, by_probe = (torch.stack([t.flatten(1) for t in some], 1) for some in (errors, record.gradients))

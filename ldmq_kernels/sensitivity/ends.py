@@ -16,7 +16,6 @@ from ldmq_kernels.calibration.probes import EndRecord, chunks_of_layers, end_rec
 from ldmq_kernels.calibration.redrawn import NoAdjoint
 from ldmq_kernels.calibration.settings import Settings, sample_number
 from ldmq_kernels.calibration.trajectory import Trajectory
-from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.end_noise import LayerEndNoise
 from ldmq_kernels.sensitivity.trials import Judge
@@ -63,10 +62,10 @@ class Following:
         Where gradients do not run to the end, of which a warning tells, candidates are as they were.
         """
         waiting, self._waiting, self.bytes = self._waiting, {}, 0
-        ends, layers = self._empty, quantizable_layers(self._model)
-        probes, first = len(ends.ends) * ends.probes, self._calibration.trajectory.calls[:1]
+        ends, first = self._empty, self._calibration.trajectory.calls[:1]
+        probes = len(ends.ends) * ends.probes
         for chunk in chunks_of_layers(self._model, first, probes, list(waiting)) if waiting else ():
-            sums = {name: LayerEndNoise(layers[name], ends, waiting[name][1]) for name in chunk}
+            sums = {name: LayerEndNoise(ends, waiting[name][1]) for name in chunk}
             try:
                 for name, record in self._records(chunk):
                     sums[name].add(record)

@@ -78,13 +78,13 @@ def _noise(ends: EndTrajectory, errors: dict[int, Tensor]) -> EndNoise:
     for of_call in ends.calls:
         step = of_call.call.step
         signs = [ones] if ends.probes == 1 else [rademacher(ones, 99 * step + probe) for probe in range(ends.probes)]
-        records += EndRecord(step, of_call.weights, EACH_ROW, signs, (0, 1, 0, 1)).folds()
+        records += EndRecord(step, of_call.weights, EACH_ROW, EXACT(EACH_ROW), signs, (0, 1, 0, 1)).folds()
     layers = {step: _layer(error) for step, error in errors.items()}
     return _added(ends, records, lambda record: layers[record.step])
 
 
 def _added(ends: EndTrajectory, records: Sequence[EndRecord], layer_for: Callable[[EndRecord], nn.Module]) -> EndNoise:
-    noise = LayerEndNoise(EXACT, ends, {"other": lambda _: EXACT, "one": layer_for})
+    noise = LayerEndNoise(ends, {"other": lambda _: EXACT, "one": layer_for})
     for record in records:
         noise.add(record)
     return noise.noise()["one"]
@@ -130,7 +130,7 @@ def test_a_call_that_does_not_reach_the_end_counts_for_nothing() -> None:
 
 def test_a_row_for_all_pictures_counts_once_in_all() -> None:
     ends = _ends()
-    record = EndRecord(0, ends.calls[0].weights, EACH_ROW[:1], [torch.ones(1, 3)], ())
+    record = EndRecord(0, ends.calls[0].weights, EACH_ROW[:1], torch.zeros(1, 3), [torch.ones(1, 3)], ())
     assert record.folds() == [record]
     noise = _added(ends, [record], lambda _: _layer(torch.ones(2, 3)))
     power = sum(noise.by_picture[LATENT][picture] * ends.scale[LATENT][picture] for picture in range(PICTURES))
