@@ -19,6 +19,7 @@ COMMANDS = {
     "study": ("benchmarks.study.run", "formats, calibration, search, planners and other tools on the demo model"),
     "pictures": ("benchmarks.study.pictures", "how many dB in the picture for how many bytes, by which tool"),
     "remedies": ("benchmarks.study.remedies", "what would make 8-bit activations finer, in the final latent"),
+    "drawn-remedies": ("benchmarks.study.drawn_remedies", "the same in the pictures, drawn"),
     "robustness": ("benchmarks.study.robustness", "one plan at other guidance, steps, schedulers and sizes"),
     "estimates": ("benchmarks.study.planner_estimates", "how well the planner's estimates hold on the demo model"),
     "ends": ("benchmarks.study.end_noise", "how well noise in latents and pictures is known before they are drawn"),

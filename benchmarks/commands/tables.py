@@ -38,6 +38,7 @@ OWNERS = {  # module of each kind of results, in the order of the page
     **{f"study_second_{part}": "study.report" for part in PART_QUESTIONS},
     "pictures": "study.pictures",
     "remedies": "study.remedies",
+    "drawn_remedies": "study.drawn_remedies",
     "robustness": "study.robustness",
     "method": "study.planner_estimates",
     "ends": "study.end_noise",

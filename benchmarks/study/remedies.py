@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,29 @@ def _grouped(x: Tensor, per_token: bool) -> Tensor:
     return ((groups / scale).round() * scale).flatten(-2)
 
 
-def remedies(inputs: list[Tensor]) -> dict[str, Round]:
-    """The remedies for a layer by their words; some take what its inputs (N, ..., C) were in calibration."""
-    flat = [x.flatten(0, -2) for x in inputs]
-    low, high = (torch.stack([getattr(x, f"a{end}")(0) for x in flat]) for end in ("min", "max"))
-    middle, reach = (low.amin(0) + high.amax(0)) / 2, (high.amax(0) - low.amin(0)).clamp_min(1e-9)
-    mean = torch.stack([x.mean(0) for x in flat]).mean(0)
+@dataclass
+class Seen:
+    """What a layer's inputs (N, ..., C) were in calibration, each channel of all of them together, (C,)."""
+
+    low: Tensor
+    high: Tensor
+    total: Tensor
+    calls: int = 1
+
+    @classmethod
+    def of(cls, x: Tensor) -> Seen:
+        """What one input was."""
+        flat = x.flatten(0, -2)
+        return cls(flat.amin(0), flat.amax(0), flat.mean(0))
+
+    def __add__(self, other: Seen) -> Seen:
+        low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        return Seen(low, high, self.total + other.total, self.calls + other.calls)
+
+
+def remedies(seen: Seen) -> dict[str, Round]:
+    """The remedies for a layer by their words."""
+    middle, reach, mean = (seen.low + seen.high) / 2, (seen.high - seen.low).clamp_min(1e-9), seen.total / seen.calls
     factor = torch.exp2(torch.log2(reach / reach.mean()).round())
 
     def shifted(by: Tensor, inner: Round) -> Round:
@@ -100,12 +119,21 @@ def remedies(inputs: list[Tensor]) -> dict[str, Round]:
     }
 
 
+def axis_of(layer: Any) -> int:
+    """Where the channels of a layer's input are."""
+    return -1 if kind_of(layer) == "linear" else 1
+
+
+def has_a_scale_a_token(layer: Any) -> bool:
+    """Whether dynamic scales are of tokens and not of samples."""
+    return axis_of(layer) == -1 or (layer.kernel_size == (1, 1) and layer.stride == (1, 1))
+
+
 def layer_noise(layer: Any, records: list[EndRecord]) -> dict[str, float]:
     """By each remedy, what the rounding of one layer's inputs adds to the squared error of the final latents."""
-    axis = -1 if kind_of(layer) == "linear" else 1
-    per_token = axis == -1 or (layer.kernel_size == (1, 1) and layer.stride == (1, 1))
+    axis, per_token = axis_of(layer), has_a_scale_a_token(layer)
     known = [record for record in records if record.gradients]
-    found = remedies([record.x.movedim(axis, -1) for record in known]) if known else {}
+    found = remedies(functools.reduce(Seen.__add__, (Seen.of(r.x.movedim(axis, -1)) for r in known))) if known else {}
     sums = dict.fromkeys(found, 0.0)
     for record in known:
         x = record.x.detach().requires_grad_()

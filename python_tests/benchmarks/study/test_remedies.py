@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from benchmarks.study import remedies
+from benchmarks.study import drawn_remedies, remedies
 from ldmq_kernels.calibration.adjoint import CallWeights
 from ldmq_kernels.calibration.probes import EndRecord
 
@@ -13,7 +14,7 @@ from ldmq_kernels.calibration.probes import EndRecord
 def test_each_remedy_helps_where_it_should() -> None:
     x = torch.rand(2, 9, 64)  # above zero
     x[..., 5] *= 8
-    rounds = remedies.remedies([x])
+    rounds = remedies.remedies(remedies.Seen.of(x))
     noise = {words: float((rounded(x, True) - x).square().sum()) for words, rounded in rounds.items()}
     plain = noise.pop("one scale a token or sample")
     assert {words for words, value in noise.items() if value > plain} == {"its range cut to 0.8"}
@@ -38,3 +39,17 @@ def test_the_table_takes_each_remedy_everywhere_and_where_it_is_better() -> None
     lines = remedies.table({"rows": rows, "device": "a device", "torch": "2"}).splitlines()[-2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [["demo", "one", "29.6", "29.6"], ["demo", "other", "29.6", "37.0"]]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(32, 3), nn.Conv2d(32, 3, 3)], ids=["linear", "convolution"])
+def test_a_hook_rounds_the_input_along_its_channels(layer: nn.Module) -> None:
+    x = torch.randn(2, 9, 32) if isinstance(layer, nn.Linear) else torch.randn(2, 32, 5, 5)
+    last = x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
+    found = remedies.remedies(remedies.Seen.of(last))["Hadamard rotation"]
+    expected = found(last, isinstance(layer, nn.Linear))
+    seen: list[torch.Tensor] = []
+    layer.register_forward_pre_hook(drawn_remedies.rounding(found))
+    layer.register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
+    layer(x)
+    assert torch.equal(seen[0], expected if isinstance(layer, nn.Linear) else expected.movedim(-1, 1))
+    assert not torch.equal(seen[0], x)

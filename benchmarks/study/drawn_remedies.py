@@ -1,0 +1,101 @@
+"""What remedies for 8-bit activations do to the pictures: python -m benchmarks drawn-remedies
+
+The layers of `remedies` round their inputs by one of them, in float arithmetic and with float weights, and held-out
+captions are drawn: what is estimated in the final latent there is held against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import results
+from benchmarks.harness.tables import markdown
+from benchmarks.study.evaluation import TEST_SEED
+from benchmarks.study.remedies import LEFT_OUT, Round, Seen, axis_of, has_a_scale_a_token, remedies
+from benchmarks.study.subjects import SUBJECTS, Subject
+from ldmq_kernels.calibration.denoisers import denoiser
+from ldmq_kernels.calibration.settings import SamplingSettings
+from ldmq_kernels.calibration.trajectory import record_trajectory
+from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, calibration_captions, held_out_captions
+from ldmq_kernels.planning.drawn import FloatEnds, Spread
+from ldmq_kernels.plans.layers import quantizable_layers
+
+DRAWN = (
+    "one scale a token or sample",
+    "Hadamard rotation",
+    "each channel's mean taken off, Hadamard rotation",
+    "the same, and channels brought to one range",
+)
+Hook = Callable[[nn.Module, tuple[Any, ...]], Any]
+
+
+def _noting(seen: dict[str, Seen], name: str) -> Hook:
+    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        one = Seen.of(args[0].movedim(axis_of(layer), -1))
+        seen[name] = seen[name] + one if name in seen else one
+
+    return note
+
+
+def rounding(found: Round) -> Hook:
+    """A hook that rounds the input of the layer that it is on."""
+
+    def rounded(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        axis = axis_of(layer)
+        x: Tensor = found(args[0].movedim(axis, -1), has_a_scale_a_token(layer)).movedim(-1, axis)
+        return (x, *args[1:])
+
+    return rounded
+
+
+def measured(subject: Subject, captions: int) -> list[dict[str, Any]]:
+    """A row for each remedy on one model."""
+    pipe, settings = subject.load(torch.float32), SamplingSettings(subject.steps, subject.guidance_scale, 0)
+    layers = {n: x for n, x in quantizable_layers(denoiser(pipe)).items() if n not in LEFT_OUT[subject.name]}
+    seen: dict[str, Seen] = {}
+    handles = [layer.register_forward_pre_hook(_noting(seen, name)) for name, layer in layers.items()]
+    record_trajectory(pipe, calibration_captions(CALIBRATION_PROMPTS), settings)
+    for handle in handles:
+        handle.remove()
+    by_layer = {name: remedies(of_layer) for name, of_layer in seen.items()}
+    texts = [text for text, _ in held_out_captions(captions)]
+    ends, rows = FloatEnds(pipe, texts, replace(settings, seed=TEST_SEED)), []
+    for words in DRAWN:
+        handles = [layers[name].register_forward_pre_hook(rounding(found[words])) for name, found in by_layer.items()]
+        by_picture = {measure: list(values) for measure, values in ends.compare().by_picture.items()}
+        for handle in handles:
+            handle.remove()
+        rows.append({"op": "drawn", "model": subject.name, "remedy": words, "by_picture": by_picture})
+        print(_line(rows[-1]), flush=True)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    psnr, latent = (Spread.of(row["by_picture"][measure]) for measure in ("psnr", "latent"))
+    return [row["model"], row["remedy"], f"{psnr.mean:.2f}", f"{psnr.worst_tenth:.2f}", f"{latent.mean:.2f}"]
+
+
+def table(data: dict[str, Any]) -> str:
+    """What remedies do to the pictures, for the pages."""
+    words = (
+        f"**The same, drawn** ({len(data['rows'][0]['by_picture']['psnr'])} held-out captions, inputs rounded "
+        f"everywhere, weights in float; {data['device']}, torch {data['torch']}, commit "
+        f"{(data.get('commit') or 'none')[:10]})"
+    )
+    head = ["model", "rounding", "PSNR, dB: mean of pictures", "worst tenth", "SQNR of the latent, dB"]
+    return f"{words}\n\n" + markdown(head, [_line(row) for row in data["rows"]])
+
+
+def main(arguments: list[str]) -> None:
+    """Measure both models and write the results file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks drawn-remedies", description=__doc__.splitlines()[0])
+    parser.add_argument("--captions", type=int, default=32, help="held out, drawn once each")
+    options = parser.parse_args(arguments)
+    rows = [row for subject in reversed(SUBJECTS.values()) for row in measured(subject, options.captions)]
+    print(f"written: {results.keep('drawn_remedies', rows, {})}")
