@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -123,14 +124,31 @@ def table(data: dict[str, Any]) -> str:
                 f"{psnr['mean']:.1f} / {psnr['median']:.1f} / {psnr['worst_tenth']:.1f}",
                 f"{latent['mean']:.1f} / {latent['median']:.1f} / {latent['worst_tenth']:.1f}",
                 f"{predicted:.1f} / {checked:.1f}" + (f" / {row['drawn'][keeps]['mean']:.1f}" if keeps != SQNR else ""),
+                f"{row['sum_db']['psnr']:.1f}",
+                f"{row['alike']:.0%}",
             ]
         )
     words = (
         f"**Plans for the pictures** (the {data['rows'][0]['model']} model, equal bytes; held-out captions; mean, "
-        "median and worst tenth of pictures in dB)"
+        f"median and worst tenth of pictures in dB). {' '.join(_room(data))}"
     )
     head = ["formats", "of fp16", "keeps", "PSNR", "latents' SQNR", "predicted / by the planner's check / here"]
+    head += ["PSNR by the sum of the layers' noise", "layers as for the UNet's output"]
     return f"{words}\n\n" + markdown(head, lines)
+
+
+def _room(data: dict[str, Any]) -> Iterator[str]:
+    """What plans for the pictures gain in each case, drawn, and by the sum of noise, in which they are the best."""
+    for case in CASES:
+        of_case = {row["keeps"]: row for row in data["rows"] if row["case"] == case}
+        drawn, summed = (
+            value(of_case["psnr"]) - value(of_case[SQNR])
+            for value in (lambda row: row["drawn"]["psnr"]["mean"], lambda row: row["sum_db"]["psnr"])
+        )
+        yield (
+            f"{case}: keeping the pictures in place of the UNet's output gains {drawn:+.1f} dB of PSNR drawn, "
+            f"{summed:+.1f} dB by the sum of the layers' noise in them: the most that these bytes leave room for."
+        )
 
 
 def results_of(subject: Subject) -> str:
