@@ -48,11 +48,14 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, uint32_t rank
       : "memory");
 }
 #ifdef LDMQ_BARRIER_TIMEOUT
-// Of a debug build: says who waits for what, and ends the kernel, which would wait for ever.
+// Of a debug build: says who waits for what, once for the lanes that wait, and ends the kernel, which would wait for
+// ever.
 __device__ __noinline__ void mbarrier_timed_out(uint32_t barrier, uint32_t parity) {
-  if (threadIdx.x % 32 == 0) {
-    printf("ldmq: block (%u, %u, %u), warpgroup %u, warp %u: the mbarrier at %u does not end its phase of parity %u\n",
-           blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x / 128, threadIdx.x / 32, barrier, parity);
+  const unsigned lane = threadIdx.x % 32;
+  if ((__activemask() & ((1u << lane) - 1)) == 0) {
+    printf("ldmq: block (%u, %u, %u), warpgroup %u, warp %u, lane %u: the mbarrier at %u does not end its phase of "
+           "parity %u\n",
+           blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x / 128, threadIdx.x / 32, lane, barrier, parity);
   }
   __trap();
 }

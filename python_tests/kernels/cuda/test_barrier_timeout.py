@@ -57,10 +57,19 @@ def test_its_wait_says_where_and_ends_the_kernel(
     command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-ptx", f"-I{ROOT / 'csrc/ptx'}", *backend.barrier_timeout()]
     subprocess.run([*command, str(tmp_path / "waits.cu"), "-o", str(tmp_path / "waits.ptx")], check=True)
     code = (tmp_path / "waits.ptx").read_text()
-    for part in ("mbarrier.try_wait.parity", "%clock64", "400000000", "vprintf", "trap;", "%ctaid.x", "%tid.x"):
+    for part in (
+        "mbarrier.try_wait.parity",
+        "%clock64",
+        "400000000",
+        "vprintf",
+        "trap;",
+        "%ctaid.x",
+        "%tid.x",
+        "activemask",
+    ):
         assert part in code, part
     text = "".join(
         chr(int(value)) for value in code.partition("$str[")[2].partition("{")[2].partition("}")[0].split(",")
     )
-    assert "block (%u, %u, %u), warpgroup %u, warp %u" in text
+    assert "block (%u, %u, %u), warpgroup %u, warp %u, lane %u" in text
     assert "parity %u" in text
