@@ -170,10 +170,18 @@ __device__ __forceinline__ void multiply_int4(const Parameters& parameters, cons
   release(before);
 }
 
+// Adds the sums of one step, whose wgmmas are done, in float32.
+template <int N>
+__device__ __forceinline__ void promote(float (&sum)[N], float (&partial)[N]) {
+  keep_registers(partial);
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum[i] += partial[i];
+}
+
 // e4m3: the tensor cores of sm_90 add its products with about 14 bits of the largest (DeepSeek-V3, arXiv 2412.19437,
 // section 3.3.2), so wgmmas sum one step, of at most 128 channels, and float32 registers sum the steps, as CUTLASS does
-// (fp8_accumulation.hpp, four wgmmas). A warpgroup has registers for one such sum beside its own and waits for it; the
-// other one's wgmmas are in flight meanwhile.
+// (fp8_accumulation.hpp, four wgmmas). Where a warpgroup has registers for two such sums beside its own, the wgmmas of
+// the next step are in flight while one is added. Else it waits, and the other warpgroup's are in flight meanwhile.
 template <typename Tile, int BANDS, typename Release>
 __device__ __forceinline__ void multiply_e4m3(const Shared<Tile>& shared, Ring<Tile::kStages>& ring, int steps,
                                               int group_row, const Release& release,
@@ -181,19 +189,54 @@ __device__ __forceinline__ void multiply_e4m3(const Shared<Tile>& shared, Ring<T
   static_assert(Tile::kK <= 128, "more channels lose bits");
 #pragma unroll
   for (int i = 0; i < BANDS * (Tile::kBRows / 2); ++i) sum[i % BANDS][i / BANDS] = 0.0f;
-  for (int step = 0; step < steps; ++step) {
-    mbarrier_wait(shared.full + ring.stage, ring.parity);
-#pragma unroll
-    for (int band = 0; band < BANDS; ++band) {
-      float partial[1][Tile::kBRows / 2];
-      multiply_step<Tile, 1>(shared, ring.stage, group_row + band * 64, false, partial);
-      wgmma_wait<0>();
-      keep_registers(partial[0]);
-      if (band == BANDS - 1) release(ring.stage);
-#pragma unroll
-      for (int i = 0; i < Tile::kBRows / 2; ++i) sum[band][i] += partial[0][i];
-    }
+  if constexpr (Tile::kTwoInFlight) {
+    float even[1][Tile::kBRows / 2], odd[1][Tile::kBRows / 2];  // wgmmas write one of them while the other is added
+    int before = 0;
+    const auto issue = [&](float (&partial)[1][Tile::kBRows / 2]) {
+      mbarrier_wait(shared.full + ring.stage, ring.parity);
+      multiply_step<Tile, 1>(shared, ring.stage, group_row, false, partial);
+    };
+    const auto finish = [&](float (&partial)[1][Tile::kBRows / 2]) {
+      release(before);
+      before = ring.stage;
+      ring.advance(1);
+      promote(sum[0], partial[0]);
+    };
+    issue(even);
+    before = ring.stage;
     ring.advance(1);
+#pragma unroll 1
+    for (int step = 1;;) {
+      if (step++ == steps) {
+        wgmma_wait<0>();
+        release(before);
+        return promote(sum[0], even[0]);
+      }
+      issue(odd);
+      wgmma_wait<1>();
+      finish(even);
+      if (step++ == steps) {
+        wgmma_wait<0>();
+        release(before);
+        return promote(sum[0], odd[0]);
+      }
+      issue(even);
+      wgmma_wait<1>();
+      finish(odd);
+    }
+  } else {
+    for (int step = 0; step < steps; ++step) {
+      mbarrier_wait(shared.full + ring.stage, ring.parity);
+#pragma unroll
+      for (int band = 0; band < BANDS; ++band) {
+        float partial[1][Tile::kBRows / 2];
+        multiply_step<Tile, 1>(shared, ring.stage, group_row + band * 64, false, partial);
+        wgmma_wait<0>();
+        if (band == BANDS - 1) release(ring.stage);
+        promote(sum[band], partial[0]);
+      }
+      ring.advance(1);
+    }
   }
 }
 

@@ -122,13 +122,18 @@ def test_products_on_hopper_stay_in_flight_until_the_tile_is_done(kernels: dict)
 
 
 def test_fp8_is_waited_for_once_a_step_and_promoted(kernels: dict) -> None:
-    """The other warpgroup's products are in flight meanwhile; a product of the compiler's own choice adds a wait."""
+    """Where registers allow it the next step is in flight, else the other warpgroup's products are.
+
+    A product of the compiler's own choice would add a wait.
+    """
     hopper = {name: text for (_, name, op), text in kernels.items() if "4sm90" in name and op in FP8}
     assert hopper
     for name, text in hopper.items():
         groups = len(re.findall(r"QGMMA\S.*gsb0", text))
-        columns = int(re.search(r"ElementE1ELi\d+ELi(\d+)E", name)[1])
-        assert waits(text.splitlines()) == [0] * groups, name
+        rows, columns = map(int, re.search(r"ElementE1ELi(\d+)ELi(\d+)E", name).groups())
+        in_flight = rows == 128 and columns <= 128
+        # of both registers' steps in the loop, and of either after it
+        assert waits(text.splitlines()) == ([1, 1, 0, 0] if in_flight else [0] * groups), name
         assert starting(opcodes(text), "FADD") >= columns // 2 * groups, name
 
 
