@@ -30,6 +30,7 @@ SETTINGS = (
     "set_eager",
     "set_slow_warp",
     "set_seed",
+    "set_fault",
     "turn",
     "set_device",
     "set_encode_error",

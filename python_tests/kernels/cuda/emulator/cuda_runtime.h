@@ -130,7 +130,10 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 using std::max;
 using std::min;
 
-inline void __syncthreads() { emulator::wait(emulator::block().all, blockDim.x); }
+inline void __syncthreads() {
+  if (emulator::fault & emulator::kBlockBarrier) return;
+  emulator::wait(emulator::block().all, blockDim.x);
+}
 inline void __syncwarp() { emulator::sync_warp(); }
 inline void __threadfence() {}
 

@@ -10,6 +10,9 @@ extern "C" void emulator_set_slow_warp(int warp) { emulator::slow_warp = warp; }
 // From which seed the order of blocks, warps, lanes and copies follows; 0 for the same order always.
 extern "C" void emulator_set_seed(unsigned seed) { emulator::seed = seed * 0x9e3779b97f4a7c15u; }
 
+// What kernels are made to leave out: bits of emulator::Fault; 0 for nothing.
+extern "C" void emulator_set_fault(unsigned fault) { emulator::fault = fault; }
+
 // Which of 64 threads has the turn at a place of a round.
 extern "C" int emulator_turn(unsigned place) { return static_cast<int>(emulator::round(64, true)[place]); }
 

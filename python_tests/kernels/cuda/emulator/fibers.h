@@ -27,6 +27,19 @@ constexpr size_t kStackBytes = 64 << 10, kSharedBytes = 256 << 10;
 inline bool eager = false;  // asynchronous copies and wgmmas happen when issued; else when waited for
 inline int slow_warp = -1;  // of every warpgroup: runs only when nothing else moves
 inline uint64_t seed = 0;   // of the order in which things happen; 0 for one that is always the same
+inline uint64_t launch = 0; // of this launch, by the seed: what the lanes of a warp draw alike follows from it
+inline bool failed;         // a thread did what ends a launch
+
+// What kernels are made to leave out, so that tests can see that it is missed; bits of `fault`.
+enum Fault : unsigned {
+  kProductsInLoop = 1,  // wgmma_wait that leaves some in flight waits for none
+  kFullStages = 2,      // warps that multiply do not wait for mbarriers
+  kEmptyStages = 4,     // those that load do not
+  kCopies = 8,          // cp_async_wait
+  kBlockBarrier = 16,   // __syncthreads
+  kGridBarrier = 32,    // grid_sync
+};
+inline unsigned fault = 0;
 inline ucontext_t scheduler;
 inline bool moved;  // something happened in this round
 
@@ -54,6 +67,13 @@ struct Block {
 // Asynchronous work of a thread, in groups as it commits them; the last one is still open.
 using Groups = std::vector<std::vector<std::function<void()>>>;
 
+inline void finish_all(Groups& groups) {
+  for (auto& group : groups) {
+    for (auto& work : group) work();
+    group.clear();
+  }
+}
+
 inline void finish_groups(Groups& groups, size_t left) {
   while (groups.size() > left + 1) {
     for (auto& work : groups.front()) work();
@@ -61,10 +81,17 @@ inline void finish_groups(Groups& groups, size_t left) {
   }
 }
 
+// A copy by the tensor memory accelerator, and the mbarrier that counts its bytes.
+struct Copy {
+  uint32_t barrier;
+  std::function<void()> work;
+};
+inline std::vector<Copy> in_flight;
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(kStackBytes);
-  unsigned thread, rank;
+  unsigned thread, rank, drawn;
   bool done;
   Groups copies, wgmmas;
 };
@@ -83,6 +110,19 @@ inline char* shared_base() {
 }
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
+inline void fail() {
+  for (failed = true;;) yield();
+}
+
+// Whether asynchronous work that all lanes of a warp have issued is done at this point already: with a seed at every
+// fourth one, before it must be.
+inline bool is_early() {
+  if (seed == 0) return false;
+  const uint64_t place = current->rank << 8 | current->thread / kWarp;
+  uint64_t mixed = launch + (place << 32) + ++current->drawn;
+  for (const uint64_t factor : {0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu}) mixed = (mixed ^ mixed >> 30) * factor;
+  return (mixed >> 40) % 4 == 0;
+}
 
 inline void entry() {
   body();
@@ -123,7 +163,7 @@ inline std::vector<unsigned> round(unsigned count, bool all) {
   return turns;
 }
 
-// Runs blocks together; false where they wait for each other forever.
+// Runs blocks together; false where they wait for each other forever, or one fails.
 inline bool run(const std::vector<dim3>& indices, unsigned threads) {
   blocks.clear();
   for (const dim3& index : indices) {
@@ -135,6 +175,9 @@ inline bool run(const std::vector<dim3>& indices, unsigned threads) {
     blocks.push_back(std::move(made));
   }
   together = Barrier();
+  in_flight.clear();  // those of a launch that failed
+  failed = false;
+  if (seed != 0) drawn(2), launch = seed;
   arena.assign(indices.size() * kSharedBytes + 1024, 0x5a);  // shared memory starts as rubbish
   const unsigned count = threads * static_cast<unsigned>(indices.size());
   while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
@@ -143,6 +186,7 @@ inline bool run(const std::vector<dim3>& indices, unsigned threads) {
     fiber.thread = i % threads;
     fiber.rank = i / threads;
     fiber.done = false;
+    fiber.drawn = 0;
     fiber.copies.assign(1, {});
     fiber.wgmmas.assign(1, {});
     getcontext(&fiber.context);
@@ -161,6 +205,7 @@ inline bool run(const std::vector<dim3>& indices, unsigned threads) {
       threadIdx = dim3(current->thread, 0, 0);
       blockIdx = blocks[current->rank].index;
       swapcontext(&scheduler, &current->context);
+      if (failed) return false;
       if (current->done) --left;
     }
     idle = moved ? 0 : idle + 1;

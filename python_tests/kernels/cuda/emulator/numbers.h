@@ -1,6 +1,7 @@
 // Numbers as a GPU computes them: bit casts, conversions and products with their rounding.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -118,14 +119,16 @@ inline int dot_32(int d, const uint8_t (&a)[32], const uint8_t (&b)[32]) {
   return d;
 }
 inline float dot_32(float d, const uint8_t (&a)[32], const uint8_t (&b)[32]) {
-  float terms[33] = {d}, largest = std::fabs(d);
+  float terms[33] = {d}, largest = std::fabs(d), all = d;
   for (int k = 0; k < 32; ++k) {
     terms[k + 1] = kE4m3[a[k]] * kE4m3[b[k]];
-    largest = std::fmax(largest, std::fabs(terms[k + 1]));  // which a NaN is not
+    largest = std::max(largest, std::fabs(terms[k + 1]));
+    all += terms[k + 1];
   }
-  if (largest == 0.0f) largest = 1.0f;
-  const float unit = std::ldexp(1.0f, std::ilogb(largest) - 13);
-  float sum = 0.0f;
-  for (const float term : terms) sum += std::trunc(term * (1.0f / unit));
-  return sum * unit;
+  if (largest == 0.0f || std::isnan(all)) return all;
+  const int last = std::ilogb(largest) - 13;
+  const float inverse = std::ldexp(1.0f, -last);
+  int sum = 0;  // each term has at most 14 bits
+  for (const float term : terms) sum += static_cast<int>(term * inverse);
+  return std::ldexp(static_cast<float>(sum), last);
 }

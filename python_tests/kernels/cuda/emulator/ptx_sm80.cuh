@@ -1,4 +1,5 @@
-// csrc/ptx/ptx_sm80.cuh on a CPU. Copies to shared memory happen when they are waited for.
+// csrc/ptx/ptx_sm80.cuh on a CPU. Copies to shared memory happen when they are waited for; with a seed now and then
+// before, each for itself.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,6 +10,7 @@ inline uint32_t shared_address(const void* pointer) {
 }
 
 inline void grid_sync() {
+  if (emulator::fault & emulator::kGridBarrier) return;
   emulator::wait(emulator::together, blockDim.x * static_cast<unsigned>(emulator::blocks.size()));
 }
 
@@ -20,12 +22,13 @@ inline void cp_async_16(void* target, const void* source, bool valid) {
       std::memset(target, 0, 16);
     }
   };
-  if (emulator::eager) return work();
+  if (emulator::eager || (emulator::seed != 0 && emulator::drawn(2) == 0)) return work();
   emulator::current->copies.back().push_back(work);
 }
 inline void cp_async_commit() { emulator::current->copies.emplace_back(); }
 template <int Left>
 void cp_async_wait() {
+  if (emulator::fault & emulator::kCopies) return;
   emulator::finish_groups(emulator::current->copies, Left);
 }
 

@@ -11,11 +11,6 @@ namespace emulator {
 struct Mbarrier {  // the 8 bytes of an mbarrier
   uint16_t phase, count, pending, unused;
 };
-struct Copy {
-  uint32_t barrier;
-  std::function<void()> work;
-};
-inline std::vector<Copy> in_flight;
 inline int32_t outstanding[16 * kSharedBytes / 8];  // bytes that a barrier still waits for
 
 inline char* at(uint32_t address) { return shared_base() + address; }
@@ -29,7 +24,7 @@ inline void settle(uint32_t barrier) {
   moved = true;
 }
 inline void arrive(uint32_t barrier) {
-  if (word(barrier).pending == 0) __builtin_trap();  // more arrivals than the barrier counts
+  if (word(barrier).pending == 0) fail();  // more arrivals than the barrier counts
   --word(barrier).pending;
   settle(barrier);
 }
@@ -113,32 +108,39 @@ inline void copy_im2col(const CUtensorMap& map, uint32_t target, uint32_t barrie
   });
 }
 
-// A byte of an operand that a descriptor of wgmma describes: K-major, rows in groups of eight.
-inline uint8_t operand_byte(uint64_t descriptor, uint32_t row, uint32_t k) {
+// 32 bytes of a row of an operand that a descriptor of wgmma describes: K-major, rows in groups of eight.
+inline void load_row(uint8_t (&bytes)[32], uint64_t descriptor, uint32_t row) {
   const uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
   const uint32_t layout = static_cast<uint32_t>(descriptor >> 62);
   const uint32_t row_bytes = layout == 1 ? 128 : layout == 2 ? 64 : 32;
   if (layout == 0 || (descriptor >> 49 & 7) != 0) __builtin_trap();
   const uint32_t base = current->rank * static_cast<uint32_t>(kSharedBytes);
-  return static_cast<uint8_t>(*at(base + swizzled(start + row / 8 * stride + row % 8 * row_bytes + k, row_bytes)));
+  const uint32_t first = start + row / 8 * stride + row % 8 * row_bytes;
+  for (uint32_t k = 0; k < 32; k += 16) std::memcpy(bytes + k, at(base + swizzled(first + k, row_bytes)), 16);
 }
 
 template <int N, typename Sum, typename Row>
 void multiply(Sum (&d)[N / 2], uint64_t b, bool accumulate, Row a) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int half = 0; half < 2; ++half) {
-    uint8_t x[32];
-    for (int k = 0; k < 32; ++k) x[k] = a(half, k);
+    uint8_t x[32], w[32];
+    a(half, x);
     for (int block = 0; block < N / 8; ++block) {
       for (int i = 0; i < 2; ++i) {
         const auto column = static_cast<uint32_t>(block * 8 + lane % 4 * 2 + i);
         Sum& sum = d[block * 4 + half * 2 + i];
-        uint8_t w[32];
-        for (int k = 0; k < 32; ++k) w[k] = operand_byte(b, column, static_cast<uint32_t>(k));
+        load_row(w, b, column);
         sum = dot_32(accumulate ? sum : Sum(), x, w);
       }
     }
   }
+}
+
+// A wgmma comes after those that its warpgroup issued before.
+inline void start_product(std::function<void()> work) {
+  if (eager) return work();
+  current->wgmmas.back().push_back(std::move(work));
+  if (is_early()) finish_all(current->wgmmas);
 }
 
 }  // namespace emulator
@@ -166,6 +168,7 @@ inline void mbarrier_arrive(uint64_t* barrier, uint32_t rank) {
 }
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   const uint32_t address = shared_address(barrier);
+  if (emulator::fault & (threadIdx.x < emulator::kWarpgroup ? emulator::kEmptyStages : emulator::kFullStages)) return;
   for (;;) {
     auto& flying = emulator::in_flight;
     if (emulator::seed != 0) emulator::shuffle(flying);
@@ -202,11 +205,16 @@ template <int>
 void setmaxnreg_inc() {}
 
 inline void wgmma_fence() { emulator::sync_warp(); }
-inline void wgmma_commit() { emulator::current->wgmmas.emplace_back(); }
+inline void wgmma_commit() {
+  emulator::current->wgmmas.emplace_back();
+  if (emulator::is_early()) emulator::finish_all(emulator::current->wgmmas);
+}
 // The wgmma of a warpgroup's four warps is one instruction, which is done for all of them at once.
 template <int Left>
 void wgmma_wait() {
-  emulator::finish_groups(emulator::current->wgmmas, Left);
+  const bool left_out = Left > 0 && (emulator::fault & emulator::kProductsInLoop);
+  if (!left_out) emulator::finish_groups(emulator::current->wgmmas, Left);
+  if (emulator::is_early()) emulator::finish_all(emulator::current->wgmmas);
   emulator::sync_warpgroup();
 }
 template <typename T, size_t N>
@@ -216,12 +224,11 @@ template <int N, typename Sum>
 void wgmma_m64k32_of_shared(Sum (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   auto work = [=, &d] {
     const auto row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    emulator::multiply<N>(d, b, accumulate, [&](int half, int k) {
-      return emulator::operand_byte(a, row + 8u * static_cast<unsigned>(half), static_cast<uint32_t>(k));
+    emulator::multiply<N>(d, b, accumulate, [&](int half, uint8_t (&x)[32]) {
+      emulator::load_row(x, a, row + 8u * static_cast<unsigned>(half));
     });
   };
-  if (emulator::eager) return work();
-  emulator::current->wgmmas.back().push_back(work);
+  emulator::start_product(work);
 }
 template <int N>
 void wgmma_m64k32(int (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
@@ -235,10 +242,11 @@ template <int N>
 void wgmma_m64k32(int (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   auto work = [=, &d, &a] {
     const auto lanes = of_warp(a);  // what the registers hold when the wgmma happens
-    emulator::multiply<N>(d, b, accumulate, [&](int half, int k) {
-      return static_cast<uint8_t>(lanes[threadIdx.x % 32 / 4 * 4 + k % 16 / 4][half + 2 * (k / 16)] >> 8 * (k % 4));
+    emulator::multiply<N>(d, b, accumulate, [&](int half, uint8_t (&x)[32]) {
+      for (int k = 0; k < 32; ++k) {
+        x[k] = static_cast<uint8_t>(lanes[threadIdx.x % 32 / 4 * 4 + k % 16 / 4][half + 2 * (k / 16)] >> 8 * (k % 4));
+      }
     });
   };
-  if (emulator::eager) return work();
-  emulator::current->wgmmas.back().push_back(work);
+  emulator::start_product(work);
 }
