@@ -10,6 +10,7 @@ import torch
 
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.ops import spec_of
+from ldmq_kernels.ops.operands import of_value_and_gate
 from ldmq_kernels.timing import interleaved
 from ldmq_kernels.tuning.calls import arguments
 from ldmq_kernels.tuning.shapes import Conv2d, Linear
@@ -23,14 +24,19 @@ LEGEND = (
 )
 
 
+def geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The linear whose outputs are values and gates, and its GEGLU, by torch."""
+    value, gate = torch.nn.functional.linear(x, weight, bias).chunk(2, dim=-1)
+    return value * torch.nn.functional.gelu(gate)
+
+
 def _rivals(op: str, device: torch.device) -> tuple[tuple[Any, ...], Callable[[], Any]]:
     """An op's arguments, and the same layer in float16."""
     half: dict[str, Any] = {"dtype": torch.float16, "device": device}
     if not spec_of(op).shape.takes_pictures:
         x, weight = torch.randn(LINEAR.m, LINEAR.k, **half), torch.randn(LINEAR.n, LINEAR.k, **half)
-        return arguments(spec_of(op), LINEAR, device), partial(
-            torch.nn.functional.linear, x, weight, x.new_zeros(LINEAR.n)
-        )
+        layer = geglu if spec_of(op).example is of_value_and_gate else torch.nn.functional.linear
+        return arguments(spec_of(op), LINEAR, device), partial(layer, x, weight, x.new_zeros(LINEAR.n))
     s = CONVOLUTION
     picture, weight = torch.randn(s.n, s.c, s.size, s.size, **half), torch.randn(s.k, s.c, s.kernel, s.kernel, **half)
     picture, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (picture, weight))

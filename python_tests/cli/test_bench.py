@@ -88,7 +88,7 @@ def test_every_op_takes_its_operands_in_every_way_to_write_a_shape(op: str, lett
         assert case.product is not None
         m, n, k = case.product
         assert case.operations == 2 * m * n * k
-        assert out.numel() == m * n
+        assert out.numel() == m * n // (2 if "geglu" in op else 1)
     else:
         assert case.operations == 0
         assert tuple(operands[0].shape) == case.sizes
