@@ -42,7 +42,7 @@ COMMANDS = {
 
 def usage() -> str:
     """Every command with what it answers."""
-    lines = "\n".join(f"  {name:14}{words}" for name, (_, words) in COMMANDS.items())
+    lines = "\n".join(f"  {name:16}{words}" for name, (_, words) in COMMANDS.items())
     return f"usage: python -m benchmarks COMMAND [...], --help after a command tells its options\n\n{lines}"
 
 

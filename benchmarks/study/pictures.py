@@ -213,6 +213,7 @@ def _line(row: dict[str, Any]) -> list[str]:
         f"{row['share_of_fp16']:.3f}x",
         COUNT.format(row["convolutions"]),
         COUNT.format(row["linears"]),
+        str(row["captions"]),
         f"{psnr.mean:.2f}",
         f"{psnr.worst_tenth:.2f}",
         f"{latent.mean:.2f}",
@@ -226,6 +227,7 @@ HEAD = [
     "bytes, of fp16",
     "convolutions",
     "linears",
+    "pictures",
     "PSNR, dB: mean of pictures",
     "worst tenth",
     "SQNR of the latent, dB",
@@ -237,7 +239,7 @@ def table(data: dict[str, Any]) -> str:
     """The first table of the study."""
     first = data["rows"][0]
     words = (
-        f"**What the picture keeps, for how many bytes, by which tool** ({first['captions']} held-out captions, "
+        f"**What the picture keeps, for how many bytes, by which tool** (held-out captions, "
         f"{first['steps']} steps, on {data['device']}, torch {data['torch']}; layers: weights in 8 bits / computed in "
         "8 bits / all; a picture's PSNR and its latent's SQNR are against the float model's from the same noise). "
         "No milliseconds: without VNNI this processor gains no time by int8, and no GPU has run the kernels."
@@ -252,7 +254,7 @@ def readme_lines(data: dict[str, Any]) -> list[list[str]]:
         [
             f"{line[0]} model, W8A8: {line[1]}",
             f"{line[2]} of fp16",
-            f"{line[5]} dB in the mean of {row['captions']}, {line[6]} dB for the worst tenth",
+            f"{line[6]} dB in the mean of {line[5]}, {line[7]} dB for the worst tenth",
         ]
         for row in _in_order(rows)
         for line in [_line(row)]

@@ -39,7 +39,18 @@ def test_pictures_count_by_their_own_decibels_and_the_worst_tenth_is_told() -> N
         text for text in pictures.table(_data(_row("demo", "sdnq", [40.0, 50.0, 60.0]))).splitlines() if "sdnq" in text
     ]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["demo", "sdnq 1: some", "0.500x", "1 / 1 / 2", "1 / 1 / 2", "50.00", "42.00", "50.00", "c" * 10]
+    assert cells == [
+        "demo",
+        "sdnq 1: some",
+        "0.500x",
+        "1 / 1 / 2",
+        "1 / 1 / 2",
+        "3",
+        "50.00",
+        "42.00",
+        "50.00",
+        "c" * 10,
+    ]
 
 
 def test_rows_stand_by_model_with_this_package_last() -> None:
