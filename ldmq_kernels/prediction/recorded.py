@@ -188,7 +188,7 @@ def _gemm(name: str, facts: Mapping[str, Any], out: Tensor) -> Gemm | None:
     if name.startswith("linear_"):
         x = facts.get("x_q", facts.get("x"))
         assert x is not None
-        return Gemm(math.prod(x[:-1]), facts["weight_scale"][0], x[-1])
+        return Gemm(math.prod(x[:-1]), facts.get("weight_scale", facts["weight"])[0], x[-1])
     if name.startswith("conv2d_"):
         x = facts.get("x_q", facts.get("x"))
         assert x is not None

@@ -15,6 +15,7 @@ from ldmq_kernels import ops
 from ldmq_kernels.kernels import dispatch
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_tables import Tile
+from ldmq_kernels.numerics.formats.float8 import FLOAT8
 from ldmq_kernels.numerics.formats.int4 import group_count, pack_int4
 
 HALF = torch.float16
@@ -54,6 +55,11 @@ def int8(device: torch.device, *shape: int) -> Tensor:
     return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
 
 
+def quantized(op: str, device: torch.device, *shape: int) -> Tensor:
+    """An activation or a weight in 8 bits, as `op` takes it."""
+    return torch.randn(shape, device=device).to(FLOAT8) if "fp8" in op else int8(device, *shape)
+
+
 def positive(device: torch.device, *shape: int) -> Tensor:
     """Scales around 1e-2."""
     return torch.rand(shape, device=device) * 1e-2 + 1e-3
@@ -66,9 +72,9 @@ def normal(device: torch.device, *shape: int, dtype: torch.dtype = HALF) -> Tens
 
 
 def weights(op: str, device: torch.device, *shape: int) -> tuple[Tensor, ...]:
-    """A weight as `op` takes it, before its scales: int8, or packed int4 and the multipliers of a two-level one."""
-    if "w8" in op:
-        return (int8(device, *shape),)
+    """A weight as `op` takes it, before its scales: 8 bits, or packed int4 and the multipliers of a two-level one."""
+    if "w4" not in op:
+        return (quantized(op, device, *shape),)
     packed = pack_int4(torch.randint(-7, 8, shape, dtype=torch.int8, device=device))
     if op.endswith("a16"):
         return (packed,)
@@ -95,14 +101,14 @@ def linear(
     if op.endswith("a16"):
         scale = positive(device, columns, group_count(depth)) if "w4" in op else scale
         return Call(op, (normal(device, rows, depth, dtype=dtype), *weight, scale, bias), tile)
-    x = int8(device, rows, depth)
+    x = quantized(op, device, rows, depth)
     if op == "linear_static_w8a8":
         inputs = (x.float(), one, one) if exact else (normal(device, rows, depth, dtype=dtype), 30 * one, one / 30)
         return Call(op, (*inputs, *weight, scale, *terms), tile, intermediate=x.numel() if columns > 640 else 0)
     x_scale = one if exact else positive(device, rows)
     if "geglu" in op:
         inv_scale = torch.full((columns // 2,), 500 / depth, device=device)
-        return Call(op, (x, x_scale, *weight, scale, bias, inv_scale, torch.int8), tile)
+        return Call(op, (x, x_scale, *weight, scale, bias, inv_scale, x.dtype), tile)
     return Call(op, (x, x_scale, *weight, scale, *terms, torch.float32 if exact else dtype), tile)
 
 
@@ -125,7 +131,7 @@ def conv2d(
     bias = normal(device, out_channels, dtype=dtype)
     if op == "conv2d_w8a16":
         return Call(op, (normal(device, *shape, dtype=dtype), *weight, scale, bias, *geometry), tile)
-    x = int8(device, samples, height, width, channels).permute(0, 3, 1, 2)
+    x = quantized(op, device, samples, height, width, channels).permute(0, 3, 1, 2)
     sides = (upsample * height + top + bottom, upsample * width + left + right)
     out = [(side - d * (k - 1) - 1) // s + 1 for side, k, s, d in zip(sides, kernel, stride, dilation, strict=True)]
     vector = normal(device, samples, out_channels, dtype=dtype)
@@ -157,7 +163,7 @@ def producer(op: str, shape: tuple[int, ...], mode: str, device: torch.device, d
     vector = positive(device, channels) * 1e3
     if op == "quantize_static":
         return Call(op, (x, vector, 1 if len(shape) == 4 else -1))
-    if op.startswith("quantize_per"):
+    if "quantize_per" in op:
         return Call(op, (x, vector))
     parameters: tuple[Any, ...] = (True,) if op == "gelu_quantize" else ()
     if op == "layer_norm_quantize":
@@ -183,6 +189,9 @@ LINEARS: dict[str, tuple[tuple[int, int, int], Tile | None]] = {
     "linear_static_w8a8 unaligned": ((154, 100, 320), None),
     "linear_geglu_w8a8": ((2048, 640, 1280), None),
     "linear_geglu_w8a8 unaligned": ((154, 100, 320), None),
+    "linear_fp8": ((2048, 640, 1280), None),
+    "linear_fp8 unaligned": ((154, 100, 320), None),
+    "linear_geglu_fp8": ((2048, 640, 1280), None),
     "linear_w4a8": ((2048, 640, 1280), None),
     "linear_w4a8 unaligned": ((154, 100, 320), None),
     "linear_w4a8 split": ((130, 1280, 640), Tile(64, 64, 64, 4, 4, split_k=4)),
@@ -200,6 +209,8 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, int, int, int], int, tuple[Any, ...], T
     "conv2d_w8a8 odd extent": ((2, 320, 15, 17), 320, STRIDED, None),
     "conv2d_w8a8 4 channels": ((2, 4, 32, 32), 320, SAME, None),
     "conv2d_w8a8 groups": ((2, 128, 16, 16), 192, GROUPED, None),
+    "conv2d_fp8": (PICTURE, 320, SAME, None),
+    "conv2d_fp8 odd extent": ((2, 320, 15, 17), 320, STRIDED, None),
     "conv2d_w4a8": (PICTURE, 320, SAME, None),
     "conv2d_w4a8 stride 2": (PICTURE, 320, STRIDED, None),
     "conv2d_w4a8 odd extent": ((2, 320, 15, 17), 320, STRIDED, None),
@@ -242,12 +253,16 @@ IN_CUDA = (  # what the CUDA backend takes of these
     "linear_w8a8",
     "linear_static_w8a8",
     "linear_geglu_w8a8",
+    "linear_fp8",
+    "linear_geglu_fp8",
     "linear_w4a8",
     "conv2d_w8a8",
     "conv2d_w8a8 stride 2",
     "conv2d_w8a8 padded at the far sides",
     "conv2d_w8a8 upsampled",
     "conv2d_w8a8 odd extent",
+    "conv2d_fp8",
+    "conv2d_fp8 odd extent",
     "quantize_static",
     "quantize_per_token",
     "quantize_per_sample",

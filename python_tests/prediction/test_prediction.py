@@ -16,6 +16,8 @@ from benchmarks.models.definitions import TOYS, Model
 from ldmq_kernels.kernels.cuda.compiled_tiles import compiled_tiles
 from ldmq_kernels.kernels.devices import DEVICES, device_called, device_of
 from ldmq_kernels.kernels.tile_cost import INT8_PRODUCTS
+from ldmq_kernels.nn.quant_linear import QuantLinear
+from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.prediction import BACKENDS, Operation, predict, record
 from ldmq_kernels.prediction.gemms import by_cuda, by_library, by_triton
 from ldmq_kernels.prediction.predict import COPY_SHARE, GAP_MS, START_MS
@@ -52,6 +54,13 @@ def test_each_layer_is_recorded_once_by_its_name_and_shared_products_by_all_name
     assert sorted(products) == sorted(layers)
     assert sum(o.layer.endswith("attn1.to_q+to_k+to_v") for o in operations) == 4
     assert not any(o.op in ("view", "transpose", "chunk", "empty") for o in operations)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8-dynamic", "w8a16"])
+def test_a_linear_is_recorded_at_its_full_width_whatever_its_weight_is_stored_as(scheme: str) -> None:
+    layer = QuantLinear.from_float(nn.Linear(64, 48), SCHEMES[scheme])
+    products = [o.gemm for o in record(layer, lambda: layer(torch.zeros(3, 64))) if o.gemm is not None]
+    assert products == [Gemm(3, 48, 64)]
 
 
 def _names(layer: str) -> list[str]:
