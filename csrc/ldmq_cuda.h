@@ -23,8 +23,8 @@ typedef struct {
 // float32, and
 //   out = (accumulator * x_scale * weight_scale + bias) * vector[row] + residual   of a linear: gates
 //   out = accumulator * x_scale * weight_scale + bias + vector[row] + residual     of a convolution: one a sample
-// in float32, rounded once; an int8 out is out * out_inv_scale, rounded and clamped to [-127, 127]. Of GEGLU the weight,
-// its scales and the bias have 2 n rows, values and then their gates, and
+// in float32, rounded once; an int8 out is out * out_inv_scale, rounded and clamped to [-127, 127]. Of GEGLU the
+// weight, its scales and the bias have 2 n rows, values and then their gates, and
 //   out = value * gelu(gate)   both as above, of m x n each; out may be int8 or FP8 with out_inv_scale
 // A linear has one tap, and m tokens; a convolution is an implicit GEMM with m pixels of its output, and
 // kernel_height * kernel_width taps on NHWC images.

@@ -28,6 +28,9 @@ struct Tile {
   static constexpr int kWeightBytes = KIND == Kind::kLinearInt4 ? kK / 2 : kK;  // of a column and step
   static constexpr int kStageBytes = M * kK + N * kWeightBytes;
   static constexpr int kSharedBytes = STAGES * kStageBytes;
+  // Blocks of a multiprocessor that registers must be left for; 0: as many as the compiler chooses. For the small FP8
+  // tile it would choose five, and spill, where shared memory has room for two or three.
+  static constexpr int kBlocks = ELEMENT == Element::kE4m3 && kThreads == 128 ? 3 : 0;
   static_assert(WARP_M % 16 == 0 && WARP_N % 32 == 0, "a warp has whole runs of the epilogue");
 };
 
@@ -186,7 +189,8 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4]
 }
 
 template <typename Tile, typename Out>
-__global__ void __launch_bounds__(Tile::kThreads) gemm_kernel(const __grid_constant__ Parameters parameters) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    gemm_kernel(const __grid_constant__ Parameters parameters) {
   constexpr int kBands = Tile::kWarpM / 16, kRuns = Tile::kWarpN / 32;
   char* shared = shared_memory();
   int tile = static_cast<int>(blockIdx.x), tile_m, tile_n;
