@@ -30,7 +30,7 @@ from ldmq_kernels.calibration.drawings import Call, drawings
 from ldmq_kernels.calibration.ranges import spread_steps
 from ldmq_kernels.calibration.recording import Ran, give, recording
 from ldmq_kernels.calibration.redrawn import NoAdjoint, Redrawn, frozen
-from ldmq_kernels.calibration.settings import Settings
+from ldmq_kernels.calibration.settings import Settings, sample_number
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
 from ldmq_kernels.progress import track
 
@@ -38,6 +38,8 @@ End = Literal["latent", "picture"]
 LATENT: End = "latent"
 PICTURE: End = "picture"
 WHOLE_MODEL = 100_000_000  # parameters up to which all pictures and calls count
+LARGE_PICTURES = 2  # of a larger model
+LARGE_CALLS = 8  # of each run of a larger model: in the median sizes come out smaller than by all
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,16 @@ def _spread_over(run: Sequence[EndCall], count: int) -> list[EndCall]:
 def is_whole(model: nn.Module) -> bool:
     """Whether a model is so small that all pictures and calls of a calibration count at the end."""
     return sum(parameter.numel() for parameter in model.parameters()) <= WHOLE_MODEL
+
+
+def pictures_that_count(model: nn.Module, calls: int, settings: int) -> list[int]:
+    """The samples of a calibration that are followed to the end: all, or of a large model the first of each setting.
+
+    Args:
+        calls, settings: how many there are of the calibration.
+    """
+    count = calls if is_whole(model) else min(calls, LARGE_PICTURES)
+    return [sample_number(call, setting, settings) for setting in range(settings) for call in range(count)]
 
 
 def rademacher(like: Tensor, seed: int) -> Tensor:

@@ -18,19 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.calibration.adjoint import LATENT, PICTURE, EndTrajectory, is_whole, sampler_adjoint
+from ldmq_kernels.calibration.adjoint import (
+    LARGE_CALLS,
+    LATENT,
+    PICTURE,
+    EndTrajectory,
+    is_whole,
+    pictures_that_count,
+    sampler_adjoint,
+)
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
 from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.calibration.hessian import hessian_bytes, rows_of
 from ldmq_kernels.calibration.probes import EndRecord, end_records
-from ldmq_kernels.calibration.settings import SamplingSettings, sample_number
+from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.nn.kinds import FloatLayer, axes_of
 from ldmq_kernels.numerics.kronecker import KroneckerHessian
 from ldmq_kernels.plans.layers import quantizable_layers
 
 PROBES = 4  # in each picture
-LARGE_PICTURES, LARGE_CALLS = 2, 8  # of a model that is not small: pictures, and calls of each run
 OWN_SHARE = 0.1  # of an output's weight that is its own, so that few probes do not tie outputs to each other
 
 
@@ -47,15 +54,15 @@ def ends_to_round_by(
     Raises:
         NoAdjoint: gradients do not run through the pipeline.
     """
-    whole = is_whole(denoiser(pipe))
+    model = denoiser(pipe)
+    whole = is_whole(model)
     decodes = getattr(whole_pipeline(pipe), "vae", None) is not None and all(o.dim() == 4 for o in trajectory.outputs)
-    count = len(calls) if whole else min(len(calls), LARGE_PICTURES)
     found = sampler_adjoint(
         pipe,
         trajectory,
         calls,
         settings,
-        [sample_number(call, setting, len(settings)) for setting in range(len(settings)) for call in range(count)],
+        pictures_that_count(model, len(calls), len(settings)),
         ends=(PICTURE if whole and decodes else LATENT,),  # through a large VAE, gradients take gigabytes
         probes=PROBES,
         show=show,

@@ -8,13 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ldmq_kernels.calibration.adjoint import End, EndTrajectory, is_whole, sampler_adjoint, walk
+from ldmq_kernels.calibration.adjoint import (
+    LARGE_CALLS,
+    End,
+    EndTrajectory,
+    is_whole,
+    pictures_that_count,
+    sampler_adjoint,
+    walk,
+)
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
 from ldmq_kernels.calibration.drawings import Call
 from ldmq_kernels.calibration.probes import EndRecord, chunks_of_layers, end_records, records_of
 from ldmq_kernels.calibration.redrawn import NoAdjoint
-from ldmq_kernels.calibration.settings import Settings, sample_number
+from ldmq_kernels.calibration.settings import Settings
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.sensitivity.candidates import LayerCandidate
 from ldmq_kernels.sensitivity.end_noise import LayerEndNoise
@@ -23,8 +31,7 @@ from ldmq_kernels.sensitivity.trials import Judge
 logger = logging.getLogger(__name__)
 
 PROBES = 8  # at each end; with fewer, sizes scatter more by the chance of which probes are drawn
-LARGE_PICTURES, LARGE_PROBES = 2, 1  # of a larger model
-LARGE_CALLS = 8  # of each run, at which layers are recorded: in the median sizes come out smaller than by all
+LARGE_PROBES = 1  # of a larger model
 
 
 class Following:
@@ -39,16 +46,10 @@ class Following:
         self._pipe, self._calibration, self._show = pipe, calibration, show
         self._model = denoiser(pipe)
         self._is_whole = is_whole(self._model)
-        self._pictures = self._settled_pictures()
+        self._pictures = pictures_that_count(self._model, len(calibration.calls), len(calibration.settings))
         self._empty = EndTrajectory.without_calls(self._pictures, ends, PROBES if self._is_whole else LARGE_PROBES)
         self._waiting: dict[str, tuple[list[LayerCandidate], Mapping[str, Judge]]] = {}
         self.bytes = 0  # of the quantized layers that wait
-
-    def _settled_pictures(self) -> list[int]:
-        """All pictures of the calibration, or of a large model the first of each setting."""
-        calls, settings = len(self._calibration.calls), len(self._calibration.settings)
-        count = calls if self._is_whole else min(calls, LARGE_PICTURES)
-        return [sample_number(call, setting, settings) for setting in range(settings) for call in range(count)]
 
     def add(self, name: str, candidates: list[LayerCandidate], judges: Mapping[str, Judge]) -> None:
         """Have the candidates of a layer wait, with what judges each scheme's."""
