@@ -24,6 +24,7 @@ COMMANDS = {
     "estimates": ("benchmarks.study.planner_estimates", "how well the planner's estimates hold on the demo model"),
     "ends": ("benchmarks.study.end_noise", "how well noise in latents and pictures is known before they are drawn"),
     "end-plans": ("benchmarks.study.end_plans", "plans for the pictures beside plans for the UNet's output"),
+    "mixed": ("benchmarks.study.mixed", "plans of 4 and 8 bits at 0.32 of the bytes of fp16, by what they may use"),
     "plan-time": ("benchmarks.study.plan_time", "what planning for the pictures costs beside the model's output"),
     "plan": ("benchmarks.study.plan_large", "the method on a UNet of full size: minutes and memory"),
     "breadth": ("benchmarks.breadth", "every kind of pipeline planned through its own calls, and quantized"),

@@ -45,6 +45,7 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "ends_second": "study.end_noise",
     "end_plans": "study.end_plans",
     "end_plans_second": "study.end_plans",
+    "mixed": "study.mixed",
     "plan_time": "study.plan_time",
     "plan_sd15": "study.plan_large",
     "plan_sd15_end": "study.plan_large",

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
-from benchmarks.study import drawn_remedies, end_plans, figure, pictures, remedies
+from benchmarks.study import drawn_remedies, end_plans, figure, mixed, pictures, remedies
 from benchmarks.study.cases import FORMATS, PEERS, PLANNER, SECTIONS
 from benchmarks.study.samples import CONFIDENCE, RESAMPLES
 from benchmarks.study.subjects import DEMO, SUBJECTS, Subject
@@ -43,6 +43,7 @@ UNITS = {"sqnr_db": ("dB of SQNR", "+.2f"), "ssim": ("of SSIM", "+.5f")}
 PAGE = "study.md"
 FIRST = {  # what the page begins with
     "pictures": pictures.table,
+    "mixed": mixed.table,
     "end_plans": end_plans.table,
     "end_plans_second": end_plans.table,
     "remedies": remedies.table,
