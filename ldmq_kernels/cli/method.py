@@ -84,9 +84,10 @@ def preview(model: Path, request: PlanRequest, how: Loading) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    schemes = [s for s in parse_schemes(request.schemes) if s.quantizes]
     chosen_variant(model, how.variant)
-    layers = quantizable_layers(load_structure(model, request.part)).values()
+    structure = load_structure(model, request.part)
+    schemes = [s for s in parse_schemes(request.with_room(structure).schemes) if s.quantizes]
+    layers = quantizable_layers(structure).values()
     what = "prompts" if all(isinstance(call, str) for call in request.drawn) else "calls"
     counted = f"weights of all quantizable layers, before planning on {len(request.drawn)} {what}"
     table = Table(title=Text(f"{printable(model)}: {counted}"))

@@ -162,6 +162,14 @@ Formats = Annotated[
         "split, w8a8x2), fp8 (static, dynamic), w8a16, w4a16, fp16, or w8a8-static and so on."
     ),
 ]
+FormatsWithin = Annotated[
+    str | None,
+    typer.Option(
+        help="Formats or schemes to choose among, as of `ldmq quantize`. [default: w8a8,w8a16,fp16, and w4a8,w4a16 "
+        "too where the weights take more than --target-bytes by these]",
+        show_default=False,
+    ),
+]
 Calibration = Annotated[
     Literal["first-step", "sampled-steps", "drawn-steps", "all-steps"],
     typer.Option(help="Sampling steps that static scales are taken from."),

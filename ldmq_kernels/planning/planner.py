@@ -26,7 +26,7 @@ from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.drawn import LARGE_PICTURES, PICTURES, EndCheck, FloatEnds, with_more_seeds
 from ldmq_kernels.planning.options import independent_of_cuts
 from ldmq_kernels.planning.predicted_times import predict_times
-from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest
+from ldmq_kernels.planning.request import PlanRequest
 from ldmq_kernels.planning.session import PlanResult, Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.planning.times import LayerTimes, cache_file, measure_times
@@ -96,6 +96,7 @@ def open_session(pipe: Any, request: PlanRequest) -> Session:
         raise ValueError(f"{request.part} draws nothing itself: give target_sqnr_db, for what it gives the denoiser")
     pipe = chosen(pipe, request.part)
     model = denoiser(pipe)
+    request = request.with_room(model)
     if not takes_a_timestep(model):
         request = without_timesteps(request, model)
     analysis, held_out, verified_on = analyzed(pipe, request)
@@ -203,7 +204,7 @@ def plan(
     target_bytes: int | None = None,
     target_milliseconds: float | None = None,
     target_layers: int | None = None,
-    formats: Sequence[str] = DEFAULT_FORMATS,
+    formats: Sequence[str] | None = None,
     calibration_mode: str = FIRST_STEP,
     signals: Sequence[str] = (SQNR,),
     hybrid: float = 0.0,
@@ -252,6 +253,8 @@ def plan(
         target_milliseconds: most time of one UNet call for one picture on the pipeline's device.
         target_layers: most layers that may stay in 16 bit.
         formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic, split and rotated.
+            If None: w8a8, w8a16 and fp16, and w4a8 and w4a16 too where the weights take more than `target_bytes` by
+            these alone.
         calibration_mode: "first-step" (the paper's single sampling step), "sampled-steps" (four, spread evenly),
             "drawn-steps" (four, from a normal distribution) or "all-steps": which steps a static range starts
             from. The search widens it where the analysed trajectory shows more.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from torch import nn
 
 from ldmq_kernels.calibration.adjoint import End
 from ldmq_kernels.calibration.drawings import Call
@@ -16,9 +18,11 @@ from ldmq_kernels.numerics.formats.float8 import FLOAT8
 from ldmq_kernels.planning.assignment import SQNR
 from ldmq_kernels.planning.options import ENDS
 from ldmq_kernels.planning.target import MEASURES, Measure, Target
+from ldmq_kernels.plans.cost import least_bytes
 from ldmq_kernels.sensitivity.similarity import SSIM
 
 DEFAULT_FORMATS = ("w8a8", "w8a16", "fp16")
+SMALLER_FORMATS = ("w4a8", "w4a16")  # beside them where a target in bytes leaves no room for 8-bit weights
 SIGNALS = (*MEASURES, SSIM)
 
 
@@ -46,6 +50,8 @@ class PlanRequest:
             no list.
         target: limits that the plan must keep; None where plans of all sizes are asked for.
         formats: formats or schemes to choose among; "w8a8" stands for static, timestep, dynamic, split and rotated.
+            None for `DEFAULT_FORMATS`, and `SMALLER_FORMATS` too where the weights take more bytes by these alone
+            than the target has.
         calibration_mode: the sampling steps that static ranges start from: "first-step", "sampled-steps",
             "drawn-steps" or "all-steps".
         settings: how pictures are drawn, in calibration as later by the user: one, or several, at each of which all
@@ -69,7 +75,7 @@ class PlanRequest:
 
     calls: Sequence[Call] | Call
     target: Target | None = None
-    formats: Sequence[str] = DEFAULT_FORMATS
+    formats: Sequence[str] | None = None
     calibration_mode: str = FIRST_STEP
     settings: Settings = field(default_factory=SamplingSettings)
     signals: Sequence[str] = (SQNR,)
@@ -86,14 +92,16 @@ class PlanRequest:
             object.__setattr__(self, "calls", (self.calls,))
         for name in ("calls", "formats", "signals"):
             values = getattr(self, name)
+            if values is None:
+                continue
             if isinstance(values, str):
                 raise ValueError(f"{name} is the text {values!r}: give a list of texts, such as [{values!r}]")
             object.__setattr__(self, name, tuple(values))
         object.__setattr__(self, "settings", each_of(self.settings))
         split_calls(self.drawn)
-        if not self.formats:
+        if self.formats == ():
             raise ValueError(f"there is no format to choose among: leave formats out for {', '.join(DEFAULT_FORMATS)}")
-        parse_schemes(tuple(self.formats))
+        parse_schemes(self._formats)
         if self.calibration_mode not in MODES:
             raise ValueError(f"unknown calibration {self.calibration_mode!r}: choose one of {', '.join(MODES)}")
         kept = [name for name in self.signals if name in MEASURES]
@@ -125,7 +133,18 @@ class PlanRequest:
     @property
     def schemes(self) -> list[str]:
         """The names of all schemes that the formats stand for."""
-        return [str(scheme) for scheme in parse_schemes(tuple(self.formats))]
+        return [str(scheme) for scheme in parse_schemes(self._formats)]
+
+    @property
+    def _formats(self) -> tuple[str, ...]:
+        return DEFAULT_FORMATS if self.formats is None else tuple(self.formats)
+
+    def with_room(self, model: nn.Module) -> PlanRequest:
+        """The request for a model, with 4-bit weights to choose too where formats were left out and bytes are few."""
+        limit = None if self.target is None else self.target.bytes
+        if self.formats is not None or limit is None or limit >= least_bytes(model, parse_schemes(self._formats)):
+            return self
+        return replace(self, formats=(*DEFAULT_FORMATS, *SMALLER_FORMATS))
 
     @property
     def drawn(self) -> tuple[Call, ...]:

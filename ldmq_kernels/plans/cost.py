@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.nn.kinds import FloatLayer
-from ldmq_kernels.numerics.formats import FLOAT_BYTES, Scheme
-from ldmq_kernels.plans.layers import layer_shape
+from ldmq_kernels.numerics.formats import FLOAT, FLOAT_BYTES, Scheme
+from ldmq_kernels.plans.layers import layer_shape, quantizable_layers, refusal
 from ldmq_kernels.plans.plan import LayerPlan
 
 
@@ -43,6 +45,15 @@ def weight_bytes(
     out, channels, *kernel = layer_shape(layer)
     size = scheme.bytes((out, *kernel, channels), smoothed=smoothed, timestep_groups=timestep_groups)
     return size + (FLOAT_BYTES * out if adds_bias and scheme.quantizes else 0)
+
+
+def least_bytes(model: nn.Module, schemes: Sequence[Scheme]) -> int:
+    """The fewest bytes that the weights of a model's layers take by any of the schemes, without corrections."""
+    total = 0
+    for layer in quantizable_layers(model).values():
+        sizes = [weight_bytes(layer, scheme) for scheme in schemes if not refusal(layer, scheme)]
+        total += min(sizes, default=weight_bytes(layer, FLOAT))
+    return total
 
 
 def operation_cost(operations: int, scheme: Scheme) -> float:

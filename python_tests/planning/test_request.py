@@ -7,12 +7,16 @@ import inspect
 from typing import Any
 
 import pytest
+from torch import nn
 
 from ldmq_kernels.cli import options
+from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.planning import planner
 from ldmq_kernels.planning.planner import plan
-from ldmq_kernels.planning.request import DEFAULT_FORMATS, PlanRequest, split_calls
+from ldmq_kernels.planning.request import DEFAULT_FORMATS, SMALLER_FORMATS, PlanRequest, split_calls
 from ldmq_kernels.planning.target import Target
+from ldmq_kernels.plans.cost import least_bytes
+from ldmq_kernels.plans.layers import quantizable_layers
 
 
 def test_the_last_quarter_of_the_prompts_is_held_out() -> None:
@@ -80,6 +84,38 @@ def test_times_are_needed_by_a_target_in_milliseconds_or_on_demand() -> None:
 
 def test_the_command_line_has_the_same_default_formats() -> None:
     assert options.names_in(options.DEFAULT_FORMATS) == DEFAULT_FORMATS
+
+
+def test_few_bytes_allow_4_bit_weights_where_no_formats_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Linear(64, 64))
+    in_8_bits = least_bytes(model, parse_schemes(DEFAULT_FORMATS))
+    assert in_8_bits == 10 * 64 * 64 + 2 * 64 * 4
+    assert least_bytes(model, parse_schemes(SMALLER_FORMATS)) < 0.6 * in_8_bits
+    enough, few = Target(bytes=in_8_bits), Target(bytes=in_8_bits - 1)
+    assert PlanRequest(["a"], few).with_room(model).formats == (*DEFAULT_FORMATS, *SMALLER_FORMATS)
+    for same in (
+        PlanRequest(["a"], enough),
+        PlanRequest(["a"], few, DEFAULT_FORMATS),
+        PlanRequest(["a"], Target(sqnr_db=30.0)),
+        PlanRequest(["a"]),
+    ):
+        assert same.with_room(model) is same
+
+
+def test_a_session_is_opened_with_room_for_its_bytes(monkeypatch: pytest.MonkeyPatch, shallow_pipe: Any) -> None:
+    offered: list[list[str]] = []
+
+    def analyzed(_pipe: Any, request: PlanRequest) -> None:
+        offered.append(request.schemes)
+        raise InterruptedError
+
+    monkeypatch.setattr(planner, "analyzed", analyzed)
+    floats = sum(2 * layer.weight.numel() for layer in quantizable_layers(shallow_pipe.unet).values())
+    for share in (0.32, 0.9):
+        with pytest.raises(InterruptedError):
+            plan(shallow_pipe, ["a dog"], target_bytes=int(share * floats))
+    assert {"w4a8-rotated", "w4a16"} < set(offered[0])
+    assert offered[1] == PlanRequest(["a"]).schemes
 
 
 def test_every_keyword_of_plan_reaches_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
