@@ -7,7 +7,7 @@ captions are drawn: what is estimated in the final latent there is held against 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
 from benchmarks.study.evaluation import TEST_SEED
-from benchmarks.study.remedies import LEFT_OUT, Round, Seen, axis_of, has_a_scale_a_token, remedies
+from benchmarks.study.remedies import GROUPS, LEFT_OUT, Round, Seen, axis_of, has_a_scale_a_token, remedies
 from benchmarks.study.subjects import SUBJECTS, Subject
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.settings import SamplingSettings
@@ -26,12 +26,16 @@ from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, calibration_captions, hel
 from ldmq_kernels.planning.drawn import FloatEnds, Spread
 from ldmq_kernels.plans.layers import quantizable_layers
 
+ROTATION = "Hadamard rotation"
 DRAWN = (
     "one scale a token or sample",
-    "Hadamard rotation",
-    "each channel's mean taken off, Hadamard rotation",
-    "the same, and channels brought to one range",
+    *(f"a scale for each {size} channels" for size in GROUPS),
+    ROTATION,
+    *(f"{ROTATION}, a scale for each {size} channels" for size in GROUPS),
+    f"each channel's mean taken off, {ROTATION}",
+    "that middle taken off, and channels brought to one range",
 )
+FED_BACK = ", its error fed back to the next step"
 Hook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
@@ -54,6 +58,40 @@ def rounding(found: Round) -> Hook:
     return rounded
 
 
+class FedBack:
+    """A hook that rounds the input of a layer with the error that it made in the step before, as in sigma-delta."""
+
+    def __init__(self, found: Round) -> None:
+        self._found = found
+        self._left: Tensor | None = None
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Round, and keep what that leaves."""
+        wanted: Tensor = args[0] if self._left is None else args[0] + self._left
+        given = rounding(self._found)(layer, (wanted, *args[1:]))
+        self._left = wanted - given[0]
+        return given
+
+    def forget(self) -> None:
+        """Begin anew, as for other pictures."""
+        self._left = None
+
+
+def _forgetting(hooks: Iterable[FedBack]) -> Callable[..., None]:
+    """A hook of the model that begins anew where the timestep rises: with other pictures."""
+    last = [0.0]
+
+    def look(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        now = float(torch.as_tensor(timestep).flatten()[0])
+        if now > last[0]:
+            for hook in hooks:
+                hook.forget()
+        last[0] = now
+
+    return look
+
+
 def measured(subject: Subject, captions: int) -> list[dict[str, Any]]:
     """A row for each remedy on one model."""
     pipe, settings = subject.load(torch.float32), SamplingSettings(subject.steps, subject.guidance_scale, 0)
@@ -66,13 +104,20 @@ def measured(subject: Subject, captions: int) -> list[dict[str, Any]]:
     by_layer = {name: remedies(of_layer) for name, of_layer in seen.items()}
     texts = [text for text, _ in held_out_captions(captions)]
     ends, rows = FloatEnds(pipe, texts, replace(settings, seed=TEST_SEED)), []
-    for words in DRAWN:
-        handles = [layers[name].register_forward_pre_hook(rounding(found[words])) for name, found in by_layer.items()]
+
+    def draw(words: str, hooks: dict[str, Any]) -> None:
+        handles = [layers[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
+        fed = [hook for hook in hooks.values() if isinstance(hook, FedBack)]
+        handles.append(denoiser(pipe).register_forward_pre_hook(_forgetting(fed), with_kwargs=True))
         by_picture = {measure: list(values) for measure, values in ends.compare().by_picture.items()}
         for handle in handles:
             handle.remove()
         rows.append({"op": "drawn", "model": subject.name, "remedy": words, "by_picture": by_picture})
         print(_line(rows[-1]), flush=True)
+
+    for words in DRAWN:
+        draw(words, {name: rounding(found[words]) for name, found in by_layer.items()})
+    draw(ROTATION + FED_BACK, {name: FedBack(found[ROTATION]) for name, found in by_layer.items()})
     return rows
 
 

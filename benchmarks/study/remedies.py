@@ -36,7 +36,7 @@ from ldmq_kernels.plans.layers import quantizable_layers
 
 PICTURES, PROBES = 4, 2
 LEFT_OUT = {"demo": ("conv_in", "conv_out"), "second": ("pos_embed.proj",)}  # which SDNQ computes in float
-GROUP = 32
+GROUPS = (32, 64, 128)
 Round = Callable[[Tensor, bool], Tensor]  # (N, ..., C), whether each token has its scale -> the rounded values
 
 
@@ -67,13 +67,22 @@ def _rotated(x: Tensor, per_token: bool) -> Tensor:
     return unrotate(as_it_is(rotate(x), per_token)) / block_size(x.shape[-1])
 
 
-def _grouped(x: Tensor, per_token: bool) -> Tensor:
-    if x.shape[-1] % GROUP:
-        return as_it_is(x, per_token)
-    groups = x.unflatten(-1, (-1, GROUP))
-    axes = (-1,) if per_token else (*range(1, x.dim() - 1), -1)
-    scale = groups.abs().amax(axes, keepdim=True).clamp_min(1e-12) / 127
-    return ((groups / scale).round() * scale).flatten(-2)
+def _grouped(size: int) -> Round:
+    """A scale for each group of channels, of each token or sample."""
+
+    def rounded(x: Tensor, per_token: bool) -> Tensor:
+        if x.shape[-1] % size:
+            return as_it_is(x, per_token)
+        groups = x.unflatten(-1, (-1, size))
+        axes = (-1,) if per_token else (*range(1, x.dim() - 1), -1)
+        scale = groups.abs().amax(axes, keepdim=True).clamp_min(1e-12) / 127
+        return ((groups / scale).round() * scale).flatten(-2)
+
+    return rounded
+
+
+def _rotated_in_groups(size: int) -> Round:
+    return lambda x, per_token: unrotate(_grouped(size)(rotate(x), per_token)) / block_size(x.shape[-1])
 
 
 @dataclass
@@ -108,10 +117,11 @@ def remedies(seen: Seen) -> dict[str, Round]:
         "one scale a token or sample": as_it_is,
         "its range cut to 0.8": _clipped,
         "a zero point": _zero_point,
-        "a scale for each 32 channels": _grouped,
+        **{f"a scale for each {size} channels": _grouped(size) for size in GROUPS},
         "Hadamard rotation": _rotated,
+        **{f"Hadamard rotation, a scale for each {size} channels": _rotated_in_groups(size) for size in GROUPS},
         "the middle of each channel's range taken off": shifted(middle, as_it_is),
-        "the same, and channels brought to one range": shifted(
+        "that middle taken off, and channels brought to one range": shifted(
             middle, lambda x, per_token: as_it_is(x / factor, per_token) * factor
         ),
         "each channel's mean taken off, Hadamard rotation": shifted(mean, _rotated),

@@ -53,3 +53,19 @@ def test_a_hook_rounds_the_input_along_its_channels(layer: nn.Module) -> None:
     layer(x)
     assert torch.equal(seen[0], expected if isinstance(layer, nn.Linear) else expected.movedim(-1, 1))
     assert not torch.equal(seen[0], x)
+
+
+def test_an_error_that_is_fed_back_averages_out_over_steps_and_is_forgotten_with_other_pictures() -> None:
+    layer, x = nn.Linear(32, 3), torch.randn(2, 9, 32)
+    hook = drawn_remedies.FedBack(remedies.as_it_is)
+    look = drawn_remedies._forgetting([hook])
+    once = remedies.as_it_is(x, True)
+    given = []
+    for timestep in range(40, 0, -1):
+        look(layer, (), {"timestep": timestep})
+        given.append(hook(layer, (x,))[0])
+    assert torch.equal(given[0], once)
+    mean = torch.stack(given).mean(0)
+    assert float((mean - x).abs().amax()) < 0.1 * float((once - x).abs().amax())
+    look(layer, (x, torch.tensor([40.0])), {})
+    assert torch.equal(hook(layer, (x,))[0], once)
