@@ -16,7 +16,8 @@ from benchmarks import breadth
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
 from benchmarks.study import gallery, pictures
-from benchmarks.study.questions import PART_QUESTIONS
+from benchmarks.study.questions import PART_QUESTIONS, kind_of
+from benchmarks.study.subjects import SUBJECTS
 
 PAGE, README = results.ROOT / "docs" / "results.md", results.ROOT / "README.md"
 MODELS = results.ROOT / "docs" / "models.md"
@@ -32,13 +33,11 @@ OWNERS = {  # module of each kind of results, in the order of the page
     "cold_start": "models.cold_start",
     "compilations": "models.compilations",
     "host_time": "machine.host_time",
-    "study": "study.report",
-    **{f"study_{part}": "study.report" for part in PART_QUESTIONS},
-    "study_second": "study.report",
-    **{f"study_second_{part}": "study.report" for part in PART_QUESTIONS},
+    **{kind_of(subject, part): "study.report" for subject in SUBJECTS.values() for part in PART_QUESTIONS},
     "pictures": "study.pictures",
     "remedies": "study.remedies",
     "drawn_remedies": "study.drawn_remedies",
+    "rounding": "study.rounding",
     "robustness": "study.robustness",
     "method": "study.planner_estimates",
     "ends": "study.end_noise",

@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
@@ -21,14 +20,14 @@ from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme, parse_schemes
 from ldmq_kernels.numerics.smoothing import smoothing_vector
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
-from ldmq_kernels.plans.cost import layer_bytes, weight_bytes
+from ldmq_kernels.plans.cost import layer_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import LayerPlan, Plan, model_record
 from ldmq_kernels.sensitivity.analysis import Analysis, analyze
-from ldmq_kernels.sensitivity.candidates import LayerCandidate, Method
+from ldmq_kernels.sensitivity.candidates import Method
 
 Choices = dict[str, LayerPlan]
-ALL_FORMATS = ("w8a8", "w4a8", "w8a16", "fp16")
+LISTED = ("w8a8-static", "fp16")  # what published lists of layers choose between
 WEIGHT_ONLY = LayerPlan(SCHEMES["w8a16"])
 UNCHANGED = LayerPlan(FLOAT)
 
@@ -70,19 +69,6 @@ def plan_bytes(model: nn.Module, plan: Plan) -> int:
     """Bytes of the weights of all linears and convolutions: what a target in bytes limits."""
     layers = quantizable_layers(model)
     return sum(layer_bytes(layers[name], choice) for name, choice in plan.layers(model).items())
-
-
-def float_bytes(model: nn.Module) -> int:
-    """The same in 16 bits."""
-    return sum(weight_bytes(layer, FLOAT) for layer in quantizable_layers(model).values())
-
-
-def except_for(choices: Choices, patterns: Collection[str], instead: LayerPlan) -> Choices:
-    """The same choices, but something else for the layers whose names fit a pattern."""
-    return {
-        name: instead if any(fnmatchcase(name, pattern) for pattern in patterns) else choice
-        for name, choice in choices.items()
-    }
 
 
 def on_layers(choices: Choices, stored: Collection[str], computed: Collection[str]) -> Choices:
@@ -168,50 +154,14 @@ class OwnPlans:
 
     @functools.cached_property
     def analysis(self) -> Analysis:
-        """The analysis of every 8-bit and 4-bit scheme, with all signals."""
-        schemes = parse_schemes(ALL_FORMATS)
+        """The analysis of the schemes that published lists choose among, with all signals."""
         calibration = self.calibration(ALL_STEPS)
-        return analyze(self.setup.pipe, calibration, schemes, signals=("sqnr", "ssim"))
+        return analyze(self.setup.pipe, calibration, parse_schemes(LISTED), signals=("sqnr", "ssim"))
 
-    def planned(self, budget: int, formats: Sequence[str], signals: Sequence[str] = ("sqnr",)) -> Plan:
-        """The plan of highest SQNR (or of several signals together) within a budget of bytes."""
-        return self._plan(Target(bytes=budget), formats, signals)
-
-    def reaching(self, sqnr_db: float, formats: Sequence[str]) -> Plan:
-        """The plan of fewest bytes that reaches an SQNR."""
-        return self._plan(Target(sqnr_db), formats, ("sqnr",))
-
-    def on_layers(self, stored: Collection[str], computed: Collection[str], sqnr_db: float) -> Plan:
-        """The plan of fewest operations that reaches an SQNR on the layers that another tool quantizes.
-
-        Args:
-            stored: layers whose weights it holds in 8 bits.
-            computed: those of them that it also multiplies in 8 bits, here with scales of any kind.
-        """
-        kept = {
-            layer: [c for c in found if c.scheme.format.name == ("w8a8" if layer in computed else "w8a16")]
-            for layer, found in self.analysis.candidates.items()
-            if layer in stored or layer in computed
-        }
-        candidates = {layer: kept.get(layer, []) for layer in self.analysis.candidates}
-        formats = [str(scheme) for scheme in parse_schemes(("w8a8", "w8a16"))]
-        return self._solve(candidates, Target(sqnr_db), formats, ("sqnr",))
-
-    def _plan(self, target: Target, formats: Sequence[str], signals: Sequence[str]) -> Plan:
-        allowed = [str(scheme) for scheme in parse_schemes(tuple(formats))]
-        kept = {n: [c for c in found if str(c.scheme) in allowed] for n, found in self.analysis.candidates.items()}
-        return self._solve(kept, target, allowed, signals)
-
-    def _solve(
-        self,
-        candidates: dict[str, list[LayerCandidate]],
-        target: Target,
-        formats: Sequence[str],
-        signals: Sequence[str],
-    ) -> Plan:
-        analysis = replace(self.analysis, candidates=candidates)
+    def planned(self, budget: int, signals: Sequence[str] = ("sqnr",)) -> Plan:
+        """The plan of highest SQNR (or of several signals together) within a budget of bytes, of `LISTED` schemes."""
         unet, held_out = self.setup.unet, self.setup.held_out
-        return Session(unet, analysis, held_out, formats, signals=tuple(signals)).plan(target).plan
+        return Session(unet, self.analysis, held_out, LISTED, signals=tuple(signals)).plan(Target(bytes=budget)).plan
 
 
 @functools.cache

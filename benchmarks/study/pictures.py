@@ -27,7 +27,7 @@ from benchmarks.harness.tables import markdown
 from benchmarks.study.evaluation import TEST_SEED, Setup, with_unet
 from benchmarks.study.inspect_model import checkpoint_bytes, inspect_model
 from benchmarks.study.own_plans import Choices, on_layers, own_plans, plan_of, quantized, twice_computed
-from benchmarks.study.peers import NOT_INSTALLED, OURS, Quantization, baselines
+from benchmarks.study.peers import NOT_INSTALLED, OURS, Quantization, peers
 from benchmarks.study.subjects import SUBJECTS, Subject
 from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.ranges import ALL_STEPS
@@ -45,7 +45,6 @@ from ldmq_kernels.sensitivity.candidates import LayerCandidate
 ROWS = results.ROOT / "build" / "pictures.jsonl"
 RIVAL = "w8a8 dynamic, everywhere"  # SDNQ's configuration, on whose layers this package is compared
 ON_THEM = "SDNQ's layers"
-PEERS = ((RIVAL, "sdnq"), ("w8a8 dynamic", "torchao"), ("as it comes", "sdnq"), ("w8a8 calibrated", "optimum-quanto"))
 ONE_PRODUCT, WITH_SPLIT = ("w8a8-dynamic", "w8a8-rotated"), ("w8a8-dynamic", "w8a8-rotated", "w8a8x2")
 SPLIT_SHARE = 0.05  # of the operations that SDNQ makes in 8 bits: what is made twice at most
 COUNT = "{0[stored]} / {0[computed]} / {0[all]}"
@@ -77,7 +76,7 @@ class Comparison:
     def rival_layers(self) -> tuple[Collection[str], Collection[str]]:
         """Names of the layers that SDNQ stores, and that it computes, in 8 bits."""
         unet, call = self.setup.unet, self.setup.held_out.calls[0]
-        rival = next(q for q in baselines() if (q.configuration, q.tool) == PEERS[0])
+        rival = next(peer for peer in peers() if peer.configuration == RIVAL)
         seen = inspect_model(rival.build(self.setup), unet, call)
         return seen.stored, seen.computed
 
@@ -161,7 +160,6 @@ def _mean(candidate: LayerCandidate) -> float:
 
 def todo(comparison: Comparison) -> list[tuple[str, str, Callable[[], nn.Module]]]:
     """Tool, configuration and what builds the model, the most telling first."""
-    peers = {(q.configuration, q.tool): q for q in baselines()}
     ours = [
         (OURS, f"w8a8 dynamic, plain, {ON_THEM}", comparison.plain),
         (OURS, f"w8a8 dynamic or rotated, {ON_THEM}", comparison.one_product),
@@ -169,8 +167,7 @@ def todo(comparison: Comparison) -> list[tuple[str, str, Callable[[], nn.Module]
         (OURS, f"w8a8 dynamic or rotated, GPTQ by the end, {ON_THEM}", comparison.with_gptq_by_the_end),
         (OURS, f"w8a8 dynamic or rotated, some split, {ON_THEM}", comparison.with_split),
     ]
-    others = [(q.tool, q.configuration, partial(_built, q, comparison)) for q in map(peers.get, PEERS) if q]
-    return [*ours, *others]
+    return [*ours, *((peer.tool, peer.configuration, partial(_built, peer, comparison)) for peer in peers())]
 
 
 def _built(peer: Quantization, comparison: Comparison) -> nn.Module:
@@ -181,7 +178,7 @@ def measured(subject: Subject, captions: int, rows: Path, only: str) -> None:
     """Write every row that is not there yet."""
     known = {(r["model"], r["tool"], r["configuration"]) for r in _read(rows, captions)}
     comparison = Comparison(subject, captions)
-    versions = {q.tool: q for q in baselines()}
+    versions = {peer.tool: peer for peer in peers()}
     for tool, configuration, build in todo(comparison):
         if (subject.name, tool, configuration) in known or only not in f"{tool}: {configuration}":
             continue

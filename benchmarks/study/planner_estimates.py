@@ -2,16 +2,14 @@
 
 One row a scheme: the noise that backward probes estimate for each layer beside the noise of running the UNet with
 that layer alone quantized, by rank correlation and by the error in dB, all rounded to nearest. Layers' own
-noise, which is what an analysis without probes would rank by, stands beside it. Then calibration on the first step
-beside calibration on all steps, layer by layer, and what plans were predicted to reach beside what they reach on
-held-out prompts.
+noise, which is what an analysis without probes would rank by, stands beside it. Then what plans were predicted to
+reach beside what they reach on held-out prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,7 @@ from benchmarks.harness import results
 from benchmarks.harness.machine import device
 from benchmarks.harness.tables import markdown
 from ldmq_kernels import demo
-from ldmq_kernels.calibration.calibrate import Calibration, calibrate
-from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, range_drift
+from ldmq_kernels.calibration.calibrate import calibrate
 from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, GUIDANCE, STEPS, calibration_captions
 from ldmq_kernels.numerics.formats import parse_schemes
@@ -31,19 +28,15 @@ from ldmq_kernels.planning.planner import make_plan
 from ldmq_kernels.planning.request import PlanRequest, split_calls
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.sensitivity.analysis import ALL, Analysis, analyze
-from ldmq_kernels.sensitivity.candidates import PLAIN, Method
+from ldmq_kernels.sensitivity.candidates import Method
 from ldmq_kernels.sensitivity.output_noise import finite_db
 
-FORMATS = ("w8a8", "w4a8", "w8a16", "w4a16")
+FORMATS = ("w8a8", "w4a8-static", "w4a8-rotated", "w8a16", "w4a16")
 PLANS: tuple[tuple[tuple[str, ...], float], ...] = (
-    (("w8a8",), 36.0),
     (("w8a8",), 41.5),
     (("w8a8", "w8a16", "fp16"), 38.0),
-    (("w8a8-static", "w8a8x2"), 38.0),
     (("w4a8", "w8a8", "w8a16", "fp16"), 34.0),
 )
-DRIFT = 1.05  # times that a range grows after the first step
-SENSITIVE_DB = 1.0  # that a layer loses where its scale comes from the first step alone
 
 
 def agreement(analysis: Analysis, scheme: str) -> dict[str, Any]:
@@ -62,47 +55,6 @@ def agreement(analysis: Analysis, scheme: str) -> dict[str, Any]:
         "sum_estimated_db": finite_db(float(estimated.sum())),
         "deviation_db": float(np.std(10 * np.log10(exact / estimated))),
     }
-
-
-def single_step(pipe: Any, prompts: list[str], settings: SamplingSettings) -> dict[str, Any]:
-    """First-step beside all-step calibration: time, and SQNR of each layer alone with a static scale.
-
-    Layers that lose by it are sensitive to time. The search knows their ranges of all steps: what it leaves lost is
-    what it missed.
-    """
-    seconds = {}
-    for mode in (ALL_STEPS, FIRST_STEP):
-        began = time.perf_counter()
-        calibrate(pipe, prompts, settings, mode=mode, whole=mode == ALL_STEPS)
-        seconds[mode] = time.perf_counter() - began
-    calibration = calibrate(pipe, prompts, settings)
-    lost = _lost_on_one_step(pipe, calibration, PLAIN)
-    left = _lost_on_one_step(pipe, calibration, Method())
-    sensitive = [name for name, db in lost.items() if db > SENSITIVE_DB]
-    drift = {name: range_drift(by_step) for name, by_step in calibration.absmax.items()}
-    return {
-        "op": "single_step",
-        "seconds_first_step": seconds[FIRST_STEP],
-        "seconds_all_steps": seconds[ALL_STEPS],
-        "layers": len(lost),
-        "time_sensitive": len(sensitive),
-        "time_sensitive_with_drift": sum(drift[name] > DRIFT for name in sensitive),
-        "missed": sum(left[name] > SENSITIVE_DB for name in sensitive),
-        "lost_db_by_layer": {
-            name: [round(db, 2), round(left[name], 2), round(drift[name], 2)]
-            for name, db in sorted(lost.items(), key=lambda item: -item[1])
-        },
-    }
-
-
-def _lost_on_one_step(pipe: Any, calibration: Calibration, method: Method) -> dict[str, float]:
-    """Layer -> dB at the UNet's output that a static scale of the first step has less than one of all steps."""
-    static = parse_schemes(["w8a8-static"])
-    first, every = (
-        analyze(pipe, replace(calibration, mode=mode), static, exact=ALL, method=method).output
-        for mode in (FIRST_STEP, ALL_STEPS)
-    )
-    return {key[0]: every[key].mean_db - first[key].mean_db for key in every if key in first}
 
 
 def plans(pipe: Any, prompts: list[str], settings: SamplingSettings) -> list[dict[str, Any]]:
@@ -128,7 +80,7 @@ def plans(pipe: Any, prompts: list[str], settings: SamplingSettings) -> list[dic
 
 
 def table(data: dict[str, Any]) -> str:
-    """Estimates beside runs, predictions beside measurements, and one step beside all, for the pages."""
+    """Estimates beside runs, and predictions beside measurements, for the pages."""
     estimates = [
         [
             row["scheme"],
@@ -151,7 +103,6 @@ def table(data: dict[str, Any]) -> str:
         for row in data["rows"]
         if row["op"] == "plan"
     ]
-    steps = next(row for row in data["rows"] if row["op"] == "single_step")
     return "\n\n".join(
         [
             "**What the planner knows** (the demo model): noise of each layer at the UNet's output, estimated by "
@@ -160,9 +111,6 @@ def table(data: dict[str, Any]) -> str:
                 ["scheme", "rank correlation", "of layers' own noise", "sum over layers, run / estimated"], estimates
             ),
             markdown(["formats", "asked, dB", "predicted", "held out", "of fp16", "seconds"], predicted),
-            f"Calibration on one step takes {steps['seconds_first_step']:.1f} s, on all "
-            f"{steps['seconds_all_steps']:.1f} s; {steps['time_sensitive']} of {steps['layers']} layers lose more than "
-            f"1 dB by it, and {steps['missed']} of these after the search, which knows the ranges of later steps.",
         ]
     )
 
@@ -179,11 +127,9 @@ def main(arguments: list[str]) -> None:
     calibration = calibrate(pipe, calibrated_on, settings)
     analysis = analyze(pipe, calibration, schemes, exact=ALL, method=Method(gptq=False), show=True)
     rows = [agreement(analysis, str(scheme)) for scheme in schemes]
-    steps = single_step(pipe, calibrated_on, settings)
     found = plans(pipe, prompts, settings)
     summary = {
         "estimate/least_spearman": min(row["spearman"] for row in rows),
-        "single_step/times_faster": steps["seconds_all_steps"] / steps["seconds_first_step"],
         "plan/largest_error_db": max(abs(row["predicted_db"] - row["measured_db"]) for row in found),
     }
-    print(f"written: {results.keep('method', [*rows, steps, *found], summary)}")
+    print(f"written: {results.keep('method', [*rows, *found], summary)}")

@@ -8,24 +8,21 @@ from typing import Any
 
 from benchmarks.study.cases import (
     BOTH_SIGNALS,
-    BUDGETS,
     DYNAMIC,
-    MIXED_BUDGET,
     MODES,
     PARTS,
+    ROTATED,
     SKIP_LISTS,
     SMOOTHQUANT_ALPHA,
     STATIC,
     TIMESTEP,
-    W4_BUDGET,
     W4_STATIC,
-    own_name,
     planned_words,
     skip_words,
     words,
 )
-from benchmarks.study.peers import baselines
 from benchmarks.study.samples import Interval, Samples, difference
+from benchmarks.study.subjects import DEMO, Subject
 
 CALIBRATION_QUESTIONS = "calibration of static scales"
 FLOAT8_QUESTIONS = "int8 or FP8"
@@ -33,7 +30,13 @@ PART_QUESTIONS = {  # how the questions begin that a part of the study answers
     "search": ("activation scales", "smoothing", "search of", "bias correction", "rounding"),
     "calibration": (CALIBRATION_QUESTIONS,),
     "fp8": (FLOAT8_QUESTIONS,),
+    "lists": ("layers", "signals"),
 }
+
+
+def kind_of(subject: Subject, part: str) -> str:
+    """The kind of the results file of a part of the study of a model."""
+    return f"study_{part}" if subject.name == DEMO else f"study_{subject.name}_{part}"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Question:
     """A decision between options, cheapest or simplest first; each later one has to be better to be taken.
 
     Attributes:
-        options: words for each option -> the case that stands for it.
+        options: words for each option -> the configuration that stands for it.
         measure: what better means; higher is better.
     """
 
@@ -61,90 +64,59 @@ class Answer:
 
 
 def _search_question(part: str) -> Question:
-    without = own_name(words(STATIC, how=f"searched without {part}"))
-    return Question(f"search of {part}", {"without": without, f"with {part}": own_name(words(STATIC, how="searched"))})
+    without = words(STATIC, how=f"searched without {part}")
+    return Question(f"search of {part}", {"without": without, f"with {part}": words(STATIC, how="searched")})
 
 
-def _planner_questions(budget: str) -> list[Question]:
-    skips = next((s for s in SKIP_LISTS if budget.endswith(s.name)), None)
-    scheme = W4_STATIC if budget == W4_BUDGET else STATIC
-    before = words(scheme, how="searched") if skips is None else skip_words(skips, "searched")
-    by_sqnr, by_both = planned_words(budget), planned_words(budget, BOTH_SIGNALS)
-    return [
-        Question(f"planner within {budget}", {before: own_name(before), "planned by SQNR": own_name(by_sqnr)}),
-        _signals_question(budget, by_sqnr, by_both),
-    ]
-
-
-def _signals_question(budget: str, by_sqnr: str, by_both: str) -> Question:
-    options = {"SQNR": own_name(by_sqnr), "SQNR and SSIM": own_name(by_both)}
-    return Question(f"signals within {budget}", options, "ssim")
+def _list_questions() -> list[Question]:
+    found = []
+    for skips in SKIP_LISTS:
+        by_sqnr, by_both = planned_words(skips), planned_words(skips, BOTH_SIGNALS)
+        budget = f"within the bytes of {skips.name}"
+        found.append(Question(f"layers in float {budget}", {skips.name: skip_words(skips), "planned by SQNR": by_sqnr}))
+        found.append(Question(f"signals {budget}", {"SQNR": by_sqnr, "SQNR and SSIM": by_both}, "ssim"))
+    return found
 
 
 def questions() -> list[Question]:
     """All of them."""
-    found = [
-        Question(
-            f"{CALIBRATION_QUESTIONS}, searched",
-            {word: own_name(words(STATIC, mode, "searched")) for mode, word in MODES.items()},
-        ),
-        Question(
-            f"{CALIBRATION_QUESTIONS}, plain",
-            {word: own_name(words(STATIC, mode)) for mode, word in MODES.items()},
+    return [
+        *(
+            Question(
+                f"{CALIBRATION_QUESTIONS}, {how}", {word: words(STATIC, mode, how) for mode, word in MODES.items()}
+            )
+            for how in ("searched", "plain")
         ),
         *(
             Question(
                 f"activation scales, {how}",
-                {s.split("-")[1]: own_name(words(s, how=how)) for s in (STATIC, TIMESTEP, DYNAMIC)},
+                {s.split("-")[1]: words(s, how=how) for s in (STATIC, TIMESTEP, DYNAMIC, ROTATED)},
             )
             for how in ("plain", "searched")
         ),
         *(
             Question(
                 f"{FLOAT8_QUESTIONS}, {scale} scales, plain",
-                {name: own_name(words(f"{scheme}-{scale}")) for name, scheme in (("FP8", "fp8"), ("int8", "w8a8"))},
+                {name: words(f"{scheme}-{scale}") for name, scheme in (("FP8", "fp8"), ("int8", "w8a8"))},
             )
             for scale in ("static", "dynamic")
         ),
         Question(
             "smoothing",
             {
-                "none": own_name(words(STATIC)),
-                f"SmoothQuant {SMOOTHQUANT_ALPHA}": own_name(words(STATIC, how=f"SmoothQuant {SMOOTHQUANT_ALPHA}")),
-                "all of the search": own_name(words(STATIC, how="searched")),
+                "none": words(STATIC),
+                f"SmoothQuant {SMOOTHQUANT_ALPHA}": words(STATIC, how=f"SmoothQuant {SMOOTHQUANT_ALPHA}"),
+                "all of the search": words(STATIC, how="searched"),
             },
         ),
         *(_search_question(part) for part in PARTS),
         Question(
             "bias correction of weights alone",
-            {"without": own_name(words("w8a16")), "with": own_name(words("w8a16", how="searched"))},
+            {"without": words("w8a16"), "with": words("w8a16", how="searched")},
         ),
-        Question(
-            "rounding of 4-bit weights",
-            {"nearest": own_name(words(W4_STATIC)), "GPTQ": own_name(words(W4_STATIC, how="GPTQ"))},
-        ),
+        Question("rounding of 4-bit weights", {"nearest": words(W4_STATIC), "GPTQ": words(W4_STATIC, how="GPTQ")}),
+        *_list_questions(),
     ]
-    for budget in BUDGETS:
-        found += _planner_questions(budget)
-    mixed = [planned_words(MIXED_BUDGET, signals) for signals in (("sqnr",), BOTH_SIGNALS)]
-    found.append(_signals_question(MIXED_BUDGET, *mixed))
-    return [*found, *_peer_questions()]
-
-
-def _peer_questions() -> list[Question]:
-    """Whether this package has a higher SQNR than a peer on the peer's layers, and within its bytes."""
-    found = []
-    for peer in baselines():
-        name, called = f"{peer.tool}: {peer.configuration}", f"{peer.tool} {peer.configuration}"
-        kind = "w8a8 static, all steps" if "calibrated" in peer.configuration else "w8a8 dynamic"
-        for words_of_ours, configuration in (
-            ("this package, plain, on its layers", f"{kind}, layers of {called}"),
-            ("this package, searched, on its layers", f"{kind}, searched, layers of {called}"),
-            ("this package, planned on its layers", f"planned on the layers of {called}"),
-            ("this package, planned within its bytes", planned_words(f"the bytes of {called}")),
-        ):
-            found.append(Question(f"beside {called}", {called: name, words_of_ours: own_name(configuration)}))
-    return found
 
 
 def answers(question: Question, samples: Mapping[str, Samples]) -> list[Answer]:
@@ -164,11 +136,11 @@ def answers(question: Question, samples: Mapping[str, Samples]) -> list[Answer]:
     return found
 
 
-def as_records(samples: Mapping[str, Samples]) -> list[dict[str, Any]]:
-    """Each question that at least two measured cases answer, for a results file."""
+def as_records(samples: Mapping[str, Samples], part: str) -> list[dict[str, Any]]:
+    """Each question of a part that at least two measured cases answer, for a results file."""
     records = []
     for question in questions():
-        found = answers(question, samples)
+        found = answers(question, samples) if question.what.startswith(PART_QUESTIONS[part]) else []
         if found:
             kept = found[-1].tried if found[-1].better else found[-1].kept
             records.append(asdict(question) | {"answers": [asdict(answer) for answer in found], "kept": kept})

@@ -23,9 +23,6 @@ class Subject:
         words: what the page calls it.
         load: dtype -> the pipeline, on the CPU.
         enlarged: pixels a side of its pictures for one of those that the evaluator reads.
-        heading: of its part of the study's page.
-        figure: the name of its figure in docs.
-        results: the kind of its results files.
     """
 
     name: str
@@ -34,9 +31,6 @@ class Subject:
     steps: int
     guidance_scale: float
     enlarged: int
-    heading: str
-    figure: str
-    results: str
 
 
 SUBJECTS = {
@@ -44,25 +38,19 @@ SUBJECTS = {
     for subject in (
         Subject(
             DEMO,
-            "The demo model, a UNet of 9.5 million parameters that ships with the package,",
+            "the demo model, a UNet of 9.5 million parameters that ships with the package",
             demo.load_demo_pipeline,
             STEPS,
             GUIDANCE,
             1,
-            "The demo model in full",
-            "study",
-            "study",
         ),
         Subject(
             SECOND,
-            "The second model, a transformer of 1.7 million parameters trained by flow matching,",
+            "the second model, a transformer of 1.7 million parameters trained by flow matching",
             second_model.load_pipeline,
             second_model.STEPS,
             second_model.GUIDANCE,
             second_model.ENLARGED,
-            "The second model in full",
-            "study-second",
-            "study_second",
         ),
     )
 }

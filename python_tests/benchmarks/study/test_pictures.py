@@ -88,7 +88,7 @@ def test_rows_of_other_captions_do_not_stand_for_these(tmp_path: Path, monkeypat
 def test_the_page_begins_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = tmp_path / "drawn.json"
     drawn.write_text(json.dumps(_data(_row("demo", "sdnq", [40.0]))))
-    (page,) = report.write([], tmp_path, {"pictures": drawn, "remedies": None})
+    page = report.write([], tmp_path, {"pictures": drawn, "remedies": None})
     assert page.read_text().startswith("# The study of the method")
     assert "sdnq 1: some" in page.read_text()
     monkeypatch.setattr(results, "RESULTS", tmp_path)

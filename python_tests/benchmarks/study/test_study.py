@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,6 @@ from benchmarks.harness import results
 from benchmarks.study import cases, own_plans, questions, report, run
 from benchmarks.study.evaluation import Evaluation, SeedSet, Setup
 from benchmarks.study.inspect_model import inspect_model
-from benchmarks.study.peers import OURS, Quantization
 from benchmarks.study.samples import MEASURES, interval, value
 from benchmarks.study.subjects import DEMO, SUBJECTS
 from ldmq_kernels.calibration.calibrate import calibrate
@@ -28,7 +26,7 @@ from ldmq_kernels.calibration.ranges import ALL_STEPS, FIRST_STEP, MODES
 from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.demo.models import build_unet
-from ldmq_kernels.numerics.formats import SCHEMES
+from ldmq_kernels.numerics.formats import FLOAT, SCHEMES
 from ldmq_kernels.plans.cost import weight_bytes
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.sensitivity.output_noise import output_noise
@@ -69,19 +67,12 @@ def test_timestep_scales_are_of_each_group(setup: Setup) -> None:
 
 
 @pytest.mark.slow
-def test_a_plan_keeps_its_budget_or_its_noise(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_plans, "ALL_FORMATS", ("w8a8-dynamic", "w4a8-dynamic", "fp16"))
+def test_a_plan_keeps_the_bytes_of_a_list(setup: Setup) -> None:
     plans = own_plans.OwnPlans(setup)
-    whole = own_plans.float_bytes(setup.unet)
-    budget = int(0.4 * whole)
-    plan = plans.planned(budget, ("w8a8", "w4a8", "fp16"), cases.BOTH_SIGNALS)
-    assert own_plans.plan_bytes(setup.unet, plan) <= budget
-    schemes = {choice.scheme.format.name for choice in plan.layers(setup.unet).values()}
-    assert "w4a8" in schemes
-    reached = plans.reaching(35.0, ("w8a8", "fp16"))
-    assert reached.measured["held_out_sqnr_db"] >= 35
-    assert own_plans.plan_bytes(setup.unet, reached) < 0.75 * whole
-    assert all(not choice.scheme.format.weight.is_coarse for choice in reached.layers(setup.unet).values())
+    budget = int(0.6 * sum(weight_bytes(layer, FLOAT) for layer in quantizable_layers(setup.unet).values()))
+    plan = plans.planned(budget, cases.BOTH_SIGNALS)
+    assert 0.9 * budget < own_plans.plan_bytes(setup.unet, plan) <= budget
+    assert {str(choice.scheme) for choice in plan.layers(setup.unet).values()} == set(own_plans.LISTED)
 
 
 @pytest.mark.slow
@@ -105,26 +96,12 @@ def test_other_tools_layers_are_taken_over(setup: Setup) -> None:
     assert (seen.stored, seen.computed) == (frozenset(stored), frozenset(computed))
 
 
-@pytest.mark.slow
-def test_a_plan_on_another_tools_layers_quantizes_exactly_these(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own_plans, "ALL_FORMATS", ("w8a8-dynamic", "w8a8x2", "w8a16"))
-    plans = own_plans.OwnPlans(setup)
-    names = list(quantizable_layers(setup.unet))
-    stored, computed = names[:8], names[:5]
-    plan = plans.on_layers(stored, computed, 30.0)
-    formats = {name: choice.scheme.format.name for name, choice in plan.layers(setup.unet).items()}
-    assert {name for name in names if formats[name] == "w8a8"} == set(computed)
-    assert {name for name in names if formats[name] == "w8a16"} == set(stored) - set(computed)
-    assert all(formats[name] == "fp16" for name in names[8:])
-    assert plan.measured["held_out_sqnr_db"] >= 30
-
-
-def test_patterns_change_only_the_layers_that_they_name(setup: Setup) -> None:
-    plans = own_plans.OwnPlans(setup)
-    choices = plans.plain_choices("w8a8-dynamic", plans.whole)
-    changed = own_plans.except_for(choices, ("conv_in", "*.ff.net.2"), own_plans.WEIGHT_ONLY)
-    different = {name for name in choices if changed[name] is not choices[name]}
-    assert different == {name for name in choices if name == "conv_in" or name.endswith(".ff.net.2")}
+def test_layers_of_a_list_stay_in_float(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans, skips = own_plans.OwnPlans(setup), cases.SkipList("a list", ("conv_in", "*.ff.net.2"), "somewhere")
+    monkeypatch.setattr(plans, "searched_choices", lambda scheme: plans.plain_choices(scheme, plans.whole))
+    choices = cases._skipping(plans, skips).layers(setup.unet)
+    kept = {name for name, choice in choices.items() if not choice.scheme.quantizes}
+    assert kept == {name for name in choices if name == "conv_in" or name.endswith(".ff.net.2")}
 
 
 def test_a_simulated_model_is_counted_as_what_it_stands_for(setup: Setup) -> None:
@@ -146,23 +123,10 @@ def test_a_simulated_model_is_counted_as_what_it_stands_for(setup: Setup) -> Non
 
 
 def test_cases_have_names_of_their_own_and_questions_ask_for_them() -> None:
-    names = [case.name for case in cases.cases()]
+    names = [case.configuration for case in cases.cases()]
     assert len(set(names)) == len(names)
-    for question in questions.questions():
-        if not question.what.startswith("beside "):
-            assert set(question.options.values()) <= set(names), question.what
-
-
-def test_followers_of_a_peer_are_what_the_questions_ask_for() -> None:
     asked = {case for question in questions.questions() for case in question.options.values()}
-    peers = [case for case in cases.cases() if case.section == cases.PEERS]
-    row = {"layers": {"stored": ["a"], "computed": ["a"], "bytes_fp16": 9}, "figures": {"share_of_fp16": 0.5}}
-    for peer in peers:
-        following = cases.followers(peer, row, set())
-        assert {case.name for case in following} <= asked
-        assert len(following) == 4
-    known: set[Any] = set()
-    assert sum(len(cases.followers(peer, row, known)) for peer in peers) < 4 * len(peers)
+    assert asked == set(names)
 
 
 def test_published_lists_name_layers_of_the_demo_model() -> None:
@@ -170,7 +134,7 @@ def test_published_lists_name_layers_of_the_demo_model() -> None:
     absent = {"*add_embedding*", "*pos_embed*", "*time_text_embed*", "*context_embedder*", "*norm_out*", "*x_embedder*"}
     for skips in cases.SKIP_LISTS:
         for pattern in set(skips.patterns) - absent:
-            assert any(fnmatchcase(name, pattern) for name in names), pattern
+            assert any(replace(skips, patterns=(pattern,)).has(name) for name in names), pattern
 
 
 # -- running -------------------------------------------------------------------------------------------------
@@ -199,7 +163,7 @@ def test_the_float_model_has_no_noise_and_pictures_differ_from_black(setup: Setu
 
 
 def _case(name: str, build: Callable[[Setup], nn.Module]) -> cases.Case:
-    return cases.Case(cases.FORMATS, Quantization(OURS, name, build))
+    return cases.Case(name, build)
 
 
 def test_a_stopped_study_goes_on_where_it_was(
@@ -218,25 +182,22 @@ def test_a_stopped_study_goes_on_where_it_was(
 
     path, settings, console = tmp_path / "rows.jsonl", {"captions": 3}, Console(quiet=True)
     planned = [make("one"), make("two", fails=True)]
-    rows = list(run.Study(path, settings, console).run(planned, setup, evaluation))
+
+    def measure(planned: list[cases.Case], settings: dict[str, Any]) -> list[dict[str, Any]]:
+        study = run.Study(path, settings, console)
+        return [study.row(case, setup, evaluation) for case in planned]
+
+    rows = measure(planned, settings)
     assert [row["failed"] for row in rows] == [None, "RuntimeError: no such layer"]
     assert 20 < rows[0]["figures"]["sqnr_db"]["value"] < 80
     with path.open("a") as file:
         file.write('{"what": "study", "ro')  # killed while it wrote
-    list(run.Study(path, settings, console).run([*planned, make("three")], setup, evaluation))
+    measure([*planned, make("three")], settings)
     assert built == ["one", "two", "two", "three"]
     monkeypatch.setattr(run, "machine", lambda: {"device": "d", "torch": "t", "commit": "another"})
-    list(run.Study(path, settings, console).run([make("one")], setup, evaluation))
-    list(run.Study(path, settings | {"captions": 4}, console).run([make("one")], setup, evaluation))
+    measure([make("one")], settings)
+    measure([make("one")], settings | {"captions": 4})
     assert built[4:] == ["one", "one"]
-
-
-def test_some_cases_are_chosen_by_their_words() -> None:
-    of_static, everything = (run.fitting(cases.cases(), patterns) for patterns in (["w8a8 static, all*plain"], ["*"]))
-    assert {case.quantization.configuration for case in of_static} == {cases.words("w8a8-static")}
-    assert [case.name for case in everything] == [case.name for case in cases.cases()]
-    with pytest.raises(SystemExit, match=r"w9a9.*there are w8a16, plain"):
-        run.fitting(cases.cases(), ["w9a9"])
 
 
 # -- answers and pages ---------------------------------------------------------------------------------------
@@ -254,102 +215,69 @@ def test_a_later_option_has_to_be_better_to_be_taken() -> None:
     assert found[2].more.high < 0
 
 
-def _data(names: list[str], failed: str | None = None) -> dict[str, Any]:
+def _data(names: list[str], part: str, failed: str | None = None) -> dict[str, Any]:
     rows = []
     for place, name in enumerate(names):
         samples = made_samples(place)
-        section = next(c.section for c in cases.cases() if c.name == name)
-        tool, configuration = name.split(": ", 1)
         counts = {"all": 3, "stored": 2, "computed": 1}
         figures = {"convolutions": counts, "linears": counts, "share_of_fp16": 0.5 + 0.01 * place, "bytes": 10}
         figures |= {key: vars(interval(samples, key)) for key in MEASURES}
         figures["by_seed_set"] = {
             key: [value(samples.of_seed_set(i), m) for i in range(3)] for key, m in MEASURES.items()
         }
-        row = {
-            "section": section,
-            "tool": tool,
-            "configuration": configuration,
-            "note": "",
-            "source": "",
-            "version": "1",
-        }
-        rows.append(row | {"name": name, "failed": None, "figures": figures})
+        row = {"configuration": name, "note": "", "source": "", "failed": None}
+        rows.append(row | {"figures": figures})
     if failed:
         rows[-1] |= {"failed": failed}
         del rows[-1]["figures"]
-    kept = {row["name"]: made_samples(place) for place, row in enumerate(rows) if row["failed"] is None}
+    kept = {row["configuration"]: made_samples(place) for place, row in enumerate(rows) if row["failed"] is None}
     head = {"device": "a device", "torch": "2", "date": "2026-01-01", "commit": "c" * 40}
-    settings = {"captions": 7, "seed_sets": 3, "steps": 4}
+    settings = {"captions": 7, "seed_sets": 3, "steps": 4, "model": DEMO, "part": part}
     return head | {
         "settings": settings,
         "float": {"attribute_accuracy": 0.9, "feature_variance": 70.0},
         "rows": rows,
-        "questions": questions.as_records(kept),
+        "questions": questions.as_records(kept, part),
     }
 
 
-def test_the_pages_tell_every_case_and_what_did_not_help(tmp_path: Path) -> None:
-    plain, searched = (cases.own_name(cases.words(s)) for s in ("w8a8-static", "w8a8-timestep"))
-    data = _data([plain, searched, "sdnq: as it comes", "torchao: weight-only"], failed="RuntimeError: missing")
+def test_the_page_tells_every_case_and_what_did_not_help(tmp_path: Path) -> None:
+    names = [cases.words(s) for s in ("w8a8-static", "w8a8-timestep", "w8a8-dynamic")]
+    data = _data(names, "search", failed="RuntimeError: missing")
     page = report.text(data)
-    for row in data["rows"]:
-        assert row["configuration"] in page
+    assert all(f"| {name} |" in page for name in names)
     assert "failed, RuntimeError: missing" in page
     (question,) = [q for q in data["questions"] if q["what"] == "activation scales, plain"]
     negative = page.split("## What did not help")[1].split("##")[0]
     assert ("timestep is" in negative) == (not question["answers"][0]["better"])
     assert f"**{question['kept']}**" in page
-    written = []
-    for folder in (tmp_path / "one", tmp_path / "two"):
-        measured = tmp_path / "results.json"
-        measured.write_text(json.dumps(data))
-        written.append([path.read_bytes() for path in report.write([measured], folder)])
-    assert written[0] == written[1]
-    assert b"sdnq, as it comes" in written[0][1]
-
-
-def test_a_part_of_the_study_has_its_cases_and_its_question_alone(tmp_path: Path) -> None:
-    planned = run.of_part(cases.cases(), "calibration")
-    modes = {case.quantization.configuration for case in planned}
-    assert modes == {cases.words("w8a8-static", mode, how) for mode in MODES for how in ("plain", "searched")}
-    data = _data([case.name for case in planned])
-    data["settings"]["part"] = "calibration"
-    page = report.text(data)
-    assert "python -m benchmarks study --part calibration" in page
-    assert "## What the defaults should be" in page
-    assert "drawn steps against" in page
-    assert not {f"## {title}" for title in cases.SECTIONS.values()} & set(page.splitlines())
     measured = tmp_path / "results.json"
     measured.write_text(json.dumps(data))
-    assert report.write([measured], tmp_path / "docs") == [tmp_path / "docs" / report.PAGE]
-    for case in planned:
-        assert f"| {case.quantization.configuration} |" in report.table(data)
+    one, two = (report.write([measured], tmp_path / folder).read_text() for folder in ("one", "two"))
+    assert one == two
+    assert page.strip() in one
+
+
+def test_a_part_of_the_study_has_its_cases_and_its_question_alone() -> None:
+    planned = [case.configuration for case in run.of_part(cases.cases(), "calibration")]
+    assert set(planned) == {cases.words("w8a8-static", mode, how) for mode in MODES for how in ("plain", "searched")}
+    data = _data(planned, "calibration")
+    page = report.text(data)
+    assert "python -m benchmarks study --part calibration" in page
+    assert "drawn steps against" in page
+    assert all(f"| {name} |" in report.table(data) for name in planned)
 
 
 def test_a_part_may_answer_several_questions() -> None:
-    planned = [case.quantization.configuration for case in run.of_part(cases.cases(), "search")]
+    planned = [case.configuration for case in run.of_part(cases.cases(), "search")]
     assert cases.words("w8a8-dynamic", how="searched") in planned
     assert cases.words("w4a8-static", how="GPTQ") in planned
     assert not [configuration for configuration in planned if "fp8" in configuration or "planned" in configuration]
     assert len(planned) == len(set(planned))
 
 
-def test_a_few_cases_are_kept_and_are_no_study(
-    setup: Setup, evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(run, "prepare", lambda *_arguments, **_options: (setup, evaluation))
-    monkeypatch.setattr(run, "quick_cases", lambda: [_case("w8a16, plain", lambda s: s.unet)])
-    rows = tmp_path / "rows.jsonl"
-    run.main(["--quick", "--only", "w8a16*", "--rows", str(rows), "--docs", str(tmp_path / "docs")])
-    assert len(rows.read_text().splitlines()) == 1
-    assert not (tmp_path / "results").exists()
-    assert "1 cases" in capsys.readouterr().out
-
-
 def test_one_seed_set_has_no_distance_to_another() -> None:
-    data = _data([cases.own_name(cases.words("w8a8-static"))])
+    data = _data([cases.words("w8a8-static")], "search")
     assert "## Seeds" in report.text(data)
     data["settings"]["seed_sets"] = 1
     page = report.text(data)
@@ -360,18 +288,31 @@ def test_one_seed_set_has_no_distance_to_another() -> None:
 def test_no_results_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     with pytest.raises(FileNotFoundError, match="python -m benchmarks study"):
-        report.newest(SUBJECTS[DEMO])
+        report.write_newest(tmp_path)
+
+
+def test_a_part_has_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main([])
+    assert "give --part, one of search, calibration, fp8, lists, or --report" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_quick_study_writes_results_and_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", SUBJECTS)
+def test_a_part_writes_results_and_the_page(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setitem(SUBJECTS, model, replace(SUBJECTS[model], steps=3))
+    two = [case for case in cases.cases(model) if case.configuration.startswith("fp8")]
+    monkeypatch.setattr(run, "cases", lambda _model: two)
     docs = tmp_path / "docs"
-    run.main(["--quick", "--rows", str(tmp_path / "rows.jsonl"), "--docs", str(docs)])
-    data = json.loads(report.newest(SUBJECTS[DEMO]).read_text())
+    arguments = ["--part", "fp8", "--model", model, "--captions", "4"]
+    run.main([*arguments, "--rows", str(tmp_path / "rows.jsonl"), "--docs", str(docs)])
+    (path,) = (tmp_path / "results").glob(f"*/*-{questions.kind_of(SUBJECTS[model], 'fp8')}.json")
+    data = json.loads(path.read_text())
     assert [row["failed"] for row in data["rows"]] == [None, None]
     assert not any("samples" in row for row in data["rows"])
-    first = {path.name: path.read_bytes() for path in docs.iterdir()}
-    assert set(first) == {"study.md", "study.svg"}
+    assert data["settings"]["model"] == model
+    page = (docs / "study.md").read_text()
+    assert SUBJECTS[model].words in page
     run.main(["--report", "--docs", str(docs)])
-    assert {path.name: path.read_bytes() for path in docs.iterdir()} == first
+    assert (docs / "study.md").read_text() == page
