@@ -35,7 +35,7 @@ DRAWN = (
     f"each channel's mean taken off, {ROTATION}",
     "that middle taken off, and channels brought to one range",
 )
-FED_BACK = ", its error fed back to the next step"
+FED_BACK = (0.25, 0.5, 1.0)  # shares of the error that the next step gets
 Hook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
@@ -59,15 +59,15 @@ def rounding(found: Round) -> Hook:
 
 
 class FedBack:
-    """A hook that rounds the input of a layer with the error that it made in the step before, as in sigma-delta."""
+    """A hook that rounds a layer's input with a share of the error of the step before, all of it as in sigma-delta."""
 
-    def __init__(self, found: Round) -> None:
-        self._found = found
+    def __init__(self, found: Round, share: float = 1.0) -> None:
+        self._found, self._share = found, share
         self._left: Tensor | None = None
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Round, and keep what that leaves."""
-        wanted: Tensor = args[0] if self._left is None else args[0] + self._left
+        wanted: Tensor = args[0] if self._left is None else args[0] + self._share * self._left
         given = rounding(self._found)(layer, (wanted, *args[1:]))
         self._left = wanted - given[0]
         return given
@@ -117,7 +117,9 @@ def measured(subject: Subject, captions: int) -> list[dict[str, Any]]:
 
     for words in DRAWN:
         draw(words, {name: rounding(found[words]) for name, found in by_layer.items()})
-    draw(ROTATION + FED_BACK, {name: FedBack(found[ROTATION]) for name, found in by_layer.items()})
+    for share in FED_BACK:
+        words = f"{ROTATION}, {share:.0%} of its error fed back to the next step"
+        draw(words, {name: FedBack(found[ROTATION], share) for name, found in by_layer.items()})
     return rows
 
 
