@@ -1,4 +1,4 @@
-"""oneDNN's products on a CPU; the rest is plain torch, block by block.
+"""oneDNN's products on a CPU; the rest is torch, and one pass over memory where a C compiler is there (`compiled`).
 
 Its int8 products, reached through `torch.ops.onednn`, take int8 activations as uint8 with zero point 128 and give
 float32 or bfloat16, with scales and bias applied. Without VNNI they saturate silently: where a self-check finds that,
@@ -12,14 +12,20 @@ import os
 
 import torch
 
+from ldmq_kernels.files import shortened
 from ldmq_kernels.kernels.backend import Backend, Packer, register
-from ldmq_kernels.kernels.cpu import packing, widened
+from ldmq_kernels.kernels.cpu import compiled, packing, widened
 from ldmq_kernels.kernels.cpu.self_check import is_exact
 
 # oneDNN keeps what it prepared for each shape, and reads the limit at its first call: a model takes a few hundred, a
 # server that sees many sizes would keep 1,024
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
+WIDENED_REMARK = (
+    "this processor lacks AVX-512 VNNI, AVX-VNNI and AMX, so that oneDNN's int8 products are not exact: the same "
+    "integers are multiplied in float32, exactly; large layers take about the time of float ones, small ones more, and "
+    "weights the memory of float32"
+)
 FLOAT8_REMARK = "FP8 is multiplied in float32: such layers have the time and the memory of float ones"
 
 
@@ -37,14 +43,15 @@ class _Cpu(Backend):
         return "this torch lacks oneDNN: install an x86-64 build of torch 2.10 or newer"
 
     def remark(self, device: torch.device) -> str:
-        """That no CPU multiplies FP8, and where this one multiplies no int8 exactly, and what is done instead."""
-        if is_exact():
-            return FLOAT8_REMARK
-        return (
-            "this processor lacks AVX-512 VNNI, AVX-VNNI and AMX, so that oneDNN's int8 products are not exact: the "
-            "same integers are multiplied in float32, exactly; large layers take about the time of float ones, small "
-            f"ones more, and weights the memory of float32; {FLOAT8_REMARK}"
-        )
+        """What is slower here than it need be, and what no CPU has: VNNI, a C compiler, FP8."""
+        remarks = [] if is_exact() else [WIDENED_REMARK]
+        library, why = compiled.load()
+        if library is None:
+            remarks.append(
+                "torch quantizes and scales in several passes, since what does so in one cannot be compiled: "
+                f"{shortened(why)}; install a C compiler"
+            )
+        return "; ".join([*remarks, FLOAT8_REMARK])
 
     def packer(self, op: str) -> Packer | None:
         """oneDNN's blocked layouts of the int8 products' weights, or float32 where int8 is not exact."""

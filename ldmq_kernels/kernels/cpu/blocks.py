@@ -1,4 +1,4 @@
-"""Elementwise work on rows, a block at a time, so that float32 intermediates stay in the cache."""
+"""Elementwise work on rows, by `rows.c` or a block at a time, so that float32 intermediates stay in the cache."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.cpu import compiled
 from ldmq_kernels.kernels.reference.quantize_static import refuse_nan
 from ldmq_kernels.numerics.formats.float8 import FLOAT8, FLOAT8_MAX
 
@@ -46,37 +47,57 @@ def quantize_rows(x: Tensor, factors: tuple[Tensor, ...], out: Tensor, *, is_sta
 
 def finish_rows(
     accumulator: Tensor,
-    scales: tuple[Tensor, ...],
-    shifts: tuple[Tensor, ...],
+    scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
     gate: Tensor | None = None,
 ) -> None:
-    """out = (accumulator * scales[0] ... + shifts[0] ...) * gate + residual in float32, in this order, rounded once.
+    """out = (accumulator * scale * column_scale + bias + sample_bias) * gate + residual, in this order, rounded once.
 
-    Overwrites the accumulator.
+    Overwrites the accumulator. What has G rows has one for each of G equal runs of the accumulator's.
 
     Args:
-        accumulator: (M, N) float32.
-        scales: (M, 1), (N,) or (1,) float32 each.
-        shifts: (N,) float32 each.
+        accumulator: (M, N) float32, contiguous.
+        scale: (G,) float32.
+        column_scale: (N,) float32.
+        bias: (N,) floating.
+        sample_bias: (G, N) floating.
         residual: (M, N) floating.
-        out: (M, N) of the output's dtype; the accumulator itself where that is float32.
-        gate: (G, N) floating, each row of it for M / G rows.
+        out: (M, N) of the output's dtype, contiguous; the accumulator itself where that is float32.
+        gate: (G, N) floating.
     """
-    gate_rows = 1 if gate is None else max(1, len(out) // len(gate))
+    residual = None if residual is None else residual.contiguous()
+    if compiled.takes(residual, out):
+        compiled.finish(accumulator, scale, column_scale, bias, sample_bias, gate, residual, out)
+        return
+    added = [own if own is None else own.float() for own in (bias, sample_bias)]
     for block in row_blocks(*accumulator.shape):
         y = accumulator[block]
-        for scale in scales:
-            y.mul_(scale[block] if scale.dim() == 2 else scale)
-        for shift in shifts:
-            y.add_(shift)
+        y.mul_(_of_rows(scale.reshape(-1, 1), block, len(out)))
+        if column_scale is not None:
+            y.mul_(column_scale)
+        if added[0] is not None:
+            y.add_(added[0])
+        if added[1] is not None:
+            y.add_(_of_rows(added[1], block, len(out)))
         if gate is not None:
-            y.mul_(gate[torch.arange(block.start, block.start + len(y), device=gate.device) // gate_rows])
+            y.mul_(_of_rows(gate, block, len(out)))
         if residual is not None:
             y.add_(residual[block])
         if out.data_ptr() != accumulator.data_ptr():
             out[block].copy_(y)
+
+
+def _of_rows(runs: Tensor, block: slice, rows: int) -> Tensor:
+    """The rows of (G, ...) that a block of `rows` rows has, each of G for an equal run of them."""
+    if len(runs) == 1:
+        return runs
+    if len(runs) == rows:
+        return runs[block]
+    return runs[torch.arange(block.start, min(block.stop, rows), device=runs.device) * len(runs) // rows]
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -15,36 +15,20 @@ from ldmq_kernels.kernels.cpu.packing import is_packed, lay_out_conv2d, pack_con
 from ldmq_kernels.kernels.geometry import conv2d_output_size, enlarged_and_padded
 
 
-def _shifts(bias: Tensor | None, sample_bias: Tensor | None, samples: int) -> list[tuple[Tensor, ...]]:
-    """What is added to every position of each sample, in the order of the definition: (K,) float32 each."""
-    shared = () if bias is None else (bias.float(),)
-    return [shared] * samples if sample_bias is None else [(*shared, own) for own in sample_bias.float()]
-
-
 def _finish(
     accumulator: Tensor,
     x_scale: Tensor,
-    scales: tuple[Tensor, ...],
-    shifts: list[tuple[Tensor, ...]],
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The epilogue of a convolution, of all samples at once where the same is added to each of them."""
+    """The epilogue of a convolution, of (N, K, H, W) float32 in channels_last."""
     out = accumulator if out_dtype == torch.float32 else torch.empty_like(accumulator, dtype=out_dtype)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    if all(shift is shifts[0] for shift in shifts):
-        pixels = accumulator.shape[2] * accumulator.shape[3]
-        is_static = x_scale.numel() == 1
-        row_scale = x_scale.reshape(1) if is_static else x_scale.repeat_interleave(pixels).unsqueeze(1)
-        added = None if residual is None else as_rows(residual)
-        finish_rows(as_rows(accumulator), (row_scale, *scales), shifts[0], added, as_rows(out))
-        return out
-    own_scales = x_scale.reshape(-1).expand(len(shifts))
-    for sample, shift in enumerate(shifts):
-        one = slice(sample, sample + 1)
-        added = None if residual is None else as_rows(residual[one])
-        finish_rows(as_rows(accumulator[one]), (own_scales[one], *scales), shift, added, as_rows(out[one]))
+    added = None if residual is None else as_rows(residual.contiguous(memory_format=torch.channels_last))
+    scale = x_scale.reshape(-1)
+    finish_rows(as_rows(accumulator), scale, weight_scale, bias, sample_bias, added, as_rows(out))
     return out
 
 
@@ -102,15 +86,15 @@ def conv2d_w8a8(
         raise Unsupported(f"sums of a convolution in {groups} groups are too large to be exact in float32")
     geometry = (stride, pads, dilation, groups * parts)
     lay_out_conv2d(packed, *geometry, x_q.shape)
-    shifts = _shifts(bias, sample_bias, samples)
     if is_widened:
         accumulator = widened.conv2d(x_q, packed, *geometry, parts)
-        return _finish(accumulator, x_scale, (weight_scale,), shifts, residual, out_dtype)
-    if bias is not None and sample_bias is not None:
-        shifts = [(own + shared,) for shared, own in shifts]
+        return _finish(accumulator, x_scale, weight_scale, bias, sample_bias, residual, out_dtype)
     is_shared = sample_bias is None or samples == 1
     if x_scale.numel() == 1 and is_shared and residual is None and out_dtype in WRITTEN_BY_ONEDNN:
-        shift = shifts[0][0] if shifts[0] else None
+        shift = None if bias is None else bias.float()
+        if sample_bias is not None:
+            own = sample_bias[0].float()
+            shift = own if shift is None else own + shift
         return onednn.conv2d(x_q, float(x_scale), packed, weight_scale, shift, *geometry, out_dtype)
     accumulator = onednn.conv2d(x_q, 1.0, packed, weight_scale, None, *geometry, torch.float32)
-    return _finish(accumulator, x_scale, (), shifts, residual, out_dtype)
+    return _finish(accumulator, x_scale, None, bias, sample_bias, residual, out_dtype)

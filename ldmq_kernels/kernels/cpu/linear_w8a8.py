@@ -39,19 +39,16 @@ def linear_w8a8(
     n = weight_scale.shape[0]
     if gate is not None and (gate.shape[-1] != n or rows.shape[0] % max(1, gate.numel() // n)):
         raise Unsupported(f"a gate of shape {tuple(gate.shape)} for {rows.shape[0]} rows of {n}")
-    shift = None if bias is None else bias.float()
     is_static = x_scale.numel() == 1
-    row_scale = x_scale.reshape(1) if is_static else x_scale.reshape(-1, 1)
     if is_widened:
-        accumulator = widened.linear(rows, packed)
-        scales: tuple[Tensor, ...] = (row_scale, weight_scale)
+        accumulator, column_scale = widened.linear(rows, packed), weight_scale
     elif is_static and residual is None and gate is None and out_dtype in WRITTEN_BY_ONEDNN:
+        shift = None if bias is None else bias.float()
         return onednn.linear(rows, float(x_scale), packed, weight_scale, shift, out_dtype).view(shape)
     else:
-        accumulator = onednn.linear(rows, 1.0, packed, weight_scale, None, torch.float32)
-        scales = (row_scale,)
+        accumulator, column_scale = onednn.linear(rows, 1.0, packed, weight_scale, None, torch.float32), None
     out = accumulator if out_dtype == torch.float32 else torch.empty_like(accumulator, dtype=out_dtype)
-    shifts = () if shift is None else (shift,)
     added = None if residual is None else residual.reshape(out.shape)
-    finish_rows(accumulator, scales, shifts, added, out, None if gate is None else gate.reshape(-1, out.shape[1]))
+    gates = None if gate is None else gate.reshape(-1, n)
+    finish_rows(accumulator, x_scale.reshape(-1), column_scale, bias, None, added, out, gates)
     return out.view(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.cpu import compiled
 from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows, row_blocks
 from ldmq_kernels.kernels.geometry import check_channels
 from ldmq_kernels.kernels.operands import eight_bit
@@ -29,6 +30,9 @@ def quantize_per_sample(
     out = torch.empty_like(x, dtype=eight_bit(q_dtype))
     scale = x.new_empty(x.shape[0], dtype=torch.float32)
     if not x.numel():
+        return out, scale
+    if out.dtype == torch.int8 and compiled.takes(x):
+        compiled.quantize_measured(as_rows(x), inv_smooth, as_rows(out), scale)
         return out, scale
     for block in row_blocks(x.shape[0], x[0].numel()):
         if x[block].shape[0] == 1:

@@ -1,10 +1,11 @@
-"""q = clamp(rint(fp32(x) * r[c]), -127, 127), block by block: five times faster than pass by pass on large maps."""
+"""q = clamp(rint(fp32(x) * r[c]), -127, 127), in one pass, or block by block."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.cpu import compiled
 from ldmq_kernels.kernels.cpu.blocks import as_rows, quantize_rows
 from ldmq_kernels.kernels.geometry import check_channels
 from ldmq_kernels.kernels.operands import eight_bit
@@ -17,9 +18,10 @@ def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int, q_dtype: tor
     x = x.contiguous(memory_format=torch.channels_last if is_image else torch.contiguous_format)
     out = torch.empty_like(x, dtype=eight_bit(q_dtype))
     if x.numel():
-        if is_image:
-            quantize_rows(as_rows(x), (inv_scale,), as_rows(out), is_static=True)
+        columns = x.shape[-1] if x.dim() else 1
+        rows, out_rows = (as_rows(t) if is_image else t.view(-1, columns) for t in (x, out))
+        if out.dtype == torch.int8 and compiled.takes(x):
+            compiled.quantize_calibrated(rows, inv_scale, out_rows)
         else:
-            columns = x.shape[-1] if x.dim() else 1
-            quantize_rows(x.view(-1, columns), (inv_scale,), out.view(-1, columns), is_static=True)
+            quantize_rows(rows, (inv_scale,), out_rows, is_static=True)
     return out

@@ -6,6 +6,8 @@ could add up to more, its input channels are cut into equal parts, whose sums ar
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ LARGEST_EXACT = 1 << 24
 LARGEST_ACTIVATION = 127
 
 
+@functools.cache
 def is_built_in() -> bool:
     """Whether this torch has oneDNN's float products on weights that are laid out before."""
     names = ("_convolution_pointwise", "_reorder_convolution_weight")
@@ -95,10 +98,12 @@ def prepack_conv2d(
 def linear(x_q: Tensor, packed: Tensor) -> Tensor:
     """x_q (M, K) int8 by a packed weight; (M, N) float32, the exact sum rounded once."""
     parts, _, depth = packed.shape
+    if parts == 1:
+        return torch.nn.functional.linear(x_q.float(), packed[0])
     by_part = zip(x_q.split(depth, 1), packed, strict=True)
     sums = [torch.nn.functional.linear(channels.float(), weight) for channels, weight in by_part]
     if parts < 3:  # two exact sums are rounded once
-        return sums[0] if parts == 1 else sums[0].add_(sums[1])
+        return sums[0].add_(sums[1])
     total = sums[0].double()
     for part in sums[1:]:
         total.add_(part)

@@ -25,6 +25,14 @@ def rounded_to(y: Tensor, q_dtype: torch.dtype | None) -> Tensor:
     return round_to_float8(y) if eight_bit(q_dtype) == FLOAT8 else round_to_int8(y)
 
 
+def nan_error() -> ValueError:
+    """What a calibrated scale says of NaN."""
+    return ValueError(
+        "the input of a layer with a calibrated scale holds NaN, which int8 does not have: "
+        "ldmq.guard(model) names the layer that is the first to get it"
+    )
+
+
 def refuse_nan(rounded: Tensor) -> None:
     """Refuse NaN on a CPU: int8 has none, and no calibrated scale shows it. A GPU would have to be waited for.
 
@@ -35,10 +43,7 @@ def refuse_nan(rounded: Tensor) -> None:
         ValueError: there is NaN among the values.
     """
     if rounded.is_cpu and math.isnan(float(rounded.sum())):
-        raise ValueError(
-            "the input of a layer with a calibrated scale holds NaN, which int8 does not have: "
-            "ldmq.guard(model) names the layer that is the first to get it"
-        )
+        raise nan_error()
 
 
 def _round_static(y: Tensor, q_dtype: torch.dtype | None) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.cpu import FLOAT8_REMARK, onednn, self_check
+from ldmq_kernels.kernels.cpu import FLOAT8_REMARK, onednn, self_check, widened
 from ldmq_kernels.kernels.cpu import backend as cpu
 
 
@@ -22,10 +22,13 @@ def _has_vnni() -> bool:
 
 @pytest.fixture
 def forgetful():
-    """The self-check runs anew, and its verdict does not outlive the test."""
-    self_check.is_exact.cache_clear()
+    """What was found of this torch is looked at anew, and what the test finds does not outlive it."""
+    verdicts = (self_check.is_exact, widened.is_built_in)
+    for verdict in verdicts:
+        verdict.cache_clear()
     yield
-    self_check.is_exact.cache_clear()
+    for verdict in verdicts:
+        verdict.cache_clear()
 
 
 def _saturating_linear(x_q: Tensor, _x_scale: float, packed: Tensor, *_: object) -> Tensor:

@@ -1,0 +1,181 @@
+"""`rows.c` compiled on this machine, once, where it has a C compiler; without one, torch does the same work in more passes.
+
+The library lies beside this user's measurements, under a name that changes with its source, the compiler and the
+vectors of the processor. Its calls take torch's threads, from the OpenMP runtime that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.files import shortened
+from ldmq_kernels.kernels.gpu import cache_folder
+from ldmq_kernels.kernels.reference.quantize_static import nan_error
+
+SOURCE = Path(__file__).with_name("rows.c")
+# no contraction: a product is rounded before the sum, as torch has it
+FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+VECTORS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}  # by torch's name of what it uses itself
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+SECONDS = 60
+GRAIN = 32768  # elements of a call for one thread, as torch has it
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class NoLibraryError(Exception):
+    """The library cannot be had on this machine; the text says why."""
+
+
+def compiler() -> list[str]:
+    """The C compiler of this machine: $CC, or cc, gcc or clang.
+
+    Raises:
+        NoLibraryError: there is none.
+    """
+    asked = shlex.split(os.environ.get("CC", ""))
+    for names in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(names[0]):
+            return names
+    raise NoLibraryError(f"there is no C compiler ({os.environ.get('CC') or 'cc, gcc or clang'})")
+
+
+def compile_library(folder: Path) -> Path:
+    """Compile `rows.c` into a folder, unless it was compiled there before; the library is written whole or not at all.
+
+    Raises:
+        NoLibraryError: there is no compiler, it fails, or the folder cannot be written.
+    """
+    command = [*compiler(), *FLAGS]
+    vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability())
+    command += [vectors] if vectors else []
+    try:
+        version = subprocess.run([command[0], "--version"], capture_output=True, timeout=SECONDS).stdout
+        known = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, command)])).hexdigest()[:16]
+        library = folder / f"rows-{known}.so"
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix="rows-") as scratch:
+                made = Path(scratch) / library.name
+                whole = [*command, str(SOURCE), "-o", str(made), "-lm"]
+                done = subprocess.run(whole, capture_output=True, text=True, timeout=SECONDS)
+                if done.returncode:
+                    raise NoLibraryError(f"{shlex.join(command)} fails: {shortened(done.stderr.strip())}")
+                made.replace(library)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NoLibraryError(shortened(str(error))) from None
+    return library
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why this machine has none; asked once in a process."""
+    try:
+        library = ctypes.CDLL(str(compile_library(cache_folder())))
+        for name in ("ldmq_quantize_measured", "ldmq_quantize_calibrated", "ldmq_finish", "ldmq_use_openmp"):
+            getattr(library, name).restype = None
+    except (NoLibraryError, OSError) as error:
+        return None, str(error)
+    process = ctypes.CDLL(None)
+    if all(hasattr(process, name) for name in OPENMP):
+        library.ldmq_use_openmp(*(ctypes.cast(getattr(process, name), ctypes.c_void_p) for name in OPENMP))
+    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.ldmq_quantize_measured.argtypes = [pointer, flag, *[size] * 3, *[pointer] * 4, size]
+    library.ldmq_quantize_calibrated.argtypes = [pointer, flag, size, size, pointer, size, pointer, pointer, size]
+    library.ldmq_finish.argtypes = [
+        *(pointer, size, size, pointer, size),
+        *(pointer, pointer, pointer, size, pointer, size, pointer, flag, pointer, flag, size),
+    ]
+    return library, ""
+
+
+def takes(*values: Tensor | None) -> bool:
+    """Whether the library is there and knows the dtypes of all floating operands, of which there may be none."""
+    return all(value is None or value.dtype in DTYPES for value in values) and load()[0] is not None
+
+
+def _threads(values: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), values.numel() // GRAIN))
+
+
+def _address(values: Tensor | None) -> int | None:
+    return None if values is None else values.data_ptr()
+
+
+def quantize_measured(x: Tensor, inv_smooth: Tensor | None, q: Tensor, scale: Tensor) -> None:
+    """Write scale = max(absmax(y), 1e-12) / 127 of y = x * inv_smooth for each group of rows, and y in int8 by it.
+
+    Args:
+        x: (groups * rows, C), float32 or bfloat16, contiguous.
+        inv_smooth: (C,) float32 or None.
+        q: (groups * rows, C) int8, contiguous: is written.
+        scale: (groups,) float32, contiguous: is written.
+    """
+    library, _ = load()
+    assert library is not None
+    threads = _threads(x)
+    groups = scale.numel()
+    largest = x.new_empty(groups * threads if groups < threads else 0, dtype=torch.int32)
+    factors = None if inv_smooth is None else inv_smooth.contiguous()
+    library.ldmq_quantize_measured(
+        *(x.data_ptr(), x.dtype == torch.bfloat16, groups, x.shape[0] // groups, x.shape[1]),
+        *(_address(factors), q.data_ptr(), scale.data_ptr(), largest.data_ptr(), threads),
+    )
+
+
+def quantize_calibrated(x: Tensor, factors: Tensor, q: Tensor) -> None:
+    """Write q = clamp(rint(x * factors), -127, 127).
+
+    Args:
+        x: (M, C), float32 or bfloat16, contiguous.
+        factors: (1,) or (C,) float32.
+        q: (M, C) int8, contiguous: is written.
+
+    Raises:
+        ValueError: there is NaN, which int8 lacks.
+    """
+    library, _ = load()
+    assert library is not None
+    threads = _threads(x)
+    has_nan, factors = x.new_empty(threads, dtype=torch.int32), factors.contiguous()
+    library.ldmq_quantize_calibrated(
+        *(x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, factors.data_ptr(), factors.numel()),
+        *(q.data_ptr(), has_nan.data_ptr(), threads),
+    )
+    if bool(has_nan.any()):
+        raise nan_error()
+
+
+def finish(
+    accumulator: Tensor,
+    scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    sample_bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write out = (accumulator * scale * column_scale + bias + sample_bias) * gate + residual; see `finish_rows`."""
+    library, _ = load()
+    assert library is not None
+    per_column = [None if v is None else v.float().contiguous() for v in (column_scale, bias, sample_bias, gate)]
+    counts = [0 if v is None else v.shape[0] for v in per_column]
+    scale = scale.contiguous()
+    library.ldmq_finish(
+        *(accumulator.data_ptr(), *accumulator.shape, scale.data_ptr(), scale.numel()),
+        *map(_address, per_column[:3]),
+        *(counts[2], _address(per_column[3]), counts[3]),
+        *(_address(residual), residual is not None and residual.dtype == torch.bfloat16),
+        *(out.data_ptr(), out.dtype == torch.bfloat16, _threads(accumulator)),
+    )

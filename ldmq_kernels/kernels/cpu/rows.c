@@ -1,0 +1,270 @@
+// Elementwise work on rows, each in one pass over memory: what torch does in several.
+//
+// Compiled by `compiled.py` on the machine that runs it, without contraction and fast-math: every result has the bits
+// of the torch code in `blocks.py`, `quantize_per_token.py` and `quantize_per_sample.py`. Rows are contiguous; floating
+// values are float32, or bfloat16 where a flag says so. Pointers named "maybe" are null where there is no such operand.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { CHUNK = 1024 };  // columns of a row that are finished together, in the first cache
+
+// The OpenMP runtime that torch has loaded, so that both share one pool of threads; null where there is none.
+static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int (*thread_number)(void);
+static int (*thread_count)(void);
+
+void ldmq_use_openmp(void *gomp_parallel, void *omp_get_thread_num, void *omp_get_num_threads) {
+  memcpy(&parallel, &gomp_parallel, sizeof parallel);
+  memcpy(&thread_number, &omp_get_thread_num, sizeof thread_number);
+  memcpy(&thread_count, &omp_get_num_threads, sizeof thread_count);
+}
+
+typedef struct {
+  void (*work)(const void *task, int64_t part, int64_t parts);
+  const void *task;
+  int64_t parts;
+} Parts;
+
+static void own_parts(void *given) {
+  const Parts *all = given;
+  for (int64_t part = thread_number(); part < all->parts; part += thread_count()) all->work(all->task, part, all->parts);
+}
+
+static void in_parts(void (*work)(const void *, int64_t, int64_t), const void *task, int64_t parts) {
+  Parts all = {work, task, parts};
+  if (parts > 1 && parallel) {
+    parallel(own_parts, &all, (unsigned)parts, 0);
+  } else {
+    for (int64_t part = 0; part < parts; ++part) work(task, part, parts);
+  }
+}
+
+static inline float widened(uint16_t value) {
+  const uint32_t bits = (uint32_t)value << 16;
+  float out;
+  memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+static inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+static inline uint16_t narrowed(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+// -- quantization -------------------------------------------------------------------------------------------------
+
+typedef struct {
+  const void *x;
+  int is_bfloat16;
+  int64_t groups, rows, columns;  // groups of so many rows, a scale each
+  const float *maybe_smooth;
+  int8_t *q;
+  float *scale;
+  int32_t *largest;  // (groups, parts), the bits of absolute values, whose order is that of the values, NaN above all
+} Measured;
+
+// One of a row's values as float32, smoothed; for loops that the compiler makes a case of each.
+#define EACH_VALUE(BODY)                                                                              \
+  if (task->is_bfloat16) {                                                                            \
+    const uint16_t *x = (const uint16_t *)task->x + at;                                               \
+    if (smooth) for (int64_t c = 0; c < columns; ++c) { const float y = widened(x[c]) * smooth[c]; BODY } \
+    else for (int64_t c = 0; c < columns; ++c) { const float y = widened(x[c]); BODY }                \
+  } else {                                                                                            \
+    const float *x = (const float *)task->x + at;                                                     \
+    if (smooth) for (int64_t c = 0; c < columns; ++c) { const float y = x[c] * smooth[c]; BODY }      \
+    else for (int64_t c = 0; c < columns; ++c) { const float y = x[c]; BODY }                         \
+  }
+
+static int32_t largest_of(const Measured *task, int64_t first, int64_t end) {
+  const float *smooth = task->maybe_smooth;
+  const int64_t columns = task->columns;
+  int32_t largest = 0;
+  for (int64_t row = first; row < end; ++row) {
+    const int64_t at = row * columns;
+    EACH_VALUE({
+      const int32_t magnitude = (int32_t)(bits_of(y) & 0x7fffffff);
+      largest = magnitude > largest ? magnitude : largest;
+    })
+  }
+  return largest;
+}
+
+static float scale_of(int32_t largest) {
+  float value;
+  memcpy(&value, &largest, sizeof value);
+  return (value < 1e-12f ? 1e-12f : value) / 127.0f;
+}
+
+static void quantize(const Measured *task, int64_t first, int64_t end, float scale) {
+  const float *restrict smooth = task->maybe_smooth;
+  const int64_t columns = task->columns;
+  const float inverse = 1.0f / scale;
+  for (int64_t row = first; row < end; ++row) {
+    const int64_t at = row * columns;
+    int8_t *restrict q = task->q + at;
+    // no clamp: the largest value times the reciprocal of its own scale rounds to 127
+    EACH_VALUE(q[c] = (int8_t)(int32_t)rintf(y * inverse);)
+  }
+}
+
+static void whole_groups(const void *given, int64_t part, int64_t parts) {
+  const Measured *task = given;
+  for (int64_t group = task->groups * part / parts; group < task->groups * (part + 1) / parts; ++group) {
+    const int64_t first = group * task->rows, end = first + task->rows;
+    task->scale[group] = scale_of(largest_of(task, first, end));
+    quantize(task, first, end, task->scale[group]);
+  }
+}
+
+static void largest_of_part(const void *given, int64_t part, int64_t parts) {
+  const Measured *task = given;
+  for (int64_t group = 0; group < task->groups; ++group) {
+    const int64_t first = group * task->rows + task->rows * part / parts;
+    const int64_t end = group * task->rows + task->rows * (part + 1) / parts;
+    task->largest[group * parts + part] = largest_of(task, first, end);
+  }
+}
+
+static void quantize_part(const void *given, int64_t part, int64_t parts) {
+  const Measured *task = given;
+  for (int64_t group = 0; group < task->groups; ++group) {
+    int32_t largest = 0;
+    for (int64_t other = 0; other < parts; ++other) {
+      const int32_t theirs = task->largest[group * parts + other];
+      largest = theirs > largest ? theirs : largest;
+    }
+    const float scale = scale_of(largest);
+    if (part == 0) task->scale[group] = scale;
+    quantize(task, group * task->rows + task->rows * part / parts,
+             group * task->rows + task->rows * (part + 1) / parts, scale);
+  }
+}
+
+// scale = max(absmax(y), 1e-12) / 127 for each group of rows; q = rint(y * (1 / scale)); `largest` has groups x threads.
+void ldmq_quantize_measured(const void *x, int is_bfloat16, int64_t groups, int64_t rows, int64_t columns,
+                            const float *maybe_smooth, int8_t *q, float *scale, int32_t *largest, int64_t threads) {
+  const Measured task = {x, is_bfloat16, groups, rows, columns, maybe_smooth, q, scale, largest};
+  if (threads == 1 || groups >= threads) {
+    in_parts(whole_groups, &task, threads);
+  } else {
+    in_parts(largest_of_part, &task, threads);
+    in_parts(quantize_part, &task, threads);
+  }
+}
+
+typedef struct {
+  const void *x;
+  int is_bfloat16;
+  int64_t rows, columns;
+  const float *factors;
+  int64_t factor_count;
+  int8_t *q;
+  int32_t *has_nan;  // of each part
+} Calibrated;
+
+static inline int8_t clamped(float y) {
+  y = rintf(y);
+  y = y < -127.0f ? -127.0f : y;
+  return (int8_t)(int32_t)(y > 127.0f ? 127.0f : y);
+}
+
+static void calibrated_part(const void *given, int64_t part, int64_t parts) {
+  const Calibrated *task = given;
+  const int64_t columns = task->columns;
+  int32_t nan = 0;
+  for (int64_t row = task->rows * part / parts; row < task->rows * (part + 1) / parts; ++row) {
+    const int64_t at = row * columns;
+    int8_t *restrict q = task->q + at;
+    const float *restrict smooth = task->factor_count == 1 ? 0 : task->factors;
+    const float one = smooth ? 1.0f : task->factors[0];
+    EACH_VALUE({
+      const float scaled = smooth ? y : y * one;
+      nan |= (bits_of(scaled) & 0x7fffffff) > 0x7f800000;
+      q[c] = clamped(scaled);
+    })
+  }
+  task->has_nan[part] = nan;
+}
+
+// q = clamp(rint(x * factor), -127, 127), a factor for each column or one; `has_nan` has a place for each thread.
+void ldmq_quantize_calibrated(const void *x, int is_bfloat16, int64_t rows, int64_t columns, const float *factors,
+                              int64_t factor_count, int8_t *q, int32_t *has_nan, int64_t threads) {
+  const Calibrated task = {x, is_bfloat16, rows, columns, factors, factor_count, q, has_nan};
+  in_parts(calibrated_part, &task, threads);
+}
+
+// -- epilogue -----------------------------------------------------------------------------------------------------
+
+typedef struct {
+  const float *accumulator;
+  int64_t rows, columns;
+  const float *scale;  // of each equal run of rows
+  int64_t scale_count;
+  const float *maybe_column_scale, *maybe_bias, *maybe_sample_bias;
+  int64_t sample_count;
+  const float *maybe_gate;
+  int64_t gate_count;
+  const void *maybe_residual;
+  int residual_is_bfloat16;
+  void *out;
+  int out_is_bfloat16;
+} Finished;
+
+static void finished_part(const void *given, int64_t part, int64_t parts) {
+  const Finished *t = given;
+  float y[CHUNK];
+  for (int64_t row = t->rows * part / parts; row < t->rows * (part + 1) / parts; ++row) {
+    const float scale = t->scale[row * t->scale_count / t->rows];
+    for (int64_t from = 0; from < t->columns; from += CHUNK) {
+      const int64_t count = t->columns - from < CHUNK ? t->columns - from : CHUNK, at = row * t->columns + from;
+      for (int64_t c = 0; c < count; ++c) y[c] = t->accumulator[at + c] * scale;
+      if (t->maybe_column_scale) {
+        for (int64_t c = 0; c < count; ++c) y[c] *= t->maybe_column_scale[from + c];
+      }
+      if (t->maybe_bias) {
+        for (int64_t c = 0; c < count; ++c) y[c] += t->maybe_bias[from + c];
+      }
+      if (t->maybe_sample_bias) {
+        const float *own = t->maybe_sample_bias + row * t->sample_count / t->rows * t->columns + from;
+        for (int64_t c = 0; c < count; ++c) y[c] += own[c];
+      }
+      if (t->maybe_gate) {
+        const float *gate = t->maybe_gate + row * t->gate_count / t->rows * t->columns + from;
+        for (int64_t c = 0; c < count; ++c) y[c] *= gate[c];
+      }
+      if (t->maybe_residual && t->residual_is_bfloat16) {
+        const uint16_t *residual = (const uint16_t *)t->maybe_residual + at;
+        for (int64_t c = 0; c < count; ++c) y[c] += widened(residual[c]);
+      } else if (t->maybe_residual) {
+        const float *residual = (const float *)t->maybe_residual + at;
+        for (int64_t c = 0; c < count; ++c) y[c] += residual[c];
+      }
+      if (t->out_is_bfloat16) {
+        uint16_t *out = (uint16_t *)t->out + at;
+        for (int64_t c = 0; c < count; ++c) out[c] = narrowed(y[c]);
+      } else {
+        memcpy((float *)t->out + at, y, (size_t)count * sizeof(float));
+      }
+    }
+  }
+}
+
+// out = (accumulator * scale * column_scale + bias + sample_bias) * gate + residual, in this order, rounded once.
+void ldmq_finish(const float *accumulator, int64_t rows, int64_t columns, const float *scale, int64_t scale_count,
+                 const float *maybe_column_scale, const float *maybe_bias, const float *maybe_sample_bias,
+                 int64_t sample_count, const float *maybe_gate, int64_t gate_count, const void *maybe_residual,
+                 int residual_is_bfloat16, void *out, int out_is_bfloat16, int64_t threads) {
+  const Finished task = {accumulator, rows, columns, scale, scale_count, maybe_column_scale, maybe_bias,
+                         maybe_sample_bias, sample_count, maybe_gate, gate_count, maybe_residual,
+                         residual_is_bfloat16, out, out_is_bfloat16};
+  in_parts(finished_part, &task, threads);
+}
