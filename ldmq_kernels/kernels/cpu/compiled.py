@@ -1,4 +1,4 @@
-"""`rows.c` compiled on this machine, once, where it has a C compiler; without one, torch does the same work in more passes.
+"""`rows.c`, compiled once on a machine that has a C compiler; without one, torch does the same work in more passes.
 
 The library lies beside this user's measurements, under a name that changes with its source, the compiler and the
 vectors of the processor. Its calls take torch's threads, from the OpenMP runtime that torch has loaded.
