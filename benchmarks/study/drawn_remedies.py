@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
+from benchmarks.study import verdict
 from benchmarks.study.evaluation import TEST_SEED
 from benchmarks.study.remedies import GROUPS, LEFT_OUT, Round, Seen, axis_of, has_a_scale_a_token, remedies
 from benchmarks.study.subjects import SUBJECTS, Subject
@@ -130,10 +131,11 @@ def _line(row: dict[str, Any]) -> list[str]:
 
 def table(data: dict[str, Any]) -> str:
     """What remedies do to the pictures, for the pages."""
+    tried = verdict.by_words(data["rows"], "remedy")
     words = (
         f"**The same, drawn** ({len(data['rows'][0]['by_picture']['psnr'])} held-out captions, inputs rounded "
         f"everywhere, weights in float; {data['device']}, torch {data['torch']}, commit "
-        f"{(data.get('commit') or 'none')[:10]})"
+        f"{(data.get('commit') or 'none')[:10]}). {verdict.told(verdict.paying(tried, tried[ROTATION]), ROTATION)}"
     )
     head = ["model", "rounding", "PSNR, dB: mean of pictures", "worst tenth", "SQNR of the latent, dB"]
     return f"{words}\n\n" + markdown(head, [_line(row) for row in data["rows"]])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
+from benchmarks.study import verdict
 from benchmarks.study.evaluation import TEST_SEED, Setup, with_unet
 from benchmarks.study.own_plans import on_layers, own_plans, plan_of, quantized
 from benchmarks.study.remedies import LEFT_OUT
@@ -127,9 +128,15 @@ def _line(row: dict[str, Any]) -> list[str]:
 
 def table(data: dict[str, Any]) -> str:
     """Ways of rounding and what they do to the pictures, for the pages."""
+    found = []
+    for by in ("inputs", "the end"):
+        tried = verdict.by_words([row for row in data["rows"] if row["by"] == by], "variation")
+        base = tried.get(BUILT_IN, {})
+        found += [f"by {by}, {words}" for words in verdict.paying(tried, base) if base]
     words = (
         f"**Other ways of GPTQ** ({len(data['rows'][0]['by_picture']['psnr'])} held-out captions, W8A8, dynamic or "
-        f"rotated; {data['device']}, torch {data['torch']}, commit {(data.get('commit') or 'none')[:10]})"
+        f"rotated; {data['device']}, torch {data['torch']}, commit {(data.get('commit') or 'none')[:10]}). "
+        f"{verdict.told(found, 'GPTQ as it is built in')}"
     )
     head = ["model", "rounded by", "how", "PSNR, dB: mean of pictures", "worst tenth", "SQNR of the latent, dB"]
     return f"{words}\n\n" + markdown(head, [_line(row) for row in data["rows"]])
