@@ -148,7 +148,11 @@ def test_dry_runs_count_layers_and_write_nothing(
     convolutions = sum(isinstance(layer, torch.nn.Conv2d) for layer in layers)
     assert f"of {convolutions}" in told
     assert run("plan", model, "--prompts", prompts, "--target-sqnr", 30, "--dry-run") == 0
-    assert str(convolutions) in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert str(convolutions) in told
+    assert "w4a16" not in told
+    assert run("plan", model, "--prompts", prompts, "--target-bytes", 1000, "--dry-run") == 0
+    assert "w4a16" in capsys.readouterr().out
     assert what_is_in(tmp_path) == before
 
 
