@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import breadth
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
-from benchmarks.study import gallery, pictures
+from benchmarks.study import gallery, mixed, pictures
 from benchmarks.study.questions import PART_QUESTIONS, kind_of
 from benchmarks.study.subjects import SUBJECTS
 
@@ -101,6 +101,10 @@ def readme_table() -> str:
         data = json.loads(newest["pictures"].read_text())
         lines += pictures.readme_lines(data)
         sources.append(source(newest["pictures"], data, README.parent))
+    if "mixed" in newest:
+        data = json.loads(newest["mixed"].read_text())
+        lines += mixed.readme_lines(data)
+        sources.append(source(newest["mixed"], data, README.parent))
     if "unet_sd15_cpu" in newest:
         data = json.loads(newest["unet_sd15_cpu"].read_text())
         found = {key.rpartition("/")[2]: value for key, value in data["summary"].items()}

@@ -118,6 +118,20 @@ def table(data: dict[str, Any]) -> str:
     return f"{words}\n\n" + markdown(head, lines)
 
 
+def readme_lines(data: dict[str, Any]) -> list[list[str]]:
+    """Bytes and PSNR of the plans that may use everything, for the README."""
+    return [
+        [
+            f"{row['model']} model, 4 and 8 bits mixed: ldmq_kernels",
+            f"{row['share_of_fp16']:.3f}x of fp16",
+            f"{row['drawn']['psnr']['mean']:.2f} dB in the mean of {row['captions']}, "
+            f"{row['drawn']['psnr']['worst_tenth']:.2f} dB for the worst tenth",
+        ]
+        for row in data["rows"]
+        if row["formats"] == DEFAULT
+    ]
+
+
 def _instead(rows: list[dict[str, Any]]) -> str:
     """How much more PSNR 16-bit activations keep than split ones, on each model."""
     kept = {(row["model"], row["formats"]): row["drawn"]["psnr"]["mean"] for row in rows}

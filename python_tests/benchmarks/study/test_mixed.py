@@ -35,7 +35,10 @@ def test_the_table_has_a_line_for_each_plan() -> None:
     rows = [row | {"formats": mixed.WITH_SPLIT, "drawn": row["drawn"] | {"psnr": spread | {"mean": 58.0}}}]
     rows.append(row | {"formats": mixed.WITH_16_BIT})
     page = mixed.table({"rows": rows, "device": "a device", "torch": "2", "commit": "c" * 40})
-    line = page.splitlines()[-1]
-    assert line == f"| demo | {mixed.WITH_16_BIT} | 0.320x | 57.30 | 52.00 | 40.00 | 25% | 50% | 75% |"
+    assert page.splitlines()[-1] == f"| demo | {mixed.WITH_16_BIT} | 0.320x | 57.30 | 52.00 | 40.00 | 25% | 50% | 75% |"
     assert "in place of split ones: -0.7 dB of PSNR (demo)." in page
     assert "3 held-out captions" in page
+    assert mixed.readme_lines({"rows": rows}) == []
+    rows.append(row | {"formats": mixed.DEFAULT})
+    (line,) = mixed.readme_lines({"rows": rows})
+    assert line[1:] == ["0.320x of fp16", "57.30 dB in the mean of 3, 52.00 dB for the worst tenth"]
