@@ -2,8 +2,8 @@
 
 Its int8 products, reached through `torch.ops.onednn`, take int8 activations as uint8 with zero point 128 and give
 float32 or bfloat16, with scales and bias applied. Without VNNI they saturate silently: where a self-check finds that,
-the same integers are multiplied in float32, exactly (`widened`).
-So is FP8, which no CPU multiplies: e4m3 is exact in float32.
+the same integers are multiplied in 16 bits (`products`, with AVX2 and a C compiler) or in float32 (`widened`), exactly.
+FP8, which no CPU multiplies, is widened: e4m3 is exact in float32.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import torch
 
 from ldmq_kernels.files import shortened
 from ldmq_kernels.kernels.backend import Backend, Packer, register
-from ldmq_kernels.kernels.cpu import compiled, packing, widened
+from ldmq_kernels.kernels.cpu import compiled, packing, products, widened
 from ldmq_kernels.kernels.cpu.self_check import is_exact
 
 # oneDNN keeps what it prepared for each shape, and reads the limit at its first call: a model takes a few hundred, a
 # server that sees many sizes would keep 1,024
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
-WIDENED_REMARK = (
-    "this processor lacks AVX-512 VNNI, AVX-VNNI and AMX, so that oneDNN's int8 products are not exact: the same "
+_LACKS = "this processor lacks AVX-512 VNNI, AVX-VNNI and AMX, so that oneDNN's int8 products are not exact: the same "
+PAIRS_REMARK = _LACKS + "integers are multiplied in 16 bits, exactly, and weights take twice the memory of int8"
+WIDENED_REMARK = _LACKS + (
     "integers are multiplied in float32, exactly; large layers take about the time of float ones, small ones more, and "
     "weights the memory of float32"
 )
@@ -44,7 +45,7 @@ class _Cpu(Backend):
 
     def remark(self, device: torch.device) -> str:
         """What is slower here than it need be, and what no CPU has: VNNI, a C compiler, FP8."""
-        remarks = [] if is_exact() else [WIDENED_REMARK]
+        remarks = [] if is_exact() else [PAIRS_REMARK if products.serves() else WIDENED_REMARK]
         library, why = compiled.load()
         if library is None:
             remarks.append(

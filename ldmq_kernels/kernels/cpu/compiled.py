@@ -1,7 +1,8 @@
-"""`rows.c`, compiled once on a machine that has a C compiler; without one, torch does the same work in more passes.
+"""The C files of this folder, compiled once on a machine that has a C compiler; without one, torch does the same.
 
-The library lies beside this user's measurements, under a name that changes with its source, the compiler and the
-vectors of the processor. Its calls take torch's threads, from the OpenMP runtime that torch has loaded.
+`rows.c` is elementwise work in one pass, called from here; `products.c` is for processors without VNNI, called from
+`products`. The library lies beside this user's measurements, under a name that changes with its source, the compiler
+and the vectors of the processor. Its calls take torch's threads, from the OpenMP runtime that torch has loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ldmq_kernels.files import shortened
 from ldmq_kernels.kernels.gpu import cache_folder
 from ldmq_kernels.kernels.reference.quantize_static import nan_error
 
-SOURCE = Path(__file__).with_name("rows.c")
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # no contraction: a product is rounded before the sum, as torch has it
 FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 VECTORS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}  # by torch's name of what it uses itself
@@ -51,7 +53,7 @@ def compiler() -> list[str]:
 
 
 def compile_library(folder: Path) -> Path:
-    """Compile `rows.c` into a folder, unless it was compiled there before; the library is written whole or not at all.
+    """Compile the C files into a folder, whole or not at all, unless they were compiled there before.
 
     Raises:
         NoLibraryError: there is no compiler, it fails, or the folder cannot be written.
@@ -61,13 +63,14 @@ def compile_library(folder: Path) -> Path:
     command += [vectors] if vectors else []
     try:
         version = subprocess.run([command[0], "--version"], capture_output=True, timeout=SECONDS).stdout
-        known = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, *map(str.encode, command)])).hexdigest()[:16]
-        library = folder / f"rows-{known}.so"
+        read = [path.read_bytes() for path in (*SOURCES, *HEADERS)]
+        known = hashlib.sha256(b"\0".join([*read, version, *map(str.encode, command)])).hexdigest()[:16]
+        library = folder / f"cpu-{known}.so"
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix="rows-") as scratch:
+            with tempfile.TemporaryDirectory(dir=folder, prefix="cpu-") as scratch:
                 made = Path(scratch) / library.name
-                whole = [*command, str(SOURCE), "-o", str(made), "-lm"]
+                whole = [*command, *map(str, SOURCES), "-o", str(made), "-lm"]
                 done = subprocess.run(whole, capture_output=True, text=True, timeout=SECONDS)
                 if done.returncode:
                     raise NoLibraryError(f"{shlex.join(command)} fails: {shortened(done.stderr.strip())}")
@@ -82,20 +85,25 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why this machine has none; asked once in a process."""
     try:
         library = ctypes.CDLL(str(compile_library(cache_folder())))
-        for name in ("ldmq_quantize_measured", "ldmq_quantize_calibrated", "ldmq_finish", "ldmq_use_openmp"):
-            getattr(library, name).restype = None
     except (NoLibraryError, OSError) as error:
         return None, str(error)
     process = ctypes.CDLL(None)
     if all(hasattr(process, name) for name in OPENMP):
         library.ldmq_use_openmp(*(ctypes.cast(getattr(process, name), ctypes.c_void_p) for name in OPENMP))
     pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.ldmq_quantize_measured.argtypes = [pointer, flag, *[size] * 3, *[pointer] * 4, size]
-    library.ldmq_quantize_calibrated.argtypes = [pointer, flag, size, size, pointer, size, pointer, pointer, size]
-    library.ldmq_finish.argtypes = [
-        *(pointer, size, size, pointer, size),
-        *(pointer, pointer, pointer, size, pointer, size, pointer, flag, pointer, flag, size),
-    ]
+    taken = {
+        "ldmq_quantize_measured": [pointer, flag, *[size] * 3, *[pointer] * 4, size],
+        "ldmq_quantize_calibrated": [pointer, flag, size, size, pointer, size, pointer, pointer, size],
+        "ldmq_finish": [
+            *(pointer, size, size, pointer, size),
+            *(pointer, pointer, pointer, size, pointer, size, pointer, flag, pointer, flag, size),
+        ],
+        "ldmq_multiply": [pointer, *[size] * 14, pointer, size, pointer, size],
+    }
+    for name, types in taken.items():
+        function = getattr(library, name, None)  # products are compiled where there is AVX2
+        if function is not None:
+            function.argtypes, function.restype = types, None
     return library, ""
 
 

@@ -1,4 +1,4 @@
-"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, in oneDNN's int8 or widened."""
+"""out = conv(x_q, weight) * x_scale * weight_scale + bias + sample_bias + residual, in exact integers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.backend import Unsupported
-from ldmq_kernels.kernels.cpu import onednn, widened
+from ldmq_kernels.kernels.cpu import onednn, products, widened
 from ldmq_kernels.kernels.cpu.blocks import as_rows, finish_rows
 from ldmq_kernels.kernels.cpu.linear_w8a8 import WRITTEN_BY_ONEDNN
 from ldmq_kernels.kernels.cpu.packing import is_packed, lay_out_conv2d, pack_conv2d
@@ -49,6 +49,14 @@ def why_wrong(
     return ""
 
 
+def _widened(packed: Tensor, outputs: int) -> Tensor:
+    """A weight of several groups, which packing does not see, as float32; kept on the tensor from its first call on."""
+    kept = getattr(packed, "_ldmq_widened", None)
+    if kept is None:
+        kept = packed._ldmq_widened = widened.pack_conv2d(products.unpack(packed, outputs))  # type: ignore[attr-defined]
+    return kept
+
+
 def conv2d_w8a8(
     x_q: Tensor,
     x_scale: Tensor,
@@ -77,10 +85,15 @@ def conv2d_w8a8(
         return torch.empty(shape, dtype=out_dtype, device=x_q.device, memory_format=torch.channels_last)
     x_q, pads = enlarged_and_padded(x_q, padding, upsample)
     packed = weight if is_packed(weight) else pack_conv2d(weight)
-    is_widened = packed.dtype == torch.float32
-    if not is_widened and (why := why_wrong(x_q.shape[2:], kernel_size, stride, pads, dilation)):
+    if packed.dtype == torch.int16 and groups > 1:
+        packed = _widened(packed, weight_scale.shape[0])
+    if packed.dtype == torch.int8 and (why := why_wrong(x_q.shape[2:], kernel_size, stride, pads, dilation)):
         raise Unsupported(why)
     x_q = x_q.contiguous(memory_format=torch.channels_last)
+    if packed.dtype == torch.int16:
+        accumulator = products.conv2d(x_q, packed, weight_scale.shape[0], stride, pads, dilation)
+        return _finish(accumulator, x_scale, weight_scale, bias, sample_bias, residual, out_dtype)
+    is_widened = packed.dtype == torch.float32
     parts = packed.shape[0] // weight_scale.shape[0] if is_widened else 1
     if parts > 1 and groups > 1:
         raise Unsupported(f"sums of a convolution in {groups} groups are too large to be exact in float32")

@@ -1,4 +1,4 @@
-"""out = ((x_q @ weight^T) * x_scale * weight_scale + bias) * gate + residual, in oneDNN's int8 or widened."""
+"""out = ((x_q @ weight^T) * x_scale * weight_scale + bias) * gate + residual, in exact integers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.backend import Unsupported
-from ldmq_kernels.kernels.cpu import onednn, widened
+from ldmq_kernels.kernels.cpu import onednn, products, widened
 from ldmq_kernels.kernels.cpu.blocks import finish_rows
 from ldmq_kernels.kernels.cpu.packing import is_packed, pack_linear
 
@@ -32,16 +32,18 @@ def linear_w8a8(
     if not rows.shape[0]:
         return x_q.new_empty(shape, dtype=out_dtype)
     packed = weight if is_packed(weight) else pack_linear(weight)
-    is_widened = packed.dtype == torch.float32
-    channels = packed.shape[0] * packed.shape[2] if is_widened else packed.shape[0]
+    channels = _channels_of(packed)
     if channels != rows.shape[1]:
         raise Unsupported(f"the input has {rows.shape[1]} channels, the weight {channels}")
     n = weight_scale.shape[0]
     if gate is not None and (gate.shape[-1] != n or rows.shape[0] % max(1, gate.numel() // n)):
         raise Unsupported(f"a gate of shape {tuple(gate.shape)} for {rows.shape[0]} rows of {n}")
     is_static = x_scale.numel() == 1
-    if is_widened:
-        accumulator, column_scale = widened.linear(rows, packed), weight_scale
+    column_scale: Tensor | None = weight_scale
+    if packed.dtype == torch.int16:
+        accumulator = products.linear(rows, packed, n)
+    elif packed.dtype == torch.float32:
+        accumulator = widened.linear(rows, packed)
     elif is_static and residual is None and gate is None and out_dtype in WRITTEN_BY_ONEDNN:
         shift = None if bias is None else bias.float()
         return onednn.linear(rows, float(x_scale), packed, weight_scale, shift, out_dtype).view(shape)
@@ -52,3 +54,10 @@ def linear_w8a8(
     gates = None if gate is None else gate.reshape(-1, n)
     finish_rows(accumulator, x_scale.reshape(-1), column_scale, bias, None, added, out, gates)
     return out.view(shape)
+
+
+def _channels_of(packed: Tensor) -> int:
+    """The input channels of a packed weight."""
+    if packed.dtype == torch.int16:
+        return 2 * packed.shape[1]
+    return packed.shape[0] * packed.shape[2] if packed.dtype == torch.float32 else packed.shape[0]

@@ -1,4 +1,4 @@
-"""How the weights of 8-bit products are held, exact both ways: in oneDNN's int8 layouts, or widened to float32.
+"""How the weights of 8-bit products are held, exact both ways: in oneDNN's layouts, as 16-bit pairs, or as float32.
 
 A linear is blocked at once. Which blocks suit a convolution depends on the size of its input (the
 wrong ones are reordered in every call, for longer than the convolution takes on an 8x8 map), so its
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.backend import Packer
-from ldmq_kernels.kernels.cpu import onednn, self_check, widened
+from ldmq_kernels.kernels.cpu import onednn, products, self_check, widened
 from ldmq_kernels.numerics.formats.int4 import pack_int4, unpack_int4
 from ldmq_kernels.numerics.formats.int4_two_level import divide_multiplier, fold_multiplier
 
@@ -24,29 +24,35 @@ _LAYING_OUT = threading.Lock()
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a weight is in a form of this file; a plain one is strided integers."""
-    return weight.is_mkldnn or weight.dtype == torch.float32
+    """Whether a weight is in a form of this file; a plain one is strided int8, or int4 in uint8."""
+    return weight.is_mkldnn or weight.dtype == torch.float32 or products.is_packed(weight)
 
 
 def pack_linear(weight: Tensor) -> Tensor:
     """(N, K) int8 to the form that `linear_w8a8` and, of the folded weight, `linear_w4a8` multiply."""
-    return onednn.prepack_linear(weight.contiguous()) if self_check.is_exact() else widened.pack_linear(weight)
+    if self_check.is_exact():
+        return onednn.prepack_linear(weight.contiguous())
+    return products.pack(weight) if products.takes(weight) else widened.pack_linear(weight)
 
 
-def unpack_linear(packed: Tensor) -> Tensor:
-    """The (N, K) int8 that `pack_linear` packed."""
+def unpack_linear(packed: Tensor, outputs: int) -> Tensor:
+    """The (N, K) int8 that `pack_linear` packed; `outputs` is N."""
+    if packed.dtype == torch.int16:
+        return products.unpack(packed, outputs)
     return widened.unpack_linear(packed) if packed.dtype == torch.float32 else packed.to_dense().t().contiguous()
 
 
 def pack_conv2d(weight: Tensor) -> Tensor:
     """(K, R, S, C / groups) int8 to the form that `conv2d_w8a8` and `conv2d_w4a8` multiply."""
     if not self_check.is_exact():
-        return widened.pack_conv2d(weight)
+        return products.pack(weight) if products.takes(weight) else widened.pack_conv2d(weight)
     return weight.permute(0, 3, 1, 2).contiguous().to_mkldnn()
 
 
 def unpack_conv2d(packed: Tensor, outputs: int) -> Tensor:
     """The (K, R, S, C / groups) int8 that `pack_conv2d` packed, whatever its layout is by now; `outputs` is K."""
+    if packed.dtype == torch.int16:
+        return products.unpack(packed, outputs)
     if packed.dtype == torch.float32:
         return widened.unpack_conv2d(packed, outputs)
     return packed.to_dense().permute(0, 2, 3, 1).contiguous()
@@ -101,8 +107,8 @@ def _packer(layout: str, pack: Callable[[Tensor], Tensor], unpack: Callable[[Ten
 @functools.cache
 def packers() -> Mapping[str, Packer]:
     """How the weights of the products of quantized activations are held on this processor, by op."""
-    layout = "oneDNN" if self_check.is_exact() else "float32"
-    linear = _packer(layout, pack_linear, lambda packed, _: unpack_linear(packed))
+    layout = "oneDNN" if self_check.is_exact() else "16-bit pairs" if products.serves() else "float32"
+    linear = _packer(layout, pack_linear, unpack_linear)
     conv2d = _packer(layout, pack_conv2d, unpack_conv2d)
     linears = dict.fromkeys(("linear_w8a8", "linear_static_w8a8", "linear_w4a8"), linear)
     convolutions = dict.fromkeys(("conv2d_w8a8", "conv2d_w4a8"), conv2d)

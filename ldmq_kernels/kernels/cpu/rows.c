@@ -8,38 +8,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "parts.h"
+
 enum { CHUNK = 1024 };  // columns of a row that are finished together, in the first cache
-
-// The OpenMP runtime that torch has loaded, so that both share one pool of threads; null where there is none.
-static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-static int (*thread_number)(void);
-static int (*thread_count)(void);
-
-void ldmq_use_openmp(void *gomp_parallel, void *omp_get_thread_num, void *omp_get_num_threads) {
-  memcpy(&parallel, &gomp_parallel, sizeof parallel);
-  memcpy(&thread_number, &omp_get_thread_num, sizeof thread_number);
-  memcpy(&thread_count, &omp_get_num_threads, sizeof thread_count);
-}
-
-typedef struct {
-  void (*work)(const void *task, int64_t part, int64_t parts);
-  const void *task;
-  int64_t parts;
-} Parts;
-
-static void own_parts(void *given) {
-  const Parts *all = given;
-  for (int64_t part = thread_number(); part < all->parts; part += thread_count()) all->work(all->task, part, all->parts);
-}
-
-static void in_parts(void (*work)(const void *, int64_t, int64_t), const void *task, int64_t parts) {
-  Parts all = {work, task, parts};
-  if (parts > 1 && parallel) {
-    parallel(own_parts, &all, (unsigned)parts, 0);
-  } else {
-    for (int64_t part = 0; part < parts; ++part) work(task, part, parts);
-  }
-}
 
 static inline float widened(uint16_t value) {
   const uint32_t bits = (uint32_t)value << 16;
@@ -154,10 +125,10 @@ void ldmq_quantize_measured(const void *x, int is_bfloat16, int64_t groups, int6
                             const float *maybe_smooth, int8_t *q, float *scale, int32_t *largest, int64_t threads) {
   const Measured task = {x, is_bfloat16, groups, rows, columns, maybe_smooth, q, scale, largest};
   if (threads == 1 || groups >= threads) {
-    in_parts(whole_groups, &task, threads);
+    ldmq_in_parts(whole_groups, &task, threads, threads);
   } else {
-    in_parts(largest_of_part, &task, threads);
-    in_parts(quantize_part, &task, threads);
+    ldmq_in_parts(largest_of_part, &task, threads, threads);
+    ldmq_in_parts(quantize_part, &task, threads, threads);
   }
 }
 
@@ -199,7 +170,7 @@ static void calibrated_part(const void *given, int64_t part, int64_t parts) {
 void ldmq_quantize_calibrated(const void *x, int is_bfloat16, int64_t rows, int64_t columns, const float *factors,
                               int64_t factor_count, int8_t *q, int32_t *has_nan, int64_t threads) {
   const Calibrated task = {x, is_bfloat16, rows, columns, factors, factor_count, q, has_nan};
-  in_parts(calibrated_part, &task, threads);
+  ldmq_in_parts(calibrated_part, &task, threads, threads);
 }
 
 // -- epilogue -----------------------------------------------------------------------------------------------------
@@ -266,5 +237,5 @@ void ldmq_finish(const float *accumulator, int64_t rows, int64_t columns, const 
   const Finished task = {accumulator, rows, columns, scale, scale_count, maybe_column_scale, maybe_bias,
                          maybe_sample_bias, sample_count, maybe_gate, gate_count, maybe_residual,
                          residual_is_bfloat16, out, out_is_bfloat16};
-  in_parts(finished_part, &task, threads);
+  ldmq_in_parts(finished_part, &task, threads, threads);
 }

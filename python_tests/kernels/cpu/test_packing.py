@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmq_kernels.kernels.cpu import backend as cpu
-from ldmq_kernels.kernels.cpu import onednn, self_check, widened
+from ldmq_kernels.kernels.cpu import onednn, products, self_check, widened
 from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear, unpack_conv2d, unpack_linear
 from python_tests.kernels.convolutions import as_op
 
@@ -26,7 +26,12 @@ CONVOLUTIONS = [
 
 # how weights are held, and the largest: up to 63 make no pair of products that 16 bits cannot hold, which is exact on
 # every processor
-FORMS = [("int8", 63), pytest.param(("int8", 127), marks=pytest.mark.needs_exact_onednn), ("float32", 127)]
+FORMS = [
+    ("int8", 63),
+    pytest.param(("int8", 127), marks=pytest.mark.needs_exact_onednn),
+    pytest.param(("int16", 127), marks=pytest.mark.skipif(not products.serves(), reason="not a processor for it")),
+    ("float32", 127),
+]
 
 
 @pytest.fixture(params=FORMS, ids=str)
@@ -34,6 +39,8 @@ def largest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The largest weight of a test, whose weights are packed for a processor with exact int8 products or without."""
     form, largest = request.param
     monkeypatch.setattr(self_check, "is_exact", lambda: form == "int8")
+    if form != "int16":
+        monkeypatch.setattr(products, "serves", lambda: False)
     return largest
 
 
@@ -45,7 +52,7 @@ def _integers(*shape: int, largest: int = 127) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(320, 320), (20, 4), (4, 20), (1, 1), (2560, 960), (7, 11520)])
 def test_a_packed_linear_weight_unpacks_exactly(shape, largest):
     weight = _integers(*shape, largest=largest)
-    assert torch.equal(unpack_linear(pack_linear(weight)), weight)
+    assert torch.equal(unpack_linear(pack_linear(weight), len(weight)), weight)
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
@@ -86,6 +93,7 @@ def test_a_packed_convolution_is_laid_out_once_even_from_many_threads(form, monk
     calls = []
     prepack = form.prepack_conv2d
     monkeypatch.setattr(self_check, "is_exact", lambda: form is onednn)
+    monkeypatch.setattr(products, "serves", lambda: False)
     monkeypatch.setattr(form, "prepack_conv2d", lambda *a: (calls.append(1), prepack(*a))[1])
     geometry = ((1, 1), (1, 1), (1, 1), 1)
     packed = pack_conv2d(_integers(64, 3, 3, 64))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.cpu import FLOAT8_REMARK, onednn, self_check, widened
+from ldmq_kernels.kernels.cpu import FLOAT8_REMARK, onednn, products, self_check, widened
 from ldmq_kernels.kernels.cpu import backend as cpu
 
 
@@ -39,10 +39,13 @@ def _saturating_linear(x_q: Tensor, _x_scale: float, packed: Tensor, *_: object)
     return (pairs.sum(1) - onednn.ZERO_POINT * weight.sum(0)).float()
 
 
-def test_a_saturating_product_is_refused_and_float32_is_said_to_serve(monkeypatch, forgetful):
+def test_a_saturating_product_is_refused_and_what_serves_is_said(monkeypatch, forgetful):
     monkeypatch.setattr(onednn, "linear", _saturating_linear)
     assert not self_check.is_exact()
     assert cpu.serves(torch.device("cpu"))
+    remark = cpu.remark(torch.device("cpu"))
+    assert ("multiplied in 16 bits" in remark) == products.serves()
+    monkeypatch.setattr(products, "serves", lambda: False)
     assert "multiplied in float32" in cpu.remark(torch.device("cpu"))
 
 

@@ -1,0 +1,8 @@
+// Parts of a call on the threads of the OpenMP runtime that torch has loaded, so that both share one pool.
+#pragma once
+
+#include <stdint.h>
+
+// Does work(task, part, parts) for each part, on so many threads; on this one where there is no OpenMP.
+void ldmq_in_parts(void (*work)(const void *task, int64_t part, int64_t parts), const void *task, int64_t parts,
+                   int64_t threads);

@@ -1,0 +1,94 @@
+"""int8 products of a processor with AVX2 and without VNNI, exact, by `products.c`: 16-bit integers, 32-bit sums.
+
+About twice the products of float32 for each instruction, on half of the memory. Input channels come in pairs: a weight
+with an odd number of them, or with one for each of its groups, is multiplied by `widened`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu import compiled
+
+PANEL = 16  # output channels that are multiplied together
+GRAIN = 1 << 20  # products of a call for one thread: a fraction of a millisecond
+
+
+def serves() -> bool:
+    """Whether `products.c` was compiled here, on a processor whose float32 products take no wider vectors."""
+    library, _ = compiled.load()
+    has_them = library is not None and hasattr(library, "ldmq_multiply")
+    return has_them and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether this file multiplies a weight of int8, (N, K) or (K, R, S, C / groups)."""
+    return serves() and weight.numel() > 0 and weight.shape[-1] % 2 == 0
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight is one that `pack` packed."""
+    return weight.dtype == torch.int16 and weight.shape[-2:] == (PANEL, 2)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """(N, ..., C) int8 to (panels, ..., C / 2, 16, 2) int16: pairs of input channels of 16 outputs side by side."""
+    outputs = weight.shape[0]
+    panels = weight.new_zeros(-(-outputs // PANEL) * PANEL, *weight.shape[1:], dtype=torch.int16)
+    panels[:outputs] = weight
+    return panels.unflatten(0, (-1, PANEL)).unflatten(-1, (-1, 2)).movedim(1, -2).contiguous()
+
+
+def unpack(packed: Tensor, outputs: int) -> Tensor:
+    """The (N, ..., C) int8 that `pack` packed; `outputs` is N."""
+    weight = packed.movedim(-2, 1).flatten(-2).flatten(0, 1)[:outputs]
+    return weight.to(torch.int8, memory_format=torch.contiguous_format)
+
+
+def linear(x_q: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    """x_q (M, K) int8, contiguous, by a packed weight; (M, N) float32, the exact sum rounded once."""
+    rows, channels = x_q.shape
+    out = x_q.new_empty(rows, outputs, dtype=torch.float32)
+    _multiply(x_q, (1, rows, 1, channels), packed, (1, 1), ((1, 1), (0, 0), (1, 1)), out)
+    return out
+
+
+def conv2d(
+    x_q: Tensor,
+    packed: Tensor,
+    outputs: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """x_q (N, C, H, W) int8, channels_last, by a packed weight; float32, channels_last, the exact sum rounded once."""
+    samples, channels, height, width = x_q.shape
+    window = packed.shape[1:3]
+    out_size = [
+        (size + 2 * pad - apart * (taps - 1) - 1) // step + 1
+        for size, taps, step, pad, apart in zip((height, width), window, stride, padding, dilation, strict=True)
+    ]
+    out = x_q.new_empty(samples, *out_size, outputs, dtype=torch.float32)
+    _multiply(x_q, (samples, height, width, channels), packed, window, (stride, padding, dilation), out)
+    return out.permute(0, 3, 1, 2)
+
+
+def _multiply(
+    x_q: Tensor,
+    sizes: tuple[int, int, int, int],
+    packed: Tensor,
+    window: tuple[int, ...],
+    geometry: tuple[tuple[int, int], ...],
+    out: Tensor,
+) -> None:
+    library, _ = compiled.load()
+    assert library is not None
+    out_size = out.shape[1:3] if out.dim() == 4 else (out.shape[0], 1)
+    work = out.numel() * window[0] * window[1] * sizes[3]
+    threads = max(1, min(torch.get_num_threads(), work // GRAIN))
+    pairs = [length for pair in geometry for length in pair]
+    library.ldmq_multiply(
+        *(x_q.data_ptr(), *sizes, *window, *pairs, *out_size),
+        *(packed.data_ptr(), out.shape[-1], out.data_ptr(), threads),
+    )

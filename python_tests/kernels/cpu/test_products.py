@@ -1,0 +1,102 @@
+"""`products.c` multiplies int8 exactly, whatever the sizes, on any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmq_kernels.kernels.cpu import backend as cpu
+from ldmq_kernels.kernels.cpu import compiled, products, self_check
+from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear
+from python_tests.kernels.convolutions import as_op
+
+pytestmark = pytest.mark.skipif(not products.serves(), reason="products.c serves processors with AVX2 alone")
+
+ONE = torch.ones(1)
+# (input channels, output channels, kernel, height, width, stride, padding, dilation): ragged rows, panels and depths
+CONVOLUTIONS = [
+    (2, 1, 1, 1, 1, 1, 0, 1),
+    (4, 20, 3, 7, 5, 1, 1, 1),
+    (36, 16, 3, 9, 4, 2, 1, 1),
+    (130, 33, 3, 5, 6, 1, 2, 2),  # 1170 integers of a row: more than are multiplied at once
+    (8, 17, 5, 11, 13, 3, 0, 1),
+    (6, 5, 2, 4, 4, 1, 3, 1),  # windows that see only padding
+]
+
+
+@pytest.fixture(autouse=True, params=[1, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A processor without VNNI, and calls that are shared between threads however small they are."""
+    monkeypatch.setattr(self_check, "is_exact", lambda: False)
+    monkeypatch.setattr(products, "GRAIN", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def integers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 97, 200])
+@pytest.mark.parametrize(("channels", "outputs"), [(2, 1), (34, 16), (2050, 37)])
+def test_linear_sums_are_exact(rows: int, channels: int, outputs: int) -> None:
+    x_q, weight = integers(rows, channels), integers(outputs, channels, seed=1)
+    packed = pack_linear(weight)
+    assert packed.dtype == torch.int16
+    out = cpu.linear_w8a8(x_q, ONE, packed, torch.ones(outputs), None, None, torch.float32)
+    assert torch.equal(out, (x_q.long() @ weight.long().t()).float())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_are_exact(sign: int) -> None:
+    x_q, weight = torch.full((7, 11520), 127 * sign, dtype=torch.int8), torch.full((3, 11520), 127, dtype=torch.int8)
+    x_q[0, 0], weight[0, ::2] = 1, -126
+    out = cpu.linear_w8a8(x_q, ONE, pack_linear(weight), torch.ones(3), None, None, torch.float32)
+    assert torch.equal(out, (x_q.long() @ weight.long().t()).float())
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions_are_exact(case: tuple[int, ...]) -> None:
+    channels, outputs, kernel, height, width, stride, padding, dilation = case
+    x_q, weight = integers(3, channels, height, width), integers(outputs, kernel, kernel, channels, seed=1)
+    geometry = ((stride, stride), (padding, padding), (dilation, dilation), 1)
+    packed = pack_conv2d(weight)
+    assert packed.dtype == torch.int16
+    rest = (torch.ones(outputs), None, None, None, (kernel, kernel), *as_op(*geometry), torch.float32)
+    out = cpu.conv2d_w8a8(x_q, ONE, packed, *rest)
+    exact = torch.nn.functional.conv2d(x_q.double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
+    assert torch.equal(out, exact.float())
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_each_weight_has_one_place() -> None:
+    """One-hot inputs and weights: the only product that is not zero is where the definition has it."""
+    for tap in range(9):
+        for channel in (0, 1, 34, 35):
+            x_q, weight = torch.zeros(1, 36, 3, 3, dtype=torch.int8), torch.zeros(18, 3, 3, 36, dtype=torch.int8)
+            x_q[0, channel, tap // 3, tap % 3], weight[17, tap // 3, tap % 3, channel] = 3, -5
+            rest = (torch.ones(18), None, None, None, (3, 3), *as_op((1, 1), (0, 0), (1, 1), 1), torch.float32)
+            out = cpu.conv2d_w8a8(x_q, ONE, pack_conv2d(weight), *rest)
+            assert out.flatten().tolist() == [0.0] * 17 + [-15.0]
+
+
+def test_groups_are_multiplied_in_float32_on_weights_that_are_kept() -> None:
+    x_q, weight = integers(2, 8, 5, 5), integers(6, 3, 3, 4, seed=1)
+    packed, geometry = pack_conv2d(weight), ((1, 1), (1, 1), (1, 1), 2)
+    rest = (torch.ones(6), None, None, None, (3, 3), *as_op(*geometry), torch.float32)
+    exact = torch.nn.functional.conv2d(x_q.double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
+    for _ in range(2):
+        assert torch.equal(cpu.conv2d_w8a8(x_q, ONE, packed, *rest), exact.float())
+
+
+def test_an_odd_number_of_channels_and_a_machine_without_a_compiler_have_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert pack_linear(integers(4, 3)).dtype == torch.float32
+    monkeypatch.setattr(compiled, "load", lambda: (None, "no compiler"))
+    assert pack_linear(integers(4, 4)).dtype == torch.float32
