@@ -98,7 +98,7 @@ def packed(wheel: Path) -> set[str]:
 
 
 def test_the_wheel_holds_every_module_and_data_file_of_the_package(wheel: Path) -> None:
-    data = [path for pattern in ("*.schema.json", "*.html") for path in PACKAGE.rglob(pattern)]
+    data = [path for pattern in ("*.schema.json", "*.html", "*.[ch]") for path in PACKAGE.rglob(pattern)]
     weights = [path for path in (PACKAGE / "demo/weights").rglob("*") if path.is_file() and path.suffix != ".part"]
     assert any(path.suffix == ".safetensors" for path in weights)
     assert any(path.name == "plan.schema.json" for path in data)
@@ -109,7 +109,7 @@ def test_the_wheel_holds_every_module_and_data_file_of_the_package(wheel: Path) 
 def test_the_wheel_holds_nothing_but_the_package(wheel: Path) -> None:
     names = packed(wheel)
     assert {name.split("/")[0] for name in names} == {"ldmq_kernels", "ldmq_kernels-0.1.0.dist-info"}
-    assert not [name for name in names if name.endswith((".cu", ".cpp", ".h", ".so"))]
+    assert not [name for name in names if name.endswith((".cu", ".cuh", ".cpp", ".so")) or "csrc" in name]
     assert any(name.endswith("LICENSE") for name in names)
 
 
