@@ -59,7 +59,7 @@ def serve(
     lora: Loras = None,
     api_key: Keys = None,
     max_batch: Annotated[int, typer.Option(help="Pictures drawn at once.", min=1)] = 8,
-    batch_wait: Annotated[float, typer.Option(help="Milliseconds without another one that begin a batch.", min=0)] = 10,
+    batch_wait: Annotated[float, typer.Option(help="Milliseconds without another one that begin a batch.", min=0)] = 5,
     max_pixels: Annotated[int, typer.Option(help="Of one picture.", min=64)] = 1024 * 1024,
     max_steps: Annotated[int, typer.Option(help="Of one picture.", min=1)] = 200,
     max_waiting: Megapixels = 1000.0,

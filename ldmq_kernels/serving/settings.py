@@ -46,7 +46,7 @@ class Limits:
     __pydantic_config__ = FORBID_UNKNOWN
 
     max_batch: int = 8
-    batch_wait_s: float = 0.01
+    batch_wait_s: float = 0.005
     max_pixels: int = 1024 * 1024
     max_steps: int = 200
     max_waiting: float = 32 * 1024 * 1024 * 30.0
