@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.commands.op import names
 from benchmarks.harness import machine, results
-from benchmarks.models import cpu, gpu
+from benchmarks.models import cpu, cpu_rivals, gpu
 from benchmarks.models.definitions import MODELS, TOYS
 
 BY = ("triton", "cuda")
@@ -24,12 +24,12 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=[*MODELS, *(name for name in cpu.SUBJECTS if name not in MODELS)])
     parser.add_argument(
         "--against",
         type=names,
         metavar="NAMES",
-        help=f"with commas between: {', '.join(gpu.BASELINES)}; on a CPU {', '.join(cpu.BASELINES)}; without: all",
+        help=f"with commas between: {', '.join(gpu.BASELINES)}; on a CPU {', '.join(cpu.RIVALS)}",
     )
     parser.add_argument("--by", choices=BY, help="offer every call to this backend before the others")
     parser.add_argument("--trace", type=Path, help="write a trace of one replayed call there, on a GPU")
@@ -47,18 +47,21 @@ def main(arguments: list[str]) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     whole = machine.device().type == "cpu" and not options.toy
-    known = cpu.BASELINES if whole else gpu.BASELINES
+    known = cpu.RIVALS if whole else gpu.BASELINES
     unknown = [name for name in options.against or () if name not in known]
     if unknown:
         parser.error(f"no model is measured beside {', '.join(unknown)} here; it is beside {', '.join(known)}")
-    if whole and options.model not in cpu.UNETS:
-        parser.error(f"on a CPU a UNet is measured: {' or '.join(cpu.UNETS)}")
+    if whole:
+        reasons = [f"{name}: {why}" for name in options.against or () if (why := cpu_rivals.missing(name))]
+        if reasons:
+            parser.error("; ".join(reasons))
+    elif options.model not in MODELS:
+        parser.error(f"{options.model} is measured on a CPU, with --device cpu and without --toy")
     if options.toy and options.record:
         parser.error("a toy is no result: leave out --record")
-    against = options.against or known
     if whole:
-        rows, text = cpu.measure(options.model, options.rounds or 7, against), cpu.text
-        what = f"unet_{options.model}_cpu"
+        rows, text = cpu.measure(options.model, options.rounds or 7, options.against or cpu.usual_rivals()), cpu.text
+        what = cpu.SUBJECTS[options.model].key
     else:
         dtype = torch.bfloat16 if options.model == "vae_decoder" else torch.float16
         described = (TOYS if options.toy else MODELS)[options.model]
@@ -67,7 +70,7 @@ def main(arguments: list[str]) -> None:
             described,
             torch.float32 if options.toy else dtype,
             options.rounds or 15,
-            against,
+            options.against or known,
             options.trace,
         )
         text, what = gpu.text, f"model_{options.model}{f'_{options.by}' if options.by else ''}"

@@ -15,6 +15,8 @@ from typing import Any
 from benchmarks import breadth
 from benchmarks.harness import results
 from benchmarks.harness.tables import markdown
+from benchmarks.models.cpu import SUBJECTS as SUBJECTS_ON_CPU
+from benchmarks.models.cpu_rivals import WORDS
 from benchmarks.study import gallery, mixed, pictures
 from benchmarks.study.questions import PART_QUESTIONS, kind_of
 from benchmarks.study.subjects import SUBJECTS
@@ -25,8 +27,7 @@ MEASURED, PICTURES = "measured", "pictures"  # what the marks in a page say
 Table = Callable[[dict[str, Any]], str]
 
 OWNERS = {  # module of each kind of results, in the order of the page
-    "unet_sd15_cpu": "models.cpu",
-    "unet_sdxl_cpu": "models.cpu",
+    **{subject.key: "models.cpu" for subject in SUBJECTS_ON_CPU.values()},
     **{f"model_{name}": "models.gpu" for name in ("sdxl", "sd15", "vae_decoder")},
     **dict.fromkeys(results.OPS, "commands.op"),
     "ceilings": "machine.ceilings",
@@ -88,7 +89,7 @@ def page() -> str:
 
 # -- the README's table ------------------------------------------------------------------------------------
 
-UNET_KEYS = {"vs_fp32": "times as fast as float32", "vs_bf16": "times as fast as bfloat16"}
+UNET_KEYS = {f"vs_{name}": f"times as fast as {WORDS[name]}" for name in ("fp32", "bf16", "openvino_int8")}
 
 
 def readme_table() -> str:
@@ -105,13 +106,14 @@ def readme_table() -> str:
         data = json.loads(newest["mixed"].read_text())
         lines += mixed.readme_lines(data)
         sources.append(source(newest["mixed"], data, README.parent))
-    if "unet_sd15_cpu" in newest:
-        data = json.loads(newest["unet_sd15_cpu"].read_text())
-        found = {key.rpartition("/")[2]: value for key, value in data["summary"].items()}
-        speed = ", ".join(f"{found[key]:.2f} {words}" for key, words in UNET_KEYS.items())
-        words = "UNet of Stable Diffusion 1.5's size in W8A8, on a CPU"
-        lines.append([words, f"{found['peak_memory_share']:.2f}x of float32's peak memory", speed])
-        sources.append(source(newest["unet_sd15_cpu"], data, README.parent))
+    for (what, _), path in results.newest().items():
+        if what == "unet_sd15_cpu":
+            data = json.loads(path.read_text())
+            found = {key.rpartition("/")[2]: value for key, value in data["summary"].items()}
+            speed = ", ".join(f"{found[key]:.2f} {words}" for key, words in UNET_KEYS.items() if key in found)
+            words = f"UNet of Stable Diffusion 1.5's size in W8A8, on a CPU: {data['device']}"
+            lines.append([words, f"{found['peak_memory_share']:.2f}x of float32's peak memory", speed])
+            sources.append(source(path, data, README.parent))
     return "\n\n".join([markdown(["", "size", "PSNR of the pictures, or speed"], lines), *sources])
 
 

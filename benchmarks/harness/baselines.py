@@ -34,17 +34,20 @@ def _no_fp8() -> str | None:
     return None
 
 
-def _not_installed(package: str) -> Callable[[], str | None]:
+def not_installed(package: str, listed: str = "requirements-peers.txt") -> Callable[[], str | None]:
+    """Why another tool cannot be measured: what to install, of the file in this folder that lists it."""
+
     def why() -> str | None:
         if importlib.util.find_spec(package) is not None:
             return None
-        return f"{package} is not installed: pip install --no-deps -r benchmarks/requirements-peers.txt"
+        option = "--no-deps " if listed == "requirements-peers.txt" else ""
+        return f"{package} is not installed: pip install {option}-r benchmarks/{listed}"
 
     return why
 
 
 def _no_torchao_fp8() -> str | None:
-    return _not_installed("torchao")() or _no_fp8()
+    return not_installed("torchao")() or _no_fp8()
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ BASELINES = {
     "copy": Baseline("a copy of the input", ("cpu", "cuda")),
     "int_mm": Baseline("torch._int_mm, its epilogue by Inductor", ("cuda",)),
     "fp8": Baseline("torch._scaled_mm in FP8 e4m3, a scale a row", ("cuda",), _no_fp8),
-    "torchao": Baseline("torchao, int8 dynamic", ("cuda",), _not_installed("torchao")),
+    "torchao": Baseline("torchao, int8 dynamic", ("cuda",), not_installed("torchao")),
     "torchao_fp8": Baseline("torchao, FP8 e4m3 dynamic", ("cuda",), _no_torchao_fp8),
-    "sdnq": Baseline("SDNQ, int8 dynamic", ("cuda",), _not_installed("sdnq")),
+    "sdnq": Baseline("SDNQ, int8 dynamic", ("cuda",), not_installed("sdnq")),
 }
 
 

@@ -1,7 +1,7 @@
-"""A UNet on a CPU at batch 1: float32, bfloat16 and W8A8 in turn, and their peak memory.
+"""A model on a CPU: float, other tools and W8A8 in turn, and their peak memory.
 
-Weights are random, so these are speed figures and say nothing of quality. W8A8 keeps everything
-that is not a linear or a convolution in bfloat16.
+Weights are random but for the demo model's, so these are speed figures and say nothing of quality. W8A8 keeps all that
+is not a linear or a convolution in bfloat16 where the processor multiplies it, else in float32.
 """
 
 from __future__ import annotations
@@ -10,23 +10,42 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+import ldmq_kernels as ldmq
 from benchmarks.harness.tables import markdown
 from benchmarks.harness.timing import Call, medians
-from benchmarks.models.definitions import MODELS
+from benchmarks.models import cpu_rivals
+from benchmarks.models.cpu_rivals import RIVALS, WORDS, by_torch, multiplies_bf16
+from benchmarks.models.definitions import MODELS, Model, decoder_of_512, demo, pixart
 from benchmarks.models.gpu import INPUT_SCALE
 from ldmq_kernels.integrations.diffusers.fused import fuse
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES
 
-UNETS = ("sd15", "sdxl")
-BASELINES = ("fp32", "bf16")
-VARIANTS = (*BASELINES, "w8a8")
-NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
+OURS = "w8a8"
+
+
+class Subject(NamedTuple):
+    """What is measured: its results' name, its words for the pages, the model and the batch of a call."""
+
+    key: str
+    words: str
+    model: Model
+    batch: int = 1
+
+
+SUBJECTS = {
+    "sd15": Subject("unet_sd15_cpu", "A UNet of SD 1.5's size on a CPU", MODELS["sd15"]),
+    "sdxl": Subject("unet_sdxl_cpu", "A UNet of SDXL's size on a CPU", MODELS["sdxl"]),
+    "vae_decoder": Subject("vae_decoder_cpu", "The VAE's decoder on a CPU, 512x512", decoder_of_512()),
+    "pixart": Subject("pixart_cpu", "Eight of PixArt's 28 blocks on a CPU, 512x512", pixart()),
+    "demo": Subject("demo_cpu", "The demo model's UNet on a CPU", demo(), 2),
+    "demo_batch16": Subject("demo_batch16_cpu", "The demo model's UNet on a CPU", demo(), 16),
+}
 
 
 def _fill(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> None:
@@ -52,39 +71,40 @@ def _quantized(module: nn.Module, generator: torch.Generator) -> nn.Module:
     layer.weight_scale = torch.full((channels,), (layer.plain_weight.numel() / channels) ** -0.5 / deviation)
     layer.input_scale = torch.tensor([INPUT_SCALE])
     if module.bias is not None:
-        layer.bias = nn.Parameter(torch.zeros(channels, dtype=torch.bfloat16), requires_grad=False)
+        layer.bias = nn.Parameter(torch.zeros(channels, dtype=_dtype(OURS)), requires_grad=False)
     layer.finish()
     return layer
 
 
 def build(name: str, variant: str) -> nn.Module:
-    """The UNet, made layer by layer, so that no more of it is ever in memory than the variant keeps."""
+    """The model, made layer by layer, so that no more of it is ever in memory than the variant keeps."""
+    made = SUBJECTS[name].model.make
+    if name.startswith("demo"):
+        unet = made()
+        return ldmq.quantize(unet, scheme="w8a8-dynamic") if variant == OURS else unet
     with torch.device("meta"):
-        unet = MODELS[name].make()
+        model = made()
     generator = torch.Generator().manual_seed(0)
-    for path, module in list(unet.named_modules()):
-        if variant == "w8a8" and isinstance(module, nn.Linear | nn.Conv2d):
-            unet.set_submodule(path, _quantized(module, generator))
+    for path, module in list(model.named_modules()):
+        if variant == OURS and isinstance(module, nn.Linear | nn.Conv2d):
+            model.set_submodule(path, _quantized(module, generator))
         else:
             _fill(module, _dtype(variant), generator)
-    return fuse(unet.eval())
+    return model.eval()
 
 
 def _dtype(variant: str) -> torch.dtype:
-    return torch.float32 if variant == "fp32" else torch.bfloat16
+    is_narrow = variant == "bf16" or (variant in (OURS, "compiled") and multiplies_bf16())
+    return torch.bfloat16 if is_narrow else torch.float32
 
 
 def caller(name: str, variant: str) -> Call:
-    """One step of a variant at batch 1."""
-    unet = build(name, variant)
+    """One step of a variant."""
+    model, subject = build(name, variant), SUBJECTS[name]
     torch.manual_seed(1)
-    inputs = MODELS[name].inputs(torch.device("cpu"), _dtype(variant), batch=1)
-
-    def call() -> torch.Tensor:
-        with torch.inference_mode():
-            return unet(**inputs)[0]
-
-    return call
+    dtype = torch.float32 if name.startswith("demo") else _dtype(variant)
+    inputs = subject.model.inputs(torch.device("cpu"), dtype, batch=subject.batch)
+    return by_torch(fuse(model), inputs) if variant == OURS else RIVALS[variant](model, inputs)
 
 
 def peak_bytes() -> int:
@@ -115,34 +135,45 @@ def print_memory(name: str, variant: str) -> None:
     print(before, peak_bytes())
 
 
-def measure(name: str, rounds: int = 7, against: Collection[str] = BASELINES) -> Iterator[dict[str, Any]]:
+def measure(name: str, rounds: int = 7, against: Collection[str] = ("fp32", "bf16")) -> Iterator[dict[str, Any]]:
     """A row for each variant: memory in processes of their own, then times in turn."""
-    variants = [variant for variant in VARIANTS if variant == "w8a8" or variant in against]
+    variants = [*against, OURS]
     memory = {variant: memory_of(name, variant) for variant in variants}
     ms = medians({variant: caller(name, variant) for variant in variants}, rounds)
-    key = f"unet_{name}_cpu"
-    summary = {f"{key}/vs_{variant}": ms[variant] / ms["w8a8"] for variant in variants if variant != "w8a8"}
+    key = SUBJECTS[name].key
+    summary = {f"{key}/vs_{variant}": ms[variant] / ms[OURS] for variant in against}
     if "fp32" in variants:
-        summary[f"{key}/peak_memory_share"] = memory["w8a8"]["peak"] / memory["fp32"]["peak"]
+        summary[f"{key}/peak_memory_share"] = memory[OURS]["peak"] / memory["fp32"]["peak"]
     for variant in variants:
-        row = {"op": f"unet_{name}", "name": variant, "backend": variant, "ms": ms[variant], "memory": memory[variant]}
-        yield row | ({"summary": summary} if variant == "w8a8" else {})
+        row = {"op": key, "name": variant, "backend": variant, "ms": ms[variant], "memory": memory[variant]}
+        yield row | ({"summary": summary} if variant == OURS else {})
+
+
+def usual_rivals() -> list[str]:
+    """What a model is measured beside if nothing else is asked for: all that is there."""
+    return [name for name in RIVALS if cpu_rivals.missing(name) is None]
 
 
 def table(data: dict[str, Any]) -> str:
-    """How much faster W8A8 is, and what memory it takes, for the pages."""
-    name = data["rows"][0]["op"].removeprefix("unet_")
-    words = {
-        "vs_fp32": "W8A8 over float32, times as fast",
-        "vs_bf16": "W8A8 over bfloat16, times as fast",
-        "peak_memory_share": "peak memory, share of float32's",
-    }
-    found = {key.rpartition("/")[2]: value for key, value in data["summary"].items()}
-    lines = [[text, f"{found[key]:.2f}"] for key, text in words.items() if key in found]
-    return f"**A UNet of {NAMES[name]}'s size on a CPU** (random weights, batch 1)\n\n" + markdown(["", ""], lines)
+    """Milliseconds and peak memory of each, for the pages."""
+    of_key = {subject.key: subject for subject in SUBJECTS.values()}
+    first = next(iter(data["summary"])).partition("/")[0]
+    subject, rows = of_key[first], {row["backend"]: row for row in data["rows"]}
+    lines = [
+        [
+            WORDS[name],
+            f"{row['ms']:.0f}" if row["ms"] >= 100 else f"{row['ms']:.1f}",
+            f"{row['ms'] / rows[OURS]['ms']:.2f}",
+            f"{row['memory']['peak'] / 2**20:.0f}",
+        ]
+        for name, row in rows.items()
+    ]
+    weights = "its own weights" if subject.key.startswith("demo") else "random weights"
+    title = f"**{subject.words}** ({weights}, batch {subject.batch}, {data['threads']} threads)"
+    return f"{title}\n\n" + markdown(["", "ms", "times W8A8's", "peak MiB"], lines)
 
 
 def text(row: dict[str, Any]) -> str:
     """A row as lines for a terminal."""
-    line = f"{row['name']:6} {row['ms']:8.0f} ms  peak {row['memory']['peak'] / 2**20:6.0f} MiB"
+    line = f"{WORDS[row['name']]:30} {row['ms']:8.1f} ms  peak {row['memory']['peak'] / 2**20:6.0f} MiB"
     return "\n".join([line, *(f"{key}: {value:.3f}" for key, value in row.get("summary", {}).items())])

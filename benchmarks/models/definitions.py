@@ -127,5 +127,49 @@ def _decoder(settings: dict[str, Any], size: int) -> Model:
     return Model(make, inputs)
 
 
+def decoder_of_512() -> Model:
+    """A VAE's decoder that draws 512x512."""
+    return _decoder(VAE, 64)
+
+
+def pixart() -> Model:
+    """A transformer of PixArt's width at 512x512, 1024 tokens and 120 of text, with eight of its 28 blocks."""
+
+    def make() -> nn.Module:
+        from diffusers import PixArtTransformer2DModel
+
+        return PixArtTransformer2DModel(sample_size=64, num_layers=8).eval()
+
+    def inputs(device: torch.device, dtype: torch.dtype, batch: int = 2) -> dict[str, Any]:
+        return {
+            "hidden_states": _normal(device, dtype, batch, 4, 64, 64),
+            "encoder_hidden_states": _normal(device, dtype, batch, 120, 4096),
+            "timestep": torch.full((batch,), 500, device=device),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            "return_dict": False,
+        }
+
+    return Model(make, inputs)
+
+
+def demo() -> Model:
+    """The demo model's UNet, whose weights are trained, in float32."""
+
+    def make() -> nn.Module:
+        from ldmq_kernels.demo import load_demo_pipeline
+
+        return load_demo_pipeline(torch.float32).unet
+
+    def inputs(device: torch.device, dtype: torch.dtype, batch: int = 2) -> dict[str, Any]:
+        return {
+            "sample": _normal(device, dtype, batch, 4, 8, 8),
+            "timestep": torch.full((), 500, device=device),
+            "encoder_hidden_states": _normal(device, dtype, batch, 16, 128),
+            "return_dict": False,
+        }
+
+    return Model(make, inputs)
+
+
 MODELS = {"sd15": _unet(SD15), "sdxl": _unet(SDXL), "vae_decoder": _decoder(VAE, 128)}
 TOYS = {"sd15": _unet(TOY_UNET), "sdxl": _unet(TOY_UNET), "vae_decoder": _decoder(TOY_VAE, 8)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,10 +18,11 @@ from benchmarks.commands import model as command
 from benchmarks.commands.predict import recorded
 from benchmarks.harness.baselines import TOOLS
 from benchmarks.machine import ceilings, host_time
-from benchmarks.models import cpu, gpu, memory
+from benchmarks.models import cpu, cpu_rivals, gpu, memory
 from benchmarks.models.definitions import MODELS, TOYS
 from ldmq_kernels import ops
 from ldmq_kernels.kernels.devices import DEVICES
+from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.prediction import predict
 
 ROOT = Path(__file__).parents[2]
@@ -56,23 +58,52 @@ def test_memory_is_told_after_the_first_size_and_after_every_so_many() -> None:
     assert [seen for seen, _ in memory.growth(7, 3)] == [1, 3, 6]
 
 
-def test_a_unet_is_measured_on_a_cpu_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cpu.MODELS, "sd15", TOYS["sd15"])
+def test_a_model_is_measured_on_a_cpu_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cpu.SUBJECTS, "sd15", cpu.SUBJECTS["sd15"]._replace(model=TOYS["sd15"]))
     monkeypatch.setattr(cpu, "memory_of", lambda name, variant: {"imports": 1, "peak": 4 if variant == "fp32" else 1})
     rows = list(cpu.measure("sd15", rounds=1))
     assert [row["name"] for row in rows] == ["fp32", "bf16", "w8a8"]
     summary = rows[-1]["summary"]
     assert summary["unet_sd15_cpu/peak_memory_share"] == 0.25
     assert summary["unet_sd15_cpu/vs_bf16"] == rows[1]["ms"] / rows[2]["ms"]
+    shown = cpu.table({"rows": rows, "summary": summary, "threads": 1})
+    assert "UNet of SD 1.5's size" in shown
+    assert all(f"| {cpu.WORDS[row['name']]} |" in shown for row in rows)
     (alone,) = cpu.measure("sd15", rounds=1, against=())
     assert alone["name"] == "w8a8"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rival", [name for name in cpu.RIVALS if name != "bf16"])
+def test_a_rival_computes_the_same_model(rival: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why := cpu_rivals.missing(rival):
+        pytest.skip(why)
+    monkeypatch.setitem(cpu.SUBJECTS, "sd15", cpu.SUBJECTS["sd15"]._replace(model=TOYS["sd15"]))
+    monkeypatch.setattr(cpu, "multiplies_bf16", lambda: False)
+    wanted, out = cpu.caller("sd15", "fp32")(), cpu.caller("sd15", rival)()
+    out = out if isinstance(out, torch.Tensor) else torch.as_tensor(out[0])
+    assert out.shape == wanted.shape
+    assert out.isfinite().all()
+    if rival in ("openvino_int8", "torchao", "sdnq"):  # of random weights no more is to be expected of int8
+        assert not torch.equal(out, wanted)
+    else:
+        assert sqnr_db(wanted, out) > 40
+
+
+def test_a_rival_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_rivals, "multiplies_bf16", lambda: False)
+    assert cpu_rivals.missing("bf16") == "this processor has no bfloat16 products"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install -r benchmarks/requirements-openvino.txt" in str(cpu_rivals.missing("openvino_int8"))
+    assert "pip install --no-deps -r benchmarks/requirements-peers.txt" in str(cpu_rivals.missing("sdnq"))
+    assert cpu.usual_rivals() == ["fp32", "compiled"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["sd15", "--against", "cutlass"], "no model is measured beside cutlass here; it is beside fp32, bf16"),
-        (["vae_decoder"], "on a CPU a UNet is measured: sd15 or sdxl"),
+        (["demo", "--toy"], "demo is measured on a CPU, with --device cpu and without --toy"),
         (["sd15", "--toy", "--record"], "a toy is no result"),
     ],
 )
