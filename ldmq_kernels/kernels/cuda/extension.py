@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.gpu import FLOAT8_FROM, gpu_of
 from ldmq_kernels.kernels.operands import check_float8, eight_bit
 from ldmq_kernels.numerics.formats.float8 import FLOAT8
 
@@ -113,11 +114,16 @@ def quantized(x: Tensor, q_dtype: torch.dtype | None) -> torch.dtype:
     """The dtype that an op that quantizes stores beside `x`, int8 where none is asked for.
 
     Raises:
-        Unsupported: neither int8 nor float8_e4m3fn, or FP8 for a GPU that has none.
+        Unsupported: neither int8 nor float8_e4m3fn, or FP8 for a GPU that has none or that the extension has no such
+            kernels for.
     """
     stored = eight_bit(q_dtype)
     if stored == FLOAT8:
         check_float8(x.device)
+        if not holds_code(binding(), gpu_of(x.device).capability, FLOAT8_FROM):
+            raise Unsupported(
+                f"the extension is built for {binding().architectures()}, its FP8 kernels need 89 or newer"
+            )
     return stored
 
 

@@ -5,7 +5,7 @@ python_tests/kernels/test_float8.py compares the producers with exact results, t
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ldmq_kernels.kernels import operands as checks
 from ldmq_kernels.kernels.agreement import AFTER_FLOAT_SUMS
 from ldmq_kernels.kernels.cuda import backend as cuda
+from ldmq_kernels.kernels.cuda import extension
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.gpu import Gpu
 from ldmq_kernels.kernels.reference import backend as reference
@@ -135,6 +136,15 @@ def test_a_gpu_without_fp8_is_left_to_the_next_backend(device: torch.device, mon
     ):
         with pytest.raises(Unsupported, match=r"FP8 needs compute capability 8.9 or newer, this is 8.0"):
             call()
+
+
+def test_an_extension_without_fp8_kernels_leaves_them_to_the_next_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer GPUs run the PTX of its int8 kernels."""
+    monkeypatch.setattr(extension, "binding", lambda: SimpleNamespace(architectures=lambda: "80;86"))
+    x = torch.ones(2, 16)
+    assert extension.quantized(x, None) == torch.int8
+    with pytest.raises(Unsupported, match=r"built for 80;86, its FP8 kernels need 89 or newer"):
+        extension.quantized(x, FP8)
 
 
 def test_the_binding_names_what_it_quantizes_to(emulated: ModuleType) -> None:
