@@ -1,4 +1,4 @@
-"""What the main loop of a GEMM does on sm_90 between its products: how many it leaves in flight, and what it waits for.
+"""What the main loop of a GEMM does between its products; on sm_90, how many it leaves in flight and what it waits for.
 
 `wgmma.wait_group N` (WARPGROUP.DEPBAR in machine code) leaves N groups of products in flight; 0 empties the tensor
 cores at each step. A warpgroup that has waited has read its operands, and the others may not have: with several of them
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
 BARRIER = re.compile(r"\bBAR\.SYNC|\bSYNCS\.ARRIVE")
+RECIPROCAL = re.compile(r"\bMUFU\.RCP\b")
 SHARED_WRITE = re.compile(r"\b(UTMALDG|LDGSTS|STS)\b")
 
 
@@ -31,3 +32,8 @@ def has_unguarded_write(loop: Sequence[str]) -> bool:
             if SHARED_WRITE.search(later):
                 return True
     return False
+
+
+def divides(loop: Sequence[str]) -> bool:
+    """Whether a loop divides by what is no constant: by a reciprocal."""
+    return any(RECIPROCAL.search(line) for line in loop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from python_tests.kernels.machine_code import has_unguarded_write, waits
+from python_tests.kernels.machine_code import divides, has_unguarded_write, waits
 
 PRODUCT = "IGMMA.64x128x32.S8.S8 R24, gdesc[UR12], R24, gsb0 ;"
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x{} ;"
@@ -24,3 +24,8 @@ def test_a_write_between_a_wait_and_the_barrier_is_found_round_the_loop(write: s
     assert not has_unguarded_write([PRODUCT, wait])
     assert has_unguarded_write([PRODUCT, wait, write, BARRIER])
     assert has_unguarded_write([write, BARRIER, PRODUCT, wait])
+
+
+def test_a_division_by_a_reciprocal_is_found() -> None:
+    assert divides([PRODUCT, "MUFU.RCP R8, R9 ;"])
+    assert not divides([PRODUCT, "IMAD.HI.U32 R8, R9, R10, RZ ;", "MUFU.EX2 R8, R9 ;"])

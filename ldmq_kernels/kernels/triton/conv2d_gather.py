@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.convolution import ConvShape
+from ldmq_kernels.kernels.triton.convolution import ConvShape, reciprocal, tap_of_step
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.launch import EIGHT_BIT, dot_dtype
 from ldmq_kernels.kernels.triton.matrix import added_product, store_tile, tile_of_program, unpack_int4
@@ -116,6 +116,7 @@ def _gather_conv2d(
     sample, h, w = receptive_field(row, out_height, out_width, stride_h, stride_w, padding_h, padding_w)
     k = R * S * group_channels
     blocks = tl.cdiv(group_channels, BLOCK_K)
+    blocks_reciprocal = reciprocal(blocks)
     steps = tl.cdiv(k, BLOCK_K) if FLAT else R * S * blocks
     split_steps = tl.cdiv(steps, SPLIT_K)
     start = tl.program_id(1) * split_steps
@@ -128,7 +129,7 @@ def _gather_conv2d(
             channel, mask = (group * group_channels + index % group_channels)[None, :], (index < k)[None, :]
             weight = _load_weight(weight_ptr, None, column, column < last_column, 0, step, 1, k, blocks, BLOCK_K, DOT)
         else:
-            tap, block = step // blocks, step % blocks
+            tap, block = tap_of_step(step, blocks, blocks_reciprocal)
             index = block * BLOCK_K + tl.arange(0, BLOCK_K)
             h_k, w_k = (h + tap // S * dilation_h)[:, None], (w + tap % S * dilation_w)[:, None]
             channel, mask = (group * group_channels + index)[None, :], (index < group_channels)[None, :]

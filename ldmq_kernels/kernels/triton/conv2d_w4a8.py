@@ -12,7 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.operands import plain, quantized
-from ldmq_kernels.kernels.triton.convolution import ConvShape, image_tile_start, load_image_tile, pixels_of_tile
+from ldmq_kernels.kernels.triton.convolution import (
+    ConvShape,
+    image_tile_start,
+    load_image_tile,
+    pixels_of_tile,
+    reciprocal,
+    tap_of_step,
+)
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import Conv2dLaunch, conv2d
 from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program, unpack_int4
@@ -61,9 +68,11 @@ def _conv2d_w4a8(
     multiplier_ptrs = multiplier_ptr + column.to(tl.int64) * (TAPS * groups)
     split_steps = tl.cdiv(TAPS * groups, SPLIT_K)
     start = tl.program_id(1) * split_steps
+    groups_reciprocal = reciprocal(groups)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for step in range(start, min(start + split_steps, TAPS * groups)):
-        tap, c = step // groups, step % groups * BLOCK_K
+        tap, group = tap_of_step(step, groups, groups_reciprocal)
+        c = group * BLOCK_K
         packed = tl.reshape(weight.load([first_column, tap, c // 2]), (BLOCK_N, BLOCK_K // 2))
         multiplier = tl.load(multiplier_ptrs + step, mask=column < out_channels, other=0)
         block = unpack_int4(packed) * multiplier.to(tl.int8)[:, None]

@@ -11,7 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.operands import plain
-from ldmq_kernels.kernels.triton.convolution import ConvShape, image_tile_start, load_image_tile, pixels_of_tile
+from ldmq_kernels.kernels.triton.convolution import (
+    ConvShape,
+    image_tile_start,
+    load_image_tile,
+    pixels_of_tile,
+    reciprocal,
+    tap_of_step,
+)
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import Conv2dLaunch, conv2d
 from ldmq_kernels.kernels.triton.launch import dot_dtype, floating
@@ -51,9 +58,11 @@ def _conv2d_w8a16(
     first_sample, h, w, parity = image_tile_start(tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W)
     first_column = tile_column * BLOCK_N
     blocks = tl.cdiv(channels, BLOCK_K)
+    blocks_reciprocal = reciprocal(blocks)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(0, TAPS * blocks):
-        tap, c = step // blocks, step % blocks * BLOCK_K
+        tap, channel_block = tap_of_step(step, blocks, blocks_reciprocal)
+        c = channel_block * BLOCK_K
         block = tl.reshape(weight.load([first_column, tap, c]), (BLOCK_N, BLOCK_K))
         x_block = load_image_tile(
             x,

@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.operands import plain, quantized
-from ldmq_kernels.kernels.triton.convolution import ConvShape, image_tile_start, load_image_tile, pixels_of_tile
+from ldmq_kernels.kernels.triton.convolution import (
+    ConvShape,
+    image_tile_start,
+    load_image_tile,
+    pixels_of_tile,
+    reciprocal,
+    tap_of_step,
+)
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import Conv2dLaunch, conv2d
 from ldmq_kernels.kernels.triton.launch import EIGHT_BIT_SUMS
@@ -65,7 +72,11 @@ def _conv2d_w8a8(
     split_steps = tl.cdiv(TAPS * blocks, SPLIT_K)
     start = tl.program_id(1) * split_steps
     stop = min(start + split_steps, TAPS * blocks)
-    for tile in tl.range(tl.program_id(0), image_tiles * tile_columns, tl.num_programs(0), flatten=PERSISTENT):
+    blocks_reciprocal = reciprocal(blocks)
+    first = tl.program_id(0)
+    # one tile where that is all: else the compiler keeps what all tiles share in registers, beside the accumulators
+    end = image_tiles * tile_columns if PERSISTENT else first + 1
+    for tile in tl.range(first, end, tl.num_programs(0) if PERSISTENT else 1, flatten=PERSISTENT):
         tile_row, tile_column = tile_of_program(tile, image_tiles, tile_columns)
         first_sample, h, w, parity = image_tile_start(
             tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W
@@ -75,7 +86,11 @@ def _conv2d_w8a8(
         if EXTRA_N > 0:
             extra = tl.zeros((BLOCK_M, EXTRA_N), ACCUMULATOR)
         for step in range(start, stop):
-            tap, c = step // blocks, step % blocks * BLOCK_K
+            if PERSISTENT:  # whose loop divides for the next tile's place, and has no register for a reciprocal
+                tap, channel_block = step // blocks, step % blocks
+            else:
+                tap, channel_block = tap_of_step(step, blocks, blocks_reciprocal)
+            c = channel_block * BLOCK_K
             x_block = load_image_tile(
                 x,
                 first_sample,
