@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu import compiled
+from ldmq_kernels.kernels.cpu.compiled import Epilogue
 from ldmq_kernels.kernels.reference.quantize_static import refuse_nan
 from ldmq_kernels.numerics.formats.float8 import FLOAT8, FLOAT8_MAX
 
@@ -45,33 +46,17 @@ def quantize_rows(x: Tensor, factors: tuple[Tensor, ...], out: Tensor, *, is_sta
         out[block].copy_(y)
 
 
-def finish_rows(
-    accumulator: Tensor,
-    scale: Tensor,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    sample_bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    gate: Tensor | None = None,
-) -> None:
-    """out = (accumulator * scale * column_scale + bias + sample_bias) * gate + residual, in this order, rounded once.
-
-    Overwrites the accumulator. What has G rows has one for each of G equal runs of the accumulator's.
+def finish_rows(accumulator: Tensor, epilogue: Epilogue, out: Tensor) -> None:
+    """Write an epilogue; overwrites the accumulator.
 
     Args:
         accumulator: (M, N) float32, contiguous.
-        scale: (G,) float32.
-        column_scale: (N,) float32.
-        bias: (N,) floating.
-        sample_bias: (G, N) floating.
-        residual: (M, N) floating.
+        epilogue: of its sums.
         out: (M, N) of the output's dtype, contiguous; the accumulator itself where that is float32.
-        gate: (G, N) floating.
     """
-    residual = None if residual is None else residual.contiguous()
+    scale, column_scale, bias, sample_bias, residual, gate = epilogue
     if compiled.takes(residual, out):
-        compiled.finish(accumulator, scale, column_scale, bias, sample_bias, gate, residual, out)
+        compiled.finish(accumulator, epilogue, out)
         return
     added = [own if own is None else own.float() for own in (bias, sample_bias)]
     for block in row_blocks(*accumulator.shape):

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,14 +92,12 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     if all(hasattr(process, name) for name in OPENMP):
         library.ldmq_use_openmp(*(ctypes.cast(getattr(process, name), ctypes.c_void_p) for name in OPENMP))
     pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    epilogue = [pointer, size, *[pointer] * 3, size, pointer, size, pointer, flag, pointer, flag]
     taken = {
         "ldmq_quantize_measured": [pointer, flag, *[size] * 3, *[pointer] * 4, size],
         "ldmq_quantize_calibrated": [pointer, flag, size, size, pointer, size, pointer, pointer, size],
-        "ldmq_finish": [
-            *(pointer, size, size, pointer, size),
-            *(pointer, pointer, pointer, size, pointer, size, pointer, flag, pointer, flag, size),
-        ],
-        "ldmq_multiply": [pointer, *[size] * 14, pointer, size, pointer, size],
+        "ldmq_finish": [pointer, size, size, *epilogue, size],
+        "ldmq_multiply": [pointer, *[size] * 14, pointer, size, pointer, *epilogue, size],
     }
     for name, types in taken.items():
         function = getattr(library, name, None)  # products are compiled where there is AVX2
@@ -164,26 +163,49 @@ def quantize_calibrated(x: Tensor, factors: Tensor, q: Tensor) -> None:
         raise nan_error()
 
 
-def finish(
-    accumulator: Tensor,
-    scale: Tensor,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    sample_bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write out = (accumulator * scale * column_scale + bias + sample_bias) * gate + residual; see `finish_rows`."""
+class Epilogue(NamedTuple):
+    """out = (sum * scale * column_scale + bias + sample_bias) * gate + residual, in this order, rounded once.
+
+    What has G rows has one for each of G equal runs of the output's (M, N).
+
+    Attributes:
+        scale: (G,) float32.
+        column_scale: (N,) float32.
+        bias: (N,) floating.
+        sample_bias: (G, N) floating.
+        residual: (M, N) floating, contiguous.
+        gate: (G, N) floating.
+    """
+
+    scale: Tensor
+    column_scale: Tensor | None = None
+    bias: Tensor | None = None
+    sample_bias: Tensor | None = None
+    residual: Tensor | None = None
+    gate: Tensor | None = None
+
+    def for_library(self) -> Epilogue:
+        """The same with small operands in float32, one row after the other, as the library reads them."""
+        column_scale, bias, sample_bias, gate = (
+            None if operand is None else operand.float().contiguous()
+            for operand in (self.column_scale, self.bias, self.sample_bias, self.gate)
+        )
+        return Epilogue(self.scale.contiguous(), column_scale, bias, sample_bias, self.residual, gate)
+
+    def arguments(self, out: Tensor) -> tuple[int | bool | None, ...]:
+        """What C takes, addresses among it: of an epilogue `for_library`, which lives longer than the call."""
+        scale, column_scale, bias, sample_bias, residual, gate = self
+        return (
+            *(scale.data_ptr(), scale.numel(), _address(column_scale), _address(bias), _address(sample_bias)),
+            *(0 if sample_bias is None else len(sample_bias), _address(gate), 0 if gate is None else len(gate)),
+            *(_address(residual), residual is not None and residual.dtype == torch.bfloat16),
+            *(out.data_ptr(), out.dtype == torch.bfloat16),
+        )
+
+
+def finish(accumulator: Tensor, epilogue: Epilogue, out: Tensor) -> None:
+    """Write the epilogue of (M, N) float32, contiguous, into (M, N) float32 or bfloat16, contiguous."""
     library, _ = load()
     assert library is not None
-    per_column = [None if v is None else v.float().contiguous() for v in (column_scale, bias, sample_bias, gate)]
-    counts = [0 if v is None else v.shape[0] for v in per_column]
-    scale = scale.contiguous()
-    library.ldmq_finish(
-        *(accumulator.data_ptr(), *accumulator.shape, scale.data_ptr(), scale.numel()),
-        *map(_address, per_column[:3]),
-        *(counts[2], _address(per_column[3]), counts[3]),
-        *(_address(residual), residual is not None and residual.dtype == torch.bfloat16),
-        *(out.data_ptr(), out.dtype == torch.bfloat16, _threads(accumulator)),
-    )
+    kept = epilogue.for_library()
+    library.ldmq_finish(accumulator.data_ptr(), *accumulator.shape, *kept.arguments(out), _threads(accumulator))

@@ -10,25 +10,16 @@ from torch import Tensor
 from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import onednn, products, widened
 from ldmq_kernels.kernels.cpu.blocks import as_rows, finish_rows
+from ldmq_kernels.kernels.cpu.compiled import Epilogue
 from ldmq_kernels.kernels.cpu.linear_w8a8 import WRITTEN_BY_ONEDNN
 from ldmq_kernels.kernels.cpu.packing import is_packed, lay_out_conv2d, pack_conv2d
 from ldmq_kernels.kernels.geometry import conv2d_output_size, enlarged_and_padded
 
 
-def _finish(
-    accumulator: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor | None,
-    bias: Tensor | None,
-    sample_bias: Tensor | None,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def _finish(accumulator: Tensor, epilogue: Epilogue, out_dtype: torch.dtype) -> Tensor:
     """The epilogue of a convolution, of (N, K, H, W) float32 in channels_last."""
     out = accumulator if out_dtype == torch.float32 else torch.empty_like(accumulator, dtype=out_dtype)
-    added = None if residual is None else as_rows(residual.contiguous(memory_format=torch.channels_last))
-    scale = x_scale.reshape(-1)
-    finish_rows(as_rows(accumulator), scale, weight_scale, bias, sample_bias, added, as_rows(out))
+    finish_rows(as_rows(accumulator), epilogue, as_rows(out))
     return out
 
 
@@ -90,9 +81,11 @@ def conv2d_w8a8(
     if packed.dtype == torch.int8 and (why := why_wrong(x_q.shape[2:], kernel_size, stride, pads, dilation)):
         raise Unsupported(why)
     x_q = x_q.contiguous(memory_format=torch.channels_last)
+    added = None if residual is None else as_rows(residual.contiguous(memory_format=torch.channels_last))
+    column_scale = None if packed.dtype == torch.int8 else weight_scale
+    epilogue = Epilogue(x_scale.reshape(-1), column_scale, bias, sample_bias, added)
     if packed.dtype == torch.int16:
-        accumulator = products.conv2d(x_q, packed, weight_scale.shape[0], stride, pads, dilation)
-        return _finish(accumulator, x_scale, weight_scale, bias, sample_bias, residual, out_dtype)
+        return products.conv2d(x_q, packed, epilogue, weight_scale.shape[0], stride, pads, dilation, out_dtype)
     is_widened = packed.dtype == torch.float32
     parts = packed.shape[0] // weight_scale.shape[0] if is_widened else 1
     if parts > 1 and groups > 1:
@@ -101,7 +94,7 @@ def conv2d_w8a8(
     lay_out_conv2d(packed, *geometry, x_q.shape)
     if is_widened:
         accumulator = widened.conv2d(x_q, packed, *geometry, parts)
-        return _finish(accumulator, x_scale, weight_scale, bias, sample_bias, residual, out_dtype)
+        return _finish(accumulator, epilogue, out_dtype)
     is_shared = sample_bias is None or samples == 1
     if x_scale.numel() == 1 and is_shared and residual is None and out_dtype in WRITTEN_BY_ONEDNN:
         shift = None if bias is None else bias.float()
@@ -110,4 +103,4 @@ def conv2d_w8a8(
             shift = own if shift is None else own + shift
         return onednn.conv2d(x_q, float(x_scale), packed, weight_scale, shift, *geometry, out_dtype)
     accumulator = onednn.conv2d(x_q, 1.0, packed, weight_scale, None, *geometry, torch.float32)
-    return _finish(accumulator, x_scale, None, bias, sample_bias, residual, out_dtype)
+    return _finish(accumulator, epilogue, out_dtype)

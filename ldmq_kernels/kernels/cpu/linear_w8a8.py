@@ -8,6 +8,7 @@ from torch import Tensor
 from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import onednn, products, widened
 from ldmq_kernels.kernels.cpu.blocks import finish_rows
+from ldmq_kernels.kernels.cpu.compiled import Epilogue
 from ldmq_kernels.kernels.cpu.packing import is_packed, pack_linear
 
 WRITTEN_BY_ONEDNN = (torch.float32, torch.bfloat16)  # float16 overflows there
@@ -39,20 +40,30 @@ def linear_w8a8(
     if gate is not None and (gate.shape[-1] != n or rows.shape[0] % max(1, gate.numel() // n)):
         raise Unsupported(f"a gate of shape {tuple(gate.shape)} for {rows.shape[0]} rows of {n}")
     is_static = x_scale.numel() == 1
-    column_scale: Tensor | None = weight_scale
-    if packed.dtype == torch.int16:
-        accumulator = products.linear(rows, packed, n)
-    elif packed.dtype == torch.float32:
-        accumulator = widened.linear(rows, packed)
-    elif is_static and residual is None and gate is None and out_dtype in WRITTEN_BY_ONEDNN:
+    if (
+        packed.dtype == torch.int8
+        and is_static
+        and residual is None
+        and gate is None
+        and out_dtype in WRITTEN_BY_ONEDNN
+    ):
         shift = None if bias is None else bias.float()
         return onednn.linear(rows, float(x_scale), packed, weight_scale, shift, out_dtype).view(shape)
+    epilogue = Epilogue(
+        x_scale.reshape(-1),
+        None if packed.dtype == torch.int8 else weight_scale,
+        bias,
+        residual=None if residual is None else residual.reshape(-1, n).contiguous(),
+        gate=None if gate is None else gate.reshape(-1, n),
+    )
+    if packed.dtype == torch.int16:
+        return products.linear(rows, packed, epilogue, n, out_dtype).view(shape)
+    if packed.dtype == torch.float32:
+        accumulator = widened.linear(rows, packed)
     else:
-        accumulator, column_scale = onednn.linear(rows, 1.0, packed, weight_scale, None, torch.float32), None
+        accumulator = onednn.linear(rows, 1.0, packed, weight_scale, None, torch.float32)
     out = accumulator if out_dtype == torch.float32 else torch.empty_like(accumulator, dtype=out_dtype)
-    added = None if residual is None else residual.reshape(out.shape)
-    gates = None if gate is None else gate.reshape(-1, n)
-    finish_rows(accumulator, x_scale.reshape(-1), column_scale, bias, None, added, out, gates)
+    finish_rows(accumulator, epilogue, out)
     return out.view(shape)
 
 

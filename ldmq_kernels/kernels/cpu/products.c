@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "epilogue.h"
 #include "parts.h"
 
 #ifdef __AVX2__
@@ -27,7 +28,8 @@ typedef struct {
   int64_t taps_y, taps_x, out_height, out_width;
   const int16_t *weight;
   int64_t outputs;
-  float *out;  // (samples, out_height, out_width, outputs); holds int32 sums until the last integers are in
+  int32_t *maybe_sums;  // (samples, out_height, out_width, outputs), where a row has more integers than DEPTH
+  Epilogue epilogue;
   int64_t block, column_parts;  // rows of a part, and parts of a block of rows
 } Product;
 
@@ -53,10 +55,9 @@ static void gather(const Product *p, int64_t row, int64_t first, int64_t end, in
   }
 }
 
-// Six rows by a panel: sums of `pairs` pairs, added to those in memory or not, and left there as int32 or as float32.
-static void multiply_tile(const int16_t *restrict rows, int64_t stride, const int16_t *restrict panel, int64_t pairs,
-                          int adds, int is_last, int64_t row_count, int64_t column_count, int32_t *out,
-                          int64_t out_stride) {
+// Six rows by a panel: the sums of `pairs` pairs. A function of its own, so that its sums have all registers.
+static __attribute__((noinline)) void multiply_tile(const int16_t *restrict rows, int64_t stride, const int16_t *restrict panel, int64_t pairs,
+                          int32_t tile[ROWS][PANEL]) {
   __m256i sums[ROWS][2];
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
@@ -80,25 +81,31 @@ static void multiply_tile(const int16_t *restrict rows, int64_t stride, const in
     MULTIPLY(5, upper + 2 * stride)
 #undef MULTIPLY
   }
-  int32_t tile[ROWS][PANEL];  // by way of memory: rows that are counted at run time would take the sums out of registers
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) {
     _mm256_storeu_si256((__m256i *)tile[r], sums[r][0]);
     _mm256_storeu_si256((__m256i *)(tile[r] + PANEL / 2), sums[r][1]);
   }
-  for (int64_t r = 0; r < row_count; ++r) {
-    int32_t *to = out + r * out_stride;
-    if (adds) {
-      for (int64_t c = 0; c < column_count; ++c) tile[r][c] += to[c];
-    }
-    if (is_last) {
-      float finished[PANEL];
-      for (int64_t c = 0; c < PANEL; ++c) finished[c] = (float)tile[r][c];
-      memcpy(to, finished, (size_t)column_count * sizeof *to);
-    } else {
-      memcpy(to, tile[r], (size_t)column_count * sizeof *to);
-    }
+}
+
+// Add a row of a tile to the sums before it, and finish it if it was the last, or else keep the sums.
+static void take_row(const Product *p, const RowOperands *own, int64_t row, int64_t column, int adds, int is_last,
+                     int32_t *restrict tile) {
+  const int64_t count = smaller(PANEL, p->outputs - column), at = row * p->outputs + column;
+  if (adds) {
+    for (int64_t c = 0; c < count; ++c) tile[c] += p->maybe_sums[at + c];
   }
+  if (!is_last) {
+    memcpy(p->maybe_sums + at, tile, (size_t)count * sizeof *tile);
+    return;
+  }
+  if (count == PANEL) {
+    const __m256i *halves = (const __m256i *)tile;
+    finish_many(&p->epilogue, own, column, at, (Floats)_mm256_cvtepi32_ps(_mm256_loadu_si256(halves)));
+    finish_many(&p->epilogue, own, column + WIDTH, at + WIDTH, (Floats)_mm256_cvtepi32_ps(_mm256_loadu_si256(halves + 1)));
+    return;
+  }
+  for (int64_t c = 0; c < count; ++c) finish_one(&p->epilogue, own, column + c, at + c, (float)tile[c]);
 }
 
 static void multiply_part(const void *given, int64_t part, int64_t parts) {
@@ -111,32 +118,43 @@ static void multiply_part(const void *given, int64_t part, int64_t parts) {
   const int64_t first_panel = panels * columns / p->column_parts, end_panel = panels * (columns + 1) / p->column_parts;
   int16_t *gathered = malloc((size_t)((rows + ROWS - 1) / ROWS * ROWS * STRIDE) * sizeof *gathered);
   if (!gathered) abort();
+  RowOperands own[BLOCK];
+  for (int64_t r = 0; r < rows; ++r) own[r] = operands_of_row(&p->epilogue, first_row + r, all_rows, p->outputs);
   for (int64_t k = 0; k < depth; k += DEPTH) {
     const int64_t count = smaller(DEPTH, depth - k);
     for (int64_t r = 0; r < rows; ++r) gather(p, first_row + r, k, k + count, gathered + r * STRIDE);
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       const int16_t *weight = p->weight + (panel * depth + k) * PANEL;
       for (int64_t r = 0; r < rows; r += ROWS) {
-        multiply_tile(gathered + r * STRIDE, STRIDE, weight, count / 2, k > 0, k + count == depth, smaller(ROWS, rows - r),
-                      smaller(PANEL, p->outputs - panel * PANEL),
-                      (int32_t *)p->out + (first_row + r) * p->outputs + panel * PANEL, p->outputs);
+        int32_t tile[ROWS][PANEL];
+        multiply_tile(gathered + r * STRIDE, STRIDE, weight, count / 2, tile);
+        for (int64_t i = 0; i < smaller(ROWS, rows - r); ++i) {
+          take_row(p, &own[r + i], first_row + r + i, panel * PANEL, k > 0, k + count == depth, tile[i]);
+        }
       }
     }
   }
   free(gathered);
 }
 
-// out = the exact sums of x * weight as float32, rounded once; channels are even.
+// Exact sums of x * weight, and their epilogue; channels are even.
 void ldmq_multiply(const int8_t *x, int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t taps_y,
                    int64_t taps_x, int64_t stride_y, int64_t stride_x, int64_t pad_y, int64_t pad_x,
                    int64_t dilation_y, int64_t dilation_x, int64_t out_height, int64_t out_width,
-                   const int16_t *weight, int64_t outputs, float *out, int64_t threads) {
+                   const int16_t *weight, int64_t outputs, int32_t *maybe_sums, const float *scale,
+                   int64_t scale_count, const float *maybe_column_scale, const float *maybe_bias,
+                   const float *maybe_sample_bias, int64_t sample_count, const float *maybe_gate, int64_t gate_count,
+                   const void *maybe_residual, int residual_is_bfloat16, void *out, int out_is_bfloat16,
+                   int64_t threads) {
   const int64_t rows = samples * out_height * out_width, panels = (outputs + PANEL - 1) / PANEL;
   const int64_t block = smaller(BLOCK, ((rows + threads - 1) / threads + ROWS - 1) / ROWS * ROWS);
   const int64_t row_blocks = (rows + block - 1) / block;
   const int64_t column_parts = smaller(panels, (threads + row_blocks - 1) / row_blocks);
   const Product task = {x, samples, height, width, channels, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x,
-                        taps_y, taps_x, out_height, out_width, weight, outputs, out, block, column_parts};
+                        taps_y, taps_x, out_height, out_width, weight, outputs, maybe_sums,
+                        {scale, scale_count, maybe_column_scale, maybe_bias, maybe_sample_bias, sample_count,
+                         maybe_gate, gate_count, maybe_residual, residual_is_bfloat16, out, out_is_bfloat16},
+                        block, column_parts};
   ldmq_in_parts(multiply_part, &task, row_blocks * column_parts, threads);
 }
 #endif

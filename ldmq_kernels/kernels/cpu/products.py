@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu import compiled
+from ldmq_kernels.kernels.cpu.blocks import finish_rows
+from ldmq_kernels.kernels.cpu.compiled import Epilogue
 
 PANEL = 16  # output channels that are multiplied together
+DEPTH = 1024  # integers of a row up to which products.c keeps the sums in registers
 GRAIN = 1 << 20  # products of a call for one thread: a fraction of a millisecond
 
 
@@ -46,32 +49,33 @@ def unpack(packed: Tensor, outputs: int) -> Tensor:
     return weight.to(torch.int8, memory_format=torch.contiguous_format)
 
 
-def linear(x_q: Tensor, packed: Tensor, outputs: int) -> Tensor:
-    """x_q (M, K) int8, contiguous, by a packed weight; (M, N) float32, the exact sum rounded once."""
+def linear(x_q: Tensor, packed: Tensor, epilogue: Epilogue, outputs: int, out_dtype: torch.dtype) -> Tensor:
+    """x_q (M, K) int8, contiguous, by a packed weight; (M, N) of `out_dtype`: exact sums and their epilogue."""
     rows, channels = x_q.shape
-    out = x_q.new_empty(rows, outputs, dtype=torch.float32)
-    _multiply(x_q, (1, rows, 1, channels), packed, (1, 1), ((1, 1), (0, 0), (1, 1)), out)
-    return out
+    geometry = ((1, 1), (0, 0), (1, 1))
+    return _multiply(x_q, (1, rows, 1, channels), packed, (1, 1), geometry, (rows, 1), epilogue, outputs, out_dtype)
 
 
 def conv2d(
     x_q: Tensor,
     packed: Tensor,
+    epilogue: Epilogue,
     outputs: int,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """x_q (N, C, H, W) int8, channels_last, by a packed weight; float32, channels_last, the exact sum rounded once."""
+    """x_q (N, C, H, W) int8, channels_last, by a packed weight; `out_dtype`, channels_last: sums and their epilogue."""
     samples, channels, height, width = x_q.shape
     window = packed.shape[1:3]
-    out_size = [
+    out_size = tuple(
         (size + 2 * pad - apart * (taps - 1) - 1) // step + 1
         for size, taps, step, pad, apart in zip((height, width), window, stride, padding, dilation, strict=True)
-    ]
-    out = x_q.new_empty(samples, *out_size, outputs, dtype=torch.float32)
-    _multiply(x_q, (samples, height, width, channels), packed, window, (stride, padding, dilation), out)
-    return out.permute(0, 3, 1, 2)
+    )
+    sizes, geometry = (samples, height, width, channels), (stride, padding, dilation)
+    out = _multiply(x_q, sizes, packed, window, geometry, out_size, epilogue, outputs, out_dtype)
+    return out.view(samples, *out_size, outputs).permute(0, 3, 1, 2)
 
 
 def _multiply(
@@ -80,15 +84,25 @@ def _multiply(
     packed: Tensor,
     window: tuple[int, ...],
     geometry: tuple[tuple[int, int], ...],
-    out: Tensor,
-) -> None:
+    out_size: tuple[int, ...],
+    epilogue: Epilogue,
+    outputs: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """(rows, outputs) of `out_dtype`."""
     library, _ = compiled.load()
     assert library is not None
-    out_size = out.shape[1:3] if out.dim() == 4 else (out.shape[0], 1)
-    work = out.numel() * window[0] * window[1] * sizes[3]
-    threads = max(1, min(torch.get_num_threads(), work // GRAIN))
-    pairs = [length for pair in geometry for length in pair]
+    rows, depth = sizes[0] * out_size[0] * out_size[1], window[0] * window[1] * sizes[3]
+    out = x_q.new_empty(rows, outputs, dtype=out_dtype)
+    is_finished = compiled.takes(epilogue.residual, out)
+    sums = x_q.new_empty(rows, outputs, dtype=torch.int32) if depth > DEPTH else None
+    finished = out if is_finished else torch.empty_like(out, dtype=torch.float32)
+    kept = epilogue.for_library() if is_finished else Epilogue(torch.ones(1))
+    threads = max(1, min(torch.get_num_threads(), rows * outputs * depth // GRAIN))
     library.ldmq_multiply(
-        *(x_q.data_ptr(), *sizes, *window, *pairs, *out_size),
-        *(packed.data_ptr(), out.shape[-1], out.data_ptr(), threads),
+        *(x_q.data_ptr(), *sizes, *window, *(length for pair in geometry for length in pair), *out_size),
+        *(packed.data_ptr(), outputs, None if sums is None else sums.data_ptr(), *kept.arguments(finished), threads),
     )
+    if not is_finished:
+        finish_rows(finished, epilogue, out)
+    return out

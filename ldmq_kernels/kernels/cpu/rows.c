@@ -8,27 +8,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "epilogue.h"
 #include "parts.h"
-
-enum { CHUNK = 1024 };  // columns of a row that are finished together, in the first cache
-
-static inline float widened(uint16_t value) {
-  const uint32_t bits = (uint32_t)value << 16;
-  float out;
-  memcpy(&out, &bits, sizeof out);
-  return out;
-}
 
 static inline uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
-}
-
-static inline uint16_t narrowed(float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
 // -- quantization -------------------------------------------------------------------------------------------------
@@ -47,8 +33,8 @@ typedef struct {
 #define EACH_VALUE(BODY)                                                                              \
   if (task->is_bfloat16) {                                                                            \
     const uint16_t *x = (const uint16_t *)task->x + at;                                               \
-    if (smooth) for (int64_t c = 0; c < columns; ++c) { const float y = widened(x[c]) * smooth[c]; BODY } \
-    else for (int64_t c = 0; c < columns; ++c) { const float y = widened(x[c]); BODY }                \
+    if (smooth) for (int64_t c = 0; c < columns; ++c) { const float y = one_widened(x + c) * smooth[c]; BODY } \
+    else for (int64_t c = 0; c < columns; ++c) { const float y = one_widened(x + c); BODY }                \
   } else {                                                                                            \
     const float *x = (const float *)task->x + at;                                                     \
     if (smooth) for (int64_t c = 0; c < columns; ++c) { const float y = x[c] * smooth[c]; BODY }      \
@@ -178,64 +164,29 @@ void ldmq_quantize_calibrated(const void *x, int is_bfloat16, int64_t rows, int6
 typedef struct {
   const float *accumulator;
   int64_t rows, columns;
-  const float *scale;  // of each equal run of rows
-  int64_t scale_count;
-  const float *maybe_column_scale, *maybe_bias, *maybe_sample_bias;
-  int64_t sample_count;
-  const float *maybe_gate;
-  int64_t gate_count;
-  const void *maybe_residual;
-  int residual_is_bfloat16;
-  void *out;
-  int out_is_bfloat16;
+  Epilogue epilogue;
 } Finished;
 
 static void finished_part(const void *given, int64_t part, int64_t parts) {
   const Finished *t = given;
-  float y[CHUNK];
   for (int64_t row = t->rows * part / parts; row < t->rows * (part + 1) / parts; ++row) {
-    const float scale = t->scale[row * t->scale_count / t->rows];
-    for (int64_t from = 0; from < t->columns; from += CHUNK) {
-      const int64_t count = t->columns - from < CHUNK ? t->columns - from : CHUNK, at = row * t->columns + from;
-      for (int64_t c = 0; c < count; ++c) y[c] = t->accumulator[at + c] * scale;
-      if (t->maybe_column_scale) {
-        for (int64_t c = 0; c < count; ++c) y[c] *= t->maybe_column_scale[from + c];
-      }
-      if (t->maybe_bias) {
-        for (int64_t c = 0; c < count; ++c) y[c] += t->maybe_bias[from + c];
-      }
-      if (t->maybe_sample_bias) {
-        const float *own = t->maybe_sample_bias + row * t->sample_count / t->rows * t->columns + from;
-        for (int64_t c = 0; c < count; ++c) y[c] += own[c];
-      }
-      if (t->maybe_gate) {
-        const float *gate = t->maybe_gate + row * t->gate_count / t->rows * t->columns + from;
-        for (int64_t c = 0; c < count; ++c) y[c] *= gate[c];
-      }
-      if (t->maybe_residual && t->residual_is_bfloat16) {
-        const uint16_t *residual = (const uint16_t *)t->maybe_residual + at;
-        for (int64_t c = 0; c < count; ++c) y[c] += widened(residual[c]);
-      } else if (t->maybe_residual) {
-        const float *residual = (const float *)t->maybe_residual + at;
-        for (int64_t c = 0; c < count; ++c) y[c] += residual[c];
-      }
-      if (t->out_is_bfloat16) {
-        uint16_t *out = (uint16_t *)t->out + at;
-        for (int64_t c = 0; c < count; ++c) out[c] = narrowed(y[c]);
-      } else {
-        memcpy((float *)t->out + at, y, (size_t)count * sizeof(float));
-      }
+    const RowOperands own = operands_of_row(&t->epilogue, row, t->rows, t->columns);
+    const float *sums = t->accumulator + row * t->columns;
+    int64_t c = 0;
+    for (; c + WIDTH <= t->columns; c += WIDTH) {
+      finish_many(&t->epilogue, &own, c, row * t->columns + c, many_load(sums + c));
     }
+    for (; c < t->columns; ++c) finish_one(&t->epilogue, &own, c, row * t->columns + c, sums[c]);
   }
 }
 
-// out = (accumulator * scale * column_scale + bias + sample_bias) * gate + residual, in this order, rounded once.
+// The epilogue of products that torch has computed.
 void ldmq_finish(const float *accumulator, int64_t rows, int64_t columns, const float *scale, int64_t scale_count,
                  const float *maybe_column_scale, const float *maybe_bias, const float *maybe_sample_bias,
                  int64_t sample_count, const float *maybe_gate, int64_t gate_count, const void *maybe_residual,
                  int residual_is_bfloat16, void *out, int out_is_bfloat16, int64_t threads) {
-  const Finished task = {accumulator, rows, columns, scale, scale_count, maybe_column_scale, maybe_bias,
-                         maybe_sample_bias, sample_count, maybe_gate, gate_count, maybe_residual,
-                         residual_is_bfloat16, out, out_is_bfloat16};
+  const Finished task = {accumulator, rows, columns,
+                         {scale, scale_count, maybe_column_scale, maybe_bias, maybe_sample_bias, sample_count,
+                          maybe_gate, gate_count, maybe_residual, residual_is_bfloat16, out, out_is_bfloat16}};
   ldmq_in_parts(finished_part, &task, threads, threads);
 }

@@ -123,7 +123,7 @@ def test_the_epilogue(
     def finished() -> Tensor:
         copy = accumulator.clone()
         out = copy if out_dtype == torch.float32 else torch.full_like(copy, torch.nan, dtype=out_dtype)
-        blocks.finish_rows(copy, out=out, **operands)  # type: ignore[arg-type]
+        blocks.finish_rows(copy, compiled.Epilogue(**operands), out)  # type: ignore[arg-type]
         return out
 
     assert_same([finished()], [by_torch(monkeypatch, finished)])
@@ -138,7 +138,8 @@ def test_the_epilogue_of_wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def finished() -> Tensor:
         out = torch.full_like(accumulator, torch.nan, dtype=torch.bfloat16)
         scale = torch.tensor([0.1, 0.2, 0.3])
-        blocks.finish_rows(accumulator.clone(), scale, *columns, per_sample, residual, out, per_sample + 1)
+        epilogue = compiled.Epilogue(scale, *columns, per_sample, residual, per_sample + 1)
+        blocks.finish_rows(accumulator.clone(), epilogue, out)
         return out
 
     assert_same([finished()], [by_torch(monkeypatch, finished)])
