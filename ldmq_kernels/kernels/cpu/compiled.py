@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.files import shortened
+from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.gpu import cache_folder
 from ldmq_kernels.kernels.reference.quantize_static import nan_error
 
@@ -163,6 +164,10 @@ def quantize_calibrated(x: Tensor, factors: Tensor, q: Tensor) -> None:
         raise nan_error()
 
 
+def _in_float32(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.float().contiguous()
+
+
 class Epilogue(NamedTuple):
     """out = (sum * scale * column_scale + bias + sample_bias) * gate + residual, in this order, rounded once.
 
@@ -184,13 +189,23 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
     gate: Tensor | None = None
 
-    def for_library(self) -> Epilogue:
-        """The same with small operands in float32, one row after the other, as the library reads them."""
-        column_scale, bias, sample_bias, gate = (
-            None if operand is None else operand.float().contiguous()
-            for operand in (self.column_scale, self.bias, self.sample_bias, self.gate)
-        )
-        return Epilogue(self.scale.contiguous(), column_scale, bias, sample_bias, self.residual, gate)
+    def for_library(self, rows: int, columns: int) -> Epilogue:
+        """The same with small operands in float32, one row after the other, as the library reads them unseen.
+
+        Raises:
+            Unsupported: an operand does not fit (rows, columns).
+        """
+        scale, column_scale, bias, sample_bias, residual, gate = self
+        for name, operand in zip(self._fields[1:], self[1:], strict=True):
+            if operand is not None and operand.shape[-1] != columns:
+                raise Unsupported(f"{name} has {operand.shape[-1]} columns, the output {columns}")
+        for name, operand in (("scale", scale), ("sample_bias", sample_bias), ("gate", gate)):
+            if operand is not None and (not len(operand) or rows % len(operand)):
+                raise Unsupported(f"{name} has {len(operand)} rows, which do not divide the {rows} of the output")
+        if residual is not None and residual.numel() != rows * columns:
+            raise Unsupported(f"residual has {residual.numel()} elements, the output {rows * columns}")
+        column_scale, bias, sample_bias, gate = map(_in_float32, (column_scale, bias, sample_bias, gate))
+        return Epilogue(scale.contiguous(), column_scale, bias, sample_bias, residual, gate)
 
     def arguments(self, out: Tensor) -> tuple[int | bool | None, ...]:
         """What C takes, addresses among it: of an epilogue `for_library`, which lives longer than the call."""
@@ -207,5 +222,5 @@ def finish(accumulator: Tensor, epilogue: Epilogue, out: Tensor) -> None:
     """Write the epilogue of (M, N) float32, contiguous, into (M, N) float32 or bfloat16, contiguous."""
     library, _ = load()
     assert library is not None
-    kept = epilogue.for_library()
+    kept = epilogue.for_library(*accumulator.shape)
     library.ldmq_finish(accumulator.data_ptr(), *accumulator.shape, *kept.arguments(out), _threads(accumulator))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import compiled
 from ldmq_kernels.kernels.cpu.blocks import finish_rows
 from ldmq_kernels.kernels.cpu.compiled import Epilogue
@@ -92,12 +93,17 @@ def _multiply(
     """(rows, outputs) of `out_dtype`."""
     library, _ = compiled.load()
     assert library is not None
+    if sizes[3] != 2 * packed.shape[-3] or -(-outputs // PANEL) != packed.shape[0]:
+        held = f"{2 * packed.shape[-3]} channels for up to {PANEL * packed.shape[0]} outputs"
+        raise Unsupported(f"the input has {sizes[3]} channels for {outputs} outputs, the weight {held}")
+    if min(out_size) < 1:
+        raise Unsupported(f"the windows of {tuple(window)} do not fit into the input of {sizes[1]}x{sizes[2]}")
     rows, depth = sizes[0] * out_size[0] * out_size[1], window[0] * window[1] * sizes[3]
     out = x_q.new_empty(rows, outputs, dtype=out_dtype)
     is_finished = compiled.takes(epilogue.residual, out)
     sums = x_q.new_empty(rows, outputs, dtype=torch.int32) if depth > DEPTH else None
     finished = out if is_finished else torch.empty_like(out, dtype=torch.float32)
-    kept = epilogue.for_library() if is_finished else Epilogue(torch.ones(1))
+    kept = epilogue.for_library(rows, outputs) if is_finished else Epilogue(torch.ones(1))
     threads = max(1, min(torch.get_num_threads(), rows * outputs * depth // GRAIN))
     library.ldmq_multiply(
         *(x_q.data_ptr(), *sizes, *window, *(length for pair in geometry for length in pair), *out_size),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import backend as cpu
 from ldmq_kernels.kernels.cpu import compiled, products, self_check
 from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear
@@ -83,6 +84,40 @@ def test_each_weight_has_one_place() -> None:
             rest = (torch.ones(18), None, None, None, (3, 3), *as_op((1, 1), (0, 0), (1, 1), 1), torch.float32)
             out = cpu.conv2d_w8a8(x_q, ONE, pack_conv2d(weight), *rest)
             assert out.flatten().tolist() == [0.0] * 17 + [-15.0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"x_q": integers(2, 10, 5, 5)}, "10 channels for 6 outputs, the weight 8 channels for up to 16"),
+        ({"weight_scale": torch.ones(20)}, "8 channels for 20 outputs"),
+        ({"x_q": integers(2, 8, 2, 5), "padding": (0, 0, 0, 0)}, r"the windows of \(3, 3\) do not fit"),
+        ({"bias": torch.zeros(5)}, "bias has 5 columns, the output 6"),
+        ({"sample_bias": torch.zeros(3, 6)}, "sample_bias has 3 rows, which do not divide the 50 of the output"),
+        ({"x_scale": torch.ones(3)}, "scale has 3 rows"),
+        ({"residual": torch.zeros(1, 6, 5, 5)}, "residual has 150 elements, the output 300"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_operands_that_do_not_fit_are_refused_before_memory_is_read(changed: dict[str, object], told: str) -> None:
+    operands: dict[str, object] = {
+        "x_q": integers(2, 8, 5, 5),
+        "x_scale": ONE,
+        "weight": pack_conv2d(integers(6, 3, 3, 8)),
+        "weight_scale": torch.ones(6),
+        "bias": None,
+        "sample_bias": None,
+        "residual": None,
+        "kernel_size": (3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1, 1, 1),
+        "dilation": (1, 1),
+        "groups": 1,
+        "upsample": 1,
+        "out_dtype": torch.float32,
+    }
+    with pytest.raises(Unsupported, match=told):
+        cpu.conv2d_w8a8(**(operands | changed))
 
 
 def test_groups_are_multiplied_in_float32_on_weights_that_are_kept() -> None:
