@@ -9,7 +9,7 @@ number of trials at the UNet's output is estimated from the layer's own inputs, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class EndRecord:
         gradients: for each probe the weight of each value of the layer's output at the end, float32; empty where the
             output does not reach the model's.
         prompts: the prompt of each row; empty where rows are no pictures', such as a time embedding's for all.
-        fold: 0 or 1: the half of the prompts that this is.
+        fold: 0 or 1: the half of the prompts that is looked at, see `rows_of_folds`.
     """
 
     step: int
@@ -83,16 +83,13 @@ class EndRecord:
     prompts: tuple[int, ...]
     fold: int = 0
 
-    def folds(self) -> list[EndRecord]:
-        """The rows of each fold; all of them as fold 0 where they are no pictures'."""
-        found = []
-        for fold in sorted({prompt % 2 for prompt in self.prompts}):
-            rows = [row for row, prompt in enumerate(self.prompts) if prompt % 2 == fold]
-            prompts, index = tuple(self.prompts[row] for row in rows), torch.tensor(rows, device=self.x.device)
-            gradients = [g[index] for g in self.gradients]
-            x, output = self.x[index], self.output[index]
-            found.append(replace(self, x=x, output=output, gradients=gradients, prompts=prompts, fold=fold))
-        return found or [self]
+    def rows_of_folds(self) -> dict[int, Tensor]:
+        """Fold of the prompts -> its rows; all of them as fold 0 where they are no pictures'."""
+        of_rows = [prompt % 2 for prompt in self.prompts] or [0] * self.x.shape[0]
+        return {
+            fold: torch.tensor([row for row, of in enumerate(of_rows) if of == fold], device=self.x.device)
+            for fold in sorted(set(of_rows))
+        }
 
 
 def _call(
@@ -146,8 +143,7 @@ def end_records(model: nn.Module, ends: EndTrajectory, layers: Sequence[str]) ->
     One call's records are in memory at a time, if none is kept.
 
     Yields:
-        A layer's name and a record of the rows of one fold of the prompts, call by call. A layer whose output does not
-        reach the UNet's has no gradients.
+        A layer's name and a record, call by call. A layer whose output does not reach the UNet's has no gradients.
     """
     for of_call in ends.calls:
         size = scale_of(of_call.adjoints)
@@ -157,13 +153,12 @@ def end_records(model: nn.Module, ends: EndTrajectory, layers: Sequence[str]) ->
 
 
 def records_of(of_call: EndCall, ran: list[Ran]) -> Iterator[tuple[str, EndRecord]]:
-    """What ran of the layers in a call, as records of each fold of the prompts; `ran` is emptied on the way."""
+    """What ran of the layers in a call, as records; `ran` is emptied on the way."""
     call = of_call.call
     while ran:
         name, x, output, gradients = ran.pop(0)
         prompts = prompts_of_rows(x.shape[0], call.prompts, call.output.shape[0])
-        for record in EndRecord(call.step, of_call.weights, x, output, gradients, prompts).folds():
-            yield name, record
+        yield name, EndRecord(call.step, of_call.weights, x, output, gradients, prompts)
 
 
 def chunks_of_layers(

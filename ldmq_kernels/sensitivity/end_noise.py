@@ -12,7 +12,7 @@ probes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,30 +42,32 @@ class EndNoise:
 
 
 class _Amplitudes:
-    """Sums over steps, (probes, pictures) float64."""
+    """Sums over steps for several ways to quantize a layer, (ways, probes, pictures) float64."""
 
-    def __init__(self, ends: EndTrajectory) -> None:
+    def __init__(self, ends: EndTrajectory, ways: int) -> None:
         self._ends, self._pictures = ends, ends.pictures
-        count = (len(ends.ends) * ends.probes, len(self._pictures))
+        count = (ways, len(ends.ends) * ends.probes, len(self._pictures))
         self._amplitude, self._excess, self._power = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
 
     def add(self, record: EndRecord, by_row: Tensor) -> None:
-        """Add what a layer's error in one call does along each probe, (probes, rows) float64."""
+        """Add what a layer's errors in one call do along each probe, (ways, probes, rows) float64."""
         if record.prompts:
             places = torch.tensor([self._pictures.index(prompt) for prompt in record.prompts])
-            found = torch.zeros_like(self._amplitude).index_add(1, places, by_row)
+            found = torch.zeros_like(self._amplitude).index_add(2, places, by_row)
         else:  # one row for all pictures: each has an equal share of what they get together
-            found = by_row.sum(1, keepdim=True).expand_as(self._amplitude) / len(self._pictures) ** 0.5
+            found = by_row.sum(2, keepdim=True).expand_as(self._amplitude) / len(self._pictures) ** 0.5
         amplitude, power = record.weights.amplitude[:, None], record.weights.power[:, None]
+        squares = found.square()
         self._amplitude += amplitude * found
-        self._excess += (amplitude.square() - power) * found.square()
-        self._power += power * found.square()
+        self._excess += (amplitude.square() - power) * squares
+        self._power += power * squares
 
-    def noise(self) -> EndNoise:
-        squares = self._amplitude.square()
-        counted, excess = float(squares.sum()), float(self._excess.sum())
+    def noise(self, way: int) -> EndNoise:
+        """That of one of the ways."""
+        squares = self._amplitude[way].square()
+        counted, excess = float(squares.sum()), float(self._excess[way].sum())
         if excess > 0 and counted > 0:  # over probes and pictures: of one alone what is left could be anything
-            squares *= max(counted - excess, LEAST * float(self._power.sum())) / counted
+            squares *= max(counted - excess, LEAST * float(self._power[way].sum())) / counted
         found: dict[End, dict[int, float]] = {}
         for place, end in enumerate(self._ends.ends):
             first = place * self._ends.probes
@@ -79,26 +81,37 @@ class LayerEndNoise:
     """The noise at the end of each way to quantize a layer, added up record by record.
 
     Args:
-        quantized: name -> a function that gives the quantized layer for a record.
+        quantized: name -> a function that gives the quantized layer for a record and its `fold`.
     """
 
     def __init__(self, ends: EndTrajectory, quantized: Mapping[str, Callable[[EndRecord], nn.Module]]) -> None:
         self._quantized = quantized
-        self._sums = {name: _Amplitudes(ends) for name in quantized}
+        self._sums = _Amplitudes(ends, len(quantized))
 
     @torch.no_grad()
     def add(self, record: EndRecord) -> None:
         """Add one call of the float layer; a record without gradients adds nothing."""
         if not record.gradients or not self._quantized:
             return
-        exact = record.output.float()
-        layers = [layer_for(record) for layer_for in self._quantized.values()]
-        errors = [product_of_layer(layer, record.x).float() - exact for layer in layers]
-        of_rows, by_probe = (torch.stack([t.flatten(1) for t in some], 1) for some in (errors, record.gradients))
-        found = torch.bmm(of_rows, by_probe.mT).double().cpu()  # (rows, ways, probes)
-        for place, sums in enumerate(self._sums.values()):
-            sums.add(record, found[:, place].T)
+        by_probe = torch.stack([gradient.flatten(1) for gradient in record.gradients], 1)
+        found = torch.bmm(by_probe, self._errors(record).mT).double().cpu()  # (rows, probes, ways)
+        self._sums.add(record, found.permute(2, 1, 0))
+
+    def _errors(self, record: EndRecord) -> Tensor:
+        """(rows, ways, values) float32: a fold is computed by itself where a way has another layer for each."""
+        exact, folds = record.output, record.rows_of_folds()
+        parts = {fold: (rows, record.x[rows], exact[rows]) for fold, rows in folds.items()} if len(folds) > 1 else {}
+        errors = exact.new_empty((exact.shape[0], len(self._quantized), *exact.shape[1:]), dtype=torch.float32)
+        for way, layer_for in enumerate(self._quantized.values()):
+            layers = {fold: layer_for(replace(record, fold=fold)) for fold in folds}
+            first = next(iter(layers.values()))
+            if all(layer is first for layer in layers.values()):
+                torch.sub(product_of_layer(first, record.x).float(), exact.float(), out=errors[:, way])
+                continue
+            for fold, (rows, x, output) in parts.items():
+                errors[rows, way] = product_of_layer(layers[fold], x).float() - output.float()
+        return errors.flatten(2)
 
     def noise(self) -> dict[str, EndNoise]:
         """The noise of each way by what was added."""
-        return {name: sums.noise() for name, sums in self._sums.items()}
+        return {name: self._sums.noise(way) for way, name in enumerate(self._quantized)}

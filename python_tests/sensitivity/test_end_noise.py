@@ -78,7 +78,7 @@ def _noise(ends: EndTrajectory, errors: dict[int, Tensor]) -> EndNoise:
     for of_call in ends.calls:
         step = of_call.call.step
         signs = [ones] if ends.probes == 1 else [rademacher(ones, 99 * step + probe) for probe in range(ends.probes)]
-        records += EndRecord(step, of_call.weights, EACH_ROW, EXACT(EACH_ROW), signs, (0, 1, 0, 1)).folds()
+        records.append(EndRecord(step, of_call.weights, EACH_ROW, EXACT(EACH_ROW), signs, (0, 1, 0, 1)))
     layers = {step: _layer(error) for step, error in errors.items()}
     return _added(ends, records, lambda record: layers[record.step])
 
@@ -128,10 +128,17 @@ def test_a_call_that_does_not_reach_the_end_counts_for_nothing() -> None:
     assert float(last.weights.amplitude) == 10.5
 
 
+def test_each_picture_has_the_error_of_the_layer_that_the_other_fold_makes() -> None:
+    ends, errors = _ends(), (_layer(torch.full((2, 3), 1.0)), _layer(torch.full((2, 3), 5.0)))
+    record = EndRecord(0, ends.calls[0].weights, EACH_ROW, EXACT(EACH_ROW), [torch.ones(4, 3)], (0, 1, 0, 1))
+    noise = _added(ends, [record], lambda record: errors[record.fold])
+    assert noise.by_picture == {LATENT: {0: 6.0**2 / 2, 1: 30.0**2 / 5}}  # both halves of guidance, three values
+
+
 def test_a_row_for_all_pictures_counts_once_in_all() -> None:
     ends = _ends()
     record = EndRecord(0, ends.calls[0].weights, EACH_ROW[:1], torch.zeros(1, 3), [torch.ones(1, 3)], ())
-    assert record.folds() == [record]
+    assert {fold: rows.tolist() for fold, rows in record.rows_of_folds().items()} == {0: [0]}
     noise = _added(ends, [record], lambda _: _layer(torch.ones(2, 3)))
     power = sum(noise.by_picture[LATENT][picture] * ends.scale[LATENT][picture] for picture in range(PICTURES))
     assert power == pytest.approx(9.0)
