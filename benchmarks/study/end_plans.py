@@ -31,7 +31,7 @@ from ldmq_kernels.calibration.trajectory import record_trajectory
 from ldmq_kernels.demo.run import CALIBRATION_PROMPTS, calibration_captions, held_out_captions
 from ldmq_kernels.numerics.formats import FLOAT, parse_schemes
 from ldmq_kernels.planning.assignment import SQNR
-from ldmq_kernels.planning.drawn import EndCheck, FloatEnds, with_more_seeds
+from ldmq_kernels.planning.drawn import EndCheck, FloatEnds, mean_within_db, with_more_seeds
 from ldmq_kernels.planning.evaluate import PlanEvaluator
 from ldmq_kernels.planning.options import noise_columns
 from ldmq_kernels.planning.planner import held_out_settings
@@ -102,7 +102,8 @@ def measured(subject: Subject, pipe: Any, captions: int) -> list[dict[str, Any]]
             choices = {name: str(layer_plan.scheme) for name, layer_plan in plan.layers(model).items()}
             of_output = of_output or choices
             alike = sum(scheme == of_output[name] for name, scheme in choices.items()) / len(choices)
-            spread = {m: asdict(s) for m, s in evaluator.drawn(choices, test).spread.items()}
+            tested = evaluator.drawn(choices, test)
+            spread = {m: asdict(s) | {"within": mean_within_db(tested.by_picture[m])} for m, s in tested.spread.items()}
             row = {"op": "plan", "case": case, "keeps": measure, "share_of_fp16": plan.measured["weight_bytes"] / full}
             row |= {"model": subject.name, "sum_db": _sums(session, choices), "alike": alike}
             rows.append(row | {"drawn": spread, "measured": plan.measured, "analysis_seconds": seconds})
@@ -115,7 +116,11 @@ def table(data: dict[str, Any]) -> str:
     lines = []
     for row in data["rows"]:
         psnr, latent, keeps = row["drawn"]["psnr"], row["drawn"]["latent"], row["keeps"]
-        predicted, checked = (row["measured"][f"{word}_{keeps}_db"] for word in ("predicted", "held_out"))
+        predicted, checked = (f"{row['measured'][f'{word}_{keeps}_db']:.1f}" for word in ("predicted", "held_out"))
+        predicted += _within(row["measured"].get(f"predicted_{keeps}_db_within"))
+        here = ""
+        if keeps != SQNR:
+            here = f" / {row['drawn'][keeps]['mean']:.1f}{_within(row['drawn'][keeps].get('within'))}"
         lines.append(
             [
                 row["case"],
@@ -123,18 +128,23 @@ def table(data: dict[str, Any]) -> str:
                 MEASURES[keeps],
                 f"{psnr['mean']:.1f} / {psnr['median']:.1f} / {psnr['worst_tenth']:.1f}",
                 f"{latent['mean']:.1f} / {latent['median']:.1f} / {latent['worst_tenth']:.1f}",
-                f"{predicted:.1f} / {checked:.1f}" + (f" / {row['drawn'][keeps]['mean']:.1f}" if keeps != SQNR else ""),
+                f"{predicted} / {checked}{here}",
                 f"{row['sum_db']['psnr']:.1f}",
                 f"{row['alike']:.0%}",
             ]
         )
     words = (
         f"**Plans for the pictures** (the {data['rows'][0]['model']} model, equal bytes; held-out captions; mean, "
-        f"median and worst tenth of pictures in dB). {' '.join(_room(data))}"
+        f"median and worst tenth of pictures in dB; after ±, the 95 % interval of a mean, by how its pictures differ). "
+        f"{' '.join(_room(data))}"
     )
     head = ["formats", "of fp16", "keeps", "PSNR", "latents' SQNR", "predicted / by the planner's check / here"]
     head += ["PSNR by the sum of the layers' noise", "layers as for the UNet's output"]
     return f"{words}\n\n" + markdown(head, lines)
+
+
+def _within(decibels: float | None) -> str:
+    return "" if decibels is None else f" ± {decibels:.1f}"
 
 
 def _room(data: dict[str, Any]) -> Iterator[str]:

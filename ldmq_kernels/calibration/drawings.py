@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -140,6 +140,19 @@ class Drawing:
     def names(self) -> list[str]:
         """Each sample in words."""
         return [described(call, sample) for call, sample in zip(self.calls, self.samples, strict=True)]
+
+    def of_samples(self, pipe: Any, samples: Collection[int]) -> Drawing | None:
+        """The run that draws some of these samples alone, each as in this one; None where no run does.
+
+        Prompts are drawn apart as together where what is random comes from generators.
+        """
+        kept = [place for place, sample in enumerate(self.samples) if sample in samples]
+        if len(kept) == len(self.samples):
+            return self
+        if not isinstance(self.calls[0], str) or "generator" not in (parameters_of(pipe) or {}):
+            return None
+        calls, taken = (tuple(all_of[place] for place in kept) for all_of in (self.calls, self.samples))
+        return replace(self, calls=calls, samples=taken)
 
     def _asked(self) -> dict[str, Any] | None:
         """The arguments that the pipeline is called with, without seeds and kind of output; None for a function."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import special
 from torch import Tensor
 
 from ldmq_kernels.calibration.decoding import decoded
@@ -24,6 +25,7 @@ from ldmq_kernels.progress import track
 
 WORST = 10  # per cent
 PICTURES = 8  # that verify a plan at least: what is held out is drawn with further seeds
+LEAST_PICTURES = 3  # that tell how far a mean is known
 LARGE_PICTURES = 4  # of a large model, whose every picture takes minutes on a CPU
 
 
@@ -143,16 +145,18 @@ class FloatEnds:
             taken = [place for place, sample in enumerate(run.samples) if samples is None or sample in samples]
             if not taken:
                 continue
-            exact, latents = self._latents_of_runs[index], self._latents(run)
-            rows = [row for row in range(len(exact)) if row % len(run.samples) in taken]
+            rows = [row for row in range(len(self._latents_of_runs[index])) if row % len(run.samples) in taken]
             drawn_for += [run.samples[row % len(run.samples)] for row in rows]
-            error = latents[rows].double() - exact[rows].double()
-            power = error.flatten(1).square().sum(1) / exact[rows].double().flatten(1).square().sum(1)
+            part = run.of_samples(self._pipe, [run.samples[place] for place in taken])
+            latents = self._latents(run)[rows] if part is None else self._latents(part)
+            exact = self._latents_of_runs[index][rows]
+            error = latents.double() - exact.double()
+            power = error.flatten(1).square().sum(1) / exact.double().flatten(1).square().sum(1)
             if not bool(torch.isfinite(power).all()):
                 raise ValueError(f"the quantized model draws latents that are not finite of {', '.join(run.names)}")
             found["latent"] += [_db(value) for value in power.tolist()]
             if self._pictures:
-                off = self._decoded(latents[rows]).double() - self._pictures[index][rows].double()
+                off = self._decoded(latents).double() - self._pictures[index][rows].double()
                 found["psnr"] += [_db(value) for value in off.square().flatten(1).mean(1).tolist()]
         return Drawn({measure: tuple(decibels) for measure, decibels in found.items()}, tuple(drawn_for))
 
@@ -180,6 +184,18 @@ def with_more_seeds(calls: Sequence[Call], pictures: int = PICTURES) -> list[Cal
     """The calls again and again, until there are enough pictures to tell of the worst of them."""
     times = -(-pictures // len(calls))
     return list(calls) * times
+
+
+def mean_within_db(decibels: Sequence[float]) -> float | None:
+    """How far the mean over all pictures may be from that of a few: half of its 95 % interval, by Student's t.
+
+    Returns:
+        None of fewer than three pictures, which tell too little of how pictures differ.
+    """
+    count = len(decibels)
+    if count < LEAST_PICTURES:
+        return None
+    return float(special.stdtrit(count - 1, 0.975)) * statistics.stdev(decibels) / count**0.5
 
 
 def spread_as_measured(drawn: Drawn) -> dict[str, float]:

@@ -6,14 +6,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import nn
 
 from ldmq_kernels.calibration.settings import recorded
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.numerics.formats import FLOAT
-from ldmq_kernels.planning.assignment import MOST_DB, SQNR, Assignment, Chooser
+from ldmq_kernels.planning.assignment import LEAST_POWER, MOST_DB, SQNR, Assignment, Chooser
 from ldmq_kernels.planning.build import build_plan
-from ldmq_kernels.planning.drawn import Drawn, EndCheck, spread_as_measured
+from ldmq_kernels.planning.drawn import Drawn, EndCheck, mean_within_db, spread_as_measured
 from ldmq_kernels.planning.evaluate import PlanEvaluator
 from ldmq_kernels.planning.options import make_options, noise_columns, restricted, sensitive_blocks
 from ldmq_kernels.planning.target import MEASURES, Measure, Target
@@ -142,6 +143,16 @@ class Session:
             self.interaction_db = 0.0 if together >= MOST_DB else assignment.sum_db - together
         return min(MOST_DB, assignment.sum_db - self.interaction_db)
 
+    def _predicted_within_db(self, assignment: Assignment) -> float | None:
+        """How far the mean over other pictures may be from the predicted one, by how those of the calibration differ.
+
+        None at the UNet's output, and of fewer than three pictures.
+        """
+        if self._pictures is None:
+            return None
+        powers = np.sum([option.noise for option in assignment.options.values()], axis=0)
+        return mean_within_db((-10 * np.log10(np.maximum(powers, LEAST_POWER))).tolist())
+
     def _cross_validated_db(self, assignment: Assignment) -> float:
         if self.ends is None:
             return mean_db(self._evaluator.cross_validated(assignment.schemes))
@@ -197,6 +208,8 @@ class Session:
             "weight_bytes": assignment.bytes,
             "weight_bytes_fp16": sum(weight_bytes(m, FLOAT) for m in quantizable_layers(self.model).values()),
         }
+        if (within := self._predicted_within_db(assignment)) is not None:
+            plan.measured[f"predicted_{self.measure}_db_within"] = round(within, 3)
         if verified.drawn is not None:
             plan.measured |= spread_as_measured(verified.drawn)
         if len(settings) > 1:

@@ -141,7 +141,10 @@ def plan(result: PlanResult, summary: Summary, timings: Sequence[Timing]) -> str
     asked = Target(**result.plan.target)
     measured = result.plan.measured
     kept = next(measure for measure in MEASURES if f"predicted_{measure}_db" in measured)
-    drawn = spread_in_words(measured)
+    drawn, within = spread_in_words(measured), measured.get(f"predicted_{kept}_db_within")
+    expected = f"{measured[f'predicted_{kept}_db']:.1f} dB"
+    if within is not None:
+        expected += f" in the mean (95 % interval of other pictures: within {within:.1f} dB)"
     rows = "".join(
         f"<tr><td>{chip(name)}</td><td class=n>{share.convolutions}</td><td class=n>{share.linears}</td>"
         f"<td class=n>{megabytes(share.bytes_before)}</td><td class=n>{megabytes(share.bytes_after)}</td></tr>"
@@ -157,7 +160,7 @@ def plan(result: PlanResult, summary: Summary, timings: Sequence[Timing]) -> str
     )
     return section(
         "What the plan chose",
-        f"Asked for {asked}, it expected {measured[f'predicted_{kept}_db']:.1f} dB and reaches "
+        f"Asked for {asked}, it expected {expected} and reaches "
         f"{measured[f'held_out_{kept}_db']:.1f} dB on prompts and seeds that it had not seen{drawn}. "
         f"{summary.quantized_convolutions} of {summary.convolutions} convolutions and {summary.quantized_linears} of "
         f"{summary.linears} linears are quantized; {FLOAT} stands for a layer that stays as it was.",

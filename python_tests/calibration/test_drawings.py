@@ -53,6 +53,13 @@ class Pipe:
         return SimpleNamespace(frames=latent)
 
 
+class Unseeded(Pipe):
+    """Takes no generator."""
+
+    def __call__(self, prompt: list[str]) -> SimpleNamespace:
+        return SimpleNamespace(frames=torch.randn(len(prompt), 4))
+
+
 def test_what_a_call_is_recorded_with_is_what_the_model_got(shared_pipe: Any) -> None:
     pipe = Pipe()
     trajectory = record_trajectory(pipe, [{"image": torch.ones(1, 4)}, {}], PLAIN)
@@ -145,6 +152,19 @@ def test_prompts_are_drawn_together_and_all_else_alone() -> None:
     runs = drawings([*prompts, {"prompt": "a call"}, "last"], PLAIN)
     assert [run.samples for run in runs] == [tuple(range(8)), (8, 9), (10,), (11,)]
     assert runs[2].names == ["a call"]
+
+
+def test_some_of_the_prompts_of_a_run_are_drawn_alone_as_in_it(shallow_pipe: Any) -> None:
+    settings = SamplingSettings(num_inference_steps=2, guidance_scale=2.0, seed=7)
+    (whole,) = drawings(["a cat", "a dog", "a blue bowl"], settings)
+    part = whole.of_samples(shallow_pipe, [0, 2])
+    assert part is not None
+    assert (part.names, part.samples) == (["a cat", "a blue bowl"], (0, 2))
+    latents, alone = whole.run(shallow_pipe, "latent"), part.run(shallow_pipe, "latent")
+    assert latents is not None
+    torch.testing.assert_close(alone, latents[[0, 2]], rtol=1e-4, atol=1e-4)
+    assert whole.of_samples(shallow_pipe, range(3)) is whole
+    assert whole.of_samples(Unseeded(), [0]) is None  # what it draws may depend on how many there are
 
 
 def test_one_way_to_say_what_is_drawn_is_needed() -> None:

@@ -20,7 +20,15 @@ from ldmq_kernels.calibration.settings import changed
 from ldmq_kernels.conversion import quantize
 from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.numerics.formats import SCHEMES
-from ldmq_kernels.planning.drawn import PICTURES, Drawn, FloatEnds, Spread, spread_in_words, with_more_seeds
+from ldmq_kernels.planning.drawn import (
+    PICTURES,
+    Drawn,
+    FloatEnds,
+    Spread,
+    mean_within_db,
+    spread_in_words,
+    with_more_seeds,
+)
 from ldmq_kernels.planning.evaluate import PlanEvaluator
 from ldmq_kernels.planning.planner import HELD_OUT_SEED, end_check, held_out_settings, make_plan, open_session
 from ldmq_kernels.planning.request import PlanRequest
@@ -44,6 +52,11 @@ def test_the_spread_has_the_mean_the_median_and_the_worst_tenth() -> None:
     drawn = Drawn({"latent": (30.0, 40.0), "psnr": (50.0, 51.0)}, (0, 1))
     assert (drawn.mean_db("latent"), drawn.spread["psnr"].mean) == (35.0, 50.5)
     assert [part.by_picture["psnr"] for part in Drawn(drawn.by_picture, (0, 2)).by_setting(2)] == [(50.0,), (51.0,)]
+
+
+def test_a_mean_of_few_pictures_is_known_as_far_as_they_agree() -> None:
+    assert mean_within_db([40.0, 42.0, 44.0, 46.0]) == pytest.approx(3.182446 * 2.581989 / 2)  # Student's t of 3
+    assert mean_within_db([40.0, 46.0]) is None
 
 
 def test_held_out_prompts_are_drawn_with_further_seeds_until_there_are_enough() -> None:
@@ -98,6 +111,11 @@ def test_a_target_in_the_latents_is_met_by_drawing_and_was_predicted(session: Se
         assert measured["held_out_pictures"] == PICTURES
         assert measured["predicted_latent_db"] == pytest.approx(measured["held_out_latent_db"], abs=4.0)
         assert result.plan.target == {"latent_db": db}
+        schemes = {name: str(layer_plan.scheme) for name, layer_plan in result.plan.layers(session.model).items()}
+        chosen = [session.analysis.candidate(*key) for key in schemes.items()]
+        ends = [c.end.by_picture[LATENT] for c in chosen if c is not None and c.end is not None]
+        by_picture = [-10 * math.log10(sum(end[picture] for end in ends)) for picture in range(3)]
+        assert measured["predicted_latent_db_within"] == pytest.approx(mean_within_db(by_picture), abs=1e-3)
     assert _bytes(plans[40.0].plan) < _bytes(plans[60.0].plan)
 
 
