@@ -133,10 +133,11 @@ def table(data: dict[str, Any]) -> str:
                 f"{row['alike']:.0%}",
             ]
         )
+    is_known = any("within" in row["drawn"]["psnr"] for row in data["rows"])
+    known = "; after ±, the 95 % interval of a mean, by how its pictures differ" if is_known else ""
     words = (
         f"**Plans for the pictures** (the {data['rows'][0]['model']} model, equal bytes; held-out captions; mean, "
-        f"median and worst tenth of pictures in dB; after ±, the 95 % interval of a mean, by how its pictures differ). "
-        f"{' '.join(_room(data))}"
+        f"median and worst tenth of pictures in dB{known}). {' '.join(_room(data))}"
     )
     head = ["formats", "of fp16", "keeps", "PSNR", "latents' SQNR", "predicted / by the planner's check / here"]
     head += ["PSNR by the sum of the layers' noise", "layers as for the UNet's output"]
