@@ -75,7 +75,7 @@ def test_pictures_are_compared_one_by_one(shallow_pipe: StableDiffusionPipeline)
         moved = draw(shallow_pipe, PROMPTS, SETTINGS, "latent")[0]
     power = (moved - exact).double().square().flatten(1).sum(1) / exact.double().square().flatten(1).sum(1)
     assert found.by_picture["latent"] == pytest.approx((-10 * power.log10()).tolist(), abs=1e-3)
-    assert second.by_picture["latent"] == pytest.approx(found.by_picture["latent"][1:], abs=1e-3)
+    assert second.by_picture["latent"] == pytest.approx(found.by_picture["latent"][1:], abs=0.01)  # in another batch
     again = FloatEnds(shallow_pipe, PROMPTS, SETTINGS, [moved]).compare().by_picture["psnr"]
     assert found.by_picture["psnr"] == pytest.approx(again, abs=0.01)
 
