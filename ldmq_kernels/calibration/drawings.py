@@ -151,8 +151,8 @@ class Drawing:
             return self
         if not isinstance(self.calls[0], str) or "generator" not in (parameters_of(pipe) or {}):
             return None
-        calls, taken = (tuple(all_of[place] for place in kept) for all_of in (self.calls, self.samples))
-        return replace(self, calls=calls, samples=taken)
+        calls = tuple(self.calls[place] for place in kept)
+        return replace(self, calls=calls, samples=tuple(self.samples[place] for place in kept))
 
     def _asked(self) -> dict[str, Any] | None:
         """The arguments that the pipeline is called with, without seeds and kind of output; None for a function."""
