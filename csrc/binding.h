@@ -38,9 +38,10 @@ inline int64_t element_size(ldmq_dtype dtype) { return dtype == LDMQ_FLOAT32 ? 4
 // One call: what it is named in errors, where it runs, and the checks that every op shares.
 class Call {
  public:
-  Call(const char* op, std::string dtype, Sizes sizes, int device, uintptr_t stream)
+  Call(const char* op, std::string dtype, Sizes sizes, int device, uintptr_t stream, bool dependent = false)
       : op_(std::string("ldmq cuda ") + op), dtype_name_(std::move(dtype)), sizes_(std::move(sizes)),
-        device_(device), stream_(reinterpret_cast<void*>(stream)), dtype_(parse_dtype(op_, dtype_name_)) {
+        device_(device), stream_(reinterpret_cast<void*>(stream)), dependent_(dependent),
+        dtype_(parse_dtype(op_, dtype_name_)) {
     if (device < 0) throw py::value_error(op_ + ": device is " + std::to_string(device) + ", must be 0 or more");
     for (const auto& [name, size] : sizes_) {
       if (size < 0) throw py::value_error(op_ + ": " + name + " is " + std::to_string(size) + ", must be 0 or more");
@@ -58,6 +59,7 @@ class Call {
   ldmq_dtype dtype() const { return dtype_; }
   int device() const { return device_; }
   void* stream() const { return stream_; }
+  int dependent() const { return dependent_; }
 
   template <typename T>
   T* required(const char* name, uintptr_t address, int64_t alignment = sizeof(T)) const {
@@ -110,6 +112,7 @@ class Call {
   Sizes sizes_;
   int device_;
   void* stream_;
+  bool dependent_;
   ldmq_dtype dtype_;
   int64_t elements_ = 1;
 };

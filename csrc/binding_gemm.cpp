@@ -62,12 +62,12 @@ class GemmCall {
     if (const char* why = ldmq_refusal(&gemm_, tile)) throw Refusal(text(why));
   }
 
-  void run(int tile, int device, uintptr_t stream) const {
+  void run(int tile, int device, uintptr_t stream, bool dependent) const {
     require(device >= 0, "device is " + std::to_string(device) + ", must be 0 or more");
     int error = 0;
     {
       py::gil_scoped_release release;
-      error = ldmq_run_gemm(&gemm_, tile, device, reinterpret_cast<void*>(stream));
+      error = ldmq_run_gemm(&gemm_, tile, device, reinterpret_cast<void*>(stream), dependent);
     }
     if (error == 0) return;
     throw std::runtime_error(text("failed on cuda:" + std::to_string(device) + ": " + ldmq_error_text(error) +
@@ -111,7 +111,7 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
               uintptr_t vector, int64_t vectors, uintptr_t residual, uintptr_t out,
               const std::string& out_dtype, uintptr_t out_inv_scale, int64_t out_inv_scale_count, int64_t m, int64_t n,
               int64_t channels, const std::vector<int64_t>& conv, int64_t split_k, uintptr_t partial, int device,
-              uintptr_t stream) {
+              uintptr_t stream, bool dependent) {
   ldmq_gemm gemm = {};
   const GemmCall call(gemm, tile);
   gemm.x = address(x);
@@ -146,7 +146,7 @@ void run_gemm(int tile, uintptr_t x, uintptr_t weight, uintptr_t multiplier, uin
   gemm.split_k = static_cast<int>(split_k);
   gemm.partial = reinterpret_cast<void*>(partial);
   call.check(tile, scale_count);
-  call.run(tile, device, stream);
+  call.run(tile, device, stream, dependent);
 }
 
 }  // namespace
@@ -159,7 +159,7 @@ void define_gemm(py::module_& module) {
              py::arg("vectors"), py::arg("residual"), py::arg("out"), py::arg("out_dtype"),
              py::arg("out_inv_scale"), py::arg("out_inv_scale_count"), py::arg("m"), py::arg("n"),
              py::arg("channels"), py::arg("conv"), py::arg("split_k"), py::arg("partial"), py::arg("device"),
-             py::arg("stream"));
+             py::arg("stream"), py::arg("dependent"));
 }
 
 }  // namespace ldmq::binding

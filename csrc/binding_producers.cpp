@@ -96,25 +96,27 @@ void check_measured(const char* op, const ldmq_quantization& to, int64_t rows, i
 
 void gelu_quantize(uintptr_t x, const std::string& dtype, bool tanh, uintptr_t inv_scale, int64_t inv_scale_count,
                    uintptr_t inv_smooth, uintptr_t q, const std::string& q_dtype, uintptr_t scale, int64_t rows,
-                   int64_t channels, int device, uintptr_t stream) {
-  const Call call("gelu_quantize", dtype, {{"rows", rows}, {"channels", channels}}, device, stream);
+                   int64_t channels, int device, uintptr_t stream, bool dependent) {
+  const Call call("gelu_quantize", dtype, {{"rows", rows}, {"channels", channels}}, device, stream, dependent);
   const void* input = call.input(x);
   const ldmq_quantization to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, q_dtype, scale);
   check_measured("gelu_quantize", to, rows, channels);
   call.run([&] {
-    return ldmq_gelu_quantize(input, call.dtype(), tanh, &to, rows, channels, call.device(), call.stream());
+    return ldmq_gelu_quantize(input, call.dtype(), tanh, &to, rows, channels, call.device(), call.stream(),
+                              call.dependent());
   });
 }
 
 void geglu_quantize(uintptr_t x, const std::string& dtype, uintptr_t inv_scale, int64_t inv_scale_count,
                     uintptr_t inv_smooth, uintptr_t q, const std::string& q_dtype, uintptr_t scale, int64_t rows,
-                    int64_t channels, int device, uintptr_t stream) {
-  const Call call("geglu_quantize", dtype, {{"rows", rows}, {"channels", channels}}, device, stream);
+                    int64_t channels, int device, uintptr_t stream, bool dependent) {
+  const Call call("geglu_quantize", dtype, {{"rows", rows}, {"channels", channels}}, device, stream, dependent);
   const void* input = call.input(x);
   const ldmq_quantization to = quantization(call, inv_scale, inv_scale_count, inv_smooth, q, q_dtype, scale);
   check_measured("geglu_quantize", to, rows, channels);
   call.run([&] {
-    return ldmq_geglu_quantize(input, call.dtype(), &to, rows, channels, call.device(), call.stream());
+    return ldmq_geglu_quantize(input, call.dtype(), &to, rows, channels, call.device(), call.stream(),
+                               call.dependent());
   });
 }
 
@@ -132,10 +134,12 @@ void define_producers(py::module_& module) {
              py::arg("stream"));
   module.def("gelu_quantize", &gelu_quantize, "As ldmq_gelu_quantize.", py::arg("x"), py::arg("dtype"), py::arg("tanh"),
              py::arg("inv_scale"), py::arg("inv_scale_count"), py::arg("inv_smooth"), py::arg("q"), py::arg("q_dtype"),
-             py::arg("scale"), py::arg("rows"), py::arg("channels"), py::arg("device"), py::arg("stream"));
+             py::arg("scale"), py::arg("rows"), py::arg("channels"), py::arg("device"), py::arg("stream"),
+             py::arg("dependent"));
   module.def("geglu_quantize", &geglu_quantize, "As ldmq_geglu_quantize.", py::arg("x"), py::arg("dtype"),
              py::arg("inv_scale"), py::arg("inv_scale_count"), py::arg("inv_smooth"), py::arg("q"), py::arg("q_dtype"),
-             py::arg("scale"), py::arg("rows"), py::arg("channels"), py::arg("device"), py::arg("stream"));
+             py::arg("scale"), py::arg("rows"), py::arg("channels"), py::arg("device"), py::arg("stream"),
+             py::arg("dependent"));
 }
 
 }  // namespace ldmq::binding

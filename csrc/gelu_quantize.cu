@@ -5,6 +5,8 @@
 // scale of its own stays in the registers of its warps between the maximum and the rounding.
 #include <algorithm>
 
+#include <griddepcontrol.cuh>
+
 #include "producers.cuh"
 
 namespace {
@@ -45,8 +47,9 @@ struct Inputs {
 
 template <typename T, typename Q, int V, bool GATED>
 __global__ void __launch_bounds__(kThreads)
-    static_kernel(const T* __restrict__ x, bool tanh, Factors factors, Q* __restrict__ q, int64_t rows,
-                  int64_t channels, int columns_per_block) {
+    static_kernel(const T* x, bool tanh, Factors factors, Q* q, int64_t rows, int64_t channels, int columns_per_block) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int rows_per_block = kThreads / columns_per_block;
   const int row_in_block = static_cast<int>(threadIdx.x) / columns_per_block;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * columns_per_block + threadIdx.x % columns_per_block;
@@ -75,8 +78,10 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, typename Q, int V, bool GATED>
 __global__ void __launch_bounds__(kMostRowThreads, 1)
-    token_kernel(const T* __restrict__ x, bool tanh, Factors factors, Q* __restrict__ q, float* scale,
-                 int64_t rows, int64_t channels, int warps_per_row) {
+    token_kernel(const T* x, bool tanh, Factors factors, Q* q, float* scale, int64_t rows, int64_t channels,
+                 int warps_per_row) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   constexpr int kRuns = kRowValues / V;
   __shared__ uint32_t largest_of_warp[kMostRowThreads / kLanes];
   const int row_threads = warps_per_row * kLanes;
@@ -121,7 +126,7 @@ __global__ void __launch_bounds__(kMostRowThreads, 1)
 
 template <typename T, typename Q, int V, bool GATED>
 cudaError_t launch_static(const T* x, bool tanh, const ldmq_quantization& to, int64_t rows, int64_t channels,
-                          void* stream) {
+                          const Stream& stream) {
   const int64_t columns = channels / V, column_blocks = ceil_div(columns, kMostColumns);
   const int per_block = static_cast<int>(ceil_div(columns, column_blocks));
   const int64_t row_blocks = ceil_div(rows, static_cast<int64_t>(kThreads / per_block) * kRowsAhead);
@@ -132,7 +137,7 @@ cudaError_t launch_static(const T* x, bool tanh, const ldmq_quantization& to, in
 
 template <typename T, typename Q, int V, bool GATED>
 cudaError_t launch_tokens(const T* x, bool tanh, const ldmq_quantization& to, int64_t rows, int64_t channels,
-                          void* stream) {
+                          const Stream& stream) {
   const int warps_per_row = static_cast<int>(ceil_div(channels, kLanes * kRowValues));
   const int rows_per_block = std::max(1, kThreads / kLanes / warps_per_row);
   const int64_t blocks = std::min(ceil_div(rows, rows_per_block), kMostBlocks);
@@ -144,7 +149,7 @@ cudaError_t launch_tokens(const T* x, bool tanh, const ldmq_quantization& to, in
 
 template <bool GATED>
 int quantize(const void* x, ldmq_dtype dtype, bool tanh, const ldmq_quantization& to, int64_t rows, int64_t channels,
-             int device, void* stream) {
+             int device, const Stream& stream) {
   if (rows == 0 || channels == 0) return cudaSuccess;
   if (!to.inv_scale && channels > LDMQ_MAX_GELU_CHANNELS) return cudaErrorInvalidValue;
   const DeviceGuard guard(device);
@@ -163,11 +168,11 @@ int quantize(const void* x, ldmq_dtype dtype, bool tanh, const ldmq_quantization
 }  // namespace
 
 extern "C" int ldmq_gelu_quantize(const void* x, ldmq_dtype dtype, int tanh, const ldmq_quantization* to, int64_t rows,
-                                  int64_t channels, int device, void* stream) {
-  return quantize<false>(x, dtype, tanh != 0, *to, rows, channels, device, stream);
+                                  int64_t channels, int device, void* stream, int dependent) {
+  return quantize<false>(x, dtype, tanh != 0, *to, rows, channels, device, {stream, dependent != 0});
 }
 
 extern "C" int ldmq_geglu_quantize(const void* x, ldmq_dtype dtype, const ldmq_quantization* to, int64_t rows,
-                                   int64_t channels, int device, void* stream) {
-  return quantize<true>(x, dtype, false, *to, rows, channels, device, stream);
+                                   int64_t channels, int device, void* stream, int dependent) {
+  return quantize<true>(x, dtype, false, *to, rows, channels, device, {stream, dependent != 0});
 }

@@ -115,10 +115,10 @@ extern "C" const char* ldmq_refusal(const ldmq_gemm* gemm, int tile) {
   return why;
 }
 
-extern "C" int ldmq_run_gemm(const ldmq_gemm* gemm, int tile, int device, void* stream) {
+extern "C" int ldmq_run_gemm(const ldmq_gemm* gemm, int tile, int device, void* stream, int dependent) {
   if (ldmq_refusal(gemm, tile)) return cudaErrorInvalidValue;
   if (gemm->m == 0 || gemm->n == 0) return cudaSuccess;
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
-  return tiles()[static_cast<size_t>(tile)].run(*gemm, stream);
+  return tiles()[static_cast<size_t>(tile)].run(*gemm, {stream, dependent != 0});
 }

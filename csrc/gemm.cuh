@@ -118,11 +118,11 @@ struct TileScheduler {
 
 // out of the partial sums of a convolution's `splits` parts of k, added from the first to the last.
 template <typename Sum>
-int reduce_partial_sums(const ldmq_gemm& gemm, int splits, void* stream);
+int reduce_partial_sums(const ldmq_gemm& gemm, int splits, const Stream& stream);
 
 // The second launch of split-K; nothing where a tile's own blocks stored the output.
 template <Element ELEMENT>
-int reduce_if_split(const ldmq_gemm& gemm, const TileScheduler& scheduler, void* stream) {
+int reduce_if_split(const ldmq_gemm& gemm, const TileScheduler& scheduler, const Stream& stream) {
   return gemm.split_k > 1 ? reduce_partial_sums<AccumulatorOf<ELEMENT>>(gemm, scheduler.splits, stream) : cudaSuccess;
 }
 

@@ -235,7 +235,7 @@ cudaError_t launch_all(const T* x, const Task& task, int multiprocessors, void* 
     wanted = std::max(wanted, ceil_div(static_cast<int64_t>(plan.samples) * plan.pixels, rows));
   }
   shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(wanted, fit * multiprocessors)));
-  return launch(kernel, shape, stream, x, task);
+  return launch(kernel, shape, Stream{stream, false}, x, task);
 }
 
 // The launch for a task that is quantized to Q.

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -53,6 +54,31 @@ inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
   return error;
 }
 
+// A stream of the current device, and whether kernels may be launched there before the one in front of them has ended.
+struct Stream {
+  void* handle;
+  bool dependent;
+};
+
+// The architecture that a kernel's code was compiled for, on the current device, which is asked once: sm_90 is 90. Code
+// that the driver made of older PTX is as old as that: it has no griddepcontrol.wait.
+inline cudaError_t compiled_for(const void* kernel, int* architecture) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;  // by kernel and device
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& found = known[{kernel, device}];
+  if (found == 0) {
+    cudaFuncAttributes attributes = {};
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error == cudaSuccess) found = std::min(attributes.ptxVersion, attributes.binaryVersion);
+  }
+  *architecture = found;
+  return error;
+}
+
 // Blocks, their threads, their dynamic shared memory, and what runs together: a cluster, or the whole grid.
 struct Shape {
   dim3 grid;
@@ -62,16 +88,21 @@ struct Shape {
   bool cooperative = false;
 };
 
+// A kernel that may be launched early waits itself, see ptx/griddepcontrol.cuh. A cooperative one is never: all of its
+// blocks have to fit beside what still runs.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, void* stream, Arguments... arguments) {
-  const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
+cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, const Stream& stream, Arguments... arguments) {
+  const auto* code = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = allow_shared_memory(code, shape.shared_bytes);
+  int architecture = 0;
+  if (error == cudaSuccess && stream.dependent) error = compiled_for(code, &architecture);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = attributes;
   if (shape.cluster > 1) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
@@ -83,6 +114,10 @@ cudaError_t launch(void (*kernel)(Parameters...), const Shape& shape, void* stre
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
+  } else if (architecture >= 90) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }

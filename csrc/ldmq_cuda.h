@@ -1,5 +1,7 @@
 // The kernels as plain C functions: no torch, no Python. Every function returns a CUDA error code,
-// zero for success, launches on `stream` of `device`, and leaves the caller's current device as it was.
+// zero for success, launches on `stream` of `device`, and leaves the caller's current device as it was. Where
+// `dependent` is not zero, a kernel may be launched while the one before it in the stream still runs, if its code was
+// compiled for sm_90 or newer and so waits itself (ptx/griddepcontrol.cuh).
 // Callers check their arguments first (binding.cpp does); sizes of zero launch nothing.
 #pragma once
 
@@ -72,22 +74,22 @@ const char* ldmq_refusal(const ldmq_gemm* gemm, int tile);
 
 // Runs a GEMM that its tile does not refuse: one launch, and with split-K a second one, which adds the partial sums,
 // always in the same order.
-int ldmq_run_gemm(const ldmq_gemm* gemm, int tile, int device, void* stream);
+int ldmq_run_gemm(const ldmq_gemm* gemm, int tile, int device, void* stream, int dependent);
 
 // What is quantized to, q of q_dtype: int8, or FP8 (e4m3).
 // x: (rows, channels), inv_scale: (1) or (channels) float32 -> q: (rows, channels).
 int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* inv_scale, int64_t inv_scale_count, void* q,
-                         ldmq_dtype q_dtype, int64_t rows, int64_t channels, int device, void* stream);
+                         ldmq_dtype q_dtype, int64_t rows, int64_t channels, int device, void* stream, int dependent);
 
 // x: (rows, channels), inv_smooth: (channels) float32 or null -> q: (rows, channels), scale: (rows) float32.
 int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* inv_smooth, void* q, ldmq_dtype q_dtype,
-                            float* scale, int64_t rows, int64_t channels, int device, void* stream);
+                            float* scale, int64_t rows, int64_t channels, int device, void* stream, int dependent);
 
 // x: (samples, pixels, channels), inv_smooth: (channels) float32 or null
 //   -> q: (samples, pixels, channels), scale: (samples) float32; absmax: (samples) of scratch.
 int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* inv_smooth, void* q, ldmq_dtype q_dtype,
                              float* scale, uint32_t* absmax, int64_t samples, int64_t pixels, int64_t channels,
-                             int device, void* stream);
+                             int device, void* stream, int dependent);
 
 // What the result y of a producer becomes: y * inv_scale, of a calibrated scale; or y * inv_smooth, by a measured one.
 typedef struct {
@@ -123,11 +125,11 @@ int ldmq_group_norm_silu_quantize(const ldmq_group_norm* norm, void* scratch, in
 // x: (rows, channels); y = gelu(x), by tanh or exact -> q: (rows, channels), scale: (rows).
 // A measured scale takes at most LDMQ_MAX_GELU_CHANNELS, here and below.
 int ldmq_gelu_quantize(const void* x, ldmq_dtype dtype, int tanh, const ldmq_quantization* to, int64_t rows,
-                       int64_t channels, int device, void* stream);
+                       int64_t channels, int device, void* stream, int dependent);
 
 // x: (rows, 2 channels), values and then gates; y = value * gelu(gate) -> q: (rows, channels), scale: (rows).
 int ldmq_geglu_quantize(const void* x, ldmq_dtype dtype, const ldmq_quantization* to, int64_t rows, int64_t channels,
-                        int device, void* stream);
+                        int device, void* stream, int dependent);
 
 const char* ldmq_error_text(int error);
 

@@ -9,6 +9,8 @@
 // fixed run of V channels and walks down the rows, so the per-channel factors stay in registers.
 #include <algorithm>
 
+#include <griddepcontrol.cuh>
+
 #include "launch.h"
 #include "ldmq_cuda.h"
 #include "numbers.cuh"
@@ -68,6 +70,8 @@ template <typename T, typename Q, int V>
 __global__ void __launch_bounds__(kThreads)
     static_kernel(const T* x, const float* inv_scale, int64_t inv_scale_step, Q* q, int64_t rows,
                   int64_t channels, int columns_per_block) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const Walk<V> walk(columns_per_block, channels);
   if (!walk.active) return;
   float factor[V];
@@ -82,6 +86,8 @@ template <typename T, typename Q, int V>
 __global__ void __launch_bounds__(kThreads)
     per_token_kernel(const T* x, const float* inv_smooth, Q* q, float* scale, int64_t rows, int64_t channels,
                      int threads_per_row) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   __shared__ uint32_t warp_largest[kThreads / kWarp];
   const int rows_per_block = kThreads / threads_per_row;
   const int lane = static_cast<int>(threadIdx.x) % threads_per_row;
@@ -119,6 +125,7 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     sample_absmax_kernel(const T* x, const float* inv_smooth, uint32_t* absmax, int64_t samples, int64_t pixels,
                          int64_t channels, int columns_per_block) {
+  griddepcontrol_launch_dependents();
   __shared__ uint32_t warp_largest[kThreads / kWarp];
   const Walk<V> walk(columns_per_block, channels);
   float factor[V];
@@ -144,6 +151,8 @@ template <typename T, typename Q, int V>
 __global__ void __launch_bounds__(kThreads)
     per_sample_kernel(const T* x, const float* inv_smooth, const uint32_t* absmax, Q* q, float* scale,
                       int64_t samples, int64_t pixels, int64_t channels, int columns_per_block) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const Walk<V> walk(columns_per_block, channels);
   if (!walk.active) return;
   float factor[V];
@@ -201,7 +210,7 @@ int row_threads(int64_t columns) { return columns <= 64 ? 32 : columns <= 128 ? 
 
 extern "C" int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float* inv_scale,
                                     int64_t inv_scale_count, void* q, ldmq_dtype q_dtype, int64_t rows,
-                                    int64_t channels, int device, void* stream) {
+                                    int64_t channels, int device, void* stream, int dependent) {
   if (rows == 0 || channels == 0) return cudaSuccess;
   return dispatch(x, dtype, q, q_dtype, channels, device, [&](auto* typed, auto* out, auto width) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
@@ -210,14 +219,14 @@ extern "C" int ldmq_quantize_static(const void* x, ldmq_dtype dtype, const float
     const int64_t columns = channels / V;
     const int per_block = static_cast<int>(std::min<int64_t>(columns, kThreads));
     const Shape shape{walk_grid(rows, columns, per_block, 1), kThreads};
-    return launch(static_kernel<T, Q, V>, shape, stream, typed, inv_scale, inv_scale_count == 1 ? 0 : 1, out, rows,
-                  channels, per_block);
+    return launch(static_kernel<T, Q, V>, shape, Stream{stream, dependent != 0}, typed, inv_scale,
+                  inv_scale_count == 1 ? 0 : 1, out, rows, channels, per_block);
   });
 }
 
 extern "C" int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const float* inv_smooth, void* q,
                                        ldmq_dtype q_dtype, float* scale, int64_t rows, int64_t channels, int device,
-                                       void* stream) {
+                                       void* stream, int dependent) {
   if (rows == 0 || channels == 0) return cudaSuccess;
   return dispatch(x, dtype, q, q_dtype, channels, device, [&](auto* typed, auto* out, auto width) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
@@ -226,14 +235,15 @@ extern "C" int ldmq_quantize_per_token(const void* x, ldmq_dtype dtype, const fl
     const int threads_per_row = row_threads(channels / V);
     const int64_t blocks = std::min(ceil_div(rows, kThreads / threads_per_row), kMaxTokenBlocks);
     const Shape shape{dim3(static_cast<unsigned>(blocks)), kThreads};
-    return launch(per_token_kernel<T, Q, V>, shape, stream, typed, inv_smooth, out, scale, rows, channels,
-                  threads_per_row);
+    return launch(per_token_kernel<T, Q, V>, shape, Stream{stream, dependent != 0}, typed, inv_smooth, out, scale,
+                  rows, channels, threads_per_row);
   });
 }
 
 extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const float* inv_smooth, void* q,
                                         ldmq_dtype q_dtype, float* scale, uint32_t* absmax, int64_t samples,
-                                        int64_t pixels, int64_t channels, int device, void* stream) {
+                                        int64_t pixels, int64_t channels, int device, void* stream,
+                                        int dependent) {
   if (samples == 0 || pixels == 0 || channels == 0) return cudaSuccess;
   return dispatch(x, dtype, q, q_dtype, channels, device, [&](auto* typed, auto* out, auto width) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
@@ -244,11 +254,12 @@ extern "C" int ldmq_quantize_per_sample(const void* x, ldmq_dtype dtype, const f
     const Shape shape{walk_grid(pixels, columns, per_block, samples), kThreads};
     cudaError_t error = cudaMemsetAsync(absmax, 0, samples * sizeof(uint32_t), static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return error;
-    error = launch(sample_absmax_kernel<T, V>, shape, stream, typed, inv_smooth, absmax, samples, pixels, channels,
-                   per_block);
+    // never early: what comes before it is no kernel
+    error = launch(sample_absmax_kernel<T, V>, shape, Stream{stream, false}, typed, inv_smooth, absmax, samples, pixels,
+                   channels, per_block);
     if (error != cudaSuccess) return error;
-    return launch(per_sample_kernel<T, Q, V>, shape, stream, typed, inv_smooth, absmax, out, scale, samples, pixels,
-                  channels, per_block);
+    return launch(per_sample_kernel<T, Q, V>, shape, Stream{stream, dependent != 0}, typed, inv_smooth, absmax, out,
+                  scale, samples, pixels, channels, per_block);
   });
 }
 

@@ -6,6 +6,7 @@
 // becomes int8 in registers.
 #pragma once
 
+#include <griddepcontrol.cuh>
 #include <ptx_sm80.cuh>
 
 #include "gemm.cuh"
@@ -217,6 +218,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     ++next;
     cp_async_commit();
   };
+  griddepcontrol_wait();
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) start_next();
 
@@ -260,6 +262,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     }
   }
   cp_async_wait<0>();
+  griddepcontrol_launch_dependents();
 #pragma unroll
   for (int band = 0; band < kBands; ++band) {
     const int row = first_row + warp_m + band * 16;
@@ -276,7 +279,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 }
 
 template <typename Tile>
-int run(const ldmq_gemm& gemm, void* stream) {
+int run(const ldmq_gemm& gemm, const Stream& stream) {
   Parameters parameters = {};
   parameters.x = static_cast<const uint8_t*>(gemm.x);
   parameters.weight = static_cast<const uint8_t*>(gemm.weight);

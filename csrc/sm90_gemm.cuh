@@ -88,12 +88,15 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
     mbarrier_init(shared.turn, kWarpgroup / 32);
     mbarrier_init(shared.turn + 1, kWarpgroup / 32);
     fence_mbarrier_init();
+    prefetch_tensormap(&parameters.a);
+    prefetch_tensormap(&parameters.b);
   }
   if constexpr (Tile::kCluster > 1) {
     cluster_meet();
   } else {
     __syncthreads();
   }
+  griddepcontrol_wait();
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup == 0) {
     setmaxnreg_dec<kLoadRegisters>();
@@ -110,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
 }
 
 template <typename Tile>
-int run(const ldmq_gemm& gemm, void* stream) {
+int run(const ldmq_gemm& gemm, const Stream& stream) {
   Parameters parameters = {};
   const int taps = taps_of(gemm);
   cudaError_t error;

@@ -1,6 +1,7 @@
 // What the kernels on wgmma have in shared memory, and the warp that brings it there by the tensor memory accelerator.
 #pragma once
 
+#include <griddepcontrol.cuh>
 #include <ptx_sm90.cuh>
 
 #include "gemm.cuh"
@@ -79,8 +80,6 @@ __device__ __forceinline__ void load_tiles(const Parameters& parameters, const S
   const int cluster = static_cast<int>(blockIdx.x) / Tile::kCluster;
   const int clusters = static_cast<int>(gridDim.x) / Tile::kCluster, tiles = parameters.scheduler.count();
   const ConvShape& p = parameters.conv;
-  prefetch_tensormap(&parameters.a);
-  prefetch_tensormap(&parameters.b);
   Ring<Tile::kStages> ring;
   for (int work = cluster; work < tiles; work += clusters) {
     int tile = work, a_tile, b_tile;
@@ -122,6 +121,7 @@ __device__ __forceinline__ void load_tiles(const Parameters& parameters, const S
       ring.advance(1);
     }
   }
+  griddepcontrol_launch_dependents();
 }
 
 }  // namespace ldmq::sm90

@@ -1,4 +1,6 @@
 // The second launch of split-K: partial sums to the output.
+#include <griddepcontrol.cuh>
+
 #include "gemm.cuh"
 
 namespace ldmq {
@@ -11,6 +13,8 @@ constexpr int kThreads = 128, kRuns = 32, kRows = kThreads / kRuns;  // of a blo
 template <typename Sum, typename Out>
 __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const __grid_constant__ Epilogue epilogue, const Sum* partial, int splits) {
+  griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
   const int thread = static_cast<int>(threadIdx.x), row = static_cast<int>(blockIdx.x) * kRows + thread / kRuns;
   const int first = (static_cast<int>(blockIdx.y) * kRuns + thread % kRuns) * kRun;
   if (row >= epilogue.m || first >= epilogue.n) return;
@@ -31,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 template <typename Sum>
-int reduce_partial_sums(const ldmq_gemm& gemm, int splits, void* stream) {
+int reduce_partial_sums(const ldmq_gemm& gemm, int splits, const Stream& stream) {
   constexpr Element kElement = std::is_same_v<Sum, int> ? Element::kInt8 : Element::kE4m3;
   Epilogue epilogue = epilogue_of(gemm);
   epilogue.out = gemm.out;
@@ -44,7 +48,7 @@ int reduce_partial_sums(const ldmq_gemm& gemm, int splits, void* stream) {
   });
 }
 
-template int reduce_partial_sums<int>(const ldmq_gemm&, int, void*);
-template int reduce_partial_sums<float>(const ldmq_gemm&, int, void*);
+template int reduce_partial_sums<int>(const ldmq_gemm&, int, const Stream&);
+template int reduce_partial_sums<float>(const ldmq_gemm&, int, const Stream&);
 
 }  // namespace ldmq

@@ -3,13 +3,14 @@
 
 #include <vector>
 
+#include "launch.h"
 #include "ldmq_cuda.h"
 
 namespace ldmq {
 
 struct CompiledTile {
   ldmq_tile tile;
-  int (*run)(const ldmq_gemm& gemm, void* stream);
+  int (*run)(const ldmq_gemm& gemm, const Stream& stream);
 };
 using TileList = std::vector<CompiledTile>;
 

@@ -4,10 +4,11 @@
     "cuda_tiles": {"linear_w8a8 64x40x320": "sm90 128x160x128x4"}
     "backends": {"linear_w8a8": {"64x320 to 40": {"backend": "cuda", "milliseconds": {"triton": 0.061, "cuda": 0.055}}}}
     "switched_off": {"linear_w8a8": {"cuda": {"reason": "differs by ...", "date": "2026-01-31", "version": "0.1.0"}}}
+    "dependent_launch": {"is_on": true, "reason": "equal, and 4 % faster", "date": "2026-01-31", "version": "0.1.0"}
 
-`ldmq bench --tune` writes all but the last. A user's file goes before the one that ships, line by line. `ldmq doctor`
-writes "switched_off", to the user's file alone. It holds for the version of this package that wrote it: another one
-may have mended the kernel, and is to be checked by its own doctor.
+`ldmq bench --tune` writes all but the last two. A user's file goes before the one that ships, line by line. `ldmq
+doctor` writes "switched_off" and "dependent_launch", to the user's file alone. They hold for the version of this
+package that wrote them: another one may have mended the kernel, and is to be checked by its own doctor.
 """
 
 from __future__ import annotations
@@ -216,6 +217,33 @@ def switch_on(op: str, backend: str, device: torch.device) -> bool:
     content["switched_off"] = {name: backends for name, backends in ops.items() if backends}
     _write(device, content)
     return True
+
+
+@emptied_by_forget
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether this version's doctor found that kernels may be launched before the one in front of them has ended."""
+    path, content = _contents(device)[-1]
+    line = _section(path, content, "dependent_launch")
+    return line.get("version") == __version__ and line.get("is_on") is True
+
+
+def launch_early(device: torch.device, is_on: bool, reason: str) -> None:
+    """Let kernels be launched early on devices of this kind or not, in this process and in later ones.
+
+    Args:
+        device: one of the kind.
+        is_on: whether they may be.
+        reason: what was found.
+
+    Raises:
+        ValueError: the user's file is damaged.
+        OSError: the file cannot be written.
+    """
+    content = _for_change(device)
+    line = {"is_on": is_on, "reason": reason, "date": datetime.date.today().isoformat(), "version": __version__}
+    content["dependent_launch"] = line
+    _write(device, content)
 
 
 def refuse(device: torch.device, keys: Collection[str], tile: Any, reason: str) -> None:

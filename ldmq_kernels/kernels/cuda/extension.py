@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels import dependent_launch
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.gpu import FLOAT8_FROM, gpu_of
 from ldmq_kernels.kernels.operands import check_float8, eight_bit
@@ -95,6 +96,15 @@ def target(x: Tensor) -> dict[str, Any]:
     if x.device.type != "cuda":
         raise Unsupported(f"x is on {x.device}, must be on a CUDA device")
     return {"device": x.device.index, "stream": torch.cuda.current_stream(x.device).cuda_stream}
+
+
+def dependent_target(x: Tensor) -> dict[str, Any]:
+    """The same, and whether a kernel may be launched before the one in front of it has ended.
+
+    Raises:
+        Unsupported: `x` is not on a CUDA device.
+    """
+    return target(x) | {"dependent": dependent_launch.is_on(x.device)}
 
 
 def source(x: Tensor, memory_format: torch.memory_format) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def run(
         "channels": channels,
         "conv": conv or (),
         **epilogue.arguments(m // max(units, 1)),
-        **extension.target(x),
+        **extension.dependent_target(x),
     }
     taps = conv.kernel_height * conv.kernel_width if conv else 1
     _launch(op, m, columns, taps * channels, taps, x.device, call)

@@ -74,7 +74,7 @@ def run_on_rows(
             a scale of each row.
     """
     x = x.contiguous()
-    arguments = extension.source(x, torch.contiguous_format) | extension.target(x) | more
+    arguments = extension.source(x, torch.contiguous_format) | extension.dependent_target(x) | more
     arguments |= factors(inv_scale, inv_smooth, x, channels)
     q = torch.empty((*x.shape[:-1], channels), dtype=extension.quantized(x, q_dtype), device=x.device)
     scale = no_scale(x) if inv_scale is not None else x.new_empty(x.shape[:-1], dtype=torch.float32)

@@ -25,7 +25,7 @@ def quantize_per_sample(
     """
     if x.dim() != 4:
         raise Unsupported(f"x has {x.dim()} axes, must be (N, C, H, W)")
-    arguments = extension.source(x, torch.channels_last) | extension.target(x)
+    arguments = extension.source(x, torch.channels_last) | extension.dependent_target(x)
     stored = extension.quantized(x, q_dtype)
     samples, channels, height, width = x.shape
     if inv_smooth is not None:

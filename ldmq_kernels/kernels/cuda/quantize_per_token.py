@@ -25,7 +25,7 @@ def quantize_per_token(
     """
     if x.dim() == 0:
         raise Unsupported("x has no axis of channels")
-    arguments = extension.source(x, torch.contiguous_format) | extension.target(x)
+    arguments = extension.source(x, torch.contiguous_format) | extension.dependent_target(x)
     stored = extension.quantized(x, q_dtype)
     channels = x.shape[-1]
     if inv_smooth is not None:

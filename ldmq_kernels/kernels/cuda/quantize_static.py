@@ -22,7 +22,7 @@ def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int, q_dtype: tor
     if x.dim() == 0 or not (is_image or channel_dim % x.dim() == x.dim() - 1):
         raise Unsupported(f"channel_dim is {channel_dim} of {x.dim()} axes, must be the last, or 1 of (N, C, H, W)")
     memory_format = torch.channels_last if is_image else torch.contiguous_format
-    arguments = extension.source(x, memory_format) | extension.target(x)
+    arguments = extension.source(x, memory_format) | extension.dependent_target(x)
     stored = extension.quantized(x, q_dtype)
     channels = x.shape[channel_dim]
     extension.check_factors(inv_scale, "inv_scale", x, channels)

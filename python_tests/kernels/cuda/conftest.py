@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -83,6 +84,30 @@ def build_folder() -> Path:
         pytest.skip("needs nvcc")
     with kept_build("cuda", _install_key, _install) as folder:
         return folder
+
+
+@pytest.fixture(scope="session")
+def cuobjdump() -> str:
+    """The disassembler of the toolkit, or the one inside triton."""
+    spec = importlib.util.find_spec("triton")
+    inside = [Path(spec.origin).parent / "backends/nvidia/bin"] if spec and spec.origin else []
+    found = [tool for place in [None, *inside] if (tool := shutil.which("cuobjdump", path=place))]
+    if not found:
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def machine_code(build_folder: Path, cuobjdump: str) -> str:
+    """The machine code of that build."""
+
+    def disassemble(folder: Path) -> None:
+        library = build_folder / "lib/ldmq_kernels/kernels/cuda/libldmq_kernels.so"
+        text = subprocess.run([cuobjdump, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
+        (folder / "kernels.sass").write_text(text)
+
+    with kept_build("machine_code", lambda: build_folder.name, disassemble) as folder:
+        return (folder / "kernels.sass").read_text()
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,10 @@ SETTINGS = (
     "get_device",
     "launched_on",
     "told_shared",
+    "watch",
+    "forget_watched",
+    "early_launches",
+    "triggered",
 )
 KERNELS = (  # no product and sum in one rounding, as torch; an address that is not aligned ends the process
     "-ffp-contract=off",

@@ -53,7 +53,7 @@ cat "$(dirname "$0")/log" >&2
 
 TOKENS: dict[str, Any] = {
     "x": 4096, "dtype": "float16", "inv_smooth": 0, "q": 8192, "q_dtype": "int8", "scale": 12288, "rows": 3,
-    "channels": 320, "device": 0, "stream": 0,
+    "channels": 320, "device": 0, "stream": 0, "dependent": False,
 }  # fmt: skip
 SAMPLES = {name: value for name, value in TOKENS.items() if name != "rows"} | {
     "absmax": 16384,
@@ -350,6 +350,7 @@ def test_arguments_are_taken_by_name_in_any_order(emulated: ModuleType) -> None:
     x, q, inv_scale = torch.randn(3, 32), torch.empty(3, 32, dtype=torch.int8), torch.full((1,), 40.0)
     given = {"x": x.data_ptr(), "dtype": "float32", "inv_scale": inv_scale.data_ptr(), "inv_scale_count": 1}
     given |= {"q": q.data_ptr(), "q_dtype": "int8", "rows": 3, "channels": 32, "device": 0, "stream": 0}
+    given |= {"dependent": False}
     for names in (list(given), sorted(given), sorted(given, reverse=True)):
         q.fill_(99)
         emulated.quantize_static(**{name: given[name] for name in names})

@@ -144,7 +144,7 @@ def test_the_callers_device_stays_current(emulated: ModuleType, before: int, dur
     try:
         emulated.quantize_per_token(
             x=x.data_ptr(), dtype="float32", inv_smooth=0, q=q.data_ptr(), q_dtype="int8", scale=scale.data_ptr(),
-            rows=2, channels=8, device=during, stream=0,
+            rows=2, channels=8, device=during, stream=0, dependent=False,
         )  # fmt: skip
         assert emulated.get_device() == before
         assert emulated.launched_on() == during

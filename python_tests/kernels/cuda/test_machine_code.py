@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -30,27 +28,10 @@ OPS = {
 FP8 = ("linear_fp8", "conv2d_fp8", "linear_geglu_fp8")
 
 
-def _cuobjdump() -> str | None:
-    """That of the toolkit, or the one inside triton."""
-    spec = importlib.util.find_spec("triton")
-    inside = [Path(spec.origin).parent / "backends/nvidia/bin"] if spec and spec.origin else []
-    return next((found for place in [None, *inside] if (found := shutil.which("cuobjdump", path=place))), None)
-
-
 @pytest.fixture(scope="session")
-def kernels(build_folder: Path) -> dict[tuple[str, str, str], str]:
+def kernels(machine_code: str) -> dict[tuple[str, str, str], str]:
     """Text of each GEMM kernel by architecture, mangled name and op."""
-    tool = _cuobjdump()
-    if tool is None:
-        pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
-
-    def disassemble(folder: Path) -> None:
-        library = build_folder / "lib/ldmq_kernels/kernels/cuda/libldmq_kernels.so"
-        text = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
-        (folder / "kernels.sass").write_text(text)
-
-    with kept_build("machine_code", lambda: build_folder.name, disassemble) as folder:
-        return _gemms((folder / "kernels.sass").read_text())
+    return _gemms(machine_code)
 
 
 def _gemms(text: str) -> dict[tuple[str, str, str], str]:
@@ -211,11 +192,8 @@ def test_other_gpus_multiply_what_asynchronous_copies_bring(kernels: dict) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", FP8)
-def test_ada_multiplies_fp8_and_promotes_each_product(build_folder: Path, op: str) -> None:
+def test_ada_multiplies_fp8_and_promotes_each_product(build_folder: Path, cuobjdump: str, op: str) -> None:
     """The build of the other tests has no sm_89: one file of it is compiled here."""
-    tool = _cuobjdump()
-    if tool is None:
-        pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
 
     def compile_for_ada(folder: Path) -> None:
         source = ROOT / f"csrc/sm89_{op}.cu"
@@ -227,7 +205,9 @@ def test_ada_multiplies_fp8_and_promotes_each_product(build_folder: Path, op: st
         assert set(re.findall(r"\d+ bytes spill stores, \d+ bytes spill loads", (folder / "log").read_text())) == {
             "0 bytes spill stores, 0 bytes spill loads"
         }
-        text = subprocess.run([tool, "-sass", folder / "ada.cubin"], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [cuobjdump, "-sass", folder / "ada.cubin"], capture_output=True, text=True, check=True
+        ).stdout
     found = _gemms(text)
     assert len(found) == 2 * (5 if "geglu" in op else 4 if "conv2d" in op else 3)  # tiles, by what each stores
     for (_, name, found_op), body in found.items():

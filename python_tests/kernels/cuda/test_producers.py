@@ -252,8 +252,9 @@ def test_what_the_kernels_cannot_take_is_refused_with_the_reason(
 GEGLU: dict[str, Any] = {
     "x": 4096, "dtype": "float16", "inv_scale": 0, "inv_scale_count": 0, "inv_smooth": 0, "q": 8192,
     "q_dtype": "int8", "scale": 12288, "rows": 3, "channels": 320, "device": 7, "stream": 0,
+    "dependent": False,
 }  # fmt: skip
-NORM: dict[str, Any] = {name: value for name, value in GEGLU.items() if name != "rows"} | {
+NORM: dict[str, Any] = {name: value for name, value in GEGLU.items() if name not in ("rows", "dependent")} | {
     "weight": 0, "weight_dtype": "float32", "bias": 0, "bias_dtype": "float32", "groups": 32, "eps": EPS, "silu": True,
     "per_token": False, "scratch": 16384, "samples": 2, "pixels": 16,
 }  # fmt: skip

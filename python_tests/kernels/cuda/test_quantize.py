@@ -161,7 +161,7 @@ def test_a_device_that_is_not_there_is_an_error_that_names_op_shape_and_device(e
     with pytest.raises(RuntimeError, match=r"quantize_per_token of float32 \(rows=2, channels=8\) on cuda:7 .*ordinal"):
         emulated.quantize_per_token(
             x=x.data_ptr(), dtype="float32", inv_smooth=0, q=q.data_ptr(), q_dtype="int8", scale=scale.data_ptr(),
-            rows=2, channels=8, device=7, stream=0,
+            rows=2, channels=8, device=7, stream=0, dependent=False,
         )  # fmt: skip
 
 

@@ -152,5 +152,5 @@ def test_the_binding_names_what_it_quantizes_to(emulated: ModuleType) -> None:
     with pytest.raises(ValueError, match="quantize_static: q_dtype is float8_e5m2, must be int8 or float8_e4m3fn"):
         emulated.quantize_static(
             x=x.data_ptr(), dtype="float32", inv_scale=factor.data_ptr(), inv_scale_count=1, q=q.data_ptr(),
-            q_dtype="float8_e5m2", rows=2, channels=8, device=0, stream=0,
+            q_dtype="float8_e5m2", rows=2, channels=8, device=0, stream=0, dependent=False,
         )  # fmt: skip

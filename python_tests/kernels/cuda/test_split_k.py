@@ -144,7 +144,7 @@ def test_a_linear_and_missing_room_are_refused(device: torch.device) -> None:
     operands = {"x": 16, "weight": 16, "multiplier": 0, "x_scale": 16, "scale_count": 1, "scale_rows": 0} | {
         "weight_scale": 16, "bias": 0, "bias_dtype": "float32", "vector": 0, "vectors": 0, "residual": 0, "out": 16,
         "out_dtype": "float16", "out_inv_scale": 0, "out_inv_scale_count": 0, "m": 4, "n": 8, "channels": 32,
-        "conv": (1, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 0, 0, 1), **extension.target(x),
+        "conv": (1, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 0, 0, 1), **extension.dependent_target(x),
     }  # fmt: skip
     with pytest.raises(extension.binding().Refusal, match="room for its partial sums"):
         extension.binding().run_gemm(tile=conv.place, split_k=2, partial=0, **operands)

@@ -26,16 +26,21 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101,
                       cudaErrorNotSupported = 801, cudaErrorLaunchTimeout = 702,
+                      cudaErrorLaunchFailure = 719,
                       cudaErrorDeviceUninitialized = 201;
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeCooperative = 2 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     struct {
       unsigned x, y, z;
     } clusterDim;
-    int cooperative;
+    int cooperative, programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -59,6 +64,8 @@ inline thread_local bool has_context = false;  // the driver's functions need on
 inline int launched_on = -1;                   // the device of the last launch
 inline int encode_error = 0;                   // what the driver says to every tensor map
 inline int told_shared = 0;                    // calls that allow a kernel its shared memory
+inline int early_launches = 0;                 // that may have begun before the kernel before them had ended
+inline bool is_after_kernel = true;            // what was launched last is a kernel
 constexpr int kMultiprocessors = 3;  // few, so that persistent blocks take several tiles and an odd number
 }  // namespace emulator
 
@@ -72,13 +79,22 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->dynamicSmemBytes > 227 << 10) return cudaErrorInvalidValue;
   emulator::body = [=] { kernel(arguments...); };
   unsigned group = 1;
+  bool early = false, cooperative = false;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension) group = attribute.val.clusterDim.x;
     if (attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative) {
       group = gridDim.x * gridDim.y * gridDim.z;
+      cooperative = true;
+    }
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      early = attribute.val.programmaticStreamSerializationAllowed != 0;
     }
   }
+  if (early && (cooperative || !emulator::is_after_kernel)) return cudaErrorInvalidValue;  // what csrc/ does not do
+  emulator::is_after_kernel = true;
+  emulator::early_launches += early;
+  bool triggered = true;
   if (gridDim.x * gridDim.y * gridDim.z % group != 0) return cudaErrorInvalidValue;
   std::vector<std::vector<dim3>> together(1);
   for (unsigned z = 0; z < gridDim.z; ++z) {
@@ -91,8 +107,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   if (emulator::seed != 0) emulator::shuffle(together);
   for (const std::vector<dim3>& indices : together) {
-    if (!emulator::run(indices, blockDim.x)) return cudaErrorLaunchTimeout;
+    if (!emulator::run(indices, blockDim.x, early)) return cudaErrorLaunchTimeout;
+    if (early && !emulator::all_waited()) return cudaErrorLaunchFailure;
+    triggered = triggered && emulator::all_triggered();
   }
+  emulator::triggered += triggered;
   return cudaSuccess;
 }
 
@@ -113,16 +132,26 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int byte
   ++emulator::told_shared;
   return bytes <= 227 << 10 ? cudaSuccess : cudaErrorInvalidValue;
 }
+struct cudaFuncAttributes {
+  int ptxVersion, binaryVersion;
+};
+// Device 0 has what its driver made of PTX of sm_80.
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {emulator::device == 0 ? 80 : 90, 90};
+  return cudaSuccess;
+}
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   return *blocks = 2, cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+  emulator::is_after_kernel = false;
   return std::memset(pointer, value, bytes), cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidDevice ? "invalid device ordinal"
          : error == cudaErrorLaunchTimeout ? "the threads wait for each other forever"
+         : error == cudaErrorLaunchFailure ? "a thread has not waited for the kernel before"
          : error == cudaErrorDeviceUninitialized ? "invalid device context"
                                            : "invalid argument";
 }

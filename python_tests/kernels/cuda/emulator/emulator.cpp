@@ -27,3 +27,13 @@ extern "C" void emulator_set_encode_error(int error) { emulator::encode_error = 
 
 // How often a kernel was allowed its shared memory.
 extern "C" int emulator_told_shared() { return emulator::told_shared; }
+
+// Memory that the kernel before a launch is taken to work with, until the launched one waits for it; forgets all of it.
+extern "C" void emulator_watch(char* data, uint64_t bytes) {
+  emulator::watched.push_back({data, std::vector<char>(bytes)});
+}
+extern "C" void emulator_forget_watched() { emulator::watched.clear(); }
+
+// How many kernels were launched before the one in front of them had ended, and how many let the next one begin.
+extern "C" int emulator_early_launches() { return emulator::early_launches; }
+extern "C" int emulator_triggered() { return emulator::triggered; }

@@ -5,6 +5,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -38,6 +39,7 @@ enum Fault : unsigned {
   kCopies = 8,          // cp_async_wait
   kBlockBarrier = 16,   // __syncthreads
   kGridBarrier = 32,    // grid_sync
+  kDependencyWait = 64, // griddepcontrol_wait
 };
 inline unsigned fault = 0;
 inline ucontext_t scheduler;
@@ -92,15 +94,39 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(kStackBytes);
   unsigned thread, rank, drawn;
-  bool done;
+  bool done, waited, triggered;
   Groups copies, wgmmas;
 };
+
+// Memory that the kernel before still works with, and what it holds once that has ended.
+struct Watched {
+  char* data;
+  std::vector<char> after;
+};
+inline std::vector<Watched> watched;
+inline bool is_early_launch;  // the kernel before has not ended
+inline int triggered = 0;     // launches of which every block let the next one begin
+
+inline void begin_early() {
+  for (Watched& memory : watched) {
+    memory.after.assign(memory.data, memory.data + memory.after.size());
+    std::fill_n(memory.data, memory.after.size(), 0x5a);
+  }
+  is_early_launch = true;
+}
+inline void end_kernel_before() {  // backwards, since memory may be watched twice
+  for (auto memory = watched.rbegin(); memory != watched.rend(); ++memory) {
+    std::copy(memory->after.begin(), memory->after.end(), memory->data);
+  }
+  is_early_launch = false;
+}
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline std::vector<Block> blocks;  // those that run together
 inline Barrier together;           // of all their threads
 inline std::vector<char> arena;    // their shared memory, one after the other
 inline Fiber* current;
+inline size_t ran;  // fibers of the blocks that ran last
 inline std::function<void()> body;
 
 inline Block& block() { return blocks[current->rank]; }
@@ -163,8 +189,9 @@ inline std::vector<unsigned> round(unsigned count, bool all) {
   return turns;
 }
 
-// Runs blocks together; false where they wait for each other forever, or one fails.
-inline bool run(const std::vector<dim3>& indices, unsigned threads) {
+// Runs blocks together, early where the kernel before has not ended; false where they wait for each other forever, or
+// one fails.
+inline bool run(const std::vector<dim3>& indices, unsigned threads, bool early) {
   blocks.clear();
   for (const dim3& index : indices) {
     Block made;
@@ -176,16 +203,17 @@ inline bool run(const std::vector<dim3>& indices, unsigned threads) {
   }
   together = Barrier();
   in_flight.clear();  // those of a launch that failed
-  failed = false;
+  failed = is_early_launch = false;
   if (seed != 0) drawn(2), launch = seed;
   arena.assign(indices.size() * kSharedBytes + 1024, 0x5a);  // shared memory starts as rubbish
   const unsigned count = threads * static_cast<unsigned>(indices.size());
+  ran = count;
   while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
   for (unsigned i = 0; i < count; ++i) {
     Fiber& fiber = *fibers[i];
     fiber.thread = i % threads;
     fiber.rank = i / threads;
-    fiber.done = false;
+    fiber.done = fiber.waited = fiber.triggered = false;
     fiber.drawn = 0;
     fiber.copies.assign(1, {});
     fiber.wgmmas.assign(1, {});
@@ -195,6 +223,7 @@ inline bool run(const std::vector<dim3>& indices, unsigned threads) {
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, entry, 0);
   }
+  if (early) begin_early();
   unsigned idle = 0;
   for (unsigned left = count; left > 0;) {
     moved = false;
@@ -208,10 +237,24 @@ inline bool run(const std::vector<dim3>& indices, unsigned threads) {
       if (failed) return false;
       if (current->done) --left;
     }
+    if (!moved && idle > 0 && is_early_launch) end_kernel_before(), moved = true;
     idle = moved ? 0 : idle + 1;
     if (idle > kIdleRounds) return false;
   }
+  if (is_early_launch) end_kernel_before();
   return true;
+}
+
+// Of the blocks that ran last: whether each thread waited for the kernel before, and some thread of each let the next
+// one begin.
+inline bool all_waited() {
+  const auto end = fibers.begin() + static_cast<std::ptrdiff_t>(ran);
+  return std::all_of(fibers.begin(), end, [](const auto& fiber) { return fiber->waited; });
+}
+inline bool all_triggered() {
+  std::vector<char> found(blocks.size());
+  for (size_t i = 0; i < ran; ++i) found[fibers[i]->rank] |= static_cast<char>(fibers[i]->triggered);
+  return std::all_of(found.begin(), found.end(), [](char one) { return one != 0; });
 }
 
 }  // namespace emulator
