@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.triton.convolution import ConvShape, reciprocal, tap_of_step
+from ldmq_kernels.kernels.triton.dependent_launch import begin, dependent
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.launch import EIGHT_BIT, dot_dtype
 from ldmq_kernels.kernels.triton.matrix import added_product, store_tile, tile_of_program, unpack_int4
@@ -104,7 +105,9 @@ def _gather_conv2d(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     group = tl.program_id(2)
     tile_rows, tile_columns = tl.cdiv(m, BLOCK_M), tl.cdiv(group_out_channels, BLOCK_N)
     tile_row, tile_column = tile_of_program(tl.program_id(0), tile_rows, tile_columns)
@@ -209,4 +212,5 @@ def gather_conv2d(
         ONE_SCALE=epilogue.has_one_scale,
         SPLIT_K=tile.split_k,
         **tile.options(),
+        **dependent(x),
     )

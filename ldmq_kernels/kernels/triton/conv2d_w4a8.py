@@ -20,6 +20,7 @@ from ldmq_kernels.kernels.triton.convolution import (
     reciprocal,
     tap_of_step,
 )
+from ldmq_kernels.kernels.triton.dependent_launch import begin
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import Conv2dLaunch, conv2d
 from ldmq_kernels.kernels.triton.matrix import store_tile, tile_of_program, unpack_int4
@@ -58,7 +59,9 @@ def _conv2d_w4a8(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # the group size
     SPLIT_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     BLOCK_S: tl.constexpr = BLOCK_M // (BLOCK_H * BLOCK_W)
     tile_row, tile_column = tile_of_program(tl.program_id(0), image_tiles, tl.cdiv(out_channels, BLOCK_N))
     first_sample, h, w, parity = image_tile_start(tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W)

@@ -23,6 +23,7 @@ from ldmq_kernels.kernels.triton.convolution import (
     reciprocal,
     tap_of_step,
 )
+from ldmq_kernels.kernels.triton.dependent_launch import begin
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import Conv2dLaunch, conv2d
 from ldmq_kernels.kernels.triton.launch import EIGHT_BIT_SUMS
@@ -65,7 +66,9 @@ def _conv2d_w8a8(
     PERSISTENT: tl.constexpr,
     ACCUMULATOR: tl.constexpr,  # int32 of int8, float32 of FP8
     TRANSPOSED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     BLOCK_S: tl.constexpr = BLOCK_M // (BLOCK_H * BLOCK_W)
     tile_columns = tl.cdiv(out_channels, BLOCK_N + EXTRA_N)
     blocks = tl.cdiv(channels, BLOCK_K)

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
+from ldmq_kernels.kernels.triton.dependent_launch import dependent
 from ldmq_kernels.kernels.triton.matrix import reduce_split_k
 from ldmq_kernels.kernels.triton.tile_tables import Tile
 
@@ -95,6 +96,7 @@ class Epilogue(NamedTuple):
             BLOCK_M=16,
             BLOCK_N=128,
             enable_fp_fusion=False,
+            **dependent(out),
         )
 
 

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ldmq_kernels.kernels.triton.conv2d_gather import gather_conv2d
 from ldmq_kernels.kernels.triton.convolution import ConvShape
+from ldmq_kernels.kernels.triton.dependent_launch import dependent
 from ldmq_kernels.kernels.triton.epilogue import Epilogue, partial_sums
 from ldmq_kernels.kernels.triton.launch import accumulator_dtype, on_device, stored_dtype
 from ldmq_kernels.kernels.triton.tile_choice import Problem, choose, grid, has_tma
@@ -123,7 +124,7 @@ def linear(
         epilogue,
         partial,
         (m, n, k),
-        {"TILED": tiled, **tile.options()},
+        {"TILED": tiled, **tile.options(), **dependent(x)},
     )
     with on_device(x):
         launch(call)
@@ -175,7 +176,7 @@ def conv2d(
             programs = grid(tile, image_tiles, conv.out_channels, x.device)
             source = conv.image_descriptor(x, image_tile, tile.k)
             sizes = (image_tiles, *conv.tile_sizes())
-            options = {**conv.tile_options(image_tile), **tile.options()}
+            options = {**conv.tile_options(image_tile), **tile.options(), **dependent(x)}
             launch(Conv2dLaunch(tile, programs, source, epilogue, partial, sizes, options))
         else:
             gather_conv2d(conv, tile, x, weight, multiplier, epilogue, partial)

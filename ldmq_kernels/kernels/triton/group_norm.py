@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ldmq_kernels.kernels.reference.group_norm_silu_quantize import SILU_DIP as _SILU_DIP
 from ldmq_kernels.kernels.reference.group_norm_silu_quantize import SILU_DIP_AT as _SILU_DIP_AT
+from ldmq_kernels.kernels.triton.dependent_launch import begin
 from ldmq_kernels.kernels.triton.producers import silu, store_quantized
 from ldmq_kernels.kernels.triton.rounding import absolute_maximum
 from ldmq_kernels.kernels.triton.samples import STAGES, part_of_program, sample_scale, sample_tile_start
@@ -40,8 +41,10 @@ def partial_statistics(
     EXTREMES: tl.constexpr,  # whether the last two are computed
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """Statistics of every channel over a part of a sample's pixels."""
+    begin(DEPENDENT)
     sample, first, last, first_channel = part_of_program(pixels, channels, parts, part_pixels, BLOCK_C)
     row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
     channel_mask = channel < channels
@@ -139,8 +142,10 @@ def merge_statistics(
     SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """The statistics of a group of a sample from those of its channels in all parts."""
+    begin(DEPENDENT)
     sample = (tl.program_id(0) // (channels // group)).to(tl.int64)
     lane = tl.arange(0, BLOCK_G)[None, :]
     channel, channel_mask = (tl.program_id(0) % (channels // group)) * group + lane, lane < group
@@ -203,8 +208,10 @@ def normalize(
     PER_TOKEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """Normalize, apply SiLU, quantize."""
+    begin(DEPENDENT)
     sample, first, first_channel = sample_tile_start(pixels, channels, BLOCK_M, BLOCK_C)
     row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
     row_mask, channel_mask = first + row < pixels, channel < channels
@@ -256,8 +263,10 @@ def group_norm_slab(
     GROUP: tl.constexpr,  # the channels of a group
     BLOCK_P: tl.constexpr,
     BLOCK_G: tl.constexpr,  # not below GROUP
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """A whole group of a sample, read twice: quantized at once, or its statistics for the next launch."""
+    begin(DEPENDENT)
     groups = channels // GROUP
     sample = (tl.program_id(0) // groups).to(tl.int64)
     pixel, lane = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_G)[None, :]

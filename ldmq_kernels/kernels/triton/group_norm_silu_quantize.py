@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.reference.producers import no_scale
+from ldmq_kernels.kernels.triton.dependent_launch import dependent
 from ldmq_kernels.kernels.triton.group_norm import group_norm_slab, merge_statistics, normalize, partial_statistics
 from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device, quantized_dtype
 from ldmq_kernels.kernels.triton.producers import channel_vector, factors, row_tile
@@ -90,6 +91,7 @@ def group_norm_silu_quantize(
             PER_TOKEN=per_token,
             **factor,
             **tile,
+            **dependent(x),
         )
     return as_asked(q, q_dtype), scale
 
@@ -126,6 +128,7 @@ def _launch_slabs(
         enable_fp_fusion=False,
         **norm,
         **factor,
+        **dependent(x),
     )
 
 
@@ -146,7 +149,7 @@ def _launch_statistics(
     extent = {"pixels": pixels, "channels": channels, "parts": parts.count, "part_pixels": parts.pixels}
     statistics = x.new_empty((samples, parts.count, 2 if bounds is None else 4, channels), dtype=torch.float32)
     partial_statistics[(samples * parts.count * parts.column_blocks,)](
-        x, statistics, EXTREMES=bounds is not None, **extent, **parts.tile
+        x, statistics, EXTREMES=bounds is not None, **extent, **parts.tile, **dependent(x)
     )
     group = channels // num_groups
     block_g = triton.next_power_of_2(group)
@@ -164,4 +167,5 @@ def _launch_statistics(
         enable_fp_fusion=False,
         **norm,
         **extent,
+        **dependent(x),
     )

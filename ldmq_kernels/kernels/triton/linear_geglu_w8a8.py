@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.operands import check_gated_output, plain, quantized
+from ldmq_kernels.kernels.triton.dependent_launch import begin
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import LinearLaunch, linear
 from ldmq_kernels.kernels.triton.launch import EIGHT_BIT_SUMS, quantized_dtype
@@ -119,7 +120,9 @@ def _linear_geglu(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACCUMULATOR: tl.constexpr,  # int32 of int8, float32 of FP8
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     tile_rows, tile_columns = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N // 2)
     tile_row, tile_column = tile_of_program(tl.program_id(0), tile_rows, tile_columns)
     first_row, first_column = tile_row * BLOCK_M, tile_column * (BLOCK_N // 2)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.operands import plain, quantized
+from ldmq_kernels.kernels.triton.dependent_launch import begin
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import LinearLaunch, linear
 from ldmq_kernels.kernels.triton.matrix import load_block, store_tile, tile_of_program, unpack_int4
@@ -42,7 +43,9 @@ def _linear_w4a8(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # the group size
     SPLIT_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     tile_row, tile_column = tile_of_program(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N))
     first_row, first_column = tile_row * BLOCK_M, tile_column * BLOCK_N
     column = first_column + tl.arange(0, BLOCK_N)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.operands import plain
+from ldmq_kernels.kernels.triton.dependent_launch import begin
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import LinearLaunch, linear
 from ldmq_kernels.kernels.triton.launch import dot_dtype, floating
@@ -32,7 +33,9 @@ def _linear_w8a16(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     tile_row, tile_column = tile_of_program(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N))
     first_row, first_column = tile_row * BLOCK_M, tile_column * BLOCK_N
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ldmq_kernels.kernels.operands import plain, quantized
+from ldmq_kernels.kernels.triton.dependent_launch import begin
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.gemm_launch import LinearLaunch, linear
 from ldmq_kernels.kernels.triton.launch import EIGHT_BIT_SUMS
@@ -66,7 +67,9 @@ def _linear_w8a8(
     SPLIT_K: tl.constexpr,
     PERSISTENT: tl.constexpr,
     ACCUMULATOR: tl.constexpr,  # int32 of int8, float32 of FP8
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     tile_rows, tile_columns = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N + EXTRA_N)
     split_length = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
     start = tl.program_id(1) * split_length

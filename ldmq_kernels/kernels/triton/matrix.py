@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ldmq_kernels.kernels.triton.dependent_launch import begin
+
 ROWS_IN_A_BAND = tl.constexpr(8)
 STORED_COLUMNS = tl.constexpr(64)  # of one slice of a tile in the epilogue
 GATED_COLUMNS = tl.constexpr(32)  # the same with a gate, whose values take registers beside the residual's
@@ -206,8 +208,10 @@ def reduce_split_k(
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """Add split-K's partial sums, always in the same order, and apply the epilogue; arguments as `store_tile`."""
+    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = row < m, column < n

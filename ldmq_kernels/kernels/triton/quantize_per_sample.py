@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldmq_kernels.kernels.triton.dependent_launch import begin, dependent
 from ldmq_kernels.kernels.triton.hadamard import rotate
 from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device, quantized_dtype
 from ldmq_kernels.kernels.triton.producers import factors, scaled, store_quantized
@@ -38,7 +39,9 @@ def _part_maximum(
     ROTATED: tl.constexpr,  # channels that are rotated together; 1 rotates nothing
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     sample, first, last, first_channel = part_of_program(pixels, channels, parts, part_pixels, BLOCK_C)
     row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
     channel_mask = channel < channels
@@ -66,7 +69,9 @@ def _quantize_samples(
     ROTATED: tl.constexpr,  # channels that are rotated together; 1 rotates nothing
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     sample, first, first_channel = sample_tile_start(pixels, channels, BLOCK_M, BLOCK_C)
     row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
     row_mask, channel_mask = first + row < pixels, channel < channels
@@ -118,6 +123,7 @@ def quantize_pictures(
             ROTATED=rotated,
             **factor,
             **parts.tile,
+            **dependent(x),
         )
         _quantize_samples[(programs,)](
             x,
@@ -130,5 +136,6 @@ def quantize_pictures(
             ROTATED=rotated,
             **factor,
             **tile,
+            **dependent(x),
         )
     return as_asked(out, q_dtype), scale

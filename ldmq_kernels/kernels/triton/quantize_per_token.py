@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldmq_kernels.kernels.triton.dependent_launch import begin, dependent
 from ldmq_kernels.kernels.triton.hadamard import rotate
 from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device, quantized_dtype
 from ldmq_kernels.kernels.triton.producers import factors, row_tile, scaled, store_quantized, tile_start
@@ -24,7 +25,9 @@ def _quantize_per_token(
     ROTATED: tl.constexpr,  # channels that are rotated together; 1 rotates nothing
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     first_row, first_channel = tile_start(channels, BLOCK_M, BLOCK_C)
     row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
     row_mask, channel_mask = first_row + row < rows, channel < channels
@@ -68,5 +71,6 @@ def quantize_rows(
             ROTATED=rotated,
             **factors(None, inv_smooth, channels),
             **row_tile(channels),
+            **dependent(x),
         )
     return as_asked(out, q_dtype), scale

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldmq_kernels.kernels.triton.dependent_launch import begin, dependent
 from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device, quantized_dtype
 from ldmq_kernels.kernels.triton.producers import elementwise_tile, factors, programs, store_quantized, tile_start
 
@@ -21,7 +22,9 @@ def _quantize_static(
     ONE_FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     first_row, first_channel = tile_start(channels, BLOCK_M, BLOCK_C)
     row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
     row_mask, channel_mask = first_row + row < rows, channel < channels
@@ -51,6 +54,6 @@ def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int, q_dtype: tor
     tile = elementwise_tile(rows, channels)
     with on_device(x):
         _quantize_static[(programs(rows, channels, tile),)](
-            x, out_ptr=out, rows=rows, channels=channels, **keywords, **tile
+            x, out_ptr=out, rows=rows, channels=channels, **keywords, **tile, **dependent(x)
         )
     return as_asked(out, q_dtype)

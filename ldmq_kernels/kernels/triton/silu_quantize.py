@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldmq_kernels.kernels.triton.dependent_launch import begin, dependent
 from ldmq_kernels.kernels.triton.launch import as_asked, floating, on_device
 from ldmq_kernels.kernels.triton.producers import (
     elementwise_tile,
@@ -32,7 +33,9 @@ def _silu_quantize(
     DYNAMIC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    begin(DEPENDENT)
     first_row, first_channel = tile_start(channels, BLOCK_M, BLOCK_C)
     row, channel = tl.arange(0, BLOCK_M)[:, None], first_channel + tl.arange(0, BLOCK_C)[None, :]
     row_mask, channel_mask = first_row + row < rows, channel < channels
@@ -71,6 +74,13 @@ def silu_quantize(
     keywords = factors(inv_scale, inv_smooth, channels) | tile
     with on_device(x):
         _silu_quantize[(programs(rows, channels, tile),)](
-            x, out_ptr=q, scale_ptr=scale, rows=rows, channels=channels, DYNAMIC=inv_scale is None, **keywords
+            x,
+            out_ptr=q,
+            scale_ptr=scale,
+            rows=rows,
+            channels=channels,
+            DYNAMIC=inv_scale is None,
+            **keywords,
+            **dependent(x),
         )
     return as_asked(q, q_dtype), scale

@@ -42,6 +42,7 @@ def _key() -> str:
             ROOT / "ldmq_kernels/ops",
             ROOT / "ldmq_kernels/numerics",
             Path(__file__).parent,
+            ROOT / "python_tests/kernels/before_wait.py",
         ],
     )
 
@@ -74,6 +75,12 @@ def tiles() -> list[dict[str, Any]]:
     return compiled("triton_tiles", "--tiles", *map(str, TILES))
 
 
+@pytest.fixture(scope="module")
+def early() -> list[dict[str, Any]]:
+    """What came out of each kernel, compiled for dependent launch, for Hopper."""
+    return compiled("triton_early", "--early", "90")
+
+
 def gemms(rows: list[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
     """The GEMMs of the ops whose names end so, without what reduces split-K."""
     return [row for row in rows if row["op"].endswith(suffix) and row["kernel"] != "reduce_split_k"]
@@ -95,6 +102,20 @@ def test_no_register_is_spilled(report: list[dict[str, Any]]) -> None:
 
 def test_shared_memory_fits(report: list[dict[str, Any]]) -> None:
     assert names([row for row in report if row["shared"] > SHARED_LIMIT[row["capability"]]]) == []
+
+
+def test_no_memory_is_touched_before_the_kernel_in_front_has_ended(
+    report: list[dict[str, Any]], early: list[dict[str, Any]]
+) -> None:
+    """Where kernels are launched early, each waits before all else; elsewhere none has code for it."""
+    blackwell = [row for row in report if row["capability"] == 100]
+    waiting = [*early, *blackwell]
+    assert {row["kernel"] for row in early} == {row["kernel"] for row in blackwell}
+    assert names([row for row in waiting if row["early"] != ["ACQBULK", "PREEXIT"] or row["touched"]]) == []
+    assert names([row for row in early if row["spills"]]) == []
+    others = [row for row in report if row["capability"] != 100]
+    assert names([row for row in others if row["early"]]) == []
+    assert names([row for row in others if not row["touched"]]) == []
 
 
 def on_hopper(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
