@@ -25,9 +25,11 @@ import ldmq_kernels
 from ldmq_kernels import ops
 from ldmq_kernels.cli import model_sizes, op_speed
 from ldmq_kernels.cli.batches import check_batches
+from ldmq_kernels.cli.early_launches import check_early_launches
 from ldmq_kernels.cli.fitted import Column, output_console, print_fitted
 from ldmq_kernels.kernels import dispatch, measurements
 from ldmq_kernels.kernels.backend import DEFINITION, backends
+from ldmq_kernels.kernels.dependent_launch import asked_for
 from ldmq_kernels.ops.operands import EVERY_OPTION, MODULATION, NORM, Shape, example
 from ldmq_kernels.progress import track
 
@@ -169,9 +171,10 @@ def served_device(backend: str) -> torch.device | None:
     return next((device for device in [*devices, torch.device("cpu")] if backends()[backend].serves(device)), None)
 
 
-def _file_problem(devices: set[torch.device]) -> str:
-    """A file of measurements that is damaged, as a line; empty where all is well."""
+def _setting_problem(devices: set[torch.device]) -> str:
+    """A file of measurements that is damaged, or LDMQ_PDL with another word, as a line; empty where all is well."""
     try:
+        asked_for()
         for device in devices:
             for backend in backends().values():
                 if backend.tiles is not None:
@@ -244,7 +247,7 @@ def run_doctor() -> bool:
     console.print(_versions())
     devices = {backend: served_device(backend) for backend in backends()}
     served = {backend: device for backend, device in devices.items() if device is not None}
-    problem = _file_problem(set(served.values()))
+    problem = _setting_problem(set(served.values()))
     if problem:
         console.print(problem, markup=False)
         return False
@@ -262,6 +265,11 @@ def run_doctor() -> bool:
         line = _switch(found, served[found.backend])
         if line:
             console.print(line, markup=False)
+    if on_gpu and (line := check_early_launches(torch.device("cuda"))):
+        console.print(line, markup=False)
+        if not _is_usable(torch.device("cuda")):
+            console.print("that left the GPU unusable: run it again, kernels are launched as usual then")
+            return False
     problem = _override_problem()
     if problem:
         console.print(problem, markup=False)

@@ -255,6 +255,16 @@ def test_a_damaged_file_ends_the_check_before_it_blames_the_kernels(
     measurements.forget()
 
 
+def test_a_switch_with_another_word_ends_the_check_before_it_blames_the_kernels(
+    install: Callable[..., None], own_cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LDMQ_PDL", "on")
+    install(**RIGHT)
+    assert not checks.run_doctor()
+    assert "LDMQ_PDL is 'on', must be 0 or 1" in told(capsys)
+    assert not own_cache.exists()
+
+
 def test_a_user_without_a_home_gets_a_whole_check_and_one_warning(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
