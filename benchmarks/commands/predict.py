@@ -44,6 +44,7 @@ def sums(found: list[Prediction]) -> str:
     """Milliseconds by kind of operation, a column for each backend."""
     rows = [[kind, *(f"{one.by_kind[kind]:.2f}" for one in found)] for kind in found[0].by_kind]
     rows.append(["sum, ms", *(f"{one.milliseconds:.2f}" for one in found)])
+    rows.append(["with dependent launches, ms", *(f"{one.early_milliseconds:.2f}" for one in found)])
     rows.append(["kernels", *(str(one.launches) for one in found)])
     return aligned(["", *(WORDS[one.backend] for one in found)], rows)
 
@@ -77,6 +78,7 @@ def as_json(found: list[Prediction]) -> dict[str, Any]:
         "backends": {
             one.backend: {
                 "ms": one.milliseconds,
+                "ms_with_dependent_launches": one.early_milliseconds,
                 "ms_by_kind": one.by_kind,
                 "kernels": one.launches,
                 "rows": [

@@ -24,6 +24,21 @@ def launches_of(operation: Operation, backend: Literal["triton", "cuda"]) -> int
     return 3 if op == "group_norm" else 1
 
 
+def early_of(op: str, server: str, launches: int) -> int:
+    """Those of an operation's kernels that may be launched before the one in front of them has ended.
+
+    Args:
+        op: its name.
+        server: the backend that computes it, or "torch", whose kernels never are.
+        launches: how many kernels it is.
+    """
+    if server == "torch":
+        return 0
+    # a cooperative kernel, and one after a memset
+    never = server == "cuda" and op in ("group_norm_silu_quantize", "quantize_per_sample")
+    return launches - never
+
+
 def _of_group_norm(operation: Operation) -> int:
     _, channels, height, width = operation.facts["x"]
     group = channels // operation.facts["num_groups"]

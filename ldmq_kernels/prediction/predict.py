@@ -4,8 +4,10 @@
     attention    products and exponentials one after the other, in 16 bit by a fused kernel
     the rest     the start of each kernel, and its bytes at the rate of a copy
 
-Each kernel adds the gap to the next one in a replayed CUDA graph. "compiled" is the rival: every product in 16 bit by
-the libraries, and what lies between two of them in as few kernels as torch's Inductor makes.
+Each kernel adds the gap to the next one in a replayed CUDA graph. It is shorter before a kernel that is launched while
+the one in front of it still runs (programmatic dependent launch, which `ldmq doctor` allows where it is right and no
+slower): `early_milliseconds` has the call with it. "compiled" is the rival: every product in 16 bit by the libraries,
+and what lies between two of them in as few kernels as torch's Inductor makes.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ldmq_kernels.kernels.backend import backends
+from ldmq_kernels.kernels.dependent_launch import FROM as EARLY_FROM
 from ldmq_kernels.kernels.devices import Device
 from ldmq_kernels.prediction.gemms import GemmTime, by_cuda, by_library, by_triton, rate_of
-from ldmq_kernels.prediction.launches import launches_of
+from ldmq_kernels.prediction.launches import early_of, launches_of
 from ldmq_kernels.prediction.recorded import ATTENTION, Operation
 
 Backend = Literal["triton", "cuda", "compiled"]
@@ -25,6 +28,7 @@ BACKENDS: tuple[Backend, ...] = ("triton", "cuda", "compiled")
 COPY_SHARE = 0.9  # of the data sheet's bandwidth that a large copy reaches; assumed, 2026-11-29
 START_MS = 1.7e-3  # of a kernel that moves bytes: until its loads come, and its last programs; assumed, 2026-11-29
 GAP_MS = 0.9e-3  # from one kernel of a replayed graph to the next; assumed, 2026-11-29
+EARLY_GAP_MS = 0.45e-3  # to one that is there already, and waits; assumed, 2026-11-30
 EXPONENTIALS = 16  # of a multiprocessor in a clock, by its special function units
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # to which fused attention pads
 NORMS = ("group_norm", "layer_norm")
@@ -44,6 +48,7 @@ class Predicted:
         launches: kernels.
         served_by: the backend that computes it: "triton" or "cuda", "torch" for an operation of torch's own.
         gemm: how the product is cut; None for other operations.
+        early: kernels that may be launched before the one in front of them has ended.
     """
 
     op: str
@@ -56,6 +61,7 @@ class Predicted:
     launches: int
     served_by: str = "torch"
     gemm: GemmTime | None = None
+    early: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,12 @@ class Prediction:
     def milliseconds(self) -> float:
         """Of the whole call."""
         return sum(self.by_kind.values())
+
+    @property
+    def early_milliseconds(self) -> float:
+        """Of the whole call with dependent launches; the same where the device or the backend has none."""
+        early = sum(row.early for row in self.rows) if self.device.capability >= EARLY_FROM else 0
+        return self.milliseconds - (GAP_MS - EARLY_GAP_MS) * early
 
 
 def predict(operations: Iterable[Operation], device: Device, backend: Backend) -> Prediction:
@@ -133,7 +145,8 @@ def _multiplied(operation: Operation, device: Device, backend: Backend) -> Predi
     taken = max(device.milliseconds(time.clocks), least_ops, least_bytes / COPY_SHARE) + quantizes_alone
     kind = CONVOLUTION if op.startswith("conv") else LINEAR
     launches = time.launches + (quantizes_alone > 0)
-    return Predicted(op, operation.layer, str(gemm), kind, taken, least_ops, least_bytes, launches, server, time)
+    words, early = str(gemm), early_of(op, server, launches)
+    return Predicted(op, operation.layer, words, kind, taken, least_ops, least_bytes, launches, server, time, early)
 
 
 def _attended(operation: Operation, device: Device) -> Predicted:
@@ -158,7 +171,8 @@ def _moved(operation: Operation, device: Device, backend: Literal["triton", "cud
     taken = START_MS * launches + least / COPY_SHARE
     ours = [name for name in (backend, "triton") if backends()[name].has(op)]
     server = ours[0] if ours else "torch"
-    return Predicted(op, operation.layer, f"{operation.bytes / 1e6:.3g} MB", REST, taken, 0.0, least, launches, server)
+    words, early = f"{operation.bytes / 1e6:.3g} MB", early_of(op, server, launches)
+    return Predicted(op, operation.layer, words, REST, taken, 0.0, least, launches, server, early=early)
 
 
 def _last_reads(operations: Sequence[Operation]) -> dict[int, int]:
