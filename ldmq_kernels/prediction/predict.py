@@ -19,6 +19,7 @@ from typing import Literal
 from ldmq_kernels.kernels.backend import backends
 from ldmq_kernels.kernels.dependent_launch import FROM as EARLY_FROM
 from ldmq_kernels.kernels.devices import Device
+from ldmq_kernels.ops import specs
 from ldmq_kernels.prediction.gemms import GemmTime, by_cuda, by_library, by_triton, rate_of
 from ldmq_kernels.prediction.launches import early_of, launches_of
 from ldmq_kernels.prediction.recorded import ATTENTION, Operation
@@ -169,7 +170,7 @@ def _attended(operation: Operation, device: Device) -> Predicted:
 def _moved(operation: Operation, device: Device, backend: Literal["triton", "cuda"]) -> Predicted:
     op, least, launches = operation.op, _bytes_ms(operation.bytes, device), launches_of(operation, backend)
     taken = START_MS * launches + least / COPY_SHARE
-    ours = [name for name in (backend, "triton") if backends()[name].has(op)]
+    ours = [name for name in (backend, "triton") if op in specs() and backends()[name].has(op)]
     server = ours[0] if ours else "torch"
     words, early = f"{operation.bytes / 1e6:.3g} MB", early_of(op, server, launches)
     return Predicted(op, operation.layer, words, REST, taken, 0.0, least, launches, server, early=early)

@@ -13,6 +13,22 @@ TOUCHES = re.compile(r"(LDG|LDGSTS|STG|LD|ST|ATOMG?|REDG?|UTMALDG|UTMASTG|UTMARE
 UNKNOWN_WAYS = ("BRX", "BRXU", "JMP", "JMX", "CALL.ABS")
 
 
+LABEL = re.compile(r"^\s*([\w.$]+):\s*$")
+
+
+def with_addresses(text: str) -> str:
+    """The text of `nvdisasm` with addresses in place of labels, as `cuobjdump` has it."""
+    places: dict[str, str] = {}
+    waiting: list[str] = []
+    for line in text.splitlines():
+        if label := LABEL.match(line):
+            waiting.append(label[1])
+        elif waiting and (instruction := INSTRUCTION.search(line)):
+            places |= dict.fromkeys(waiting, f"0x{int(instruction[1], 16):x}")
+            waiting = []
+    return re.sub(r"`\(([\w.$]+)\)", lambda label: places.get(label[1], label[0]), text)
+
+
 def touched_before_wait(text: str) -> set[str]:
     """The instructions that touch global memory, or end a thread, on some way through a kernel that has not waited yet.
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from python_tests.kernels.before_wait import LET_THE_NEXT_BEGIN, WAIT, touched_before_wait
+from python_tests.kernels.before_wait import LET_THE_NEXT_BEGIN, WAIT, touched_before_wait, with_addresses
 
 # cooperative, and after a memset: these are never launched early
 NEVER_EARLY = ("group_norm_kernel", "sample_absmax_kernel")
@@ -54,5 +54,9 @@ def test_an_access_before_the_wait_is_found_on_every_way(touch: str) -> None:
     # a way round the wait
     assert touched_before_wait(code("@P0 BRA 0x20", "ACQBULK", touch, "ACQBULK", "EXIT"))
     assert touched_before_wait(code("@P0 ACQBULK", touch, "EXIT"))
+    # the same with labels
+    labelled = f"/*0000*/ @P0 BRA `(.L_x_1) ;\n/*0010*/ ACQBULK ;\n.L_x_1:\n/*0020*/ {touch} ;\n/*0030*/ EXIT ;"
+    assert touched_before_wait(with_addresses(labelled))
+    assert not touched_before_wait(with_addresses(labelled.replace("@P0 BRA `(.L_x_1)", "NOP")))
     # both ways wait
     assert not touched_before_wait(code("@P0 BRA 0x30", "ACQBULK", "BRA 0x40", "ACQBULK", touch, "EXIT"))

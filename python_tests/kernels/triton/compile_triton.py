@@ -4,10 +4,10 @@ A program of its own, since the interpreter that the other tests use must be off
 Every op is called on tensors without memory at shapes from real UNets; each launch that it makes is
 compiled instead of run, with the very arguments, tile and options that it would have on a GPU.
 
-Those for capability 10.0 are compiled for programmatic dependent launch. With --early the first launch of each kernel
-is, for any capability; with --tiles each tile of the tables is compiled as it is by default.
+From capability 9.0 on they are compiled for programmatic dependent launch; with --tiles, where each tile of the tables
+is compiled, they are not.
 
-Usage: python compile_triton.py [--tiles | --early] REPORT.json CAPABILITY...
+Usage: python compile_triton.py [--tiles] REPORT.json CAPABILITY...
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ldmq_kernels.kernels.dependent_launch import dependent_launches
+from ldmq_kernels.kernels.dependent_launch import FROM, dependent_launches
 from ldmq_kernels.kernels.gpu import FLOAT8_FROM, Gpu
 from ldmq_kernels.kernels.triton import backend as triton_backend
 from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_tables import TILES, Tile, family
 from ldmq_kernels.numerics.formats.float8 import FLOAT8
-from python_tests.kernels.before_wait import LET_THE_NEXT_BEGIN, WAIT, touched_before_wait
+from python_tests.kernels.before_wait import LET_THE_NEXT_BEGIN, WAIT, touched_before_wait, with_addresses
 from python_tests.kernels.machine_code import has_unguarded_write, waits
 from python_tests.kernels.triton import compile_conv2d, compile_linear, compile_producers
 
@@ -73,7 +72,6 @@ INSTRUCTION = re.compile(rf"\b({'|'.join(COUNTED)})\b")
 MATRIX = {"IGMMA", "QGMMA", "QMMA", "HGMMA", "UTCIMMA", "UTCHMMA", "UTCQMMA", "IMMA", "HMMA"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
-EARLY = (100,)  # capabilities whose kernels are compiled for dependent launch without being asked for
 # stand-ins for what `gpu_of` would find
 GPUS = {80: Gpu("A100", 80, 108), 86: Gpu("A40", 86, 84), 89: Gpu("L40", 89, 142), 90: Gpu("H100", 90, 132)}
 GPUS |= {100: Gpu("B200", 100, 148), 120: Gpu("RTX PRO 6000", 120, 188)}
@@ -112,7 +110,6 @@ def inspect(compiled: Any) -> dict[str, Any]:
         code = subprocess.check_output(
             [TOOLS / "nvdisasm", "-c", "--no-dataflow", file.name], text=True, stderr=subprocess.DEVNULL
         )
-        addressed = subprocess.check_output([TOOLS / "cuobjdump", "-sass", file.name], text=True)
     (registers,) = re.findall(r"REG:(\d+)", usage)
     counts, loop = Counter(INSTRUCTION.findall(code)), main_loop(code)
     return {
@@ -125,7 +122,7 @@ def inspect(compiled: Any) -> dict[str, Any]:
         "waits": waits(loop),
         "unguarded": has_unguarded_write(loop),
         "early": [opcode for opcode in (WAIT, LET_THE_NEXT_BEGIN) if opcode in code],
-        "touched": sorted(touched_before_wait(addressed)),
+        "touched": sorted(touched_before_wait(with_addresses(code))),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128\b", code)),
     }
 
@@ -144,19 +141,11 @@ def main_loop(code: str) -> list[str]:
     return min(bodies, key=len, default=[])
 
 
-def compile_call(
-    op: str, case: str, arguments: tuple, tile: Tile | None, capability: int, left_out: Collection[str] = ()
-) -> list[dict[str, Any]]:
-    """Compile every launch that one call of an op makes, with the tile that it would choose or with a given one.
-
-    Args:
-        left_out: names of kernels that are not compiled.
-    """
+def compile_call(op: str, case: str, arguments: tuple, tile: Tile | None, capability: int) -> list[dict[str, Any]]:
+    """Compile every launch that one call of an op makes, with the tile that it would choose or with a given one."""
     rows: list[dict[str, Any]] = []
 
     def compile_launch(kernel: Any, *values: Any, grid: tuple, warmup: bool, **keywords: Any) -> None:
-        if kernel.__name__ in left_out:
-            return
         options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
         code = source(kernel, values, keywords)
         compiled = triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options)
@@ -198,18 +187,15 @@ def tile_calls(capability: int) -> list[tuple[str, str, tuple, Tile | None]]:
 
 def main() -> None:
     """Compile all calls or, with --tiles, every tile of the tables; print the report and write it."""
-    arguments = [text for text in sys.argv[1:] if not text.startswith("--")]
+    arguments = [text for text in sys.argv[1:] if text != "--tiles"]
     report, capabilities = Path(arguments[0]), [int(text) for text in arguments[1:]]
     rows = []
     for capability in capabilities:
-        early = "--early" in sys.argv or (capability in EARLY and "--tiles" not in sys.argv)
         gpu = mock.patch.object(tile_choice, "gpu_of", lambda _, gpu=GPUS[capability]: gpu)
-        with gpu, dependent_launches(early):
-            calls = tile_calls(capability) if "--tiles" in sys.argv else CALLS
-            for op, case, given, tile in calls:
-                known = {row["kernel"] for row in rows} if "--early" in sys.argv else ()
+        with gpu, dependent_launches(capability >= FROM and "--tiles" not in sys.argv):
+            for op, case, given, tile in tile_calls(capability) if "--tiles" in sys.argv else CALLS:
                 if capability >= FLOAT8_FROM or not is_float8(given):
-                    rows += compile_call(op, case, given, tile, capability, known)
+                    rows += compile_call(op, case, given, tile, capability)
     for row in rows:
         loop = " ".join(f"{name} {count}" for name, count in sorted(row["loop"].items()))
         print(
