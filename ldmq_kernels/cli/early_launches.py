@@ -21,7 +21,6 @@ from ldmq_kernels.timing import interleaved
 Chain = Callable[[], tuple[Tensor, ...]]
 ROWS, CHANNELS, HIDDEN, SIZE = 1024, 640, 2560, 32  # small kernels, whose starts are a large share of their time
 LAYERS, REPEATS = 8, 8
-SAME = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 1)  # of a 3x3 kernel: all but the dtype of the output
 
 
 def chain(device: torch.device) -> Chain:
@@ -37,6 +36,13 @@ def chain(device: torch.device) -> Chain:
     tokens = torch.randn(ROWS, CHANNELS, generator=generator, **half)
     one = torch.ones(CHANNELS, **half)
 
+    def convolved(q: Tensor, scale: Tensor, residual: Tensor | None) -> Tensor:
+        ones = 1, 1
+        padding = 1, 1, 1, 1
+        return ops.conv2d_w8a8(
+            q, scale, *kernel, None, None, residual, (3, 3), ones, padding, ones, 1, 1, torch.float16
+        )
+
     def run() -> tuple[Tensor, ...]:
         x = tokens
         for _ in range(LAYERS):
@@ -46,9 +52,9 @@ def chain(device: torch.device) -> Chain:
             x = ops.linear_w8a8(q, scale, *narrow, None, x, torch.float16)
             picture = x.view(1, SIZE, SIZE, CHANNELS).permute(0, 3, 1, 2)
             q, scale = ops.group_norm_silu_quantize(picture, one, None, 32, 1e-5, True, None, None, False)
-            picture = ops.conv2d_w8a8(q, scale, *kernel, None, None, picture, *SAME, torch.float16)
+            picture = convolved(q, scale, picture)
             q, scale = ops.quantize_per_sample(picture, None)
-            picture = ops.conv2d_w8a8(q, scale, *kernel, None, None, None, *SAME, torch.float16)
+            picture = convolved(q, scale, None)
             x = picture.permute(0, 2, 3, 1).reshape(ROWS, CHANNELS).clone()  # a copy, no kernel, before the next one
         return x, scale
 
