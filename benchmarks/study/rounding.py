@@ -129,8 +129,7 @@ def table(data: dict[str, Any]) -> str:
     found = []
     for by in ("inputs", "the end"):
         tried = verdict.by_words([row for row in data["rows"] if row["by"] == by], "variation")
-        base = tried.get(BUILT_IN, {})
-        found += [f"by {by}, {words}" for words in verdict.paying(tried, base) if base]
+        found += [f"by {by}, {words}" for words in verdict.paying(tried, tried.get(BUILT_IN, {}))]
     words = (
         f"**Other ways of GPTQ** ({len(data['rows'][0]['by_picture']['psnr'])} held-out captions, W8A8, dynamic or "
         f"rotated; {data['device']}, torch {data['torch']}, commit {(data.get('commit') or 'none')[:10]}). "

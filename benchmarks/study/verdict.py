@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.study.subjects import SUBJECTS
 from ldmq_kernels.planning.drawn import Spread
 
 ENOUGH_DB = 0.3  # of PSNR in the mean of pictures
@@ -20,12 +21,12 @@ def by_words(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[str,
 
 
 def paying(tried: Rows, base: Mapping[str, Any]) -> list[str]:
-    """What has `ENOUGH_DB` more than a base on every model that the base was drawn with, and no worse worst tenth."""
-    return [words for words, of_models in tried.items() if all(_pays(of_models.get(m), row) for m, row in base.items())]
+    """What has `ENOUGH_DB` more than a base on every model of the study, and no worse worst tenth."""
+    return [words for words, drawn in tried.items() if all(_pays(drawn.get(m), base.get(m)) for m in SUBJECTS)]
 
 
-def _pays(row: Mapping[str, Any] | None, base: Mapping[str, Any]) -> bool:
-    if row is None:
+def _pays(row: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> bool:
+    if row is None or base is None:
         return False
     ours, theirs = (Spread.of(one["by_picture"]["psnr"]) for one in (row, base))
     return ours.mean >= theirs.mean + ENOUGH_DB and ours.worst_tenth >= theirs.worst_tenth
