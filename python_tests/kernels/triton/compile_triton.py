@@ -38,7 +38,7 @@ from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_tables import TILES, Tile, family
 from ldmq_kernels.numerics.formats.float8 import FLOAT8
 from python_tests.kernels.before_wait import LET_THE_NEXT_BEGIN, WAIT, touched_before_wait, with_addresses
-from python_tests.kernels.machine_code import has_unguarded_write, waits
+from python_tests.kernels.machine_code import divides, has_unguarded_write, waits
 from python_tests.kernels.triton import compile_conv2d, compile_linear, compile_producers
 
 TYPES = {
@@ -121,6 +121,7 @@ def inspect(compiled: Any) -> dict[str, Any]:
         "loop": dict(Counter(INSTRUCTION.findall("\n".join(loop)))),
         "waits": waits(loop),
         "unguarded": has_unguarded_write(loop),
+        "divides": divides(loop),
         "early": [opcode for opcode in (WAIT, LET_THE_NEXT_BEGIN) if opcode in code],
         "touched": sorted(touched_before_wait(with_addresses(code))),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128\b", code)),
@@ -153,6 +154,7 @@ def compile_call(op: str, case: str, arguments: tuple, tile: Tile | None, capabi
         blocks += "+32" * bool(keywords.get("EXTRA_N")) + " T" * bool(keywords.get("TRANSPOSED"))
         identity = {"op": op, "case": case, "kernel": kernel.__name__, "capability": capability, "tile": blocks}
         identity |= {"warps": options.get("num_warps", 4), "ctas": 1 if tile is None else tile.ctas}
+        identity["persistent"] = tile is not None and tile.persistent
         rows.append(identity | inspect(compiled))
 
     given = contextlib.nullcontext() if tile is None else tile_choice.forced(tile)

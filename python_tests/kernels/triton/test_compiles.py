@@ -139,6 +139,18 @@ def test_a_barrier_stands_between_a_wait_and_the_next_write_of_shared_memory(
     assert names([row for row in rows if row["unguarded"]]) == []
 
 
+def test_no_loop_over_the_steps_of_a_convolution_divides(
+    report: list[dict[str, Any]], tiles: list[dict[str, Any]]
+) -> None:
+    """Where taps and channels are one K, of few channels, each of its numbers is divided; a persistent tile's loop has
+    the epilogue.
+    """
+    rows = [row for row in (*report, *tiles) if "conv2d" in row["kernel"] and row["instructions"]]
+    rows = [row for row in rows if not row["persistent"] and row["case"] != "conv_in"]
+    assert len(rows) >= 60
+    assert names([row for row in rows if row["divides"]]) == []
+
+
 def test_two_programs_fit_a_multiprocessor_where_a_tile_says_so(tiles: list[dict[str, Any]]) -> None:
     rows = [row for row in tiles if row["ctas"] > 1 and row["kernel"] != "reduce_split_k"]
     assert {row["op"] for row in rows} == {"linear_w8a8", "conv2d_w8a8"}
