@@ -24,6 +24,7 @@ def on_meta(model: Model, scheme: str) -> nn.Module:
             kind = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
             layer = kind.empty(module, SCHEMES[scheme], smoothed=False)
             layer.bias = module.bias
+            layer.finish()
             made.set_submodule(path, layer)
     # what has no memory has no scales to compare: in these schemes q, k and v share theirs
     with mock.patch.multiple(merged, _is_empty=lambda _: False, _equal=lambda _a, _b: True):

@@ -239,7 +239,7 @@ def table(data: dict[str, Any]) -> str:
         f"**What the picture keeps, for how many bytes, by which tool** (held-out captions, "
         f"{first['steps']} steps, on {data['device']}, torch {data['torch']}; layers: weights in 8 bits / computed in "
         "8 bits / all; a picture's PSNR and its latent's SQNR are against the float model's from the same noise). "
-        "No milliseconds: without VNNI this processor gains no time by int8, and no GPU has run the kernels."
+        "No milliseconds: those of a processor without VNNI say little of others, and no GPU has run the kernels."
     )
     return f"{words}\n\n" + markdown(HEAD, [_line(row) for row in _in_order(data["rows"])])
 
