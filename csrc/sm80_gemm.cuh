@@ -31,8 +31,10 @@ struct Tile {
   static constexpr int kSharedBytes = STAGES * kStageBytes;
   // Blocks of a multiprocessor that registers must be left for; 0: as many as the compiler chooses. For the small FP8
   // tile it would choose five, and spill, where shared memory has room for two or three; for the small one of GEGLU
-  // three, where sm_86 has room for two.
-  static constexpr int kBlocks = kGated && M == 64 ? 2 : ELEMENT == Element::kE4m3 && kThreads == 128 ? 3 : 0;
+  // three, where sm_86 has room for two, and in FP8 two, where sm_90 has registers for one.
+  static constexpr int kBlocks = kGated && M == 64                              ? (ELEMENT == Element::kE4m3 ? 1 : 2)
+                                 : ELEMENT == Element::kE4m3 && kThreads == 128 ? 3
+                                                                                : 0;
   static_assert(WARP_M % 16 == 0 && WARP_N % 32 == 0, "a warp has whole runs of the epilogue");
 };
 

@@ -74,9 +74,7 @@ def _linear_w8a8(
     split_length = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLIT_K) * BLOCK_K
     start = tl.program_id(1) * split_length
     stop = min(start + split_length, k)
-    first = tl.program_id(0)
-    end = tile_rows * tile_columns if PERSISTENT else first + 1  # see `conv2d_w8a8`
-    for tile in tl.range(first, end, tl.num_programs(0) if PERSISTENT else 1, flatten=PERSISTENT):
+    for tile in tl.range(tl.program_id(0), tile_rows * tile_columns, tl.num_programs(0), flatten=PERSISTENT):
         tile_row, tile_column = tile_of_program(tile, tile_rows, tile_columns)
         first_row, first_column = tile_row * BLOCK_M, tile_column * (BLOCK_N + EXTRA_N)
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
