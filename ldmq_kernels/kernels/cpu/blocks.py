@@ -53,7 +53,11 @@ def finish_rows(accumulator: Tensor, epilogue: Epilogue, out: Tensor) -> None:
         accumulator: (M, N) float32, contiguous.
         epilogue: of its sums.
         out: (M, N) of the output's dtype, contiguous; the accumulator itself where that is float32.
+
+    Raises:
+        Unsupported: an operand does not fit.
     """
+    epilogue.check(*accumulator.shape)
     scale, column_scale, bias, sample_bias, residual, gate = epilogue
     if compiled.takes(residual, out):
         compiled.finish(accumulator, epilogue, out)

@@ -103,7 +103,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     for name, types in taken.items():
         function = getattr(library, name, None)  # products are compiled where there is AVX2
         if function is not None:
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, ctypes.c_int if name == "ldmq_multiply" else None
     return library, ""
 
 
@@ -120,6 +120,10 @@ def _address(values: Tensor | None) -> int | None:
     return None if values is None else values.data_ptr()
 
 
+def _in_float32(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.float().contiguous()
+
+
 def quantize_measured(x: Tensor, inv_smooth: Tensor | None, q: Tensor, scale: Tensor) -> None:
     """Write scale = max(absmax(y), 1e-12) / 127 of y = x * inv_smooth for each group of rows, and y in int8 by it.
 
@@ -134,7 +138,7 @@ def quantize_measured(x: Tensor, inv_smooth: Tensor | None, q: Tensor, scale: Te
     threads = _threads(x)
     groups = scale.numel()
     largest = x.new_empty(groups * threads if groups < threads else 0, dtype=torch.int32)
-    factors = None if inv_smooth is None else inv_smooth.contiguous()
+    factors = _in_float32(inv_smooth)
     library.ldmq_quantize_measured(
         *(x.data_ptr(), x.dtype == torch.bfloat16, groups, x.shape[0] // groups, x.shape[1]),
         *(_address(factors), q.data_ptr(), scale.data_ptr(), largest.data_ptr(), threads),
@@ -155,17 +159,13 @@ def quantize_calibrated(x: Tensor, factors: Tensor, q: Tensor) -> None:
     library, _ = load()
     assert library is not None
     threads = _threads(x)
-    has_nan, factors = x.new_empty(threads, dtype=torch.int32), factors.contiguous()
+    has_nan, factors = x.new_empty(threads, dtype=torch.int32), factors.float().contiguous()
     library.ldmq_quantize_calibrated(
         *(x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, factors.data_ptr(), factors.numel()),
         *(q.data_ptr(), has_nan.data_ptr(), threads),
     )
     if bool(has_nan.any()):
         raise nan_error()
-
-
-def _in_float32(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.float().contiguous()
 
 
 class Epilogue(NamedTuple):
@@ -189,23 +189,26 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
     gate: Tensor | None = None
 
-    def for_library(self, rows: int, columns: int) -> Epilogue:
-        """The same with small operands in float32, one row after the other, as the library reads them unseen.
+    def check(self, rows: int, columns: int) -> None:
+        """Look whether all operands fit (rows, columns): C reads them unseen, and torch would broadcast some.
 
         Raises:
-            Unsupported: an operand does not fit (rows, columns).
+            Unsupported: one does not.
         """
-        scale, column_scale, bias, sample_bias, residual, gate = self
         for name, operand in zip(self._fields[1:], self[1:], strict=True):
             if operand is not None and operand.shape[-1] != columns:
                 raise Unsupported(f"{name} has {operand.shape[-1]} columns, the output {columns}")
-        for name, operand in (("scale", scale), ("sample_bias", sample_bias), ("gate", gate)):
+        for name, operand in (("scale", self.scale), ("sample_bias", self.sample_bias), ("gate", self.gate)):
             if operand is not None and (not len(operand) or rows % len(operand)):
                 raise Unsupported(f"{name} has {len(operand)} rows, which do not divide the {rows} of the output")
-        if residual is not None and residual.numel() != rows * columns:
-            raise Unsupported(f"residual has {residual.numel()} elements, the output {rows * columns}")
-        column_scale, bias, sample_bias, gate = map(_in_float32, (column_scale, bias, sample_bias, gate))
-        return Epilogue(scale.contiguous(), column_scale, bias, sample_bias, residual, gate)
+        if self.residual is not None and self.residual.numel() != rows * columns:
+            raise Unsupported(f"residual has {self.residual.numel()} elements, the output {rows * columns}")
+
+    def for_library(self) -> Epilogue:
+        """The same with small operands in float32, one row after the other."""
+        small = map(_in_float32, (self.column_scale, self.bias, self.sample_bias, self.gate))
+        column_scale, bias, sample_bias, gate = small
+        return Epilogue(self.scale.float().contiguous(), column_scale, bias, sample_bias, self.residual, gate)
 
     def arguments(self, out: Tensor) -> tuple[int | bool | None, ...]:
         """What C takes, addresses among it: of an epilogue `for_library`, which lives longer than the call."""
@@ -222,5 +225,5 @@ def finish(accumulator: Tensor, epilogue: Epilogue, out: Tensor) -> None:
     """Write the epilogue of (M, N) float32, contiguous, into (M, N) float32 or bfloat16, contiguous."""
     library, _ = load()
     assert library is not None
-    kept = epilogue.for_library(*accumulator.shape)
+    kept = epilogue.for_library()
     library.ldmq_finish(accumulator.data_ptr(), *accumulator.shape, *kept.arguments(out), _threads(accumulator))

@@ -39,14 +39,8 @@ def linear_w8a8(
     n = weight_scale.shape[0]
     if gate is not None and (gate.shape[-1] != n or rows.shape[0] % max(1, gate.numel() // n)):
         raise Unsupported(f"a gate of shape {tuple(gate.shape)} for {rows.shape[0]} rows of {n}")
-    is_static = x_scale.numel() == 1
-    if (
-        packed.dtype == torch.int8
-        and is_static
-        and residual is None
-        and gate is None
-        and out_dtype in WRITTEN_BY_ONEDNN
-    ):
+    is_plain = x_scale.numel() == 1 and residual is None and gate is None
+    if packed.dtype == torch.int8 and is_plain and out_dtype in WRITTEN_BY_ONEDNN:
         shift = None if bias is None else bias.float()
         return onednn.linear(rows, float(x_scale), packed, weight_scale, shift, out_dtype).view(shape)
     epilogue = Epilogue(

@@ -1,3 +1,4 @@
+// See parts.h.
 #include "parts.h"
 
 #include <string.h>
@@ -21,7 +22,9 @@ typedef struct {
 
 static void own_parts(void *given) {
   const Parts *all = given;
-  for (int64_t part = thread_number(); part < all->parts; part += thread_count()) all->work(all->task, part, all->parts);
+  for (int64_t part = thread_number(); part < all->parts; part += thread_count()) {
+    all->work(all->task, part, all->parts);
+  }
 }
 
 void ldmq_in_parts(void (*work)(const void *task, int64_t part, int64_t parts), const void *task, int64_t parts,

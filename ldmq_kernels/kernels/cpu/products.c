@@ -1,4 +1,5 @@
-// int8 products on a processor with AVX2 and without VNNI, exact: 16-bit integers, whose products VPMADDWD adds in 32 bits.
+// int8 products on a processor with AVX2 and without VNNI, exact: as 16-bit integers, whose products VPMADDWD adds in
+// 32 bits.
 //
 // A convolution is a product whose left operand is gathered from the input block by block, as 16-bit rows that stay in
 // the second cache; there is no im2col in memory. Weights are held as 16-bit pairs of input channels, for 16 output
@@ -31,6 +32,7 @@ typedef struct {
   int32_t *maybe_sums;  // (samples, out_height, out_width, outputs), where a row has more integers than DEPTH
   Epilogue epilogue;
   int64_t block, column_parts;  // rows of a part, and parts of a block of rows
+  int *failed;                  // set where there is no memory for a part
 } Product;
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -56,8 +58,9 @@ static void gather(const Product *p, int64_t row, int64_t first, int64_t end, in
 }
 
 // Six rows by a panel: the sums of `pairs` pairs. A function of its own, so that its sums have all registers.
-static __attribute__((noinline)) void multiply_tile(const int16_t *restrict rows, int64_t stride, const int16_t *restrict panel, int64_t pairs,
-                          int32_t tile[ROWS][PANEL]) {
+static __attribute__((noinline)) void multiply_tile(const int16_t *restrict rows, int64_t stride,
+                                                    const int16_t *restrict panel, int64_t pairs,
+                                                    int32_t tile[ROWS][PANEL]) {
   __m256i sums[ROWS][2];
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
@@ -101,8 +104,10 @@ static void take_row(const Product *p, const RowOperands *own, int64_t row, int6
   }
   if (count == PANEL) {
     const __m256i *halves = (const __m256i *)tile;
-    finish_many(&p->epilogue, own, column, at, (Floats)_mm256_cvtepi32_ps(_mm256_loadu_si256(halves)));
-    finish_many(&p->epilogue, own, column + WIDTH, at + WIDTH, (Floats)_mm256_cvtepi32_ps(_mm256_loadu_si256(halves + 1)));
+    for (int64_t half = 0; half < 2; ++half) {
+      const __m256 sums = _mm256_cvtepi32_ps(_mm256_loadu_si256(halves + half));
+      finish_many(&p->epilogue, own, column + half * WIDTH, at + half * WIDTH, (Floats)sums);
+    }
     return;
   }
   for (int64_t c = 0; c < count; ++c) finish_one(&p->epilogue, own, column + c, at + c, (float)tile[c]);
@@ -117,7 +122,10 @@ static void multiply_part(const void *given, int64_t part, int64_t parts) {
   const int64_t rows = smaller(p->block, all_rows - first_row);
   const int64_t first_panel = panels * columns / p->column_parts, end_panel = panels * (columns + 1) / p->column_parts;
   int16_t *gathered = malloc((size_t)((rows + ROWS - 1) / ROWS * ROWS * STRIDE) * sizeof *gathered);
-  if (!gathered) abort();
+  if (!gathered) {
+    *p->failed = 1;
+    return;
+  }
   RowOperands own[BLOCK];
   for (int64_t r = 0; r < rows; ++r) own[r] = operands_of_row(&p->epilogue, first_row + r, all_rows, p->outputs);
   for (int64_t k = 0; k < depth; k += DEPTH) {
@@ -137,15 +145,16 @@ static void multiply_part(const void *given, int64_t part, int64_t parts) {
   free(gathered);
 }
 
-// Exact sums of x * weight, and their epilogue; channels are even.
-void ldmq_multiply(const int8_t *x, int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t taps_y,
-                   int64_t taps_x, int64_t stride_y, int64_t stride_x, int64_t pad_y, int64_t pad_x,
-                   int64_t dilation_y, int64_t dilation_x, int64_t out_height, int64_t out_width,
-                   const int16_t *weight, int64_t outputs, int32_t *maybe_sums, const float *scale,
-                   int64_t scale_count, const float *maybe_column_scale, const float *maybe_bias,
-                   const float *maybe_sample_bias, int64_t sample_count, const float *maybe_gate, int64_t gate_count,
-                   const void *maybe_residual, int residual_is_bfloat16, void *out, int out_is_bfloat16,
-                   int64_t threads) {
+// Exact sums of x * weight, and their epilogue; channels are even. Not 0 where there was no memory for it.
+int ldmq_multiply(const int8_t *x, int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t taps_y,
+                  int64_t taps_x, int64_t stride_y, int64_t stride_x, int64_t pad_y, int64_t pad_x,
+                  int64_t dilation_y, int64_t dilation_x, int64_t out_height, int64_t out_width,
+                  const int16_t *weight, int64_t outputs, int32_t *maybe_sums, const float *scale,
+                  int64_t scale_count, const float *maybe_column_scale, const float *maybe_bias,
+                  const float *maybe_sample_bias, int64_t sample_count, const float *maybe_gate, int64_t gate_count,
+                  const void *maybe_residual, int residual_is_bfloat16, void *out, int out_is_bfloat16,
+                  int64_t threads) {
+  int failed = 0;
   const int64_t rows = samples * out_height * out_width, panels = (outputs + PANEL - 1) / PANEL;
   const int64_t block = smaller(BLOCK, ((rows + threads - 1) / threads + ROWS - 1) / ROWS * ROWS);
   const int64_t row_blocks = (rows + block - 1) / block;
@@ -154,7 +163,8 @@ void ldmq_multiply(const int8_t *x, int64_t samples, int64_t height, int64_t wid
                         taps_y, taps_x, out_height, out_width, weight, outputs, maybe_sums,
                         {scale, scale_count, maybe_column_scale, maybe_bias, maybe_sample_bias, sample_count,
                          maybe_gate, gate_count, maybe_residual, residual_is_bfloat16, out, out_is_bfloat16},
-                        block, column_parts};
+                        block, column_parts, &failed};
   ldmq_in_parts(multiply_part, &task, row_blocks * column_parts, threads);
+  return failed;
 }
 #endif

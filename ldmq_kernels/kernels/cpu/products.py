@@ -90,7 +90,12 @@ def _multiply(
     outputs: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """(rows, outputs) of `out_dtype`."""
+    """(rows, outputs) of `out_dtype`.
+
+    Raises:
+        Unsupported: input, weight and epilogue do not fit together.
+        MemoryError: there is none left.
+    """
     library, _ = compiled.load()
     assert library is not None
     if sizes[3] != 2 * packed.shape[-3] or -(-outputs // PANEL) != packed.shape[0]:
@@ -103,12 +108,15 @@ def _multiply(
     is_finished = compiled.takes(epilogue.residual, out)
     sums = x_q.new_empty(rows, outputs, dtype=torch.int32) if depth > DEPTH else None
     finished = out if is_finished else torch.empty_like(out, dtype=torch.float32)
-    kept = epilogue.for_library(rows, outputs) if is_finished else Epilogue(torch.ones(1))
+    epilogue.check(rows, outputs)
+    kept = epilogue.for_library() if is_finished else Epilogue(torch.ones(1))
     threads = max(1, min(torch.get_num_threads(), rows * outputs * depth // GRAIN))
-    library.ldmq_multiply(
+    failed = library.ldmq_multiply(
         *(x_q.data_ptr(), *sizes, *window, *(length for pair in geometry for length in pair), *out_size),
         *(packed.data_ptr(), outputs, None if sums is None else sums.data_ptr(), *kept.arguments(finished), threads),
     )
+    if failed:
+        raise MemoryError(f"no memory is left to multiply {rows} x {depth} by {depth} x {outputs}")
     if not is_finished:
         finish_rows(finished, epilogue, out)
     return out

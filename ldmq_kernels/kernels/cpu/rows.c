@@ -106,7 +106,8 @@ static void quantize_part(const void *given, int64_t part, int64_t parts) {
   }
 }
 
-// scale = max(absmax(y), 1e-12) / 127 for each group of rows; q = rint(y * (1 / scale)); `largest` has groups x threads.
+// scale = max(absmax(y), 1e-12) / 127 for each group of rows; q = rint(y * (1 / scale)). `largest` has groups x threads
+// where there are fewer groups than threads.
 void ldmq_quantize_measured(const void *x, int is_bfloat16, int64_t groups, int64_t rows, int64_t columns,
                             const float *maybe_smooth, int8_t *q, float *scale, int32_t *largest, int64_t threads) {
   const Measured task = {x, is_bfloat16, groups, rows, columns, maybe_smooth, q, scale, largest};

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import backend, blocks, compiled
 from ldmq_kernels.kernels.cpu.quantize_per_sample import quantize_per_sample
 from ldmq_kernels.kernels.cpu.quantize_per_token import quantize_per_token
@@ -143,6 +144,25 @@ def test_the_epilogue_of_wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     assert_same([finished()], [by_torch(monkeypatch, finished)])
+
+
+@pytest.mark.parametrize("by", ["C", "torch"])
+def test_runs_that_do_not_divide_the_rows_are_refused(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by == "torch":
+        monkeypatch.setattr(compiled, "load", lambda: (None, "switched off"))
+    accumulator = torch.zeros(6, 5)
+    with pytest.raises(Unsupported, match="gate has 4 rows, which do not divide the 6 of the output"):
+        blocks.finish_rows(accumulator, compiled.Epilogue(torch.ones(1), gate=torch.ones(4, 5)), accumulator)
+
+
+def test_factors_of_another_dtype_are_converted() -> None:
+    x, smooth, scale = values(3, 8), torch.full((8,), 0.5), torch.full((8,), 4.0)
+    assert_same(quantize_per_token(x, smooth.bfloat16()), quantize_per_token(x, smooth))
+    assert_same([quantize_static(x, scale.bfloat16(), -1)], [quantize_static(x, scale, -1)])
+    outs = [torch.empty(3, 8) for _ in range(2)]
+    for out, row_scale in zip(outs, (torch.tensor([0.5]), torch.tensor([0.5]).bfloat16()), strict=True):
+        blocks.finish_rows(x.clone(), compiled.Epilogue(row_scale), out)
+    assert_same(outs[:1], outs[1:])
 
 
 def test_what_was_compiled_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,13 @@ def test_operands_that_do_not_fit_are_refused_before_memory_is_read(changed: dic
     }
     with pytest.raises(Unsupported, match=told):
         cpu.conv2d_w8a8(**(operands | changed))
+
+
+def test_a_call_without_memory_is_an_error_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, library = pack_linear(integers(3, 4)), SimpleNamespace(ldmq_multiply=lambda *_: 1)
+    monkeypatch.setattr(compiled, "load", lambda: (library, ""))
+    with pytest.raises(MemoryError, match="2 x 4 by 4 x 3"):
+        cpu.linear_w8a8(integers(2, 4), ONE, packed, torch.ones(3), None, None, torch.float32)
 
 
 def test_groups_are_multiplied_in_float32_on_weights_that_are_kept() -> None:
