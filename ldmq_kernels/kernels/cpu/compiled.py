@@ -31,6 +31,7 @@ HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # no contraction: a product is rounded before the sum, as torch has it
 FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 VECTORS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}  # by torch's name of what it uses itself
+TILES = ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SECONDS = 60
 GRAIN = 32768  # elements of a call for one thread, as torch has it
@@ -54,6 +55,20 @@ def compiler() -> list[str]:
     raise NoLibraryError(f"there is no C compiler ({os.environ.get('CC') or 'cc, gcc or clang'})")
 
 
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this process may use AMX: the processor has it, the system allows it, and torch uses AVX-512."""
+    is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return is_wide and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+def processors() -> list[tuple[str, ...]]:
+    """The compiler's flags for what this processor has, the best first: a compiler may be too old for these."""
+    vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability())
+    plain = (vectors,) if vectors else ()
+    return [(*plain, *TILES), plain] if has_tiles() else [plain]
+
+
 def compile_library(folder: Path) -> Path:
     """Compile the C files into a folder, whole or not at all, unless they were compiled there before.
 
@@ -61,8 +76,16 @@ def compile_library(folder: Path) -> Path:
         NoLibraryError: there is no compiler, it fails, or the folder cannot be written.
     """
     command = [*compiler(), *FLAGS]
-    vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability())
-    command += [vectors] if vectors else []
+    *better, plain = processors()
+    for flags in better:
+        try:
+            return _compiled_by([*command, *flags], folder)
+        except NoLibraryError:
+            continue
+    return _compiled_by([*command, *plain], folder)
+
+
+def _compiled_by(command: list[str], folder: Path) -> Path:
     try:
         version = subprocess.run([command[0], "--version"], capture_output=True, timeout=SECONDS).stdout
         read = [path.read_bytes() for path in (*SOURCES, *HEADERS)]

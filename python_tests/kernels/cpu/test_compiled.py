@@ -194,3 +194,12 @@ def test_without_a_library_torch_serves_and_doctor_says_why(
         finally:
             compiled.load.cache_clear()
     assert "C compiler" not in backend.remark(torch.device("cpu"))
+
+
+@pytest.mark.skipif(not compiled.has_tiles(), reason="this processor has no AMX")
+def test_a_compiler_that_does_not_know_amx_compiles_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "old-cc"
+    old.write_text('#!/bin/sh\ncase "$*" in *-mamx*) echo "unknown option" >&2; exit 1;; esac\nexec cc "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CC", str(old))
+    assert compiled.compile_library(tmp_path / "kept").exists()
