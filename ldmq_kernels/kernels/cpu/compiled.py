@@ -1,8 +1,9 @@
 """The C files of this folder, compiled once on a machine that has a C compiler; without one, torch does the same.
 
-`rows.c` is elementwise work in one pass, called from here; `products.c` is for processors without VNNI, called from
-`products`. The library lies beside this user's measurements, under a name that changes with its source, the compiler
-and the vectors of the processor. Its calls take torch's threads, from the OpenMP runtime that torch has loaded.
+`rows.c` is elementwise work in one pass, called from here; norms and activation functions are called from
+`compiled_producers`, `products.c`, for processors without VNNI, from `products`. The library lies beside this user's
+measurements, under a name that changes with its source, the compiler and the vectors of the processor. Its calls take
+torch's threads, from the OpenMP runtime that torch has loaded.
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # no contraction: a product is rounded before the sum, as torch has it
 FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-VECTORS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}  # by torch's name of what it uses itself
+VECTORS = {  # by torch's name of what it uses itself
+    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "AVX2": ("-march=x86-64-v3",),
+}
 TILES = ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+UNFAILING = ("ldmq_quantize_measured", "ldmq_finish")  # which return nothing
 SECONDS = 60
 GRAIN = 32768  # elements of a call for one thread, as torch has it
 DTYPES = (torch.float32, torch.bfloat16)
@@ -64,8 +69,7 @@ def has_tiles() -> bool:
 
 def processors() -> list[tuple[str, ...]]:
     """The compiler's flags for what this processor has, the best first: a compiler may be too old for these."""
-    vectors = VECTORS.get(torch.backends.cpu.get_cpu_capability())
-    plain = (vectors,) if vectors else ()
+    plain = VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
     return [(*plain, *TILES), plain] if has_tiles() else [plain]
 
 
@@ -115,18 +119,27 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     process = ctypes.CDLL(None)
     if all(hasattr(process, name) for name in OPENMP):
         library.ldmq_use_openmp(*(ctypes.cast(getattr(process, name), ctypes.c_void_p) for name in OPENMP))
-    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     epilogue = [pointer, size, *[pointer] * 3, size, pointer, size, pointer, flag, pointer, flag]
+    quantization = [pointer, size, pointer, pointer]
     taken = {
         "ldmq_quantize_measured": [pointer, flag, *[size] * 3, *[pointer] * 4, size],
-        "ldmq_quantize_calibrated": [pointer, flag, size, size, pointer, size, pointer, pointer, size],
+        "ldmq_quantize_calibrated": [pointer, flag, size, size, pointer, size, pointer, size],
+        "ldmq_activate_quantize": [pointer, flag, size, size, flag, *quantization, size],
+        "ldmq_layer_norm_quantize": [
+            *(pointer, flag, size, size, pointer, pointer, flag, real),
+            *(pointer, size, pointer, size, *quantization, size),
+        ],
+        "ldmq_group_norm_quantize": [
+            *(pointer, flag, *[size] * 4, pointer, pointer, flag, real, flag, flag, *quantization, size)
+        ],
         "ldmq_finish": [pointer, size, size, *epilogue, size],
         "ldmq_multiply": [pointer, *[size] * 14, pointer, size, pointer, *epilogue, size],
     }
     for name, types in taken.items():
         function = getattr(library, name, None)  # products are compiled where there is AVX2
         if function is not None:
-            function.argtypes, function.restype = types, ctypes.c_int if name == "ldmq_multiply" else None
+            function.argtypes, function.restype = types, None if name in UNFAILING else ctypes.c_int
     return library, ""
 
 
@@ -135,15 +148,18 @@ def takes(*values: Tensor | None) -> bool:
     return all(value is None or value.dtype in DTYPES for value in values) and load()[0] is not None
 
 
-def _threads(values: Tensor) -> int:
+def threads(values: Tensor) -> int:
+    """How many threads share a call on these values."""
     return max(1, min(torch.get_num_threads(), values.numel() // GRAIN))
 
 
-def _address(values: Tensor | None) -> int | None:
+def address(values: Tensor | None) -> int | None:
+    """Where an operand lies, for C, None where there is none; the tensor has to live until the call is over."""
     return None if values is None else values.data_ptr()
 
 
-def _in_float32(values: Tensor | None) -> Tensor | None:
+def in_float32(values: Tensor | None) -> Tensor | None:
+    """An operand as float32, contiguous."""
     return None if values is None else values.float().contiguous()
 
 
@@ -158,13 +174,12 @@ def quantize_measured(x: Tensor, inv_smooth: Tensor | None, q: Tensor, scale: Te
     """
     library, _ = load()
     assert library is not None
-    threads = _threads(x)
-    groups = scale.numel()
-    largest = x.new_empty(groups * threads if groups < threads else 0, dtype=torch.int32)
-    factors = _in_float32(inv_smooth)
+    parts, groups = threads(x), scale.numel()
+    largest = x.new_empty(groups * parts, dtype=torch.int32) if groups < parts else None
+    factors = in_float32(inv_smooth)
     library.ldmq_quantize_measured(
         *(x.data_ptr(), x.dtype == torch.bfloat16, groups, x.shape[0] // groups, x.shape[1]),
-        *(_address(factors), q.data_ptr(), scale.data_ptr(), largest.data_ptr(), threads),
+        *(address(factors), q.data_ptr(), scale.data_ptr(), address(largest), parts),
     )
 
 
@@ -181,13 +196,11 @@ def quantize_calibrated(x: Tensor, factors: Tensor, q: Tensor) -> None:
     """
     library, _ = load()
     assert library is not None
-    threads = _threads(x)
-    has_nan, factors = x.new_empty(threads, dtype=torch.int32), factors.float().contiguous()
-    library.ldmq_quantize_calibrated(
+    factors = factors.float().contiguous()
+    if library.ldmq_quantize_calibrated(
         *(x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, factors.data_ptr(), factors.numel()),
-        *(q.data_ptr(), has_nan.data_ptr(), threads),
-    )
-    if bool(has_nan.any()):
+        *(q.data_ptr(), threads(x)),
+    ):
         raise nan_error()
 
 
@@ -229,7 +242,7 @@ class Epilogue(NamedTuple):
 
     def for_library(self) -> Epilogue:
         """The same with small operands in float32, one row after the other."""
-        small = map(_in_float32, (self.column_scale, self.bias, self.sample_bias, self.gate))
+        small = map(in_float32, (self.column_scale, self.bias, self.sample_bias, self.gate))
         column_scale, bias, sample_bias, gate = small
         return Epilogue(self.scale.float().contiguous(), column_scale, bias, sample_bias, self.residual, gate)
 
@@ -237,9 +250,9 @@ class Epilogue(NamedTuple):
         """What C takes, addresses among it: of an epilogue `for_library`, which lives longer than the call."""
         scale, column_scale, bias, sample_bias, residual, gate = self
         return (
-            *(scale.data_ptr(), scale.numel(), _address(column_scale), _address(bias), _address(sample_bias)),
-            *(0 if sample_bias is None else len(sample_bias), _address(gate), 0 if gate is None else len(gate)),
-            *(_address(residual), residual is not None and residual.dtype == torch.bfloat16),
+            *(scale.data_ptr(), scale.numel(), address(column_scale), address(bias), address(sample_bias)),
+            *(0 if sample_bias is None else len(sample_bias), address(gate), 0 if gate is None else len(gate)),
+            *(address(residual), residual is not None and residual.dtype == torch.bfloat16),
             *(out.data_ptr(), out.dtype == torch.bfloat16),
         )
 
@@ -249,4 +262,4 @@ def finish(accumulator: Tensor, epilogue: Epilogue, out: Tensor) -> None:
     library, _ = load()
     assert library is not None
     kept = epilogue.for_library()
-    library.ldmq_finish(accumulator.data_ptr(), *accumulator.shape, *kept.arguments(out), _threads(accumulator))
+    library.ldmq_finish(accumulator.data_ptr(), *accumulator.shape, *kept.arguments(out), threads(accumulator))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.kernels.cpu import compiled_producers
 from ldmq_kernels.kernels.cpu.producers import in_dtype_of, quantize_tokens
 from ldmq_kernels.kernels.cpu.quantize_per_sample import quantize_per_sample
 
@@ -23,9 +24,12 @@ def group_norm_silu_quantize(
 ) -> tuple[Tensor, Tensor]:
     """Group normalization, SiLU where asked for, and the quantization of the result.
 
-    The scale of a sample is its largest absolute value, which the definition's bound is too, unless all of
+    In torch the scale of a sample is its largest absolute value, which the definition's bound is too, unless all of
     the sample lies in SiLU's dip.
     """
+    if compiled_producers.takes(x, q_dtype):
+        norm = norm_weight, norm_bias, num_groups, eps
+        return compiled_producers.group_norm(x, *norm, silu, inv_scale, inv_smooth, per_token)
     weight, bias = in_dtype_of(x, norm_weight), in_dtype_of(x, norm_bias)
     y = torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)
     y = torch.nn.functional.silu(y) if silu else y

@@ -1,7 +1,8 @@
-"""What the producers share: the quantization at their end, block by block.
+"""What the producers in torch share: the quantization at their end, block by block.
 
-On a CPU a producer is the float op of torch in x's own dtype and this backend's quantization: the values are
-those of the unfused layers, and differ from the float32 definition by one step where that dtype's rounding does.
+Where `compiled_producers` does not serve (float16, FP8, no C compiler), a producer is the float op of torch in x's own
+dtype and this backend's quantization: the values are those of the unfused layers, and differ from the float32
+definition by one step where that dtype's rounding does.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ typedef struct {
   const float *factors;
   int64_t factor_count;
   int8_t *q;
-  int32_t *has_nan;  // of each part
+  int *has_nan;
 } Calibrated;
 
 static inline int8_t clamped(float y) {
@@ -150,14 +150,16 @@ static void calibrated_part(const void *given, int64_t part, int64_t parts) {
       q[c] = clamped(scaled);
     })
   }
-  task->has_nan[part] = nan;
+  if (nan) __atomic_store_n(task->has_nan, 1, __ATOMIC_RELAXED);
 }
 
-// q = clamp(rint(x * factor), -127, 127), a factor for each column or one; `has_nan` has a place for each thread.
-void ldmq_quantize_calibrated(const void *x, int is_bfloat16, int64_t rows, int64_t columns, const float *factors,
-                              int64_t factor_count, int8_t *q, int32_t *has_nan, int64_t threads) {
-  const Calibrated task = {x, is_bfloat16, rows, columns, factors, factor_count, q, has_nan};
+// q = clamp(rint(x * factor), -127, 127), a factor for each column or one; whether there was NaN.
+int ldmq_quantize_calibrated(const void *x, int is_bfloat16, int64_t rows, int64_t columns, const float *factors,
+                             int64_t factor_count, int8_t *q, int64_t threads) {
+  int has_nan = 0;
+  const Calibrated task = {x, is_bfloat16, rows, columns, factors, factor_count, q, &has_nan};
   ldmq_in_parts(calibrated_part, &task, threads, threads);
+  return has_nan;
 }
 
 // -- epilogue -----------------------------------------------------------------------------------------------------
