@@ -200,7 +200,7 @@ def test_a_change_of_dtype_leaves_integers_and_scales_alone(scheme):
 def test_a_layer_on_the_cpu_backend_holds_one_copy_of_its_weight():
     layer = quantized(make()[0], "w8a8-dynamic")
     assert layer.packed_weight is not None
-    assert layer._buffers["quantized_weight"] is None
+    assert "quantized_weight" not in layer._buffers
     assert layer.plain_weight.shape == (48, 3, 3, 32)
 
 

@@ -1,9 +1,9 @@
 """The C files of this folder, compiled once on a machine that has a C compiler; without one, torch does the same.
 
 `rows.c` is elementwise work in one pass, called from here; norms and activation functions are called from
-`compiled_producers`, `products.c`, for processors without VNNI, from `products`. The library lies beside this user's
-measurements, under a name that changes with its source, the compiler and the vectors of the processor. Its calls take
-torch's threads, from the OpenMP runtime that torch has loaded.
+`compiled_producers`; `products.c` multiplies where there is AMX, or no VNNI, and is called from `products`. The library
+lies beside this user's measurements, under a name that changes with its source, the compiler and the vectors of the
+processor. Its calls take torch's threads, from the OpenMP runtime that torch has loaded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VECTORS = {  # by torch's name of what it uses itself
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "AVX2": ("-march=x86-64-v3",),
 }
-TILES = ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
+TILES = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 UNFAILING = ("ldmq_quantize_measured", "ldmq_finish")  # which return nothing
 SECONDS = 60
@@ -134,12 +134,11 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             *(pointer, flag, *[size] * 4, pointer, pointer, flag, real, flag, flag, *quantization, size)
         ],
         "ldmq_finish": [pointer, size, size, *epilogue, size],
-        "ldmq_multiply": [pointer, *[size] * 14, pointer, size, pointer, *epilogue, size],
+        "ldmq_multiply": [pointer, *[size] * 14, pointer, size, *epilogue, size],
     }
     for name, types in taken.items():
-        function = getattr(library, name, None)  # products are compiled where there is AVX2
-        if function is not None:
-            function.argtypes, function.restype = types, None if name in UNFAILING else ctypes.c_int
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None if name in UNFAILING else ctypes.c_int
     return library, ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,13 @@ from ldmq_kernels.kernels.cpu import onednn, products, widened
 from ldmq_kernels.kernels.cpu.blocks import as_rows, finish_rows
 from ldmq_kernels.kernels.cpu.compiled import Epilogue
 from ldmq_kernels.kernels.cpu.linear_w8a8 import WRITTEN_BY_ONEDNN
-from ldmq_kernels.kernels.cpu.packing import is_packed, lay_out_conv2d, pack_conv2d
+from ldmq_kernels.kernels.cpu.packing import (
+    is_packed,
+    lay_out_conv2d,
+    pack_conv2d,
+    pack_conv2d_of_groups,
+    unpack_conv2d,
+)
 from ldmq_kernels.kernels.geometry import conv2d_output_size, enlarged_and_padded
 
 
@@ -23,29 +29,32 @@ def _finish(accumulator: Tensor, epilogue: Epilogue, out_dtype: torch.dtype) -> 
     return out
 
 
-def why_wrong(
+def is_wrong_in_onednn(
     size: Sequence[int],
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
     pads: tuple[int, int],
     dilation: tuple[int, int],
-) -> str:
-    """Why oneDNN's result is not to be trusted: geometries around those where it was found wrong; empty elsewhere."""
+) -> bool:
+    """Whether oneDNN's int8 result is not to be trusted: geometries around those where it was found wrong.
+
+    Outputs that see only padding are left as they were in memory, and strided convolutions whose output is one pixel
+    wide are wrong.
+    """
     for length, kernel, pad, step in zip(size, kernel_size, pads, dilation, strict=True):
         if pad > step * (kernel - 1) or (kernel > 1 and step > length):
-            return "oneDNN leaves outputs that see only padding as they were in memory"
+            return True
     width = conv2d_output_size(size, kernel_size, stride, (pads[0], pads[0], pads[1], pads[1]), dilation, 1)[1]
-    if width == 1 and tuple(stride) != (1, 1):
-        return "oneDNN is wrong in strided convolutions whose output is one pixel wide"
-    return ""
+    return width == 1 and tuple(stride) != (1, 1)
 
 
-def _widened(packed: Tensor, outputs: int) -> Tensor:
-    """A weight of several groups, which packing does not see, as float32; kept on the tensor from its first call on."""
-    kept = getattr(packed, "_ldmq_widened", None)
-    if kept is None:
-        kept = packed._ldmq_widened = widened.pack_conv2d(products.unpack(packed, outputs))  # type: ignore[attr-defined]
-    return kept
+def _held_as(packed: Tensor, outputs: int, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """A weight in another form than packing, which sees no geometry, chose; kept on the tensor from its first call."""
+    kept = getattr(packed, "_ldmq_held_as", {})
+    if pack not in kept:
+        kept[pack] = pack(unpack_conv2d(packed, outputs))
+        packed._ldmq_held_as = kept  # type: ignore[attr-defined]
+    return kept[pack]
 
 
 def conv2d_w8a8(
@@ -76,17 +85,18 @@ def conv2d_w8a8(
         return torch.empty(shape, dtype=out_dtype, device=x_q.device, memory_format=torch.channels_last)
     x_q, pads = enlarged_and_padded(x_q, padding, upsample)
     packed = weight if is_packed(weight) else pack_conv2d(weight)
-    if packed.dtype == torch.int16 and groups > 1:
-        packed = _widened(packed, weight_scale.shape[0])
-    if packed.dtype == torch.int8 and (why := why_wrong(x_q.shape[2:], kernel_size, stride, pads, dilation)):
-        raise Unsupported(why)
+    if products.is_packed(packed) and groups > 1:
+        packed = _held_as(packed, weight_scale.shape[0], pack_conv2d_of_groups)
+    is_in_onednn = packed.dtype == torch.int8 and not products.is_packed(packed)
+    if is_in_onednn and is_wrong_in_onednn(x_q.shape[2:], kernel_size, stride, pads, dilation):
+        packed = _held_as(packed, weight_scale.shape[0], widened.pack_conv2d)
     x_q = x_q.contiguous(memory_format=torch.channels_last)
     added = None if residual is None else as_rows(residual.contiguous(memory_format=torch.channels_last))
-    column_scale = None if packed.dtype == torch.int8 else weight_scale
-    epilogue = Epilogue(x_scale.reshape(-1), column_scale, bias, sample_bias, added)
-    if packed.dtype == torch.int16:
-        return products.conv2d(x_q, packed, epilogue, weight_scale.shape[0], stride, pads, dilation, out_dtype)
     is_widened = packed.dtype == torch.float32
+    column_scale = weight_scale if is_widened or products.is_packed(packed) else None
+    epilogue = Epilogue(x_scale.reshape(-1), column_scale, bias, sample_bias, added)
+    if products.is_packed(packed):
+        return products.conv2d(x_q, packed, epilogue, weight_scale.shape[0], stride, pads, dilation, out_dtype)
     parts = packed.shape[0] // weight_scale.shape[0] if is_widened else 1
     if parts > 1 and groups > 1:
         raise Unsupported(f"sums of a convolution in {groups} groups are too large to be exact in float32")

@@ -33,8 +33,12 @@ static inline RowOperands operands_of_row(const Epilogue *e, int64_t row, int64_
   return found;
 }
 
-// One value, and as many as a vector of AVX2 has: the same functions of both.
+// One value, and as many as a vector has: the same functions of both.
+#ifdef __AVX512F__
+enum { WIDTH = 16 };
+#else
 enum { WIDTH = 8 };
+#endif
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));

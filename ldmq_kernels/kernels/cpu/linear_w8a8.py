@@ -40,17 +40,17 @@ def linear_w8a8(
     if gate is not None and (gate.shape[-1] != n or rows.shape[0] % max(1, gate.numel() // n)):
         raise Unsupported(f"a gate of shape {tuple(gate.shape)} for {rows.shape[0]} rows of {n}")
     is_plain = x_scale.numel() == 1 and residual is None and gate is None
-    if packed.dtype == torch.int8 and is_plain and out_dtype in WRITTEN_BY_ONEDNN:
+    if packed.is_mkldnn and is_plain and out_dtype in WRITTEN_BY_ONEDNN:
         shift = None if bias is None else bias.float()
         return onednn.linear(rows, float(x_scale), packed, weight_scale, shift, out_dtype).view(shape)
     epilogue = Epilogue(
         x_scale.reshape(-1),
-        None if packed.dtype == torch.int8 else weight_scale,
+        None if packed.is_mkldnn else weight_scale,
         bias,
         residual=None if residual is None else residual.reshape(-1, n).contiguous(),
         gate=None if gate is None else gate.reshape(-1, n),
     )
-    if packed.dtype == torch.int16:
+    if products.is_packed(packed):
         return products.linear(rows, packed, epilogue, n, out_dtype).view(shape)
     if packed.dtype == torch.float32:
         accumulator = widened.linear(rows, packed)
@@ -63,6 +63,6 @@ def linear_w8a8(
 
 def _channels_of(packed: Tensor) -> int:
     """The input channels of a packed weight."""
-    if packed.dtype == torch.int16:
-        return 2 * packed.shape[1]
+    if products.is_packed(packed):
+        return products.channels_of(packed)
     return packed.shape[0] * packed.shape[2] if packed.dtype == torch.float32 else packed.shape[0]

@@ -30,28 +30,33 @@ def is_packed(weight: Tensor) -> bool:
 
 def pack_linear(weight: Tensor) -> Tensor:
     """(N, K) int8 to the form that `linear_w8a8` and, of the folded weight, `linear_w4a8` multiply."""
-    if self_check.is_exact():
-        return onednn.prepack_linear(weight.contiguous())
-    return products.pack(weight) if products.takes(weight) else widened.pack_linear(weight)
+    if products.takes(weight):
+        return products.pack(weight)
+    return onednn.prepack_linear(weight.contiguous()) if self_check.is_exact() else widened.pack_linear(weight)
 
 
 def unpack_linear(packed: Tensor, outputs: int) -> Tensor:
     """The (N, K) int8 that `pack_linear` packed; `outputs` is N."""
-    if packed.dtype == torch.int16:
-        return products.unpack(packed, outputs)
+    if products.is_packed(packed):
+        return products.unpack(packed, outputs).flatten(1)
     return widened.unpack_linear(packed) if packed.dtype == torch.float32 else packed.to_dense().t().contiguous()
 
 
 def pack_conv2d(weight: Tensor) -> Tensor:
     """(K, R, S, C / groups) int8 to the form that `conv2d_w8a8` and `conv2d_w4a8` multiply."""
+    return products.pack(weight) if products.takes(weight) else pack_conv2d_of_groups(weight)
+
+
+def pack_conv2d_of_groups(weight: Tensor) -> Tensor:
+    """The same where `products` does not multiply it, as it does no weight of several groups."""
     if not self_check.is_exact():
-        return products.pack(weight) if products.takes(weight) else widened.pack_conv2d(weight)
+        return widened.pack_conv2d(weight)
     return weight.permute(0, 3, 1, 2).contiguous().to_mkldnn()
 
 
 def unpack_conv2d(packed: Tensor, outputs: int) -> Tensor:
     """The (K, R, S, C / groups) int8 that `pack_conv2d` packed, whatever its layout is by now; `outputs` is K."""
-    if packed.dtype == torch.int16:
+    if products.is_packed(packed):
         return products.unpack(packed, outputs)
     if packed.dtype == torch.float32:
         return widened.unpack_conv2d(packed, outputs)
@@ -107,7 +112,7 @@ def _packer(layout: str, pack: Callable[[Tensor], Tensor], unpack: Callable[[Ten
 @functools.cache
 def packers() -> Mapping[str, Packer]:
     """How the weights of the products of quantized activations are held on this processor, by op."""
-    layout = "oneDNN" if self_check.is_exact() else "16-bit pairs" if products.serves() else "float32"
+    layout = products.form() or ("oneDNN" if self_check.is_exact() else "float32")
     linear = _packer(layout, pack_linear, unpack_linear)
     conv2d = _packer(layout, pack_conv2d, unpack_conv2d)
     linears = dict.fromkeys(("linear_w8a8", "linear_static_w8a8", "linear_w4a8"), linear)

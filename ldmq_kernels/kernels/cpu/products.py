@@ -1,60 +1,86 @@
-"""int8 products of a processor with AVX2 and without VNNI, exact, by `products.c`: 16-bit integers, 32-bit sums.
+"""int8 products of `products.c`, exact: by AMX where the processor has it, as 16-bit integers by AVX2 where VNNI lacks.
 
-About twice the products of float32 for each instruction, on half of the memory. Input channels come in pairs: a weight
-with an odd number of them, or with one for each of its groups, is multiplied by `widened`.
+AMX multiplies int8 by int8 in tiles: with the epilogue in the same pass a multiple of oneDNN's speed. With AVX2 alone,
+16-bit integers are about twice float32's speed on half of its memory. Input channels lie in groups of four or two: a
+weight whose channels are no multiple of that is multiplied by oneDNN or `widened`, and so is one of several groups.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.backend import Unsupported
-from ldmq_kernels.kernels.cpu import compiled
+from ldmq_kernels.kernels.cpu import compiled, self_check
 from ldmq_kernels.kernels.cpu.blocks import finish_rows
 from ldmq_kernels.kernels.cpu.compiled import Epilogue
 
 PANEL = 16  # output channels that are multiplied together
-DEPTH = 1024  # integers of a row up to which products.c keeps the sums in registers
-GRAIN = 1 << 20  # products of a call for one thread: a fraction of a millisecond
+TILES, PAIRS = "AMX tiles", "16-bit pairs"
+FORMS = {4: TILES, 2: PAIRS}  # by the input channels that lie side by side
+GRAIN = {TILES: 1 << 23, PAIRS: 1 << 20}  # products of a call for one thread: a few times what starting it takes
+
+
+@functools.cache
+def _group() -> int:
+    """How many input channels lie side by side; 0 where `products.c` was not compiled or multiplies nothing here."""
+    library, _ = compiled.load()
+    return 0 if library is None else library.ldmq_group_of_weights()
+
+
+def form() -> str | None:
+    """How this processor's weights are held; None where they are not multiplied here."""
+    found = FORMS.get(_group())
+    return None if found == PAIRS and self_check.is_exact() else found
 
 
 def serves() -> bool:
-    """Whether `products.c` was compiled here, on a processor whose float32 products take no wider vectors."""
-    library, _ = compiled.load()
-    has_them = library is not None and hasattr(library, "ldmq_multiply")
-    return has_them and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    """Whether this file multiplies int8 on this processor."""
+    return form() is not None
 
 
 def takes(weight: Tensor) -> bool:
     """Whether this file multiplies a weight of int8, (N, K) or (K, R, S, C / groups)."""
-    return serves() and weight.numel() > 0 and weight.shape[-1] % 2 == 0
+    return serves() and weight.numel() > 0 and weight.shape[-1] % _group() == 0
 
 
 def is_packed(weight: Tensor) -> bool:
     """Whether a weight is one that `pack` packed."""
-    return weight.dtype == torch.int16 and weight.shape[-2:] == (PANEL, 2)
+    return weight.dim() == 6 and weight.dtype in (torch.int8, torch.int16) and weight.shape[-2] == PANEL
 
 
 def pack(weight: Tensor) -> Tensor:
-    """(N, ..., C) int8 to (panels, ..., C / 2, 16, 2) int16: pairs of input channels of 16 outputs side by side."""
-    outputs = weight.shape[0]
-    panels = weight.new_zeros(-(-outputs // PANEL) * PANEL, *weight.shape[1:], dtype=torch.int16)
+    """(N, K) or (K, R, S, C) int8 to (panels, R, S, C / group, 16, group): groups of channels of 16 outputs in turn.
+
+    R = S = 1 for a linear. Tiles are int8 in groups of 4, pairs int16 in groups of 2.
+    """
+    if weight.dim() == 2:
+        weight = weight[:, None, None]
+    outputs, group = weight.shape[0], _group()
+    dtype = torch.int8 if form() == TILES else torch.int16
+    panels = weight.new_zeros(-(-outputs // PANEL) * PANEL, *weight.shape[1:], dtype=dtype)
     panels[:outputs] = weight
-    return panels.unflatten(0, (-1, PANEL)).unflatten(-1, (-1, 2)).movedim(1, -2).contiguous()
+    return panels.unflatten(0, (-1, PANEL)).unflatten(-1, (-1, group)).movedim(1, -2).contiguous()
 
 
 def unpack(packed: Tensor, outputs: int) -> Tensor:
-    """The (N, ..., C) int8 that `pack` packed; `outputs` is N."""
+    """The (N, R, S, C) int8 that `pack` packed; `outputs` is N."""
     weight = packed.movedim(-2, 1).flatten(-2).flatten(0, 1)[:outputs]
     return weight.to(torch.int8, memory_format=torch.contiguous_format)
+
+
+def channels_of(packed: Tensor) -> int:
+    """The input channels of a packed weight."""
+    return packed.shape[-3] * packed.shape[-1]
 
 
 def linear(x_q: Tensor, packed: Tensor, epilogue: Epilogue, outputs: int, out_dtype: torch.dtype) -> Tensor:
     """x_q (M, K) int8, contiguous, by a packed weight; (M, N) of `out_dtype`: exact sums and their epilogue."""
     rows, channels = x_q.shape
     geometry = ((1, 1), (0, 0), (1, 1))
-    return _multiply(x_q, (1, rows, 1, channels), packed, (1, 1), geometry, (rows, 1), epilogue, outputs, out_dtype)
+    return _multiply(x_q, (1, rows, 1, channels), packed, geometry, (rows, 1), epilogue, outputs, out_dtype)
 
 
 def conv2d(
@@ -75,7 +101,7 @@ def conv2d(
         for size, taps, step, pad, apart in zip((height, width), window, stride, padding, dilation, strict=True)
     )
     sizes, geometry = (samples, height, width, channels), (stride, padding, dilation)
-    out = _multiply(x_q, sizes, packed, window, geometry, out_size, epilogue, outputs, out_dtype)
+    out = _multiply(x_q, sizes, packed, geometry, out_size, epilogue, outputs, out_dtype)
     return out.view(samples, *out_size, outputs).permute(0, 3, 1, 2)
 
 
@@ -83,7 +109,6 @@ def _multiply(
     x_q: Tensor,
     sizes: tuple[int, int, int, int],
     packed: Tensor,
-    window: tuple[int, ...],
     geometry: tuple[tuple[int, int], ...],
     out_size: tuple[int, ...],
     epilogue: Epilogue,
@@ -98,22 +123,22 @@ def _multiply(
     """
     library, _ = compiled.load()
     assert library is not None
-    if sizes[3] != 2 * packed.shape[-3] or -(-outputs // PANEL) != packed.shape[0]:
-        held = f"{2 * packed.shape[-3]} channels for up to {PANEL * packed.shape[0]} outputs"
+    window = packed.shape[1:3]
+    if sizes[3] != channels_of(packed) or -(-outputs // PANEL) != packed.shape[0]:
+        held = f"{channels_of(packed)} channels for up to {PANEL * packed.shape[0]} outputs"
         raise Unsupported(f"the input has {sizes[3]} channels for {outputs} outputs, the weight {held}")
     if min(out_size) < 1:
         raise Unsupported(f"the windows of {tuple(window)} do not fit into the input of {sizes[1]}x{sizes[2]}")
     rows, depth = sizes[0] * out_size[0] * out_size[1], window[0] * window[1] * sizes[3]
     out = x_q.new_empty(rows, outputs, dtype=out_dtype)
     is_finished = compiled.takes(epilogue.residual, out)
-    sums = x_q.new_empty(rows, outputs, dtype=torch.int32) if depth > DEPTH else None
     finished = out if is_finished else torch.empty_like(out, dtype=torch.float32)
     epilogue.check(rows, outputs)
     kept = epilogue.for_library() if is_finished else Epilogue(torch.ones(1))
-    threads = max(1, min(torch.get_num_threads(), rows * outputs * depth // GRAIN))
+    threads = max(1, min(torch.get_num_threads(), rows * outputs * depth // GRAIN[form() or TILES]))
     failed = library.ldmq_multiply(
         *(x_q.data_ptr(), *sizes, *window, *(length for pair in geometry for length in pair), *out_size),
-        *(packed.data_ptr(), outputs, None if sums is None else sums.data_ptr(), *kept.arguments(finished), threads),
+        *(packed.data_ptr(), outputs, *kept.arguments(finished), threads),
     )
     if failed:
         raise MemoryError(f"no memory is left to multiply {rows} x {depth} by {depth} x {outputs}")

@@ -29,7 +29,7 @@ CONVOLUTIONS = [
 FORMS = [
     ("int8", 63),
     pytest.param(("int8", 127), marks=pytest.mark.needs_exact_onednn),
-    pytest.param(("int16", 127), marks=pytest.mark.skipif(not products.serves(), reason="not a processor for it")),
+    pytest.param(("products", 127), marks=pytest.mark.skipif(not products.serves(), reason="not a processor for it")),
     ("float32", 127),
 ]
 
@@ -39,7 +39,7 @@ def largest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The largest weight of a test, whose weights are packed for a processor with exact int8 products or without."""
     form, largest = request.param
     monkeypatch.setattr(self_check, "is_exact", lambda: form == "int8")
-    if form != "int16":
+    if form != "products":
         monkeypatch.setattr(products, "serves", lambda: False)
     return largest
 

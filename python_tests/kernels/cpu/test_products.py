@@ -11,29 +11,32 @@ from torch import Tensor
 
 from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import backend as cpu
-from ldmq_kernels.kernels.cpu import compiled, products, self_check
-from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear
+from ldmq_kernels.kernels.cpu import compiled, products
+from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear, unpack_linear
 from python_tests.kernels.convolutions import as_op
 
-pytestmark = pytest.mark.skipif(not products.serves(), reason="products.c serves processors with AVX2 alone")
+pytestmark = pytest.mark.skipif(
+    not products.serves(), reason="products.c serves processors with AMX, or with AVX2 alone"
+)
 
 ONE = torch.ones(1)
 # (input channels, output channels, kernel, height, width, stride, padding, dilation): ragged rows, panels and depths
 CONVOLUTIONS = [
-    (2, 1, 1, 1, 1, 1, 0, 1),
+    (4, 1, 1, 1, 1, 1, 0, 1),
     (4, 20, 3, 7, 5, 1, 1, 1),
     (36, 16, 3, 9, 4, 2, 1, 1),
-    (130, 33, 3, 5, 6, 1, 2, 2),  # 1170 integers of a row: more than are multiplied at once
+    (132, 33, 3, 5, 6, 1, 2, 2),  # 1188 integers of a row: more than are multiplied at once
+    (64, 70, 3, 11, 13, 1, 1, 1),  # whole steps of 64, and more rows than are gathered at once
+    (128, 48, 1, 9, 12, 1, 0, 1),  # rows that are multiplied as they lie
     (8, 17, 5, 11, 13, 3, 0, 1),
-    (6, 5, 2, 4, 4, 1, 3, 1),  # windows that see only padding
+    (8, 5, 2, 4, 4, 1, 3, 1),  # windows that see only padding
 ]
 
 
 @pytest.fixture(autouse=True, params=[1, 3])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A processor without VNNI, and calls that are shared between threads however small they are."""
-    monkeypatch.setattr(self_check, "is_exact", lambda: False)
-    monkeypatch.setattr(products, "GRAIN", 1)
+    """Calls that are shared between threads however small they are."""
+    monkeypatch.setattr(products, "GRAIN", dict.fromkeys(products.GRAIN, 1))
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -44,12 +47,12 @@ def integers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("rows", [1, 5, 6, 97, 200])
-@pytest.mark.parametrize(("channels", "outputs"), [(2, 1), (34, 16), (2050, 37)])
+@pytest.mark.parametrize("rows", [1, 5, 6, 97, 300])
+@pytest.mark.parametrize(("channels", "outputs"), [(4, 1), (36, 16), (128, 80), (2048, 33), (2052, 37)])
 def test_linear_sums_are_exact(rows: int, channels: int, outputs: int) -> None:
     x_q, weight = integers(rows, channels), integers(outputs, channels, seed=1)
     packed = pack_linear(weight)
-    assert packed.dtype == torch.int16
+    assert products.is_packed(packed)
     out = cpu.linear_w8a8(x_q, ONE, packed, torch.ones(outputs), None, None, torch.float32)
     assert torch.equal(out, (x_q.long() @ weight.long().t()).float())
 
@@ -68,7 +71,7 @@ def test_convolutions_are_exact(case: tuple[int, ...]) -> None:
     x_q, weight = integers(3, channels, height, width), integers(outputs, kernel, kernel, channels, seed=1)
     geometry = ((stride, stride), (padding, padding), (dilation, dilation), 1)
     packed = pack_conv2d(weight)
-    assert packed.dtype == torch.int16
+    assert products.is_packed(packed)
     rest = (torch.ones(outputs), None, None, None, (kernel, kernel), *as_op(*geometry), torch.float32)
     out = cpu.conv2d_w8a8(x_q, ONE, packed, *rest)
     exact = torch.nn.functional.conv2d(x_q.double(), weight.permute(0, 3, 1, 2).double(), None, *geometry)
@@ -128,7 +131,7 @@ def test_a_call_without_memory_is_an_error_of_python(monkeypatch: pytest.MonkeyP
         cpu.linear_w8a8(integers(2, 4), ONE, packed, torch.ones(3), None, None, torch.float32)
 
 
-def test_groups_are_multiplied_in_float32_on_weights_that_are_kept() -> None:
+def test_groups_are_multiplied_on_weights_that_are_kept() -> None:
     x_q, weight = integers(2, 8, 5, 5), integers(6, 3, 3, 4, seed=1)
     packed, geometry = pack_conv2d(weight), ((1, 1), (1, 1), (1, 1), 2)
     rest = (torch.ones(6), None, None, None, (3, 3), *as_op(*geometry), torch.float32)
@@ -137,9 +140,16 @@ def test_groups_are_multiplied_in_float32_on_weights_that_are_kept() -> None:
         assert torch.equal(cpu.conv2d_w8a8(x_q, ONE, packed, *rest), exact.float())
 
 
-def test_an_odd_number_of_channels_and_a_machine_without_a_compiler_have_float32(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_an_odd_number_of_channels_and_a_machine_without_a_compiler_are_multiplied_by_onednn(
+    has_compiler: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert pack_linear(integers(4, 3)).dtype == torch.float32
-    monkeypatch.setattr(compiled, "load", lambda: (None, "no compiler"))
-    assert pack_linear(integers(4, 4)).dtype == torch.float32
+    if not has_compiler:
+        monkeypatch.setattr(products, "_group", lambda: 0)
+    channels = 3 if has_compiler else 4
+    x_q, weight = integers(5, channels), integers(4, channels, seed=1)
+    packed = pack_linear(weight)
+    assert not products.is_packed(packed)
+    assert torch.equal(unpack_linear(packed, 4), weight)
+    out = cpu.linear_w8a8(x_q, ONE, packed, torch.ones(4), None, None, torch.float32)
+    assert torch.equal(out, (x_q.long() @ weight.long().t()).float())

@@ -1,0 +1,189 @@
+// A product on a processor with AMX: 16 rows by 16 outputs of 64 integers for each instruction, exact in 32 bits.
+//
+// Weights are groups of four input channels of 16 outputs, so that 16 groups are a tile as they lie. Rows of a linear
+// are tiles as they lie, too; those of a convolution are gathered.
+#include <stdlib.h>
+#include <string.h>
+
+#include "product.h"
+
+#ifdef __AMX_INT8__
+#include <immintrin.h>
+
+enum {
+  SIDE = 16,              // rows and columns of a tile
+  PAIR = 2 * SIDE,        // rows and columns that are multiplied together: 4 of 8 tiles are their sums
+  STEP = 64,              // integers of a row in a tile
+  TILE = SIDE * STEP,     // bytes
+  DEPTH = 48 * STEP,      // integers of a row that are multiplied before the sums go to memory
+  BLOCK = 256             // rows that are gathered together at most: 784 KiB, of a second cache of 2 MiB
+};
+
+typedef int32_t Sums[PAIR][PAIR];
+
+typedef struct {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes_of_row[16];
+  uint8_t rows[16];
+} Configuration;
+
+GATHER(int8_t)
+
+static void configure(void) {
+  Configuration all = {.palette = 1};
+  for (int tile = 0; tile < 8; ++tile) {
+    all.bytes_of_row[tile] = STEP;
+    all.rows[tile] = SIDE;
+  }
+  _tile_loadconfig(&all);
+}
+
+// Two tiles of rows by two of weights over so many steps, added to the sums if there are any.
+static void multiply_steps(const int8_t *rows, int64_t stride, const int8_t *left, const int8_t *right, int64_t steps,
+                           int adds, Sums sums) {
+  if (adds) {
+    _tile_loadd(0, sums[0], sizeof sums[0]);
+    _tile_loadd(1, sums[0] + SIDE, sizeof sums[0]);
+    _tile_loadd(2, sums[SIDE], sizeof sums[0]);
+    _tile_loadd(3, sums[SIDE] + SIDE, sizeof sums[0]);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    _tile_loadd(6, left + s * TILE, STEP);
+    _tile_loadd(4, rows + s * STEP, stride);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, right + s * TILE, STEP);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, rows + SIDE * stride + s * STEP, stride);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_stored(0, sums[0], sizeof sums[0]);
+  _tile_stored(1, sums[0] + SIDE, sizeof sums[0]);
+  _tile_stored(2, sums[SIDE], sizeof sums[0]);
+  _tile_stored(3, sums[SIDE] + SIDE, sizeof sums[0]);
+}
+
+// The same over so many integers: a last step that is not full has zeros in the place of the next panel's weights.
+static void multiply_pair(const int8_t *rows, int64_t stride, const int8_t *left, const int8_t *right, int64_t count,
+                          int adds, Sums sums) {
+  const int64_t steps = count / STEP, rest = count % STEP;
+  if (steps || !rest) multiply_steps(rows, stride, left, right, steps, adds, sums);
+  if (rest) {
+    int8_t last[2][TILE] = {{0}};
+    memcpy(last[0], left + steps * TILE, (size_t)(rest * PANEL));
+    memcpy(last[1], right + steps * TILE, (size_t)(rest * PANEL));
+    multiply_steps(rows + steps * STEP, stride, last[0], last[1], 1, adds || steps, sums);
+  }
+}
+
+// Finish up to 16 columns of a pair of tiles; `own` are the output's rows and columns that `sums` have.
+static void finish_columns(const Epilogue e, const RowOperands *operands, int64_t rows, int64_t column, __mmask16 own,
+                           int64_t at, int64_t outputs, const int32_t (*sums)[PAIR]) {
+  const __m512 one = _mm512_set1_ps(1.0f), none = _mm512_setzero_ps();
+  const __m512 scale = e.maybe_column_scale ? _mm512_maskz_loadu_ps(own, e.maybe_column_scale + column) : one;
+  const __m512 bias = e.maybe_bias ? _mm512_maskz_loadu_ps(own, e.maybe_bias + column) : none;
+  for (int64_t r = 0; r < rows; ++r, at += outputs) {
+    const RowOperands of_row = operands[r];
+    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums[r])), _mm512_set1_ps(of_row.scale));
+    y = _mm512_add_ps(_mm512_mul_ps(y, scale), bias);
+    if (of_row.maybe_sample_bias) {
+      y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(own, of_row.maybe_sample_bias + column));
+    }
+    if (of_row.maybe_gate) y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(own, of_row.maybe_gate + column));
+    if (e.maybe_residual && e.residual_is_bfloat16) {
+      const __m256i halves = _mm256_maskz_loadu_epi16(own, (const uint16_t *)e.maybe_residual + at);
+      y = _mm512_add_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
+    } else if (e.maybe_residual) {
+      y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(own, (const float *)e.maybe_residual + at));
+    }
+    if (e.out_is_bfloat16) {
+      _mm256_mask_storeu_epi16((uint16_t *)e.out + at, own, (__m256i)_mm512_cvtneps_pbh(y));
+    } else {
+      _mm512_mask_storeu_ps((float *)e.out + at, own, y);
+    }
+  }
+}
+
+static void finish_pair(const Product *p, const RowOperands *operands, int64_t row, int64_t rows, int64_t column,
+                        int64_t columns, const int32_t (*sums)[PAIR]) {
+  for (int64_t c = 0; c < columns; c += SIDE) {
+    const __mmask16 own = (__mmask16)((1u << smaller(SIDE, columns - c)) - 1);
+    finish_columns(p->epilogue, operands, rows, column + c, own, row * p->outputs + column + c, p->outputs,
+                   (const int32_t(*)[PAIR])(*sums + c));
+  }
+}
+
+// Whether rows of the left operand are rows of the input in whole steps, not all in the same lines of the first cache.
+static int lies_in_rows(const Product *p) {
+  return p->taps_y * p->taps_x == 1 && p->stride_y * p->stride_x == 1 && p->out_height == p->height &&
+         p->out_width == p->width && p->channels % STEP == 0 && p->channels % 2048;
+}
+
+
+// Bytes between gathered rows: an odd number of lines, so that rows are not in the same lines of the first cache.
+static int64_t stride_of(int64_t depth) {
+  return ((smaller(depth, DEPTH) + STEP - 1) / STEP | 1) * STEP;
+}
+
+static void multiply_share(const Product *p, const Share *own, int8_t *gathered, Sums *sums) {
+  const int64_t gathered_stride = stride_of(own->depth);
+  const int64_t pairs = (own->rows + PAIR - 1) / PAIR, as_it_lies = lies_in_rows(p) ? own->rows / PAIR : 0;
+  RowOperands operands[BLOCK];
+  for (int64_t r = 0; r < own->rows; ++r) {
+    operands[r] = operands_of_row(&p->epilogue, own->first_row + r, own->all_rows, p->outputs);
+  }
+  for (int64_t k = 0; k < own->depth; k += DEPTH) {
+    const int64_t count = smaller(DEPTH, own->depth - k), whole = (count + STEP - 1) / STEP * STEP;
+    for (int64_t r = as_it_lies * PAIR; r < own->rows; ++r) {
+      gather(p, own->first_row + r, k, k + count, gathered + r * gathered_stride);
+      memset(gathered + r * gathered_stride + count, 0, (size_t)(whole - count));
+    }
+    for (int64_t panel = own->first_panel; panel < own->end_panel; panel += 2) {
+      const int8_t *left = (const int8_t *)p->weight + (panel * own->depth + k) * PANEL;
+      const int8_t *right = panel + 1 < own->end_panel ? left + own->depth * PANEL : left;
+      const int64_t columns = smaller(p->outputs, own->end_panel * PANEL) - panel * PANEL;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        Sums *kept = own->depth > DEPTH ? sums + (panel - own->first_panel) / 2 * pairs + pair : sums;
+        const int64_t first = pair * PAIR, stride = pair < as_it_lies ? p->channels : gathered_stride;
+        const int8_t *rows = pair < as_it_lies ? p->x + (own->first_row + first) * stride + k : gathered + first * stride;
+        
+        multiply_pair(rows, stride, left, right, count, k > 0, *kept);
+        if (k + count == own->depth) {
+          finish_pair(p, operands + first, own->first_row + first, smaller(PAIR, own->rows - first), panel * PANEL,
+                      smaller(PAIR, columns), (const int32_t(*)[PAIR]) * kept);
+        }
+      }
+    }
+  }
+}
+
+void ldmq_multiply_tiles(const void *given, int64_t part, int64_t parts) {
+  const Product *p = given;
+  (void)parts;
+  const Share own = share_of(p, part);
+  const size_t pairs = (size_t)((own.rows + PAIR - 1) / PAIR);
+  const size_t kept = own.depth > DEPTH ? pairs * (size_t)((own.end_panel - own.first_panel + 1) / 2) : 1;
+  int8_t *gathered = aligned_alloc(STEP, pairs * PAIR * (size_t)stride_of(own.depth));
+  Sums *sums = aligned_alloc(STEP, kept * sizeof *sums);
+  if (gathered && sums) {
+    Configuration before;  // oneDNN may count on its own
+    _tile_storeconfig(&before);
+    configure();
+    multiply_share(p, &own, gathered, sums);
+    if (before.palette) {
+      _tile_loadconfig(&before);
+    } else {
+      _tile_release();
+    }
+  } else {
+    *p->failed = 1;
+  }
+  free(sums);
+  free(gathered);
+}
+#endif
