@@ -54,3 +54,16 @@ def pipe(tmp_path):
     from python_tests.tiny import tiny_pipeline
 
     return tiny_pipeline(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def as_unfused(monkeypatch):
+    """A CPU whose fused ops are those of the unfused layers one after the other, so that their bits can be compared.
+
+    Its own ops compute in float32 throughout: a value that they round to the other side changes all that follow.
+    """
+    from ldmq_kernels.kernels.cpu import backend, compiled_producers
+
+    monkeypatch.setattr(compiled_producers, "takes", lambda *_: False)
+    has = type(backend).has
+    monkeypatch.setattr(type(backend), "has", lambda self, op: op != "linear_geglu_w8a8" and has(self, op))

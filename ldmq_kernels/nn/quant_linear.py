@@ -58,8 +58,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     def finish(self) -> None:
         """As for every layer; whether GEGLU can be in the epilogue is asked here, and not in each call."""
         super().finish()
-        op, plain = self.scheme.format.geglu_linear, self._buffers.get(PLAIN)
-        self.geglu_op = op if op is not None and plain is not None and dispatch.is_served(op, plain.device) else None
+        op, packed = self.scheme.format.geglu_linear, self.packed_weight
+        held = self._buffers.get(PLAIN) if packed is None else packed
+        self.geglu_op = op if op is not None and held is not None and dispatch.is_served(op, held.device) else None
 
     def forward(self, input: Tensor) -> Tensor:
         """Quantize the input as the scheme says, multiply in integers, scale back."""

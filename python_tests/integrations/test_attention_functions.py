@@ -71,6 +71,7 @@ def fused_norms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("processor", [AttnProcessor, lambda: SlicedAttnProcessor(2)], ids=["plain", "sliced"])
+@pytest.mark.usefixtures("as_unfused")
 def test_processors_of_diffusers_run_in_fused_blocks(unet: Any, processor: Any, fused_norms: list[int]) -> None:
     expected = run_unet(unet)
     usual = len(fused_norms)

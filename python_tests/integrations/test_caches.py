@@ -49,6 +49,7 @@ def trajectory(model: nn.Module, call: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CACHES)
+@pytest.mark.usefixtures("as_unfused")
 def test_a_cache_leaves_out_of_a_quantized_flux_what_it_leaves_out_of_the_float_one(name: str) -> None:
     model, call = transformers.flux()
     quantized, _ = transformers.flux()

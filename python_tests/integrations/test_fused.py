@@ -61,9 +61,17 @@ def unfused_output(unet: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "mixed", "w8a16"])
+@pytest.mark.usefixtures("as_unfused")
 def test_a_fused_unet_computes_what_the_unfused_one_does(scheme: str) -> None:
     unet = quantized_unet(scheme)
     assert float(sqnr_db(unfused_output(unet), run_unet(unet))) > NEAR
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_fused_unet_is_as_near_to_the_float_one_as_the_unfused(scheme: str) -> None:
+    exact = run_unet(tiny_unet())
+    unet = quantized_unet(scheme)
+    assert float(sqnr_db(exact, run_unet(unet))) > float(sqnr_db(exact, unfused_output(unet))) - 2
 
 
 def test_every_kind_of_block_is_fused_by_conversion() -> None:
@@ -81,6 +89,7 @@ def test_a_loaded_unet_is_fused(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.usefixtures("as_unfused")
 def test_the_fused_ops_serve_all_norms_and_activations(scheme: str) -> None:
     unet = quantized_unet(scheme)
     names = Counter(type(module).__name__ for module in unet.modules())
@@ -106,6 +115,7 @@ def test_no_layer_norm_runs_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("name", ["conv1", "norm2", "nonlinearity", "time_emb_proj"])
+@pytest.mark.usefixtures("as_unfused")
 def test_a_hook_inside_a_residual_block_is_called(name: str) -> None:
     unet = quantized_unet()
     block = next(module for module in unet.modules() if type(module).__name__ == "ResnetBlock2D")
@@ -117,6 +127,7 @@ def test_a_hook_inside_a_residual_block_is_called(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["attn1", "attn1.to_k", "attn2.to_out.0", "ff", "ff.net.0.proj", "ff.net.2", "norm3"])
+@pytest.mark.usefixtures("as_unfused")
 def test_a_hook_inside_a_transformer_block_is_called(name: str) -> None:
     unet = quantized_unet()
     block = next(module for module in unet.modules() if isinstance(module, FusedBasicTransformerBlock))
@@ -127,6 +138,7 @@ def test_a_hook_inside_a_transformer_block_is_called(name: str) -> None:
     assert float(sqnr_db(unfused_output(unet), out)) > NEAR
 
 
+@pytest.mark.usefixtures("as_unfused")
 def test_another_attention_processor_is_used() -> None:
     unet = quantized_unet()
     calls: list[int] = []

@@ -134,6 +134,7 @@ def test_two_adapters_with_scales_add_what_they_add_to_the_float_model(tmp_path)
     assert torch.equal(run_unet(unets[1]), plain)
 
 
+@pytest.mark.usefixtures("as_unfused")
 def test_an_adapter_of_another_architecture_or_a_name_that_is_taken_changes_nothing(lora_folder, tmp_path):
     pipe = tiny_pipeline(tmp_path / "tokenizer", cross_attention_dim=32, block_out_channels=(16, 64))
     ldmq.quantize(pipe, scheme="w8a8-dynamic")

@@ -55,6 +55,10 @@ class _Cpu(Backend):
             )
         return "; ".join([*remarks, FLOAT8_REMARK])
 
+    def has(self, op: str) -> bool:
+        """Whether it has an op that is faster than its parts: GEGLU in an epilogue is where tiles are multiplied."""
+        return super().has(op) and (op != "linear_geglu_w8a8" or products.form() == products.TILES)
+
     def packer(self, op: str) -> Packer | None:
         """oneDNN's blocked layouts of the int8 products' weights, or float32 where int8 is not exact."""
         return packing.packers().get(op)

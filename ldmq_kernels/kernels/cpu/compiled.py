@@ -38,6 +38,7 @@ VECTORS = {  # by torch's name of what it uses itself
 TILES = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 UNFAILING = ("ldmq_quantize_measured", "ldmq_finish")  # which return nothing
+HAS_NAN, NO_MEMORY = 1, 2  # as producers.h has them, which tells of both at once by their sum
 SECONDS = 60
 GRAIN = 32768  # elements of a call for one thread, as torch has it
 DTYPES = (torch.float32, torch.bfloat16)
@@ -134,7 +135,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             *(pointer, flag, *[size] * 4, pointer, pointer, flag, real, flag, flag, *quantization, size)
         ],
         "ldmq_finish": [pointer, size, size, *epilogue, size],
-        "ldmq_multiply": [pointer, *[size] * 14, pointer, size, *epilogue, size],
+        "ldmq_multiply": [pointer, *[size] * 14, pointer, size, *epilogue, flag, pointer, size, size],
     }
     for name, types in taken.items():
         function = getattr(library, name)

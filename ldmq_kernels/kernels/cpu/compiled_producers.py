@@ -12,12 +12,12 @@ from torch import Tensor
 from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import compiled
 from ldmq_kernels.kernels.cpu.blocks import as_rows
+from ldmq_kernels.kernels.cpu.compiled import HAS_NAN, NO_MEMORY
 from ldmq_kernels.kernels.geometry import check_channels
 from ldmq_kernels.kernels.reference.producers import no_scale
 from ldmq_kernels.kernels.reference.quantize_static import nan_error
 
 SILU, GELU, GELU_TANH, GEGLU = range(4)  # as activations.c has them
-HAS_NAN, NO_MEMORY = 1, 2  # as producers.h has them, which tells of both at once by their sum
 
 
 def takes(x: Tensor, q_dtype: torch.dtype | None) -> bool:

@@ -115,7 +115,7 @@ def packers() -> Mapping[str, Packer]:
     layout = products.form() or ("oneDNN" if self_check.is_exact() else "float32")
     linear = _packer(layout, pack_linear, unpack_linear)
     conv2d = _packer(layout, pack_conv2d, unpack_conv2d)
-    linears = dict.fromkeys(("linear_w8a8", "linear_static_w8a8", "linear_w4a8"), linear)
+    linears = dict.fromkeys(("linear_w8a8", "linear_static_w8a8", "linear_geglu_w8a8", "linear_w4a8"), linear)
     convolutions = dict.fromkeys(("conv2d_w8a8", "conv2d_w4a8"), conv2d)
     float8 = {
         "linear_fp8": Packer(

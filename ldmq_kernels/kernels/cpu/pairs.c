@@ -106,7 +106,7 @@ void ldmq_multiply_pairs(const void *given, int64_t part, int64_t parts) {
   if (gathered && sums) {
     multiply_share(p, &own, gathered, sums);
   } else {
-    *p->failed = 1;
+    tell(p->status, NO_MEMORY);
   }
   free(sums);
   free(gathered);

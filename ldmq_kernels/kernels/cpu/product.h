@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "epilogue.h"
+#include "producers.h"
 
 enum { PANEL = 16 };  // output channels whose weights lie side by side
 
@@ -17,19 +18,27 @@ typedef struct {
   const void *weight;  // [panels][taps][channels / group][PANEL][group], zeros where there are fewer outputs
   int64_t outputs;
   Epilogue epilogue;
+  int is_gated;  // outputs are values, then as many gates: what is written is value * gelu(gate), half as wide
+  const float *maybe_inverse;  // of the scale of what is written, one or one for each column: it is int8
+  int64_t inverse_count;
   int64_t block, column_parts;  // rows of a part, and parts of a block of rows
-  int *failed;                  // set where there is no memory for a part
+  int *status;                  // see producers.h
 } Product;
 
-// What a part multiplies: rows of the output from `first_row` on, and the panels from `first_panel` to `end_panel`.
+// What a part multiplies: rows of the output from `first_row` on, and the panels from `first_panel` to `end_panel`,
+// of values where there are gates.
 typedef struct {
   int64_t all_rows, depth, first_row, rows, first_panel, end_panel;
 } Share;
 
+static inline int64_t panels_of(const Product *p) {
+  return ((p->is_gated ? p->outputs / 2 : p->outputs) + PANEL - 1) / PANEL;
+}
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline Share share_of(const Product *p, int64_t part) {
-  const int64_t panels = (p->outputs + PANEL - 1) / PANEL, column = part % p->column_parts;
+  const int64_t panels = panels_of(p), column = part % p->column_parts;
   Share own = {p->samples * p->out_height * p->out_width, p->taps_y * p->taps_x * p->channels,
                part / p->column_parts * p->block, 0, panels * column / p->column_parts,
                panels * (column + 1) / p->column_parts};

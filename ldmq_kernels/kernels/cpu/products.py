@@ -8,6 +8,7 @@ weight whose channels are no multiple of that is multiplied by oneDNN or `widene
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import compiled, self_check
 from ldmq_kernels.kernels.cpu.blocks import finish_rows
-from ldmq_kernels.kernels.cpu.compiled import Epilogue
+from ldmq_kernels.kernels.cpu.compiled import HAS_NAN, NO_MEMORY, Epilogue
+from ldmq_kernels.kernels.reference.quantize_static import nan_error
 
 PANEL = 16  # output channels that are multiplied together
 TILES, PAIRS = "AMX tiles", "16-bit pairs"
@@ -76,11 +78,36 @@ def channels_of(packed: Tensor) -> int:
     return packed.shape[-3] * packed.shape[-1]
 
 
-def linear(x_q: Tensor, packed: Tensor, epilogue: Epilogue, outputs: int, out_dtype: torch.dtype) -> Tensor:
-    """x_q (M, K) int8, contiguous, by a packed weight; (M, N) of `out_dtype`: exact sums and their epilogue."""
+class Gating(NamedTuple):
+    """GEGLU in the epilogue: outputs are values, then as many gates.
+
+    Attributes:
+        inv_scale: (1,) or (outputs / 2,) float32, by which the result is rounded to int8; None where it is floating.
+    """
+
+    inv_scale: Tensor | None
+
+
+def gates(packed: Tensor, outputs: int) -> bool:
+    """Whether products of a packed linear weight can be gated: tiles can whose values and gates are whole panels."""
+    return form() == TILES and is_packed(packed) and outputs % (2 * PANEL) == 0
+
+
+def linear(
+    x_q: Tensor,
+    packed: Tensor,
+    epilogue: Epilogue,
+    outputs: int,
+    out_dtype: torch.dtype,
+    gating: Gating | None = None,
+) -> Tensor:
+    """x_q (M, K) int8, contiguous, by a packed weight; (M, N) of `out_dtype`: exact sums and their epilogue.
+
+    With gates, for which `gates` holds, the epilogue has scales and bias alone, and the result is (M, N / 2).
+    """
     rows, channels = x_q.shape
-    geometry = ((1, 1), (0, 0), (1, 1))
-    return _multiply(x_q, (1, rows, 1, channels), packed, geometry, (rows, 1), epilogue, outputs, out_dtype)
+    sizes, geometry = (1, rows, 1, channels), ((1, 1), (0, 0), (1, 1))
+    return _multiply(x_q, sizes, packed, geometry, (rows, 1), epilogue, outputs, out_dtype, gating)
 
 
 def conv2d(
@@ -114,11 +141,13 @@ def _multiply(
     epilogue: Epilogue,
     outputs: int,
     out_dtype: torch.dtype,
+    gating: Gating | None = None,
 ) -> Tensor:
-    """(rows, outputs) of `out_dtype`.
+    """(rows, outputs) of `out_dtype`, or half as many columns with gates.
 
     Raises:
         Unsupported: input, weight and epilogue do not fit together.
+        ValueError: there is NaN in what is rounded to int8.
         MemoryError: there is none left.
     """
     library, _ = compiled.load()
@@ -130,18 +159,25 @@ def _multiply(
     if min(out_size) < 1:
         raise Unsupported(f"the windows of {tuple(window)} do not fit into the input of {sizes[1]}x{sizes[2]}")
     rows, depth = sizes[0] * out_size[0] * out_size[1], window[0] * window[1] * sizes[3]
-    out = x_q.new_empty(rows, outputs, dtype=out_dtype)
-    is_finished = compiled.takes(epilogue.residual, out)
-    finished = out if is_finished else torch.empty_like(out, dtype=torch.float32)
     epilogue.check(rows, outputs)
+    inverse = None if gating is None or gating.inv_scale is None else compiled.in_float32(gating.inv_scale)
+    out = x_q.new_empty(rows, outputs if gating is None else outputs // 2, dtype=out_dtype)
+    is_written = inverse is not None or compiled.takes(epilogue.residual, out)
+    written = out if is_written else torch.empty_like(out, dtype=torch.float32)
+    is_finished = is_written or gating is not None
     kept = epilogue.for_library() if is_finished else Epilogue(torch.ones(1))
     threads = max(1, min(torch.get_num_threads(), rows * outputs * depth // GRAIN[form() or TILES]))
-    failed = library.ldmq_multiply(
+    status = library.ldmq_multiply(
         *(x_q.data_ptr(), *sizes, *window, *(length for pair in geometry for length in pair), *out_size),
-        *(packed.data_ptr(), outputs, *kept.arguments(finished), threads),
+        *(packed.data_ptr(), outputs, *kept.arguments(written), gating is not None),
+        *(compiled.address(inverse), 0 if inverse is None else inverse.numel(), threads),
     )
-    if failed:
+    if status & NO_MEMORY:
         raise MemoryError(f"no memory is left to multiply {rows} x {depth} by {depth} x {outputs}")
+    if status & HAS_NAN:
+        raise nan_error()
     if not is_finished:
-        finish_rows(finished, epilogue, out)
+        finish_rows(written, epilogue, out)
+    elif not is_written:
+        out.copy_(written)
     return out

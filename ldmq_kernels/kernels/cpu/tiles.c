@@ -118,6 +118,37 @@ static void finish_pair(const Product *p, const RowOperands *operands, int64_t r
   }
 }
 
+// Finish a pair of tiles whose left half are values and whose right half are their gates.
+static void finish_gated(const Product *p, const RowOperands *operands, int64_t row, int64_t rows, int64_t column,
+                         const int32_t (*sums)[PAIR]) {
+  const Epilogue e = p->epilogue;
+  const int64_t width = p->outputs / 2;
+  const float *inverse = p->maybe_inverse;
+  float scales[PAIR], shifts[PAIR], inverses[SIDE];
+  for (int c = 0; c < PAIR; ++c) {
+    const int64_t of = column + c % SIDE + c / SIDE * width;
+    scales[c] = e.maybe_column_scale ? e.maybe_column_scale[of] : 1.0f;
+    shifts[c] = e.maybe_bias ? e.maybe_bias[of] : 0.0f;
+  }
+  for (int c = 0; inverse && c < SIDE; ++c) inverses[c] = inverse[p->inverse_count == 1 ? 0 : column + c];
+  const Quantization by = {inverses, SIDE, 0, 0};
+  int has_nan = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = (row + r) * width + column;
+    float y[PAIR];
+    for (int c = 0; c < PAIR; ++c) y[c] = (float)sums[r][c] * operands[r].scale * scales[c] + shifts[c];
+    for (int c = 0; c < SIDE; ++c) y[c] *= gelu(y[c + SIDE]);
+    if (inverse) {
+      has_nan |= round_calibrated(&by, y, SIDE, (int8_t *)e.out + at);
+    } else if (e.out_is_bfloat16) {
+      many_narrow(many_load(y), (uint16_t *)e.out + at);
+    } else {
+      memcpy((float *)e.out + at, y, SIDE * sizeof *y);
+    }
+  }
+  if (has_nan) tell(p->status, HAS_NAN);
+}
+
 // Whether rows of the left operand are rows of the input in whole steps, not all in the same lines of the first cache.
 static int lies_in_rows(const Product *p) {
   return p->taps_y * p->taps_x == 1 && p->stride_y * p->stride_x == 1 && p->out_height == p->height &&
@@ -131,7 +162,7 @@ static int64_t stride_of(int64_t depth) {
 }
 
 static void multiply_share(const Product *p, const Share *own, int8_t *gathered, Sums *sums) {
-  const int64_t gathered_stride = stride_of(own->depth);
+  const int64_t gathered_stride = stride_of(own->depth), each = p->is_gated ? 1 : 2;
   const int64_t pairs = (own->rows + PAIR - 1) / PAIR, as_it_lies = lies_in_rows(p) ? own->rows / PAIR : 0;
   RowOperands operands[BLOCK];
   for (int64_t r = 0; r < own->rows; ++r) {
@@ -143,19 +174,22 @@ static void multiply_share(const Product *p, const Share *own, int8_t *gathered,
       gather(p, own->first_row + r, k, k + count, gathered + r * gathered_stride);
       memset(gathered + r * gathered_stride + count, 0, (size_t)(whole - count));
     }
-    for (int64_t panel = own->first_panel; panel < own->end_panel; panel += 2) {
+    for (int64_t panel = own->first_panel; panel < own->end_panel; panel += each) {
       const int8_t *left = (const int8_t *)p->weight + (panel * own->depth + k) * PANEL;
-      const int8_t *right = panel + 1 < own->end_panel ? left + own->depth * PANEL : left;
+      const int64_t to_right = p->is_gated ? panels_of(p) : panel + 1 < own->end_panel;
       const int64_t columns = smaller(p->outputs, own->end_panel * PANEL) - panel * PANEL;
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        Sums *kept = own->depth > DEPTH ? sums + (panel - own->first_panel) / 2 * pairs + pair : sums;
+        Sums *kept = own->depth > DEPTH ? sums + (panel - own->first_panel) / each * pairs + pair : sums;
         const int64_t first = pair * PAIR, stride = pair < as_it_lies ? p->channels : gathered_stride;
-        const int8_t *rows = pair < as_it_lies ? p->x + (own->first_row + first) * stride + k : gathered + first * stride;
-        
-        multiply_pair(rows, stride, left, right, count, k > 0, *kept);
-        if (k + count == own->depth) {
-          finish_pair(p, operands + first, own->first_row + first, smaller(PAIR, own->rows - first), panel * PANEL,
-                      smaller(PAIR, columns), (const int32_t(*)[PAIR]) * kept);
+        const int64_t row = own->first_row + first, count_of_rows = smaller(PAIR, own->rows - first);
+        const int8_t *rows = pair < as_it_lies ? p->x + row * stride + k : gathered + first * stride;
+        multiply_pair(rows, stride, left, left + to_right * own->depth * PANEL, count, k > 0, *kept);
+        if (k + count < own->depth) continue;
+        const int32_t(*done)[PAIR] = (const int32_t(*)[PAIR]) * kept;
+        if (p->is_gated) {
+          finish_gated(p, operands + first, row, count_of_rows, panel * PANEL, done);
+        } else {
+          finish_pair(p, operands + first, row, count_of_rows, panel * PANEL, smaller(PAIR, columns), done);
         }
       }
     }
@@ -167,7 +201,8 @@ void ldmq_multiply_tiles(const void *given, int64_t part, int64_t parts) {
   (void)parts;
   const Share own = share_of(p, part);
   const size_t pairs = (size_t)((own.rows + PAIR - 1) / PAIR);
-  const size_t kept = own.depth > DEPTH ? pairs * (size_t)((own.end_panel - own.first_panel + 1) / 2) : 1;
+  const int64_t panels = own.end_panel - own.first_panel;
+  const size_t kept = own.depth > DEPTH ? pairs * (size_t)(p->is_gated ? panels : (panels + 1) / 2) : 1;
   int8_t *gathered = aligned_alloc(STEP, pairs * PAIR * (size_t)stride_of(own.depth));
   Sums *sums = aligned_alloc(STEP, kept * sizeof *sums);
   if (gathered && sums) {
@@ -181,7 +216,7 @@ void ldmq_multiply_tiles(const void *given, int64_t part, int64_t parts) {
       _tile_release();
     }
   } else {
-    *p->failed = 1;
+    tell(p->status, NO_MEMORY);
   }
   free(sums);
   free(gathered);

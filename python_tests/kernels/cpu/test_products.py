@@ -125,7 +125,7 @@ def test_operands_that_do_not_fit_are_refused_before_memory_is_read(changed: dic
 
 
 def test_a_call_without_memory_is_an_error_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, library = pack_linear(integers(3, 4)), SimpleNamespace(ldmq_multiply=lambda *_: 1)
+    packed, library = pack_linear(integers(3, 4)), SimpleNamespace(ldmq_multiply=lambda *_: compiled.NO_MEMORY)
     monkeypatch.setattr(compiled, "load", lambda: (library, ""))
     with pytest.raises(MemoryError, match="2 x 4 by 4 x 3"):
         cpu.linear_w8a8(integers(2, 4), ONE, packed, torch.ones(3), None, None, torch.float32)
@@ -153,3 +153,23 @@ def test_an_odd_number_of_channels_and_a_machine_without_a_compiler_are_multipli
     assert torch.equal(unpack_linear(packed, 4), weight)
     out = cpu.linear_w8a8(x_q, ONE, packed, torch.ones(4), None, None, torch.float32)
     assert torch.equal(out, (x_q.long() @ weight.long().t()).float())
+
+
+@pytest.mark.skipif(products.form() != products.TILES, reason="only tiles are gated in their epilogue")
+@pytest.mark.parametrize("rows", [1, 33, 300])
+@pytest.mark.parametrize("channels", [20, 4100])
+def test_gates_of_any_depth_and_number_of_rows(rows: int, channels: int) -> None:
+    x_q, weight, scale = integers(rows, channels), integers(96, channels, seed=1), torch.full((96,), 2.0**-14)
+    out = cpu.linear_geglu_w8a8(x_q, ONE, pack_linear(weight), scale, None, None, torch.float32)
+    value, gate = ((x_q.double() @ weight.double().t()) * 2.0**-14).chunk(2, -1)
+    torch.testing.assert_close(out.double(), value * torch.nn.functional.gelu(gate), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(products.form() != products.TILES, reason="only tiles are gated in their epilogue")
+def test_nan_in_what_is_gated_is_told_before_it_becomes_an_integer() -> None:
+    scale = torch.tensor([1.0, float("nan"), 1.0])
+    operands = (pack_linear(integers(32, 4)), torch.ones(32), None)
+    out = cpu.linear_geglu_w8a8(integers(3, 4), scale, *operands, None, torch.float32)
+    assert out.isnan().any(1).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="NaN"):
+        cpu.linear_geglu_w8a8(integers(3, 4), scale, *operands, ONE, torch.int8)
