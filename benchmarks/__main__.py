@@ -40,6 +40,7 @@ COMMANDS = {
     "cold-start": ("benchmarks.models.cold_start", "seconds to the first call with an empty Triton cache"),
     "memory": ("benchmarks.models.memory", "memory of this process over many input sizes, by the backend that serves"),
     "compilations": ("benchmarks.models.compilations", "kernels that a first call compiles, counted without a GPU"),
+    "attention": ("benchmarks.models.attention", "attention in bfloat16 on this CPU, beside torch's"),
     "predict": ("benchmarks.commands.predict", "milliseconds of a model on a GPU that is not there, from data sheets"),
     "shapes": ("benchmarks.models.shapes", "the models' layers, into the package's tuning/model_shapes.json"),
 }

@@ -6,6 +6,7 @@ operands. What computes an op is chosen when it runs, by `kernels.dispatch`, amo
 """
 
 from ldmq_kernels.kernels.op_spec import spec_of, specs
+from ldmq_kernels.ops.attention import attention
 from ldmq_kernels.ops.conv2d import conv2d_fp8, conv2d_w4a8, conv2d_w8a8, conv2d_w8a16
 from ldmq_kernels.ops.geglu import linear_geglu_fp8, linear_geglu_w8a8
 from ldmq_kernels.ops.linear import (
@@ -32,6 +33,7 @@ from ldmq_kernels.ops.quantize import (
 )
 
 __all__ = [
+    "attention",
     "conv2d_fp8",
     "conv2d_w4a8",
     "conv2d_w8a8",

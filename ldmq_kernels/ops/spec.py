@@ -38,6 +38,21 @@ def _fake(spec: OpSpec, arguments: Arguments) -> Any:
     return spec.fake(spec.call(*arguments))
 
 
+def define_plain(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an op of one implementation, which computes what torch has a function for, too.
+
+    Args:
+        schema: as torch.library takes it.
+        function: the implementation, on any device; what it computes in torch is differentiated as such.
+        fake: the result's metadata for the same arguments.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=_TAGS)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"ldmq::{name}", fake, lib=_LIBRARY)
+
+
 def op(
     *,
     fake: Callable[[Any], Any],

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models import attention_processor
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 
 import ldmq_kernels as ldmq
 from ldmq_kernels import ops
 from ldmq_kernels.integrations.diffusers.fused import attention, unfuse
+from ldmq_kernels.integrations.diffusers.fused.attended import attended, dispatched
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from python_tests.integrations.cached_unets import made
 from python_tests.tiny import run_unet
@@ -119,6 +121,56 @@ def test_a_function_in_place_of_torchs_is_called_in_fused_blocks(
     assert torch.equal(run_unet(unet), expected)
     assert len(calls) == 8
     assert len(fused_norms) > 0
+
+
+def counted_op(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shape of the query of each call of the package's attention."""
+    calls: list[torch.Size] = []
+    real = ops.attention
+
+    def counted(query: Tensor, *others: Any) -> Tensor:
+        calls.append(query.shape)
+        return real(query, *others)
+
+    monkeypatch.setattr(ops, "attention", counted)
+    return calls
+
+
+def test_on_a_cpu_bfloat16_attends_by_the_packages_op(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = unet.bfloat16()
+    unfused = run_unet(unfuse(copy.deepcopy(unet)), dtype=torch.bfloat16)
+    calls = counted_op(monkeypatch)
+    out = run_unet(unet, dtype=torch.bfloat16)
+    assert len(calls) == 8
+    assert float(sqnr_db(unfused, out)) > 25
+    real = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda *a, **b: real(*a, **b))
+    run_unet(unet, dtype=torch.bfloat16)
+    assert len(calls) == 8
+
+
+def test_float32_and_calls_with_gradients_attend_by_torchs(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted_op(monkeypatch)
+    run_unet(unet)
+    query = torch.randn(2, 3, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    attended(query, query, query).float().sum().backward()
+    assert query.grad is not None
+    assert not calls
+
+
+@pytest.mark.parametrize("how", ["processor", "all"])
+def test_a_backend_that_is_set_in_diffusers_attends(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    calls = counted_op(monkeypatch)
+    query, key, value = (torch.randn(2, 20, 3, 8, dtype=torch.bfloat16) for _ in range(3))
+    native = dispatched(query, key, value, None, None)
+    assert len(calls) == 1
+    if how == "processor":
+        out = dispatched(query, key, value, "_native_math", None)
+    else:
+        with attention_backend("_native_math"):
+            out = dispatched(query, key, value, None, None)
+    assert len(calls) == 1
+    torch.testing.assert_close(out, native, rtol=2e-2, atol=1e-2)
 
 
 def test_a_processor_of_the_users_is_fused_once_it_is_declared(

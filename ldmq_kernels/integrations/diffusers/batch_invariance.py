@@ -39,6 +39,7 @@ SUMS: dict[str, int | tuple[int, ...]] = {
     "bmm": 2,
     "baddbmm": 3,
     "scaled_dot_product_attention": 4,
+    "attention": 4,
     "group_norm": 1,
     "rms_norm": 1,
     "mean": 1,

@@ -1,9 +1,10 @@
 """The C files of this folder, compiled once on a machine that has a C compiler; without one, torch does the same.
 
 `rows.c` is elementwise work in one pass, called from here; norms and activation functions are called from
-`compiled_producers`; `products.c` multiplies where there is AMX, or no VNNI, and is called from `products`. The library
-lies beside this user's measurements, under a name that changes with its source, the compiler and the vectors of the
-processor. Its calls take torch's threads, from the OpenMP runtime that torch has loaded.
+`compiled_producers`; `products.c` multiplies where there is AMX, or no VNNI, and is called from `products`;
+`attention.c` is for AMX, too, and called from `attention`. The library lies beside this user's measurements, under a
+name that changes with its source, the compiler and the vectors of the processor. Its calls take torch's threads, from
+the OpenMP runtime that torch has loaded.
 """
 
 from __future__ import annotations
@@ -140,6 +141,11 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     for name, types in taken.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None if name in UNFAILING else ctypes.c_int
+    if hasattr(library, "ldmq_attention"):  # compiled where there is AMX
+        library.ldmq_attention_room.argtypes, library.ldmq_attention_room.restype = [size] * 4, size
+        strided, sizes = (pointer, size, size, size), (size,) * 5
+        library.ldmq_attention.argtypes = [*strided * 3, *sizes, *strided, real, pointer, pointer, size]
+        library.ldmq_attention.restype = None
     return library, ""
 
 

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from diffusers.models import attention_processor
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmq_kernels.integrations.diffusers.fused import feed_forward
+from ldmq_kernels.integrations.diffusers.fused.attended import attended
 from ldmq_kernels.integrations.diffusers.fused.eligibility import is_inactive, is_unwrapped
 
 P = TypeVar("P", bound=type)
@@ -97,9 +98,8 @@ def attend(
     if mask is not None:
         mask = attention.prepare_attention_mask(mask, key.shape[1], batch)
         mask = mask.view(batch, attention.heads, -1, mask.shape[-1])
-    query, key, value = (t.view(batch, -1, attention.heads, head_dim).transpose(1, 2) for t in (query, key, value))
-    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    out = out.transpose(1, 2).reshape(batch, -1, attention.heads * head_dim)
+    query, key, value = (t.view(batch, -1, attention.heads, head_dim) for t in (query, key, value))
+    out = attended(query, key, value, mask).reshape(batch, -1, attention.heads * head_dim)
     return feed_forward.gated(attention.to_out[0], out, residual, gate)
 
 

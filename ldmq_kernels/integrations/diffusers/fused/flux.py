@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers.transformer_flux import (
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels import ops
 from ldmq_kernels.integrations.diffusers.fused import feed_forward
+from ldmq_kernels.integrations.diffusers.fused.attended import dispatched
 from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     is_inactive,
     is_unwrapped,
@@ -182,12 +182,5 @@ def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, rotary: A
     processor = attention.processor
     if rotary is not None:
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-    out = dispatch_attention_fn(
-        query,
-        key,
-        value,
-        attn_mask=None,
-        backend=processor._attention_backend,
-        parallel_config=processor._parallel_config,
-    )
+    out = dispatched(query, key, value, processor._attention_backend, processor._parallel_config)
     return out.flatten(2, 3).to(query.dtype)

@@ -11,6 +11,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import Tensor, nn
 
 from ldmq_kernels.integrations.diffusers.fused import feed_forward
+from ldmq_kernels.integrations.diffusers.fused.attended import attended
 from ldmq_kernels.integrations.diffusers.fused.eligibility import is_inactive, is_unwrapped, wants_gradients
 from ldmq_kernels.integrations.diffusers.fused.feed_forward import gated
 from ldmq_kernels.integrations.diffusers.fused.modulation import fed, is_adaptive, modulation, projected
@@ -114,5 +115,5 @@ def _heads(attention: Any, qkv: tuple[Tensor, ...], norm_q: Any, norm_k: Any) ->
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention as JointAttnProcessor2_0 computes it, (B, T, C)."""
-    out = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
-    return out.transpose(1, 2).flatten(2).to(query.dtype)
+    out = attended(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.flatten(2).to(query.dtype)

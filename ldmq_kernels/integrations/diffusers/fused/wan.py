@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
 from ldmq_kernels.integrations.diffusers.fused import feed_forward
+from ldmq_kernels.integrations.diffusers.fused.attended import dispatched
 from ldmq_kernels.integrations.diffusers.fused.eligibility import (
     is_inactive,
     is_unwrapped,
@@ -146,14 +146,5 @@ def _rotated(x: Tensor, freqs_cos: Tensor, freqs_sin: Tensor) -> Tensor:
 
 def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, parallel_config: Any) -> Tensor:
     """Attention as WanAttnProcessor computes it, (B, T, C)."""
-    out = dispatch_attention_fn(
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        backend=attention.processor._attention_backend,
-        parallel_config=parallel_config,
-    )
+    out = dispatched(query, key, value, attention.processor._attention_backend, parallel_config)
     return out.flatten(2, 3).type_as(query)
