@@ -38,9 +38,19 @@ static void configure(void) {
   _tile_loadconfig(&all);
 }
 
-// Two tiles of rows by two of weights over so many steps, added to the sums if there are any.
-static void multiply_steps(const int8_t *rows, int64_t stride, const int8_t *left, const int8_t *right, int64_t steps,
-                           int adds, Sums sums) {
+// The part of the input that a part's rows see, with its padding: a tile is 16 pixels beside one another, for each tap.
+typedef struct {
+  int8_t *pixels;  // null where rows are gathered or lie as they are
+  int64_t first_y, width, pixel;  // the input's y of its first line, pixels of a line, bytes of a pixel
+} Window;
+
+// Where 16 rows and the next 16 lie, from one of their integers on.
+typedef struct {
+  const int8_t *upper, *lower;
+  int64_t stride;
+} Rows;
+
+static void begin_sums(int adds, Sums sums) {
   if (adds) {
     _tile_loadd(0, sums[0], sizeof sums[0]);
     _tile_loadd(1, sums[0] + SIDE, sizeof sums[0]);
@@ -52,33 +62,54 @@ static void multiply_steps(const int8_t *rows, int64_t stride, const int8_t *lef
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(6, left + s * TILE, STEP);
-    _tile_loadd(4, rows + s * STEP, stride);
-    _tile_dpbssd(0, 4, 6);
-    _tile_loadd(7, right + s * TILE, STEP);
-    _tile_dpbssd(1, 4, 7);
-    _tile_loadd(5, rows + SIDE * stride + s * STEP, stride);
-    _tile_dpbssd(2, 5, 6);
-    _tile_dpbssd(3, 5, 7);
-  }
+}
+
+static void keep_sums(Sums sums) {
   _tile_stored(0, sums[0], sizeof sums[0]);
   _tile_stored(1, sums[0] + SIDE, sizeof sums[0]);
   _tile_stored(2, sums[SIDE], sizeof sums[0]);
   _tile_stored(3, sums[SIDE] + SIDE, sizeof sums[0]);
 }
 
-// The same over so many integers: a last step that is not full has zeros in the place of the next panel's weights.
-static void multiply_pair(const int8_t *rows, int64_t stride, const int8_t *left, const int8_t *right, int64_t count,
-                          int adds, Sums sums) {
-  const int64_t steps = count / STEP, rest = count % STEP;
-  if (steps || !rest) multiply_steps(rows, stride, left, right, steps, adds, sums);
+// Two tiles of rows by two of weights over so many steps, added to the sums, which stay in tiles 0 to 3.
+static void multiply_steps(const Rows *rows, int64_t at, const int8_t *left, const int8_t *right, int64_t steps) {
+  const int8_t *upper = rows->upper + at, *lower = rows->lower + at;
+  for (int64_t s = 0; s < steps; ++s) {
+    _tile_loadd(6, left + s * TILE, STEP);
+    _tile_loadd(4, upper + s * STEP, rows->stride);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, right + s * TILE, STEP);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, lower + s * STEP, rows->stride);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+}
+
+// The same over integers k to k + count of the rows, tap by tap in a window. A last step that is not full has zeros in
+// the place of the next panel's weights.
+static void multiply_pair(const Product *p, const Window *window, const Rows *rows, int64_t k, int64_t count,
+                          const int8_t *left, const int8_t *right, Sums sums) {
+  const int64_t whole = count / STEP * STEP, rest = count % STEP;
+  begin_sums(k > 0, sums);
+  for (int64_t done = 0; done < whole;) {
+    int64_t run = whole, at = done;
+    if (window->pixels) {
+      const int64_t tap = (k + done) / p->channels, channel = (k + done) % p->channels;
+      const int64_t down = tap / p->taps_x * p->dilation_y, along = tap % p->taps_x * p->dilation_x;
+      run = smaller(p->channels - channel, whole - done);
+      at = (down * window->width + along) * window->pixel + channel;
+    }
+    multiply_steps(rows, at, left + done * PANEL, right + done * PANEL, run / STEP);
+    done += run;
+  }
   if (rest) {
     int8_t last[2][TILE] = {{0}};
-    memcpy(last[0], left + steps * TILE, (size_t)(rest * PANEL));
-    memcpy(last[1], right + steps * TILE, (size_t)(rest * PANEL));
-    multiply_steps(rows + steps * STEP, stride, last[0], last[1], 1, adds || steps, sums);
+    memcpy(last[0], left + whole * PANEL, (size_t)(rest * PANEL));
+    memcpy(last[1], right + whole * PANEL, (size_t)(rest * PANEL));
+    multiply_steps(rows, whole, last[0], last[1], 1);
   }
+  keep_sums(sums);
 }
 
 // Finish up to 16 columns of a pair of tiles; `own` are the output's rows and columns that `sums` have.
@@ -161,29 +192,101 @@ static int64_t stride_of(int64_t depth) {
   return ((smaller(depth, DEPTH) + STEP - 1) / STEP | 1) * STEP;
 }
 
-static void multiply_share(const Product *p, const Share *own, int8_t *gathered, Sums *sums) {
-  const int64_t gathered_stride = stride_of(own->depth), each = p->is_gated ? 1 : 2;
-  const int64_t pairs = (own->rows + PAIR - 1) / PAIR, as_it_lies = lies_in_rows(p) ? own->rows / PAIR : 0;
+// Whether the rows of a part are 16 pixels side by side, whatever the tap, in whole steps of one sample.
+static int sees_a_window(const Product *p, const Share *own) {
+  const int64_t pixels = p->out_height * p->out_width;
+  return p->taps_y * p->taps_x > 1 && p->stride_y * p->stride_x == 1 && p->out_width % SIDE == 0 &&
+         p->channels % STEP == 0 && own->first_row / pixels == (own->first_row + own->rows - 1) / pixels;
+}
+
+static Window window_of(const Product *p, const Share *own) {
+  const Window made = {0, own->first_row % (p->out_height * p->out_width) / p->out_width - p->pad_y,
+                       p->out_width + (p->taps_x - 1) * p->dilation_x, (p->channels / STEP | 1) * STEP};
+  return made;
+}
+
+static int64_t lines_of(const Product *p, const Share *own) {
+  const int64_t first = own->first_row / p->out_width, last = (own->first_row + own->rows - 1) / p->out_width;
+  return last - first + 1 + (p->taps_y - 1) * p->dilation_y;
+}
+
+static void copy_window(const Product *p, const Share *own, const Window *window) {
+  const int8_t *sample = p->x + own->first_row / (p->out_height * p->out_width) * p->height * p->width * p->channels;
+  for (int64_t line = 0; line < lines_of(p, own); ++line) {
+    const int64_t y = window->first_y + line;
+    for (int64_t column = 0; column < window->width; ++column) {
+      const int64_t x = column - p->pad_x;
+      int8_t *to = window->pixels + (line * window->width + column) * window->pixel;
+      if (y < 0 || y >= p->height || x < 0 || x >= p->width) {
+        memset(to, 0, (size_t)p->channels);
+      } else {
+        memcpy(to, sample + (y * p->width + x) * p->channels, (size_t)p->channels);
+      }
+    }
+  }
+}
+
+// A part at work: where the rows of its left operand are, and what has been added up so far.
+typedef struct {
+  const Product *product;
+  Share own;
+  Window window;
+  int64_t as_they_lie;  // pairs of tiles whose rows are the input's
+  int8_t *gathered;
+  int64_t stride;  // of what is gathered
+  Sums *sums;
+} Part;
+
+// The rows of a pair of tiles from integer k on; in a window from the first on.
+static Rows rows_of(const Part *part, int64_t pair, int64_t k) {
+  const Product *p = part->product;
+  const int64_t first = pair * PAIR, row = part->own.first_row + first;
+  // a second tile without rows is the first again, and not finished
+  const int64_t apart = first + SIDE < part->own.rows ? SIDE : 0;
+  if (part->window.pixels) {
+    const Window *window = &part->window;
+    const int64_t pixels = p->out_height * p->out_width, line = part->own.first_row % pixels / p->out_width;
+    const int8_t *found[2];
+    for (int64_t tile = 0; tile < 2; ++tile) {
+      const int64_t at = (row + tile * apart) % pixels;
+      found[tile] = window->pixels + ((at / p->out_width - line) * window->width + at % p->out_width) * window->pixel;
+    }
+    return (Rows){found[0], found[1], window->pixel};
+  }
+  const int64_t stride = pair < part->as_they_lie ? p->channels : part->stride;
+  const int8_t *upper = pair < part->as_they_lie ? p->x + row * stride + k : part->gathered + first * stride;
+  return (Rows){upper, upper + apart * stride, stride};
+}
+
+static void gather_rows(const Part *part, int64_t k, int64_t count) {
+  if (part->window.pixels) return;
+  const int64_t whole = (count + STEP - 1) / STEP * STEP;
+  for (int64_t r = part->as_they_lie * PAIR; r < part->own.rows; ++r) {
+    gather(part->product, part->own.first_row + r, k, k + count, part->gathered + r * part->stride);
+    memset(part->gathered + r * part->stride + count, 0, (size_t)(whole - count));
+  }
+}
+
+static void multiply_share(const Part *part) {
+  const Product *p = part->product;
+  const Share *own = &part->own;
+  const int64_t each = p->is_gated ? 1 : 2, pairs = (own->rows + PAIR - 1) / PAIR;
   RowOperands operands[BLOCK];
   for (int64_t r = 0; r < own->rows; ++r) {
     operands[r] = operands_of_row(&p->epilogue, own->first_row + r, own->all_rows, p->outputs);
   }
   for (int64_t k = 0; k < own->depth; k += DEPTH) {
-    const int64_t count = smaller(DEPTH, own->depth - k), whole = (count + STEP - 1) / STEP * STEP;
-    for (int64_t r = as_it_lies * PAIR; r < own->rows; ++r) {
-      gather(p, own->first_row + r, k, k + count, gathered + r * gathered_stride);
-      memset(gathered + r * gathered_stride + count, 0, (size_t)(whole - count));
-    }
+    const int64_t count = smaller(DEPTH, own->depth - k);
+    gather_rows(part, k, count);
     for (int64_t panel = own->first_panel; panel < own->end_panel; panel += each) {
       const int8_t *left = (const int8_t *)p->weight + (panel * own->depth + k) * PANEL;
       const int64_t to_right = p->is_gated ? panels_of(p) : panel + 1 < own->end_panel;
       const int64_t columns = smaller(p->outputs, own->end_panel * PANEL) - panel * PANEL;
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        Sums *kept = own->depth > DEPTH ? sums + (panel - own->first_panel) / each * pairs + pair : sums;
-        const int64_t first = pair * PAIR, stride = pair < as_it_lies ? p->channels : gathered_stride;
-        const int64_t row = own->first_row + first, count_of_rows = smaller(PAIR, own->rows - first);
-        const int8_t *rows = pair < as_it_lies ? p->x + row * stride + k : gathered + first * stride;
-        multiply_pair(rows, stride, left, left + to_right * own->depth * PANEL, count, k > 0, *kept);
+        Sums *kept = part->sums + (own->depth > DEPTH ? (panel - own->first_panel) / each * pairs + pair : 0);
+        const int64_t first = pair * PAIR, row = own->first_row + first, count_of_rows = smaller(PAIR, own->rows - first);
+        const Rows rows = rows_of(part, pair, k);
+        multiply_pair(p, &part->window, &rows, k, count, left, left + to_right * own->depth * PANEL, *kept);
         if (k + count < own->depth) continue;
         const int32_t(*done)[PAIR] = (const int32_t(*)[PAIR]) * kept;
         if (p->is_gated) {
@@ -196,20 +299,30 @@ static void multiply_share(const Product *p, const Share *own, int8_t *gathered,
   }
 }
 
-void ldmq_multiply_tiles(const void *given, int64_t part, int64_t parts) {
+void ldmq_multiply_tiles(const void *given, int64_t number, int64_t parts) {
   const Product *p = given;
   (void)parts;
-  const Share own = share_of(p, part);
-  const size_t pairs = (size_t)((own.rows + PAIR - 1) / PAIR);
-  const int64_t panels = own.end_panel - own.first_panel;
-  const size_t kept = own.depth > DEPTH ? pairs * (size_t)(p->is_gated ? panels : (panels + 1) / 2) : 1;
-  int8_t *gathered = aligned_alloc(STEP, pairs * PAIR * (size_t)stride_of(own.depth));
-  Sums *sums = aligned_alloc(STEP, kept * sizeof *sums);
-  if (gathered && sums) {
+  Part part = {p, share_of(p, number), {0}, 0, 0, 0, 0};
+  const Share *own = &part.own;
+  const int64_t pairs = (own->rows + PAIR - 1) / PAIR, panels = own->end_panel - own->first_panel;
+  const int64_t kept = own->depth > DEPTH ? pairs * (p->is_gated ? panels : (panels + 1) / 2) : 1;
+  const int has_window = sees_a_window(p, own);
+  part.window = window_of(p, own);
+  part.as_they_lie = lies_in_rows(p) ? own->rows / PAIR : 0;
+  part.stride = stride_of(own->depth);
+  const int64_t bytes = has_window ? lines_of(p, own) * part.window.width * part.window.pixel
+                                   : pairs * PAIR * part.stride;
+  part.gathered = aligned_alloc(STEP, (size_t)bytes);
+  part.sums = aligned_alloc(STEP, (size_t)kept * sizeof *part.sums);
+  if (part.gathered && part.sums) {
+    if (has_window) {
+      part.window.pixels = part.gathered;
+      copy_window(p, own, &part.window);
+    }
     Configuration before;  // oneDNN may count on its own
     _tile_storeconfig(&before);
     configure();
-    multiply_share(p, &own, gathered, sums);
+    multiply_share(&part);
     if (before.palette) {
       _tile_loadconfig(&before);
     } else {
@@ -218,7 +331,7 @@ void ldmq_multiply_tiles(const void *given, int64_t part, int64_t parts) {
   } else {
     tell(p->status, NO_MEMORY);
   }
-  free(sums);
-  free(gathered);
+  free(part.sums);
+  free(part.gathered);
 }
 #endif

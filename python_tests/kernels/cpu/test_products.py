@@ -28,6 +28,11 @@ CONVOLUTIONS = [
     (132, 33, 3, 5, 6, 1, 2, 2),  # 1188 integers of a row: more than are multiplied at once
     (64, 70, 3, 11, 13, 1, 1, 1),  # whole steps of 64, and more rows than are gathered at once
     (128, 48, 1, 9, 12, 1, 0, 1),  # rows that are multiplied as they lie
+    (64, 33, 3, 6, 16, 1, 1, 1),  # 16 outputs side by side: tiles of the input itself, with its padding
+    (64, 20, 3, 9, 48, 1, 1, 1),  # more than are multiplied in a part, which starts within a line
+    (128, 16, 3, 20, 32, 1, 2, 2),
+    (64, 18, 5, 5, 20, 1, 0, 1),
+    (384, 40, 3, 3, 16, 1, 1, 1),  # 3456 integers of a row: the rest of a tap comes after a part of the sums
     (8, 17, 5, 11, 13, 3, 0, 1),
     (8, 5, 2, 4, 4, 1, 3, 1),  # windows that see only padding
 ]
@@ -65,10 +70,11 @@ def test_the_largest_sums_are_exact(sign: int) -> None:
     assert torch.equal(out, (x_q.long() @ weight.long().t()).float())
 
 
+@pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_convolutions_are_exact(case: tuple[int, ...]) -> None:
+def test_convolutions_are_exact(case: tuple[int, ...], samples: int) -> None:
     channels, outputs, kernel, height, width, stride, padding, dilation = case
-    x_q, weight = integers(3, channels, height, width), integers(outputs, kernel, kernel, channels, seed=1)
+    x_q, weight = integers(samples, channels, height, width), integers(outputs, kernel, kernel, channels, seed=1)
     geometry = ((stride, stride), (padding, padding), (dilation, dilation), 1)
     packed = pack_conv2d(weight)
     assert products.is_packed(packed)
