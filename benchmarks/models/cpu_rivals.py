@@ -14,7 +14,6 @@ from torch import nn
 
 from benchmarks.harness.baselines import TOOLS, not_installed
 from benchmarks.harness.timing import Call
-from ldmq_kernels.integrations.diffusers.fused import fuse
 
 Inputs = dict[str, Any]
 
@@ -32,10 +31,6 @@ def by_torch(model: nn.Module, inputs: Inputs) -> Call:
             return model(**inputs)[0]
 
     return call
-
-
-def _fused(model: nn.Module, inputs: Inputs) -> Call:
-    return by_torch(fuse(model), inputs)
 
 
 def _compiled(model: nn.Module, inputs: Inputs) -> Call:
@@ -80,8 +75,8 @@ def _by_openvino(is_int8: bool, model: nn.Module, inputs: Inputs) -> Call:
 
 
 RIVALS: dict[str, Callable[[nn.Module, Inputs], Call]] = {
-    "fp32": _fused,
-    "bf16": _fused,
+    "fp32": by_torch,
+    "bf16": by_torch,
     "compiled": _compiled,
     "openvino": partial(_by_openvino, False),
     "openvino_int8": partial(_by_openvino, True),

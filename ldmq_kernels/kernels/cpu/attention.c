@@ -103,8 +103,6 @@ static void add_mask(float *scores, int64_t keys, float scale, const float *mask
   }
 }
 
-// -- a block ------------------------------------------------------------------------------------------------------
-
 // -- turns --------------------------------------------------------------------------------------------------------
 
 // In a turn, vectors make the weights of one group for some keys. Beside that, tiles multiply the queries of the next
@@ -300,6 +298,7 @@ typedef struct {
 
 static void attend_part(const void *given, int64_t part, int64_t parts) {
   const Attention *a = given;
+  (void)parts;
   const int64_t blocks = steps_of(a->queries, GROUPS * QUERIES);
   Tiles before, own = {.palette = 1};
   for (int tile = 0; tile < 8; ++tile) {
@@ -309,9 +308,7 @@ static void attend_part(const void *given, int64_t part, int64_t parts) {
   _tile_storeconfig(&before);  // oneDNN keeps its own between calls
   _tile_loadconfig(&own);
   Block block;
-  for (int64_t item = part; item < a->batch * a->heads * blocks; item += parts) {
-    attend_block(a, &block, item / blocks, item % blocks * GROUPS * QUERIES);
-  }
+  attend_block(a, &block, part / blocks, part % blocks * GROUPS * QUERIES);
   if (before.palette) {
     _tile_loadconfig(&before);
   } else {
@@ -338,6 +335,6 @@ void ldmq_attention(const uint16_t *query, int64_t query_batch, int64_t query_to
                           batch, heads, queries, keys, channels,
                           maybe_mask, mask_batch, mask_head, mask_query, (float)scale, packed, out};
   ldmq_in_parts(ldmq_pack_part, &task, threads, threads);
-  ldmq_in_parts(attend_part, &task, threads, threads);
+  ldmq_in_parts(attend_part, &task, batch * heads * steps_of(queries, GROUPS * QUERIES), threads);
 }
 #endif

@@ -37,7 +37,7 @@ VECTORS = {  # by torch's name of what it uses itself
     "AVX2": ("-march=x86-64-v3",),
 }
 TILES = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
-OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+OPENMP = "GOMP_parallel"
 UNFAILING = ("ldmq_quantize_measured", "ldmq_finish")  # which return nothing
 HAS_NAN, NO_MEMORY = 1, 2  # as producers.h has them, which tells of both at once by their sum
 SECONDS = 60
@@ -119,8 +119,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     except (NoLibraryError, OSError) as error:
         return None, str(error)
     process = ctypes.CDLL(None)
-    if all(hasattr(process, name) for name in OPENMP):
-        library.ldmq_use_openmp(*(ctypes.cast(getattr(process, name), ctypes.c_void_p) for name in OPENMP))
+    if hasattr(process, OPENMP):
+        library.ldmq_use_openmp(ctypes.cast(getattr(process, OPENMP), ctypes.c_void_p))
     pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     epilogue = [pointer, size, *[pointer] * 3, size, pointer, size, pointer, flag, pointer, flag]
     quantization = [pointer, size, pointer, pointer]
