@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -39,12 +39,15 @@ class Packer:
         pack: (weight, multiplier, channels) -> the packed tensor. The weight and its multiplier, None where it has
             none, are as the op takes them; channels is the length of the weight's last axis in integers.
         unpack: (packed, multiplier, outputs) -> the weight that was packed, of this many output channels.
+        join: (packed weights, output channels of each) -> one of all their outputs in turn, with the weights one after
+            the other along its first axis; None where these cannot be joined. No function where none can.
     """
 
     layout: str
     is_packed: Callable[[Tensor], bool]
     pack: Callable[[Tensor, Tensor | None, int], Tensor]
     unpack: Callable[[Tensor, Tensor | None, int], Tensor]
+    join: Callable[[Sequence[Tensor], Sequence[int]], Tensor | None] | None = None
 
 
 class Tiles(ABC):

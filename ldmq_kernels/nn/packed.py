@@ -206,6 +206,10 @@ class PackedWeight(nn.Module):
             self._hold(PLAIN, None)
             self.packer, self._packed_for_linear = packer, as_linear
 
+    def hold_part(self, whole: Tensor) -> None:
+        """Hold the weight, packed or plain, as a part of a larger one that has the same values."""
+        self._buffers[PLAIN if self.packed_weight is None else PACKED] = whole
+
     def unpack(self) -> None:
         """Hold the plain weight again."""
         packed = self._buffers.get(PACKED)

@@ -18,6 +18,7 @@ from ldmq_kernels.conversion import convert
 from ldmq_kernels.integrations.diffusers.fused import FUSED, PLAIN, fuse, unfuse
 from ldmq_kernels.integrations.diffusers.fused.transformer_block import FusedBasicTransformerBlock
 from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.kernels.cpu import packing, products
 from ldmq_kernels.nn import QuantLinear
 from ldmq_kernels.numerics.sqnr import sqnr_db
 from ldmq_kernels.plans.layers import quantizable_layers
@@ -237,6 +238,35 @@ def test_q_k_and_v_are_one_exact_product_without_a_second_copy(scheme: str) -> N
         assert torch.equal(run_unet(unet), fused)
         assert served(lambda: run_unet(unet)) == counts
         assert torch.equal(run_unet(unet.to(torch.float64).to(torch.float32)), fused)
+
+
+@pytest.mark.skipif(not products.serves(), reason="weights are packed in a form that cannot be joined")
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w4a8-static"])
+def test_packed_weights_of_q_k_and_v_are_joined_without_a_second_copy(scheme: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "join_linear", lambda *_: None)
+        packing.packers.cache_clear()
+        apart = run_unet(quantized_unet(scheme))
+    packing.packers.cache_clear()
+    unet = quantized_unet(scheme)
+    block = next(m for m in unet.modules() if isinstance(m, FusedBasicTransformerBlock))
+    layers = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+    packed = [layer.packed_weight for layer in layers]
+    assert len({weight.untyped_storage().data_ptr() for weight in packed if weight is not None}) == 1
+    products_of = [
+        sum(count for op, count in served(lambda model=model: run_unet(model)).items() if op.startswith("linear"))
+        for model in (unfuse(copy.deepcopy(unet)), unet)
+    ]
+    assert products_of[0] - products_of[1] >= 3 * sum(isinstance(m, FusedBasicTransformerBlock) for m in unet.modules())
+    assert torch.equal(run_unet(unet), apart)
+    saved = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    for clone in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet)), unet.to(torch.float64).to(torch.float32)):
+        assert torch.equal(run_unet(clone), apart)
+    others = {name: tensor.flip(0) for name, tensor in saved.items() if name.endswith("attn1.to_v.weight")}
+    unet.load_state_dict({**saved, **others})
+    assert not torch.equal(run_unet(unet), apart)
+    unet.load_state_dict(saved)
+    assert torch.equal(run_unet(unet), apart)
 
 
 def test_projections_of_different_scales_are_quantized_apart() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,12 @@ def unpack_linear(packed: Tensor, outputs: int) -> Tensor:
     if products.is_packed(packed):
         return products.unpack(packed, outputs).flatten(1)
     return widened.unpack_linear(packed) if packed.dtype == torch.float32 else packed.to_dense().t().contiguous()
+
+
+def join_linear(packed: Sequence[Tensor], outputs: Sequence[int]) -> Tensor | None:
+    """Packed weights of one input as one, of all their outputs in turn; None but for whole panels of `products`."""
+    begin_panels = all(count % products.PANEL == 0 for count in outputs[:-1])
+    return torch.cat(list(packed)) if begin_panels and all(map(products.is_packed, packed)) else None
 
 
 def pack_conv2d(weight: Tensor) -> Tensor:
@@ -96,7 +102,12 @@ def lay_out_conv2d(
         packed._ldmq_is_laid_out = True  # type: ignore[attr-defined]
 
 
-def _packer(layout: str, pack: Callable[[Tensor], Tensor], unpack: Callable[[Tensor, int], Tensor]) -> Packer:
+def _packer(
+    layout: str,
+    pack: Callable[[Tensor], Tensor],
+    unpack: Callable[[Tensor, int], Tensor],
+    join: Callable[[Sequence[Tensor], Sequence[int]], Tensor | None] | None = None,
+) -> Packer:
     """How the weight of a product is held; int4 ones are folded with their multipliers, which int8 holds exactly."""
 
     def packed(weight: Tensor, multiplier: Tensor | None, channels: int) -> Tensor:
@@ -106,14 +117,14 @@ def _packer(layout: str, pack: Callable[[Tensor], Tensor], unpack: Callable[[Ten
         integers = unpack(tensor, outputs)
         return integers if multiplier is None else pack_int4(divide_multiplier(integers, multiplier))
 
-    return Packer(layout, is_packed, packed, unpacked)
+    return Packer(layout, is_packed, packed, unpacked, join)
 
 
 @functools.cache
 def packers() -> Mapping[str, Packer]:
     """How the weights of the products of quantized activations are held on this processor, by op."""
     layout = products.form() or ("oneDNN" if self_check.is_exact() else "float32")
-    linear = _packer(layout, pack_linear, unpack_linear)
+    linear = _packer(layout, pack_linear, unpack_linear, join_linear)
     conv2d = _packer(layout, pack_conv2d, unpack_conv2d)
     linears = dict.fromkeys(("linear_w8a8", "linear_static_w8a8", "linear_geglu_w8a8", "linear_w4a8"), linear)
     convolutions = dict.fromkeys(("conv2d_w8a8", "conv2d_w4a8"), conv2d)

@@ -18,18 +18,22 @@ class MergedLinears:
 
     The weights are not held twice: the layers' buffers become views of the whole. What is merged is valid
     until one of the layers is filled, loaded or moved.
+
+    Args:
+        layers: those of which `whole_weight` made one.
+        weight: what it made.
     """
 
-    def __init__(self, layers: Sequence[QuantLinear]) -> None:
+    def __init__(self, layers: Sequence[QuantLinear], weight: Tensor) -> None:
         self.layers = tuple(layers)
-        whole = torch.cat([layer.plain_weight for layer in layers])
         self.operands = [torch.cat(parts) for parts in zip(*(layer.operands() for layer in layers), strict=True)]
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = torch.cat([bias.detach() for bias in biases]) if biases else None
         self.widths = [layer.out_features for layer in layers]
-        for layer, part in zip(layers, whole.split(self.widths), strict=True):
-            layer.fill("weight", part)
-        self.weight = whole
+        self.weight = weight
+        parts = weight.split([len(layer.kernel_weight(True)) for layer in layers])
+        for layer, part in zip(layers, parts, strict=True):
+            layer.hold_part(part)
         self._revisions = [layer.revision for layer in layers]
 
     def is_valid(self, layers: Sequence[Any]) -> bool:
@@ -60,13 +64,21 @@ def share_quantization(layers: Sequence[Any]) -> bool:
     )
 
 
-def can_merge(layers: Sequence[QuantLinear]) -> bool:
-    """Whether layers that share their quantization can be one product: the same weights' format, none packed."""
-    return (
-        len({str(layer.scheme) for layer in layers}) == 1
-        and len({layer.bias is None for layer in layers}) == 1
-        and all(layer.packed_weight is None for layer in layers)
-    )
+def whole_weight(layers: Sequence[QuantLinear]) -> Tensor | None:
+    """The weights of layers that share their quantization as one, in their order: plain, or packed as they are.
+
+    Returns:
+        None where they cannot be one product: weights of another format, or packed so that they cannot be joined.
+    """
+    if len({str(layer.scheme) for layer in layers}) > 1 or len({layer.bias is None for layer in layers}) > 1:
+        return None
+    packed = [layer.packed_weight for layer in layers]
+    if all(weight is None for weight in packed):
+        return torch.cat([layer.plain_weight for layer in layers])
+    held, packer = [weight for weight in packed if weight is not None], layers[0].packer
+    if packer is None or packer.join is None or len(held) < len(layers):
+        return None
+    return packer.join(held, [layer.out_features for layer in layers])
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

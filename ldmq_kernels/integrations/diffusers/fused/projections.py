@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.integrations.diffusers.fused.eligibility import takes_quantized
-from ldmq_kernels.integrations.diffusers.fused.merged import MergedLinears, can_merge, share_quantization
+from ldmq_kernels.integrations.diffusers.fused.merged import MergedLinears, share_quantization, whole_weight
 from ldmq_kernels.tracing import is_exported
 
 FOUND = ("_shared", "_looked_at")  # what a block has looked up, and looks up again in a copy
@@ -22,7 +22,8 @@ class Projections:
         self.layers = tuple(layers)
         self._revisions = [getattr(layer, "revision", None) for layer in layers]
         self._shares = share_quantization(layers)
-        self._merged = MergedLinears(layers) if self._shares and len(layers) > 1 and can_merge(layers) else None
+        weight = whole_weight(layers) if self._shares and len(layers) > 1 else None
+        self._merged = None if weight is None else MergedLinears(layers, weight)
 
     def __call__(
         self, layers: Sequence[Any], dtype: torch.dtype, quantize: Callable[[Any], tuple], plain: Callable[[], Tensor]
