@@ -21,6 +21,7 @@ from ldmq_kernels.numerics.formats.int4 import pack_int4, unpack_int4
 from ldmq_kernels.numerics.formats.int4_two_level import divide_multiplier, fold_multiplier
 
 _LAYING_OUT = threading.Lock()
+TRIMMED = 1 << 20  # integers of a weight that leaves a hole in memory worth giving back
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -111,7 +112,10 @@ def _packer(
     """How the weight of a product is held; int4 ones are folded with their multipliers, which int8 holds exactly."""
 
     def packed(weight: Tensor, multiplier: Tensor | None, channels: int) -> Tensor:
-        return pack(weight if multiplier is None else fold_multiplier(unpack_int4(weight, channels), multiplier))
+        held = pack(weight if multiplier is None else fold_multiplier(unpack_int4(weight, channels), multiplier))
+        if weight.numel() >= TRIMMED:
+            _trim()(0)
+        return held
 
     def unpacked(tensor: Tensor, multiplier: Tensor | None, outputs: int) -> Tensor:
         integers = unpack(tensor, outputs)

@@ -62,9 +62,15 @@ def pack(weight: Tensor) -> Tensor:
         weight = weight[:, None, None]
     outputs, group = weight.shape[0], _group()
     dtype = torch.int8 if form() == TILES else torch.int16
-    panels = weight.new_zeros(-(-outputs // PANEL) * PANEL, *weight.shape[1:], dtype=dtype)
-    panels[:outputs] = weight
-    return panels.unflatten(0, (-1, PANEL)).unflatten(-1, (-1, group)).movedim(1, -2).contiguous()
+    packed = weight.new_zeros(
+        -(-outputs // PANEL), *weight.shape[1:-1], weight.shape[-1] // group, PANEL, group, dtype=dtype
+    )
+    whole = outputs // PANEL * PANEL
+    places = packed.movedim(-2, 1)
+    places[: whole // PANEL] = weight[:whole].unflatten(0, (-1, PANEL)).unflatten(-1, (-1, group))
+    if whole < outputs:
+        places[-1, : outputs - whole] = weight[whole:].unflatten(-1, (-1, group))
+    return packed
 
 
 def unpack(packed: Tensor, outputs: int) -> Tensor:
