@@ -13,6 +13,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "amx.h"
 #include "parts.h"
 
 enum {
@@ -290,30 +291,14 @@ static void attend_block(const Attention *a, Block *block, int64_t head, int64_t
 
 // -- tiles --------------------------------------------------------------------------------------------------------
 
-typedef struct {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-} __attribute__((aligned(64))) Tiles;
-
 static void attend_part(const void *given, int64_t part, int64_t parts) {
   const Attention *a = given;
   (void)parts;
   const int64_t blocks = steps_of(a->queries, GROUPS * QUERIES);
-  Tiles before, own = {.palette = 1};
-  for (int tile = 0; tile < 8; ++tile) {
-    own.row_bytes[tile] = 64;
-    own.rows[tile] = SIDE;
-  }
-  _tile_storeconfig(&before);  // oneDNN keeps its own between calls
-  _tile_loadconfig(&own);
+  const TileSizes before = take_tiles();
   Block block;
   attend_block(a, &block, part / blocks, part % blocks * GROUPS * QUERIES);
-  if (before.palette) {
-    _tile_loadconfig(&before);
-  } else {
-    _tile_release();
-  }
+  give_tiles_back(&before);
 }
 
 // How many bfloat16 values `packed` must have room for.

@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "parts.h"
+
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define LDMQ_HAS_ATTENTION
 #include <immintrin.h>
@@ -32,7 +34,6 @@ typedef struct {
   uint16_t *out;     // (batch, queries, heads, channels)
 } Attention;
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t steps_of(int64_t count, int64_t step) { return (count + step - 1) / step; }
 static inline int64_t column_tiles(const Attention *a) { return a->channels / SIDE + 1; }
 static inline int64_t channel_tiles(const Attention *a) { return steps_of(a->channels, PAIRED); }

@@ -6,3 +6,5 @@
 // Does work(task, part, parts) for each part, on so many threads; on this one where there is no OpenMP.
 void ldmq_in_parts(void (*work)(const void *task, int64_t part, int64_t parts), const void *task, int64_t parts,
                    int64_t threads);
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

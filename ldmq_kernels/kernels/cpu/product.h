@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "epilogue.h"
+#include "parts.h"
 #include "producers.h"
 
 enum { PANEL = 16 };  // output channels whose weights lie side by side
@@ -34,8 +35,6 @@ typedef struct {
 static inline int64_t panels_of(const Product *p) {
   return ((p->is_gated ? p->outputs / 2 : p->outputs) + PANEL - 1) / PANEL;
 }
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline Share share_of(const Product *p, int64_t part) {
   const int64_t panels = panels_of(p), column = part % p->column_parts;

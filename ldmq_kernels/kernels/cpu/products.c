@@ -1,7 +1,6 @@
 // int8 products, exact: of a linear or a convolution, and their epilogue.
-#include "product.h"
-
 #include "parts.h"
+#include "product.h"
 
 typedef struct {
   int64_t rows, side;  // most rows that a part gathers, and those that are multiplied together

@@ -5,10 +5,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "amx.h"
 #include "product.h"
 
 #ifdef __AMX_INT8__
-#include <immintrin.h>
 
 enum {
   SIDE = 16,              // rows and columns of a tile
@@ -21,22 +21,7 @@ enum {
 
 typedef int32_t Sums[PAIR][PAIR];
 
-typedef struct {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t bytes_of_row[16];
-  uint8_t rows[16];
-} Configuration;
-
 GATHER(int8_t)
-
-static void configure(void) {
-  Configuration all = {.palette = 1};
-  for (int tile = 0; tile < 8; ++tile) {
-    all.bytes_of_row[tile] = STEP;
-    all.rows[tile] = SIDE;
-  }
-  _tile_loadconfig(&all);
-}
 
 // The part of the input that a part's rows see, with its padding: a tile is 16 pixels beside one another, for each tap.
 typedef struct {
@@ -319,15 +304,9 @@ void ldmq_multiply_tiles(const void *given, int64_t number, int64_t parts) {
       part.window.pixels = part.gathered;
       copy_window(p, own, &part.window);
     }
-    Configuration before;  // oneDNN may count on its own
-    _tile_storeconfig(&before);
-    configure();
+    const TileSizes before = take_tiles();
     multiply_share(&part);
-    if (before.palette) {
-      _tile_loadconfig(&before);
-    } else {
-      _tile_release();
-    }
+    give_tiles_back(&before);
   } else {
     tell(p->status, NO_MEMORY);
   }
