@@ -12,6 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 import ldmq_kernels as ldmq
+from ldmq_kernels.integrations.diffusers.fused.merged import MergedLinears
 from ldmq_kernels.integrations.diffusers.fused.transformer_block import projects_text_alone
 from ldmq_kernels.integrations.diffusers.text_cache import KEPT, TextCache
 from ldmq_kernels.nn import QuantLinear
@@ -59,11 +60,13 @@ def projections(unet: Any, call: Callable[[], Any], monkeypatch: pytest.MonkeyPa
     names = {id(m): n for n, m in unet.named_modules() if n.endswith("attn2.to_k")}
     calls: list[str] = []
     with monkeypatch.context() as patch:
-        for kind, name in ((nn.Linear, "forward"), (QuantLinear, "forward"), (QuantLinear, "linear")):
-            real = getattr(kind, name)
+        alone = ((nn.Linear, "forward"), (QuantLinear, "forward"), (QuantLinear, "linear"))
+        for kind, name in (*alone, (MergedLinears, "products")):
+            real: Any = getattr(kind, name)
 
             def counted(self: Any, *args: Any, real: Any = real, **kwargs: Any) -> Any:
-                calls.extend([names[id(self)]] if id(self) in names else [])
+                layers = self.layers if isinstance(self, MergedLinears) else [self]
+                calls.extend(names[id(layer)] for layer in layers if id(layer) in names)
                 return real(self, *args, **kwargs)
 
             patch.setattr(kind, name, counted)
