@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    limits = {"FEWEST_QUERIES": 1, "FEWEST_KEYS": 1} if options.all else {}
+    limits = {name: 1 if options.all else getattr(cpu, name) for name in ("FEWEST_QUERIES", "FEWEST_KEYS")}
     with torch.inference_mode(), patch.multiple(cpu, **limits):
         for shape in [Shape(*map(int, text.split("x"))) for text in options.shape or ()] or SHAPES:
             own, torchs, ratio = measured(shape, options.rounds)

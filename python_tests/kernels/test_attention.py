@@ -236,7 +236,8 @@ def test_the_fake_kernel_promises_what_there_is() -> None:
 
 
 def test_the_benchmark_measures_the_op_beside_torchs(capsys: pytest.CaptureFixture[str]) -> None:
-    attention.main(["--shape", "1x64x33x2x40", "--rounds", "1", "--all"])
+    attention.main(["--shape", "1x64x33x2x40", "--rounds", "1"])
+    attention.main(["--shape", "1x7x5x2x40", "--rounds", "1", "--all", "--threads", str(torch.get_num_threads())])
     assert "1x64 to 33, 2 heads of 40" in capsys.readouterr().out
     assert cpu.FEWEST_QUERIES > 1
 
