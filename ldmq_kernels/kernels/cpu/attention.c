@@ -1,6 +1,6 @@
 // softmax(query key^T * scale + mask) value of bfloat16 by AMX tiles, without the scores in memory.
 //
-// Groups of 32 queries of one head meet the keys 256 at a time: tiles multiply them into float32 scores, vectors make
+// Groups of 32 queries of one head meet the keys 128 at a time: tiles multiply them into float32 scores, vectors make
 // weights of the scores, and tiles add the weighted values to sums in float32. Weights are 2^(score - shift), where the
 // shift of a query is a score of its own: the largest for the first keys, and a new one only where a later score is
 // greater by more than `GROWTH`; up to that bfloat16 and the sums hold the weights as exactly. Each weight is rounded
@@ -18,8 +18,8 @@
 
 enum {
   QUERIES = 2 * SIDE,             // of a group, which tiles multiply together
-  GROUPS = 2,                     // of a block, which meet the same keys one after the other
-  KEYS = 256,                     // that a group meets at a time
+  GROUPS = 4,                     // of a block, which meet the same keys one after the other
+  KEYS = 128,                     // that a group meets at a time
   LARGEST_HEAD = 256,             // channels of a head
   COLUMNS = LARGEST_HEAD + SIDE,  // of the sums: one is that of the weights
   SCORE_STRIDE = KEYS + SIDE,     // a power of two would put a tile's rows into the same lines of the first cache
