@@ -15,6 +15,7 @@ import ldmq_kernels as ldmq
 from ldmq_kernels import ops
 from ldmq_kernels.integrations.diffusers.batch_invariance import find_variance
 from ldmq_kernels.kernels import dispatch
+from ldmq_kernels.kernels.cpu import attention as cpu_attention
 from ldmq_kernels.nn import QuantConv2d, QuantLinear
 from ldmq_kernels.numerics.formats import SCHEMES
 from python_tests.breadth import parts
@@ -110,3 +111,19 @@ def test_a_picture_of_a_transformer_is_modulated_by_its_own_terms(shared_pipe: A
     names = ("layer_norm_quantize", "gelu_quantize")
     assert [sum(n for (op, _), n in calls.items() if op == name) for name in names] == [1, 2]
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_attention_of_a_picture_is_its_own(shared_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (torch.randn(3, length, 2, 8).bfloat16() for length in (70, 40, 40))
+    mask = torch.randn(3, 1, 1, 40).bfloat16()
+
+    def attend(of: slice) -> Tensor:
+        return ops.attention(query[of], key[of], value[of], mask[of])
+
+    alone = torch.cat([attend(slice(i, i + 1)) for i in range(3)])
+    samples: list[int] = []
+    real = cpu_attention.is_compiled
+    monkeypatch.setattr(cpu_attention, "is_compiled", lambda q, *others: samples.append(len(q)) or real(q, *others))
+    with ldmq.batch_invariant(shared_pipe, 3):
+        assert torch.equal(attend(slice(None)), alone)
+    assert samples == [1, 1, 1]
