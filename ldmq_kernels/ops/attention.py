@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldmq_kernels.kernels.cpu.attention import attention as _attention
+from ldmq_kernels.kernels.backend import backends
 from ldmq_kernels.ops.spec import LDMQ, define_plain
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    return backends()["cpu"].attention(query, key, value, mask)
 
 
 def _metadata(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

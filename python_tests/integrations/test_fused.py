@@ -294,6 +294,7 @@ def test_upsampling_is_inside_the_convolution(output_size: tuple[int, int] | Non
     assert len(sizes) == (output_size == (9, 13))
 
 
+@pytest.mark.usefixtures("as_unfused")
 def test_a_vae_is_fused_with_its_far_padding_inside_the_convolution() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -310,6 +311,9 @@ def test_a_vae_is_fused_with_its_far_padding_inside_the_convolution() -> None:
         latents, wanted = vae.encode(picture).latent_dist.mean, plain.encode(picture).latent_dist.mean
         assert float(sqnr_db(wanted, latents)) > NEAR
         assert float(sqnr_db(plain.decode(latents).sample, vae.decode(latents).sample)) > NEAR
+        resnets = sum(type(m).__name__ == "ResnetBlock2D" for m in vae.decoder.modules())
+        calls = served(lambda: vae.decode(latents))
+        assert calls["group_norm_silu_quantize"] >= 2 * resnets, "a decoder's blocks call their norms group"
     padded: list[torch.dtype] = []
     down = next(m for m in vae.modules() if type(m).__name__ == "Downsample2D")
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():

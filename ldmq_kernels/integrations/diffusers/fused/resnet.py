@@ -53,7 +53,11 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
     def can_add_vector(self) -> bool:
         """Whether the block is two convolutions of SiLU of norms, and adds its time embedding after the first."""
-        plain = self.upsample is None and self.downsample is None and self.time_embedding_norm == "default"
+        # a VAE's decoder has no time embedding, and calls that "group"
+        adds = self.time_embedding_norm == "default" or (
+            self.time_embedding_norm == "group" and self.time_emb_proj is None
+        )
+        plain = self.upsample is None and self.downsample is None and adds
         return (
             plain
             and self.output_scale_factor == 1
