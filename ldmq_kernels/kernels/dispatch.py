@@ -30,9 +30,6 @@ from ldmq_kernels.kernels.op_spec import Arguments, Key, OpSpec, spec_of
 
 MOST_SHAPES = 4096  # remembered for an op and device
 
-# the dictionary within os.environ, under the system's own form of a name; os.environ itself where there is none
-_ENVIRONMENT = getattr(os.environ, "_data", os.environ)
-_NAME = os.environ.encodekey("LDMQ_BACKEND") if _ENVIRONMENT is not os.environ else "LDMQ_BACKEND"
 _override: ContextVar[str | None] = ContextVar("ldmq_backend", default=None)
 _calls: Counter[tuple[str, str, torch.device]] = Counter()
 _refusals: Counter[tuple[str, str, str]] = Counter()
@@ -60,14 +57,9 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def _asked_for() -> str | None:
-    """LDMQ_BACKEND as it is now; `os.environ` raises and catches where a name is absent, a microsecond in each op."""
-    return os.getenv("LDMQ_BACKEND") if _NAME in _ENVIRONMENT else None
-
-
 def forced_backend() -> str | None:
     """The backend that `use_backend` or LDMQ_BACKEND asks for, if any."""
-    name = _override.get() or _asked_for() or None
+    name = _override.get() or os.environ.get("LDMQ_BACKEND") or None
     return _check(name) if name else None
 
 
@@ -227,7 +219,7 @@ def _tell_of_the_definition(device: torch.device) -> None:
 
 def server(op: str) -> Callable[..., Any]:
     """The implementation of an op: hands the call to the first backend that takes it."""
-    table, spec = backends(), spec_of(op)
+    table, environment, spec = backends(), os.environ, spec_of(op)
     floating = spec.floating
 
     def serve(*arguments: Any) -> Any:
@@ -236,7 +228,7 @@ def server(op: str) -> Callable[..., Any]:
                 if index < len(arguments) and (tensor := arguments[index]) is not None and tensor.requires_grad:
                     return differentiated(arguments)
         device = arguments[0].device
-        forced = _override.get() or _asked_for()
+        forced = _override.get() or environment.get("LDMQ_BACKEND")
         chosen = choice(op, device)
         names = chosen.order(arguments) if not forced else (forced,) if forced in table else (_check(forced),)
         reasons: list[str] = []

@@ -11,6 +11,10 @@ typedef struct {
   uint8_t rows[16];
 } __attribute__((aligned(64))) TileSizes;
 
+// GCC's tile loads do not say that they read memory, nor its configuration all that it reads and writes: what is
+// written before this is there for them, and what they have written is read anew.
+#define MEMORY_IS_WRITTEN() __asm__ volatile("" ::: "memory")
+
 // Take the tiles; what they were set to before, which oneDNN keeps between its calls.
 static inline TileSizes take_tiles(void) {
   TileSizes before, own = {.palette = 1};
@@ -19,11 +23,13 @@ static inline TileSizes take_tiles(void) {
     own.rows[tile] = 16;
   }
   _tile_storeconfig(&before);
+  MEMORY_IS_WRITTEN();
   _tile_loadconfig(&own);
   return before;
 }
 
 static inline void give_tiles_back(const TileSizes *before) {
+  MEMORY_IS_WRITTEN();
   if (before->palette) {
     _tile_loadconfig(before);
   } else {

@@ -146,9 +146,6 @@ static inline void weigh_some(Turn *t) {
   for (const int64_t end = t->rows * t->step / t->steps; t->row < end; ++t->row) weigh_row(t, t->row);
 }
 
-// The compiler's tile loads do not say that they read memory.
-#define MEMORY_IS_WRITTEN() __asm__ volatile("" ::: "memory")
-
 static inline void store_tiles(float *to, int64_t stride, int has_two) {
   _tile_stored(0, to, stride * 4);
   _tile_stored(2, to + SIDE * stride, stride * 4);

@@ -12,8 +12,7 @@
 enum {
   ROWS = 6,      // outputs of a panel whose sums stay in registers: 12 of 16
   DEPTH = 1024,  // integers of a row that are multiplied before the sums go to memory
-  STRIDE = DEPTH + 32,  // of gathered rows: a power of two would put them into the same lines of the first cache
-  BLOCK = 96            // rows that are gathered together at most: 198 KiB
+  STRIDE = DEPTH + 32   // of gathered rows: a power of two would put them into the same lines of the first cache
 };
 
 GATHER(int16_t)
@@ -67,7 +66,7 @@ static void finish_row(const Product *p, const RowOperands *own, int64_t row, in
 }
 
 static void multiply_share(const Product *p, const Share *own, int16_t *gathered, int32_t (*sums)[PANEL]) {
-  RowOperands operands[BLOCK];
+  RowOperands operands[PAIRED_ROWS];
   for (int64_t r = 0; r < own->rows; ++r) {
     operands[r] = operands_of_row(&p->epilogue, own->first_row + r, own->all_rows, p->outputs);
   }

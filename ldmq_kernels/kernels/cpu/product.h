@@ -10,7 +10,11 @@
 #include "parts.h"
 #include "producers.h"
 
-enum { PANEL = 16 };  // output channels whose weights lie side by side
+enum {
+  PANEL = 16,        // output channels whose weights lie side by side
+  TILED_ROWS = 256,  // of a part at most: gathered 784 KiB, of a second cache of 2 MiB
+  PAIRED_ROWS = 96   // gathered 198 KiB
+};
 
 typedef struct {
   const int8_t *x;  // (samples, height, width, channels)

@@ -8,9 +8,9 @@ typedef struct {
 } Multiplier;
 
 #if defined(__AMX_INT8__)
-static const Multiplier multiplier = {256, 32, ldmq_multiply_tiles};
+static const Multiplier multiplier = {TILED_ROWS, 32, ldmq_multiply_tiles};
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-static const Multiplier multiplier = {96, 6, ldmq_multiply_pairs};
+static const Multiplier multiplier = {PAIRED_ROWS, 6, ldmq_multiply_pairs};
 #else
 static const Multiplier multiplier = {0, 0, 0};
 #endif

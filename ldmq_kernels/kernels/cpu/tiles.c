@@ -1,7 +1,8 @@
 // A product on a processor with AMX: 16 rows by 16 outputs of 64 integers for each instruction, exact in 32 bits.
 //
 // Weights are groups of four input channels of 16 outputs, so that 16 groups are a tile as they lie. Rows of a linear
-// are tiles as they lie, too; those of a convolution are gathered.
+// are tiles as they lie, too, and so are those of a convolution whose outputs lie 16 side by side, for each tap, in a
+// padded copy of what a part sees of the input; others are gathered.
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,8 +16,7 @@ enum {
   PAIR = 2 * SIDE,        // rows and columns that are multiplied together: 4 of 8 tiles are their sums
   STEP = 64,              // integers of a row in a tile
   TILE = SIDE * STEP,     // bytes
-  DEPTH = 48 * STEP,      // integers of a row that are multiplied before the sums go to memory
-  BLOCK = 256             // rows that are gathered together at most: 784 KiB, of a second cache of 2 MiB
+  DEPTH = 48 * STEP       // integers of a row that are multiplied before the sums go to memory
 };
 
 typedef int32_t Sums[PAIR][PAIR];
@@ -36,6 +36,7 @@ typedef struct {
 } Rows;
 
 static void begin_sums(int adds, Sums sums) {
+  MEMORY_IS_WRITTEN();
   if (adds) {
     _tile_loadd(0, sums[0], sizeof sums[0]);
     _tile_loadd(1, sums[0] + SIDE, sizeof sums[0]);
@@ -54,6 +55,7 @@ static void keep_sums(Sums sums) {
   _tile_stored(1, sums[0] + SIDE, sizeof sums[0]);
   _tile_stored(2, sums[SIDE], sizeof sums[0]);
   _tile_stored(3, sums[SIDE] + SIDE, sizeof sums[0]);
+  MEMORY_IS_WRITTEN();
 }
 
 // Two tiles of rows by two of weights over so many steps, added to the sums, which stay in tiles 0 to 3.
@@ -92,12 +94,13 @@ static void multiply_pair(const Product *p, const Window *window, const Rows *ro
     int8_t last[2][TILE] = {{0}};
     memcpy(last[0], left + whole * PANEL, (size_t)(rest * PANEL));
     memcpy(last[1], right + whole * PANEL, (size_t)(rest * PANEL));
+    MEMORY_IS_WRITTEN();
     multiply_steps(rows, whole, last[0], last[1], 1);
   }
   keep_sums(sums);
 }
 
-// Finish up to 16 columns of a pair of tiles; `own` are the output's rows and columns that `sums` have.
+// Finish up to 16 columns of a pair of tiles, those of `own`, from `column` on; the first is at `at` in the output.
 static void finish_columns(const Epilogue e, const RowOperands *operands, int64_t rows, int64_t column, __mmask16 own,
                            int64_t at, int64_t outputs, const int32_t (*sums)[PAIR]) {
   const __m512 one = _mm512_set1_ps(1.0f), none = _mm512_setzero_ps();
@@ -170,7 +173,6 @@ static int lies_in_rows(const Product *p) {
   return p->taps_y * p->taps_x == 1 && p->stride_y * p->stride_x == 1 && p->out_height == p->height &&
          p->out_width == p->width && p->channels % STEP == 0 && p->channels % 2048;
 }
-
 
 // Bytes between gathered rows: an odd number of lines, so that rows are not in the same lines of the first cache.
 static int64_t stride_of(int64_t depth) {
@@ -256,7 +258,7 @@ static void multiply_share(const Part *part) {
   const Product *p = part->product;
   const Share *own = &part->own;
   const int64_t each = p->is_gated ? 1 : 2, pairs = (own->rows + PAIR - 1) / PAIR;
-  RowOperands operands[BLOCK];
+  RowOperands operands[TILED_ROWS];
   for (int64_t r = 0; r < own->rows; ++r) {
     operands[r] = operands_of_row(&p->epilogue, own->first_row + r, own->all_rows, p->outputs);
   }
