@@ -14,7 +14,7 @@ from ldmq_kernels.kernels.cpu import compiled
 
 SIDE = 32  # keys or channels that cost as much as one
 LARGEST_HEAD = 256  # channels that attention.c has room for
-FEWEST_QUERIES = 64  # fewer do not make up for laying out the keys and values anew
+FEWEST_QUERIES = 192  # fewer do not make up for laying out the keys and values anew
 FEWEST_KEYS = 32  # fewer are one step of tiles that is half empty
 GRAIN = 1 << 19  # products of a call for one thread
 
