@@ -7,9 +7,9 @@ enum { SILU = 0, GELU = 1, GELU_TANH = 2, GEGLU = 3 };  // as `compiled_producer
 
 typedef struct {
   const void *x;
-  int is_bfloat16;
+  int64_t is_bfloat16;
   int64_t rows, columns;  // of the result: rows of GEGLU's input have the values, then as many gates
-  int activation;
+  int64_t activation;
   Quantization by;
   int *status;
 } Activated;
@@ -49,12 +49,10 @@ static void activated_part(const void *given, int64_t part, int64_t parts) {
 }
 
 // Quantize activation(x) by a calibrated scale, or where there is `maybe_scale` by that of each row, which is written.
-int ldmq_activate_quantize(const void *x, int is_bfloat16, int64_t rows, int64_t columns, int activation,
-                           const float *maybe_factors, int64_t factor_count, int8_t *q, float *maybe_scale,
-                           int64_t threads) {
+int ldmq_activate_quantize(const Activated *asked, int64_t threads) {
+  TASK_OF(Activated, asked, status);
   int status = DONE;
-  const Activated task = {x, is_bfloat16, rows, columns, activation, {maybe_factors, factor_count, q, maybe_scale},
-                          &status};
+  task.status = &status;
   ldmq_in_parts(activated_part, &task, threads, threads);
   return status;
 }

@@ -58,14 +58,14 @@ def finish_rows(accumulator: Tensor, epilogue: Epilogue, out: Tensor) -> None:
         Unsupported: an operand does not fit.
     """
     epilogue.check(*accumulator.shape)
-    scale, column_scale, bias, sample_bias, residual, gate = epilogue
-    if compiled.takes(residual, out):
+    if compiled.takes(epilogue.residual, out):
         compiled.finish(accumulator, epilogue, out)
         return
+    scale, column_scale, bias, sample_bias, residual, gate = epilogue.as_rows(*accumulator.shape)
     added = [own if own is None else own.float() for own in (bias, sample_bias)]
     for block in row_blocks(*accumulator.shape):
         y = accumulator[block]
-        y.mul_(_of_rows(scale.reshape(-1, 1), block, len(out)))
+        y.mul_(_of_rows(scale, block, len(out)))
         if column_scale is not None:
             y.mul_(column_scale)
         if added[0] is not None:

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from struct import Struct
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,15 @@ VECTORS = {  # by torch's name of what it uses itself
 }
 TILES = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 OPENMP = "GOMP_parallel"
-UNFAILING = ("ldmq_quantize_measured", "ldmq_finish")  # which return nothing
+OPERANDS = {  # of calls, in the order of their structs in C: eight bytes each, integers and addresses but for epsilons
+    "ldmq_quantize_measured": Struct("9q"),
+    "ldmq_quantize_calibrated": Struct("7q"),
+    "ldmq_activate_quantize": Struct("9q"),
+    "ldmq_layer_norm_quantize": Struct("7qd8q"),
+    "ldmq_group_norm_quantize": Struct("9qd6q"),
+    "ldmq_finish": Struct("15q"),
+    "ldmq_multiply": Struct("32q"),
+}
 HAS_NAN, NO_MEMORY = 1, 2  # as producers.h has them, which tells of both at once by their sum
 SECONDS = 60
 GRAIN = 32768  # elements of a call for one thread, as torch has it
@@ -121,26 +130,10 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     process = ctypes.CDLL(None)
     if hasattr(process, OPENMP):
         library.ldmq_use_openmp(ctypes.cast(getattr(process, OPENMP), ctypes.c_void_p))
-    pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-    epilogue = [pointer, size, *[pointer] * 3, size, pointer, size, pointer, flag, pointer, flag]
-    quantization = [pointer, size, pointer, pointer]
-    taken = {
-        "ldmq_quantize_measured": [pointer, flag, *[size] * 3, *[pointer] * 4, size],
-        "ldmq_quantize_calibrated": [pointer, flag, size, size, pointer, size, pointer, size],
-        "ldmq_activate_quantize": [pointer, flag, size, size, flag, *quantization, size],
-        "ldmq_layer_norm_quantize": [
-            *(pointer, flag, size, size, pointer, pointer, flag, real),
-            *(pointer, size, pointer, size, *quantization, size),
-        ],
-        "ldmq_group_norm_quantize": [
-            *(pointer, flag, *[size] * 4, pointer, pointer, flag, real, flag, flag, *quantization, size)
-        ],
-        "ldmq_finish": [pointer, size, size, *epilogue, size],
-        "ldmq_multiply": [pointer, *[size] * 14, pointer, size, *epilogue, flag, pointer, size, size],
-    }
-    for name, types in taken.items():
+    pointer, size, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    for name in OPERANDS:
         function = getattr(library, name)
-        function.argtypes, function.restype = types, None if name in UNFAILING else ctypes.c_int
+        function.argtypes, function.restype = [ctypes.c_char_p, size], ctypes.c_int
     if hasattr(library, "ldmq_attention"):  # compiled where there is AMX
         library.ldmq_attention_room.argtypes, library.ldmq_attention_room.restype = [size] * 4, size
         strided, sizes = (pointer, size, size, size), (size,) * 5
@@ -149,9 +142,28 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+def call(name: str, threads: int, *operands: float) -> int:
+    """Call a function of the library; safe in any thread.
+
+    Args:
+        name: one of `OPERANDS`.
+        threads: how many share the call.
+        operands: what it takes, in the order of its struct in C: numbers, flags and addresses of tensors that live
+            longer than the call, 0 where there is no operand.
+
+    Returns:
+        A status of producers.h.
+    """
+    library, _ = load()
+    return getattr(library, name)(OPERANDS[name].pack(*operands), threads)
+
+
 def takes(*values: Tensor | None) -> bool:
     """Whether the library is there and knows the dtypes of all floating operands, of which there may be none."""
-    return all(value is None or value.dtype in DTYPES for value in values) and load()[0] is not None
+    for value in values:
+        if value is not None and value.dtype not in DTYPES:
+            return False
+    return load()[0] is not None
 
 
 def threads(values: Tensor) -> int:
@@ -159,53 +171,60 @@ def threads(values: Tensor) -> int:
     return max(1, min(torch.get_num_threads(), values.numel() // GRAIN))
 
 
-def address(values: Tensor | None) -> int | None:
-    """Where an operand lies, for C, None where there is none; the tensor has to live until the call is over."""
-    return None if values is None else values.data_ptr()
+def address(values: Tensor | None) -> int:
+    """Where an operand lies, for C, 0 where there is none; the tensor has to live until the call is over."""
+    return 0 if values is None else values.data_ptr()
 
 
 def in_float32(values: Tensor | None) -> Tensor | None:
     """An operand as float32, contiguous."""
-    return None if values is None else values.float().contiguous()
+    if values is None or (values.dtype == torch.float32 and values.is_contiguous()):
+        return values
+    return values.float().contiguous()
 
 
-def quantize_measured(x: Tensor, inv_smooth: Tensor | None, q: Tensor, scale: Tensor) -> None:
+def quantize_measured(x: Tensor, channels: int, inv_smooth: Tensor | None, q: Tensor, scale: Tensor) -> None:
     """Write scale = max(absmax(y), 1e-12) / 127 of y = x * inv_smooth for each group of rows, and y in int8 by it.
 
     Args:
-        x: (groups * rows, C), float32 or bfloat16, contiguous.
-        inv_smooth: (C,) float32 or None.
-        q: (groups * rows, C) int8, contiguous: is written.
-        scale: (groups,) float32, contiguous: is written.
+        x: float32 or bfloat16, in memory (groups, rows, channels).
+        channels: of a row.
+        inv_smooth: (channels,) or (1,) floating, or None.
+        q: int8, in memory as x: is written.
+        scale: float32, contiguous, one for each group: is written.
     """
-    library, _ = load()
-    assert library is not None
     parts, groups = threads(x), scale.numel()
     largest = x.new_empty(groups * parts, dtype=torch.int32) if groups < parts else None
+    if inv_smooth is not None and inv_smooth.numel() != channels:
+        inv_smooth = inv_smooth.expand(channels)
     factors = in_float32(inv_smooth)
-    library.ldmq_quantize_measured(
-        *(x.data_ptr(), x.dtype == torch.bfloat16, groups, x.shape[0] // groups, x.shape[1]),
-        *(address(factors), q.data_ptr(), scale.data_ptr(), address(largest), parts),
+    call(
+        "ldmq_quantize_measured",
+        parts,
+        *(x.data_ptr(), x.dtype == torch.bfloat16, groups, x.numel() // (groups * channels), channels),
+        *(address(factors), q.data_ptr(), scale.data_ptr(), address(largest)),
     )
 
 
-def quantize_calibrated(x: Tensor, factors: Tensor, q: Tensor) -> None:
+def quantize_calibrated(x: Tensor, channels: int, factors: Tensor, q: Tensor) -> None:
     """Write q = clamp(rint(x * factors), -127, 127).
 
     Args:
-        x: (M, C), float32 or bfloat16, contiguous.
-        factors: (1,) or (C,) float32.
-        q: (M, C) int8, contiguous: is written.
+        x: float32 or bfloat16, in memory (rows, channels).
+        channels: of a row.
+        factors: (1,) or (channels,) floating.
+        q: int8, in memory as x: is written.
 
     Raises:
         ValueError: there is NaN, which int8 lacks.
     """
-    library, _ = load()
-    assert library is not None
-    factors = factors.float().contiguous()
-    if library.ldmq_quantize_calibrated(
-        *(x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, factors.data_ptr(), factors.numel()),
-        *(q.data_ptr(), threads(x)),
+    if factors.dtype != torch.float32 or not factors.is_contiguous():
+        factors = factors.float().contiguous()
+    if call(
+        "ldmq_quantize_calibrated",
+        threads(x),
+        *(x.data_ptr(), x.dtype == torch.bfloat16, x.numel() // channels, channels),
+        *(factors.data_ptr(), factors.numel(), q.data_ptr()),
     ):
         raise nan_error()
 
@@ -213,14 +232,14 @@ def quantize_calibrated(x: Tensor, factors: Tensor, q: Tensor) -> None:
 class Epilogue(NamedTuple):
     """out = (sum * scale * column_scale + bias + sample_bias) * gate + residual, in this order, rounded once.
 
-    What has G rows has one for each of G equal runs of the output's (M, N).
+    What has G rows has one for each of G equal runs of the output's (M, N). M and G may be several axes.
 
     Attributes:
         scale: (G,) float32.
         column_scale: (N,) float32.
         bias: (N,) floating.
         sample_bias: (G, N) floating.
-        residual: (M, N) floating, contiguous.
+        residual: floating, in memory (M, N): a picture's channels are last there.
         gate: (G, N) floating.
     """
 
@@ -237,35 +256,63 @@ class Epilogue(NamedTuple):
         Raises:
             Unsupported: one does not.
         """
-        for name, operand in zip(self._fields[1:], self[1:], strict=True):
-            if operand is not None and operand.shape[-1] != columns:
-                raise Unsupported(f"{name} has {operand.shape[-1]} columns, the output {columns}")
-        for name, operand in (("scale", self.scale), ("sample_bias", self.sample_bias), ("gate", self.gate)):
-            if operand is not None and (not len(operand) or rows % len(operand)):
-                raise Unsupported(f"{name} has {len(operand)} rows, which do not divide the {rows} of the output")
-        if self.residual is not None and self.residual.numel() != rows * columns:
-            raise Unsupported(f"residual has {self.residual.numel()} elements, the output {rows * columns}")
+        scale, column_scale, bias, sample_bias, residual, gate = self
+        for name, operand in (("column_scale", column_scale), ("bias", bias)):
+            if operand is not None and operand.numel() != columns:
+                raise Unsupported(f"{name} has {operand.numel()} columns, the output {columns}")
+        if scale.numel() != 1:
+            _check_runs("scale", scale.numel(), rows)
+        for name, operand in (("sample_bias", sample_bias), ("gate", gate)):
+            if operand is not None:
+                if operand.shape[-1] != columns:
+                    raise Unsupported(f"{name} has {operand.shape[-1]} columns, the output {columns}")
+                _check_runs(name, operand.numel() // columns, rows)
+        if residual is not None and residual.numel() != rows * columns:
+            raise Unsupported(f"residual has {residual.numel()} elements, the output {rows * columns}")
+
+    def as_rows(self, rows: int, columns: int) -> Epilogue:
+        """The same as torch takes them: scales (G, 1), and each other operand of runs or rows with two axes."""
+        scale, column_scale, bias, sample_bias, residual, gate = self
+        return Epilogue(
+            scale.reshape(-1, 1),
+            column_scale,
+            bias,
+            None if sample_bias is None else sample_bias.reshape(-1, columns),
+            None if residual is None else residual.as_strided((rows, columns), (columns, 1)),
+            None if gate is None else gate.reshape(-1, columns),
+        )
 
     def for_library(self) -> Epilogue:
         """The same with small operands in float32, one row after the other."""
-        small = map(in_float32, (self.column_scale, self.bias, self.sample_bias, self.gate))
-        column_scale, bias, sample_bias, gate = small
-        return Epilogue(self.scale.float().contiguous(), column_scale, bias, sample_bias, self.residual, gate)
+        scale, column_scale, bias, sample_bias, residual, gate = self
+        return Epilogue(
+            scale if scale.is_contiguous() and scale.dtype == torch.float32 else scale.float().contiguous(),
+            in_float32(column_scale),
+            in_float32(bias),
+            in_float32(sample_bias),
+            residual,
+            in_float32(gate),
+        )
 
-    def arguments(self, out: Tensor) -> tuple[int | bool | None, ...]:
+    def operands(self, out: Tensor, columns: int) -> tuple[int, ...]:
         """What C takes, addresses among it: of an epilogue `for_library`, which lives longer than the call."""
         scale, column_scale, bias, sample_bias, residual, gate = self
         return (
             *(scale.data_ptr(), scale.numel(), address(column_scale), address(bias), address(sample_bias)),
-            *(0 if sample_bias is None else len(sample_bias), address(gate), 0 if gate is None else len(gate)),
+            0 if sample_bias is None else sample_bias.numel() // columns,
+            *(address(gate), 0 if gate is None else gate.numel() // columns),
             *(address(residual), residual is not None and residual.dtype == torch.bfloat16),
             *(out.data_ptr(), out.dtype == torch.bfloat16),
         )
 
 
+def _check_runs(name: str, runs: int, rows: int) -> None:
+    if not runs or rows % runs:
+        raise Unsupported(f"{name} has {runs} rows, which do not divide the {rows} of the output")
+
+
 def finish(accumulator: Tensor, epilogue: Epilogue, out: Tensor) -> None:
     """Write the epilogue of (M, N) float32, contiguous, into (M, N) float32 or bfloat16, contiguous."""
-    library, _ = load()
-    assert library is not None
-    kept = epilogue.for_library()
-    library.ldmq_finish(accumulator.data_ptr(), *accumulator.shape, *kept.arguments(out), threads(accumulator))
+    kept, (rows, columns) = epilogue.for_library(), accumulator.shape
+    operands = kept.operands(out, columns)
+    call("ldmq_finish", threads(accumulator), accumulator.data_ptr(), rows, columns, *operands)

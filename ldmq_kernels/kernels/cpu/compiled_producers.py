@@ -6,12 +6,14 @@ not fit is refused, and the definition tells what is wrong.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import compiled
-from ldmq_kernels.kernels.cpu.blocks import as_rows
 from ldmq_kernels.kernels.cpu.compiled import HAS_NAN, NO_MEMORY
 from ldmq_kernels.kernels.geometry import check_channels
 from ldmq_kernels.kernels.reference.producers import no_scale
@@ -32,16 +34,17 @@ def activate(x: Tensor, activation: int, inv_scale: Tensor | None, inv_smooth: T
         ValueError: there is NaN where the scale is calibrated, or there are other factors than 1 or C.
     """
     x = x.contiguous()
-    columns = x.shape[-1] // (2 if activation == GEGLU else 1)
-    q = x.new_empty((*x.shape[:-1], columns), dtype=torch.int8)
-    scale = _scale_of(x, x.shape[:-1], inv_scale)
-    factors = _factors(columns, inv_scale, inv_smooth)
+    *leading, columns = x.shape
+    if activation == GEGLU:
+        columns //= 2
+    q = x.new_empty((*leading, columns), dtype=torch.int8)
+    scale, factors = _scale_of(x, leading, inv_scale), _factors(columns, inv_scale, inv_smooth)
     if q.numel():
         _run(
             "ldmq_activate_quantize",
+            x,
             *(x.data_ptr(), x.dtype == torch.bfloat16, q.numel() // columns, columns, activation),
             *_quantization(factors, q, scale, inv_scale),
-            compiled.threads(x),
         )
     return q, scale
 
@@ -62,22 +65,21 @@ def layer_norm(
         ValueError: there is NaN where the scale is calibrated, or there are other factors than 1 or C.
     """
     x = x.contiguous()
-    columns = x.shape[-1]
+    *leading, columns = x.shape
     q = torch.empty_like(x, dtype=torch.int8)
-    scale = _scale_of(x, x.shape[:-1], inv_scale)
-    factors = _factors(columns, inv_scale, inv_smooth)
+    scale, factors = _scale_of(x, leading, inv_scale), _factors(columns, inv_scale, inv_smooth)
     weight, bias = _parameters(columns, weight, bias)
     if q.numel():
-        rows = x.numel() // columns
+        rows = q.numel() // columns
         multiplier, shift = (_runs(term, rows, columns) for term in modulation)
         _run(
             "ldmq_layer_norm_quantize",
+            x,
             *(x.data_ptr(), x.dtype == torch.bfloat16, rows, columns),
             *(*_addresses(weight, bias), eps),
-            *(compiled.address(multiplier), 0 if multiplier is None else len(multiplier)),
-            *(compiled.address(shift), 0 if shift is None else len(shift)),
+            *(compiled.address(multiplier), 0 if multiplier is None else multiplier.shape[0]),
+            *(compiled.address(shift), 0 if shift is None else shift.shape[0]),
             *_quantization(factors, q, scale, inv_scale),
-            compiled.threads(x),
         )
     return q, scale
 
@@ -108,27 +110,25 @@ def group_norm(
     factors = _factors(channels, inv_scale, inv_smooth)
     weight, bias = _parameters(channels, weight, bias)
     if q.numel():
-        rows = as_rows(x)
         _run(
             "ldmq_group_norm_quantize",
-            *(rows.data_ptr(), x.dtype == torch.bfloat16, samples, len(rows) // samples, channels, groups),
+            x,
+            *(x.data_ptr(), x.dtype == torch.bfloat16, samples, math.prod(size), channels, groups),
             *(*_addresses(weight, bias), eps, silu, per_token),
             *_quantization(factors, q, scale, inv_scale),
-            compiled.threads(x),
         )
     return q, scale
 
 
-def _run(name: str, *arguments: int | float | None) -> None:
-    library, _ = compiled.load()
-    status = getattr(library, name)(*arguments)
+def _run(name: str, x: Tensor, *operands: float) -> None:
+    status = compiled.call(name, compiled.threads(x), *operands)
     if status & NO_MEMORY:
         raise MemoryError("there is no memory for the rows that an activation or a norm is computed in")
     if status & HAS_NAN:
         raise nan_error()
 
 
-def _scale_of(x: Tensor, shape: tuple[int, ...], inv_scale: Tensor | None) -> Tensor:
+def _scale_of(x: Tensor, shape: Sequence[int], inv_scale: Tensor | None) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32) if inv_scale is None else no_scale(x)
 
 
@@ -138,9 +138,9 @@ def _factors(channels: int, inv_scale: Tensor | None, inv_smooth: Tensor | None)
     return compiled.in_float32(factors)
 
 
-def _quantization(factors: Tensor | None, q: Tensor, scale: Tensor, inv_scale: Tensor | None) -> tuple[int | None, ...]:
-    """The arguments of a `Quantization` of producers.h."""
-    measured = scale.data_ptr() if inv_scale is None else None
+def _quantization(factors: Tensor | None, q: Tensor, scale: Tensor, inv_scale: Tensor | None) -> tuple[int, ...]:
+    """The operands of a `Quantization` of producers.h."""
+    measured = scale.data_ptr() if inv_scale is None else 0
     return compiled.address(factors), 0 if factors is None else factors.numel(), q.data_ptr(), measured
 
 
@@ -157,7 +157,7 @@ def _parameters(channels: int, *parameters: Tensor | None) -> tuple[Tensor | Non
     return tuple(compiled.in_float32(parameter) for parameter in parameters)
 
 
-def _addresses(weight: Tensor | None, bias: Tensor | None) -> tuple[int | bool | None, ...]:
+def _addresses(weight: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
     one = weight if bias is None else bias
     return compiled.address(weight), compiled.address(bias), one is not None and one.dtype == torch.bfloat16
 

@@ -91,11 +91,13 @@ def conv2d_w8a8(
     if is_in_onednn and is_wrong_in_onednn(x_q.shape[2:], kernel_size, stride, pads, dilation):
         packed = _held_as(packed, weight_scale.shape[0], widened.pack_conv2d)
     x_q = x_q.contiguous(memory_format=torch.channels_last)
-    added = None if residual is None else as_rows(residual.contiguous(memory_format=torch.channels_last))
-    is_widened = packed.dtype == torch.float32
-    column_scale = weight_scale if is_widened or products.is_packed(packed) else None
-    epilogue = Epilogue(x_scale.reshape(-1), column_scale, bias, sample_bias, added)
-    if products.is_packed(packed):
+    if residual is not None:
+        if residual.shape[1] != weight_scale.shape[0]:
+            raise Unsupported(f"residual has {residual.shape[1]} columns, the output {weight_scale.shape[0]}")
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    is_ours, is_widened = products.is_packed(packed), packed.dtype == torch.float32
+    epilogue = Epilogue(x_scale, weight_scale if is_ours or is_widened else None, bias, sample_bias, residual)
+    if is_ours:
         return products.conv2d(x_q, packed, epilogue, weight_scale.shape[0], stride, pads, dilation, out_dtype)
     parts = packed.shape[0] // weight_scale.shape[0] if is_widened else 1
     if parts > 1 and groups > 1:

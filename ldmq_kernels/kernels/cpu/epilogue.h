@@ -1,7 +1,7 @@
 // out = (sum * scale * column_scale + bias + sample_bias) * gate + residual, in this order in float32, rounded once.
 //
 // What has G rows has one for each of G equal runs of the output's. Pointers named "maybe" are null where there is no
-// such operand; residual and output are float32, or bfloat16 where a flag says so.
+// such operand; residual and output are float32, or bfloat16 where a flag says so. Members take eight bytes each.
 #pragma once
 
 #include <stdint.h>
@@ -15,9 +15,9 @@ typedef struct {
   const float *maybe_gate;
   int64_t gate_count;
   const void *maybe_residual;
-  int residual_is_bfloat16;
+  int64_t residual_is_bfloat16;
   void *out;
-  int out_is_bfloat16;
+  int64_t out_is_bfloat16;
 } Epilogue;
 
 // The operands of one row of the output.

@@ -15,12 +15,12 @@ static inline float element_of(const void *values, int is_bfloat16, int64_t at) 
 
 typedef struct {
   const void *x;  // (samples, pixels, channels)
-  int is_bfloat16;
+  int64_t is_bfloat16;
   int64_t samples, pixels, channels, groups;
   const void *maybe_weight, *maybe_bias;
-  int are_bfloat16;  // both of them
+  int64_t are_bfloat16;  // both of them
   double eps;
-  int with_silu, per_token;
+  int64_t with_silu, per_token;
   Quantization by;
   int64_t chunk, chunks;  // pixels of a chunk of a sample, whose sums are its own, and how many there are in a sample
   double *sums;           // (samples, chunks, 2, groups): of the values, of their squares
@@ -246,15 +246,14 @@ static void whole_samples(const void *given, int64_t part, int64_t parts) {
 
 // Quantize group_norm(x), or its SiLU, by a calibrated scale; or where there is `maybe_scale` by that of each pixel, or
 // of each sample, which is written.
-int ldmq_group_norm_quantize(const void *x, int is_bfloat16, int64_t samples, int64_t pixels, int64_t channels,
-                             int64_t groups, const void *maybe_weight, const void *maybe_bias, int are_bfloat16,
-                             double eps, int with_silu, int per_token, const float *maybe_factors,
-                             int64_t factor_count, int8_t *q, float *maybe_scale, int64_t threads) {
+int ldmq_group_norm_quantize(const GroupNorm *asked, int64_t threads) {
+  TASK_OF(GroupNorm, asked, chunk);
   int status = DONE;
-  const int64_t wanted = CHUNK_ELEMENTS / channels, chunk = wanted < CHUNK_PIXELS ? CHUNK_PIXELS : wanted;
-  GroupNorm task = {x, is_bfloat16, samples, pixels, channels, groups, maybe_weight, maybe_bias, are_bfloat16, eps,
-                    with_silu, per_token, {maybe_factors, factor_count, q, maybe_scale}, chunk,
-                    (pixels + chunk - 1) / chunk, 0, 0, &status};
+  task.status = &status;
+  const int64_t samples = task.samples, channels = task.channels, groups = task.groups;
+  const int64_t wanted = CHUNK_ELEMENTS / channels;
+  task.chunk = wanted < CHUNK_PIXELS ? CHUNK_PIXELS : wanted;
+  task.chunks = (task.pixels + task.chunk - 1) / task.chunk;
   const int64_t extremes = is_measured_by_sample(&task) ? 2 * channels : 0;
   const size_t each = 2 * (size_t)groups * sizeof(double) + (size_t)extremes * sizeof(float);
   task.sums = malloc((size_t)(samples * task.chunks) * each);

@@ -7,13 +7,15 @@
 
 typedef struct {
   const void *x;
-  int is_bfloat16;
+  int64_t is_bfloat16;
   int64_t rows, columns;
   const void *maybe_weight, *maybe_bias;
-  int are_bfloat16;  // both of them
-  float eps;
-  const float *maybe_multiplier, *maybe_shift;  // a modulation: rows for equal runs of x's
-  int64_t multiplier_count, shift_count;
+  int64_t are_bfloat16;  // both of them
+  double eps;
+  const float *maybe_multiplier;  // a modulation: rows for equal runs of x's
+  int64_t multiplier_count;
+  const float *maybe_shift;
+  int64_t shift_count;
   Quantization by;
   int *status;
 } LayerNorm;
@@ -56,7 +58,7 @@ static void layer_norm_row(const LayerNorm *task, int64_t row, const float *rest
   widen(task->x, task->is_bfloat16, row * columns, columns, y);
   const float mean = sum_of_row(y, columns, 0.0f, 0) / (float)columns;
   const float variance = sum_of_row(y, columns, mean, 1) / (float)columns;
-  const float inverse = 1.0f / sqrtf(variance + task->eps);
+  const float inverse = 1.0f / sqrtf(variance + (float)task->eps);
   if (task->maybe_weight && task->maybe_bias) {
     for (int64_t c = 0; c < columns; ++c) y[c] = fused((y[c] - mean) * inverse, weight[c], bias[c]);
   } else {
@@ -96,15 +98,10 @@ static void layer_norm_part(const void *given, int64_t part, int64_t parts) {
 
 // Quantize layer_norm(x) * (1 + multiplier) + shift by a calibrated scale, or where there is `maybe_scale` by that of
 // each row, which is written.
-int ldmq_layer_norm_quantize(const void *x, int is_bfloat16, int64_t rows, int64_t columns, const void *maybe_weight,
-                             const void *maybe_bias, int are_bfloat16, double eps, const float *maybe_multiplier,
-                             int64_t multiplier_count, const float *maybe_shift, int64_t shift_count,
-                             const float *maybe_factors, int64_t factor_count, int8_t *q, float *maybe_scale,
-                             int64_t threads) {
+int ldmq_layer_norm_quantize(const LayerNorm *asked, int64_t threads) {
+  TASK_OF(LayerNorm, asked, status);
   int status = DONE;
-  const LayerNorm task = {x, is_bfloat16, rows, columns, maybe_weight, maybe_bias, are_bfloat16, (float)eps, maybe_multiplier,
-                          maybe_shift, multiplier_count, shift_count, {maybe_factors, factor_count, q, maybe_scale},
-                          &status};
+  task.status = &status;
   ldmq_in_parts(layer_norm_part, &task, threads, threads);
   return status;
 }

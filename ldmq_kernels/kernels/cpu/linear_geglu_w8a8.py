@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import products
 from ldmq_kernels.kernels.cpu.compiled import Epilogue
 from ldmq_kernels.kernels.cpu.linear_w8a8 import linear_w8a8
@@ -31,12 +30,8 @@ def linear_geglu_w8a8(
     outputs = weight_scale.shape[0]
     check_gated_output(out_inv_scale, out_dtype, outputs // 2)
     packed = weight if is_packed(weight) else pack_linear(weight)
-    rows = x_q.reshape(-1, x_q.shape[-1]).contiguous()
-    if not products.gates(packed, outputs) or out_dtype == FLOAT8 or not rows.shape[0]:
+    if not products.gates(packed, outputs) or out_dtype == FLOAT8:
         product = linear_w8a8(x_q, x_scale, packed, weight_scale, bias, None, torch.float32)
         return gated(product, out_inv_scale, out_dtype)
-    if products.channels_of(packed) != rows.shape[1]:
-        raise Unsupported(f"the input has {rows.shape[1]} channels, the weight {products.channels_of(packed)}")
-    epilogue = Epilogue(x_scale.reshape(-1), weight_scale, bias)
-    out = products.linear(rows, packed, epilogue, outputs, out_dtype, products.Gating(out_inv_scale))
-    return out.view(*x_q.shape[:-1], outputs // 2)
+    epilogue = Epilogue(x_scale, weight_scale, bias)
+    return products.linear(x_q, packed, epilogue, outputs, out_dtype, products.Gating(out_inv_scale))

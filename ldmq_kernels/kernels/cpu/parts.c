@@ -1,8 +1,6 @@
 // See parts.h.
 #include "parts.h"
 
-#include <string.h>
-
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 // The function of the runtime, by its name in libgomp's interface.

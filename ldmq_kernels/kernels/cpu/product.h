@@ -16,6 +16,7 @@ enum {
   PAIRED_ROWS = 96   // gathered 198 KiB
 };
 
+// Members up to the last of which Python tells take eight bytes each.
 typedef struct {
   const int8_t *x;  // (samples, height, width, channels)
   int64_t samples, height, width, channels, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
@@ -23,10 +24,10 @@ typedef struct {
   const void *weight;  // [panels][taps][channels / group][PANEL][group], zeros where there are fewer outputs
   int64_t outputs;
   Epilogue epilogue;
-  int is_gated;  // outputs are values, then as many gates: what is written is value * gelu(gate), half as wide
+  int64_t is_gated;  // outputs are values, then as many gates: what is written is value * gelu(gate), half as wide
   const float *maybe_inverse;  // of the scale of what is written, one or one for each column: it is int8
   int64_t inverse_count;
-  int64_t block, column_parts;  // rows of a part, and parts of a block of rows
+  int64_t block, column_parts;  // rows of a part, and parts of a block of rows: found here, with what follows
   int *status;                  // see producers.h
 } Product;
 

@@ -8,6 +8,7 @@ weight whose channels are no multiple of that is multiplied by oneDNN or `widene
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -79,11 +80,6 @@ def unpack(packed: Tensor, outputs: int) -> Tensor:
     return weight.to(torch.int8, memory_format=torch.contiguous_format)
 
 
-def channels_of(packed: Tensor) -> int:
-    """The input channels of a packed weight."""
-    return packed.shape[-3] * packed.shape[-1]
-
-
 class Gating(NamedTuple):
     """GEGLU in the epilogue: outputs are values, then as many gates.
 
@@ -107,13 +103,23 @@ def linear(
     out_dtype: torch.dtype,
     gating: Gating | None = None,
 ) -> Tensor:
-    """x_q (M, K) int8, contiguous, by a packed weight; (M, N) of `out_dtype`: exact sums and their epilogue.
+    """x_q (..., K) int8 by a packed weight; (..., N) of `out_dtype`: exact sums and their epilogue.
 
-    With gates, for which `gates` holds, the epilogue has scales and bias alone, and the result is (M, N / 2).
+    With gates, for which `gates` holds, the epilogue has scales and bias alone, and the result is (..., N / 2).
+
+    Raises:
+        Unsupported: input, weight and epilogue do not fit together.
+        ValueError: there is NaN in what is rounded to int8.
+        MemoryError: there is none left.
     """
-    rows, channels = x_q.shape
-    sizes, geometry = (1, rows, 1, channels), ((1, 1), (0, 0), (1, 1))
-    return _multiply(x_q, sizes, packed, geometry, (rows, 1), epilogue, outputs, out_dtype, gating)
+    x_q = x_q.contiguous()
+    *leading, channels = x_q.shape
+    out = x_q.new_empty((*leading, outputs if gating is None else outputs // 2), dtype=out_dtype)
+    rows = math.prod(leading)
+    if rows:
+        sizes = (1, rows, 1, channels)
+        _multiply(x_q, sizes, packed, (1, 1, 0, 0, 1, 1), (rows, 1), epilogue, outputs, out, gating)
+    return out
 
 
 def conv2d(
@@ -126,64 +132,69 @@ def conv2d(
     dilation: tuple[int, int],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """x_q (N, C, H, W) int8, channels_last, by a packed weight; `out_dtype`, channels_last: sums and their epilogue."""
+    """x_q (N, C, H, W) int8, channels_last, by a packed weight; `out_dtype`, channels_last: sums and their epilogue.
+
+    Raises:
+        Unsupported, MemoryError: as `linear`.
+    """
     samples, channels, height, width = x_q.shape
-    window = packed.shape[1:3]
-    out_size = tuple(
-        (size + 2 * pad - apart * (taps - 1) - 1) // step + 1
-        for size, taps, step, pad, apart in zip((height, width), window, stride, padding, dilation, strict=True)
-    )
-    sizes, geometry = (samples, height, width, channels), (stride, padding, dilation)
-    out = _multiply(x_q, sizes, packed, geometry, out_size, epilogue, outputs, out_dtype)
-    return out.view(samples, *out_size, outputs).permute(0, 3, 1, 2)
+    _, taps_y, taps_x, *_ = packed.shape
+    geometry = (*stride, *padding, *dilation)
+    step_y, step_x, pad_y, pad_x, apart_y, apart_x = geometry
+    out_height = (height + 2 * pad_y - apart_y * (taps_y - 1) - 1) // step_y + 1
+    out_width = (width + 2 * pad_x - apart_x * (taps_x - 1) - 1) // step_x + 1
+    if out_height < 1 or out_width < 1:
+        raise Unsupported(f"the windows of {(taps_y, taps_x)} do not fit into the input of {height}x{width}")
+    shape = (samples, out_height, out_width, outputs)
+    out = x_q.new_empty(shape, dtype=out_dtype)
+    sizes = (samples, height, width, channels)
+    _multiply(x_q, sizes, packed, geometry, (out_height, out_width), epilogue, outputs, out)
+    return out.permute(0, 3, 1, 2)
 
 
 def _multiply(
     x_q: Tensor,
     sizes: tuple[int, int, int, int],
     packed: Tensor,
-    geometry: tuple[tuple[int, int], ...],
-    out_size: tuple[int, ...],
+    geometry: tuple[int, ...],
+    out_size: tuple[int, int],
     epilogue: Epilogue,
     outputs: int,
-    out_dtype: torch.dtype,
+    out: Tensor,
     gating: Gating | None = None,
-) -> Tensor:
-    """(rows, outputs) of `out_dtype`, or half as many columns with gates.
+) -> None:
+    """Write the product of x_q, in memory of `sizes` (samples, height, width, channels), and its epilogue into `out`.
 
-    Raises:
-        Unsupported: input, weight and epilogue do not fit together.
-        ValueError: there is NaN in what is rounded to int8.
-        MemoryError: there is none left.
+    Args:
+        geometry: stride, padding and dilation, (vertical, horizontal) each.
+        out_size: height and width of the output.
+        out: (..., outputs), or half as many columns with gates, contiguous.
     """
-    library, _ = compiled.load()
-    assert library is not None
-    window = packed.shape[1:3]
-    if sizes[3] != channels_of(packed) or -(-outputs // PANEL) != packed.shape[0]:
-        held = f"{channels_of(packed)} channels for up to {PANEL * packed.shape[0]} outputs"
-        raise Unsupported(f"the input has {sizes[3]} channels for {outputs} outputs, the weight {held}")
-    if min(out_size) < 1:
-        raise Unsupported(f"the windows of {tuple(window)} do not fit into the input of {sizes[1]}x{sizes[2]}")
-    rows, depth = sizes[0] * out_size[0] * out_size[1], window[0] * window[1] * sizes[3]
+    panels, taps_y, taps_x, groups, _, group = packed.shape
+    channels = sizes[3]
+    if channels != groups * group or -(-outputs // PANEL) != panels:
+        held = f"{groups * group} channels for up to {PANEL * panels} outputs"
+        raise Unsupported(f"the input has {channels} channels for {outputs} outputs, the weight {held}")
+    rows, depth = sizes[0] * out_size[0] * out_size[1], taps_y * taps_x * channels
     epilogue.check(rows, outputs)
-    inverse = None if gating is None or gating.inv_scale is None else compiled.in_float32(gating.inv_scale)
-    out = x_q.new_empty(rows, outputs if gating is None else outputs // 2, dtype=out_dtype)
+    inverse = None if gating is None else compiled.in_float32(gating.inv_scale)
     is_written = inverse is not None or compiled.takes(epilogue.residual, out)
     written = out if is_written else torch.empty_like(out, dtype=torch.float32)
     is_finished = is_written or gating is not None
     kept = epilogue.for_library() if is_finished else Epilogue(torch.ones(1))
-    threads = max(1, min(torch.get_num_threads(), rows * outputs * depth // GRAIN[form() or TILES]))
-    status = library.ldmq_multiply(
-        *(x_q.data_ptr(), *sizes, *window, *(length for pair in geometry for length in pair), *out_size),
-        *(packed.data_ptr(), outputs, *kept.arguments(written), gating is not None),
-        *(compiled.address(inverse), 0 if inverse is None else inverse.numel(), threads),
+    threads = max(1, min(torch.get_num_threads(), rows * outputs * depth // GRAIN[FORMS[group]]))
+    status = compiled.call(
+        "ldmq_multiply",
+        threads,
+        *(x_q.data_ptr(), *sizes, *geometry, taps_y, taps_x, *out_size, packed.data_ptr(), outputs),
+        *kept.operands(written, outputs),
+        *(gating is not None, compiled.address(inverse), 0 if inverse is None else inverse.numel()),
     )
     if status & NO_MEMORY:
         raise MemoryError(f"no memory is left to multiply {rows} x {depth} by {depth} x {outputs}")
     if status & HAS_NAN:
         raise nan_error()
     if not is_finished:
-        finish_rows(written, epilogue, out)
+        finish_rows(written.view(rows, outputs), epilogue, out.view(rows, outputs))
     elif not is_written:
         out.copy_(written)
-    return out

@@ -23,10 +23,10 @@ def quantize_per_token(
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if not x.numel():
         return out, scale
-    rows, out_rows, scales = x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), scale.view(-1)
     if out.dtype == torch.int8 and compiled.takes(x):
-        compiled.quantize_measured(rows, inv_smooth, out_rows, scales)
+        compiled.quantize_measured(x, x.shape[-1], inv_smooth, out, scale)
         return out, scale
+    rows, out_rows, scales = x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), scale.view(-1)
     buffer = None
     for block in row_blocks(*rows.shape):
         chunk = rows[block]

@@ -18,10 +18,10 @@ def quantize_static(x: Tensor, inv_scale: Tensor, channel_dim: int, q_dtype: tor
     x = x.contiguous(memory_format=torch.channels_last if is_image else torch.contiguous_format)
     out = torch.empty_like(x, dtype=eight_bit(q_dtype))
     if x.numel():
-        columns = x.shape[-1] if x.dim() else 1
-        rows, out_rows = (as_rows(t) if is_image else t.view(-1, columns) for t in (x, out))
+        columns = x.shape[1] if is_image else x.shape[-1] if x.dim() else 1
         if out.dtype == torch.int8 and compiled.takes(x):
-            compiled.quantize_calibrated(rows, inv_scale, out_rows)
+            compiled.quantize_calibrated(x, columns, inv_scale, out)
         else:
+            rows, out_rows = (as_rows(t) if is_image else t.view(-1, columns) for t in (x, out))
             quantize_rows(rows, (inv_scale,), out_rows, is_static=True)
     return out

@@ -21,7 +21,7 @@ static inline uint32_t bits_of(float value) {
 
 typedef struct {
   const void *x;
-  int is_bfloat16;
+  int64_t is_bfloat16;
   int64_t groups, rows, columns;  // groups of so many rows, a scale each
   const float *maybe_smooth;
   int8_t *q;
@@ -108,20 +108,19 @@ static void quantize_part(const void *given, int64_t part, int64_t parts) {
 
 // scale = max(absmax(y), 1e-12) / 127 for each group of rows; q = rint(y * (1 / scale)). `largest` has groups x threads
 // where there are fewer groups than threads.
-void ldmq_quantize_measured(const void *x, int is_bfloat16, int64_t groups, int64_t rows, int64_t columns,
-                            const float *maybe_smooth, int8_t *q, float *scale, int32_t *largest, int64_t threads) {
-  const Measured task = {x, is_bfloat16, groups, rows, columns, maybe_smooth, q, scale, largest};
-  if (threads == 1 || groups >= threads) {
-    ldmq_in_parts(whole_groups, &task, threads, threads);
+int ldmq_quantize_measured(const Measured *task, int64_t threads) {
+  if (threads == 1 || task->groups >= threads) {
+    ldmq_in_parts(whole_groups, task, threads, threads);
   } else {
-    ldmq_in_parts(largest_of_part, &task, threads, threads);
-    ldmq_in_parts(quantize_part, &task, threads, threads);
+    ldmq_in_parts(largest_of_part, task, threads, threads);
+    ldmq_in_parts(quantize_part, task, threads, threads);
   }
+  return 0;
 }
 
 typedef struct {
   const void *x;
-  int is_bfloat16;
+  int64_t is_bfloat16;
   int64_t rows, columns;
   const float *factors;
   int64_t factor_count;
@@ -154,10 +153,10 @@ static void calibrated_part(const void *given, int64_t part, int64_t parts) {
 }
 
 // q = clamp(rint(x * factor), -127, 127), a factor for each column or one; whether there was NaN.
-int ldmq_quantize_calibrated(const void *x, int is_bfloat16, int64_t rows, int64_t columns, const float *factors,
-                             int64_t factor_count, int8_t *q, int64_t threads) {
+int ldmq_quantize_calibrated(const Calibrated *asked, int64_t threads) {
+  TASK_OF(Calibrated, asked, has_nan);
   int has_nan = 0;
-  const Calibrated task = {x, is_bfloat16, rows, columns, factors, factor_count, q, &has_nan};
+  task.has_nan = &has_nan;
   ldmq_in_parts(calibrated_part, &task, threads, threads);
   return has_nan;
 }
@@ -184,12 +183,7 @@ static void finished_part(const void *given, int64_t part, int64_t parts) {
 }
 
 // The epilogue of products that torch has computed.
-void ldmq_finish(const float *accumulator, int64_t rows, int64_t columns, const float *scale, int64_t scale_count,
-                 const float *maybe_column_scale, const float *maybe_bias, const float *maybe_sample_bias,
-                 int64_t sample_count, const float *maybe_gate, int64_t gate_count, const void *maybe_residual,
-                 int residual_is_bfloat16, void *out, int out_is_bfloat16, int64_t threads) {
-  const Finished task = {accumulator, rows, columns,
-                         {scale, scale_count, maybe_column_scale, maybe_bias, maybe_sample_bias, sample_count,
-                          maybe_gate, gate_count, maybe_residual, residual_is_bfloat16, out, out_is_bfloat16}};
-  ldmq_in_parts(finished_part, &task, threads, threads);
+int ldmq_finish(const Finished *task, int64_t threads) {
+  ldmq_in_parts(finished_part, task, threads, threads);
+  return 0;
 }

@@ -155,6 +155,11 @@ def test_runs_that_do_not_divide_the_rows_are_refused(by: str, monkeypatch: pyte
         blocks.finish_rows(accumulator, compiled.Epilogue(torch.ones(1), gate=torch.ones(4, 5)), accumulator)
 
 
+def test_one_smoothing_factor_is_that_of_all_channels() -> None:
+    x = values(3, 8)
+    assert_same(quantize_per_token(x, torch.tensor([0.5])), quantize_per_token(x, torch.full((8,), 0.5)))
+
+
 def test_factors_of_another_dtype_are_converted() -> None:
     x, smooth, scale = values(3, 8), torch.full((8,), 0.5), torch.full((8,), 4.0)
     assert_same(quantize_per_token(x, smooth.bfloat16()), quantize_per_token(x, smooth))

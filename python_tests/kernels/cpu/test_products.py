@@ -106,6 +106,7 @@ def test_each_weight_has_one_place() -> None:
         ({"sample_bias": torch.zeros(3, 6)}, "sample_bias has 3 rows, which do not divide the 50 of the output"),
         ({"x_scale": torch.ones(3)}, "scale has 3 rows"),
         ({"residual": torch.zeros(1, 6, 5, 5)}, "residual has 150 elements, the output 300"),
+        ({"residual": torch.zeros(4, 3, 5, 5)}, "residual has 3 columns, the output 6"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
