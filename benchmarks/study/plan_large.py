@@ -107,17 +107,18 @@ def measured(pipe: Any, request: PlanRequest) -> dict[str, Any]:
     def mark(stage: str) -> None:
         marks.append(time.perf_counter())
         cpu = time.process_time() - began
-        print(f"{stage}: {marks[-1] - marks[-2]:.0f} s, {cpu:.0f} s of processors, {peak_bytes() / 2**30:.1f} GiB")
+        words = f"{stage}: {marks[-1] - marks[-2]:.0f} s, {cpu:.0f} s of processors, {peak_bytes() / 2**30:.1f} GiB"
+        print(words, flush=True)
 
     calibration = calibrate(pipe, request.calibration_calls, request.settings, show=True)
     mark("calibration")
-    schemes = parse_schemes(request.formats)
+    schemes = parse_schemes(request.schemes)
     analysis = analyze(pipe, calibration, schemes, ends=request.ends, work_dir=request.work_dir, show=True)
     mark("analysis")
     held_out = record_trajectory(pipe, request.held_out_calls, held_out_settings(request.settings), show=True)
     ends = end_check(pipe, request, analysis) if request.ends else None
     assert request.target is not None
-    result = Session(pipe.unet, analysis, held_out, request.formats, ends=ends).plan(request.target)
+    result = Session(pipe.unet, analysis, held_out, request.schemes, ends=ends).plan(request.target)
     mark("plan")
     found = result.plan.measured
     stages = [later - earlier for earlier, later in itertools.pairwise(marks)]
@@ -181,7 +182,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as work:
         signals = (options.keeps,)
         request = PlanRequest(prompts, target, settings=settings, signals=signals, work_dir=Path(work), show=True)
-        row = measured(pipe, request)
+        row = measured(pipe, request.with_room(pipe.unet))
     row |= {
         "op": f"plan_{options.model}",
         "parameters": parameters,
