@@ -16,7 +16,9 @@ enum {
   PAIR = 2 * SIDE,        // rows and columns that are multiplied together: 4 of 8 tiles are their sums
   STEP = 64,              // integers of a row in a tile
   TILE = SIDE * STEP,     // bytes
-  DEPTH = 48 * STEP       // integers of a row that are multiplied before the sums go to memory
+  DEPTH = 48 * STEP,      // integers of a row that are multiplied before the sums go to memory
+  GATED = 4,              // rows that are gated together
+  WEIGHTS = 256 * 1024    // bytes that all rows of a part meet before the next: they stay in the second cache
 };
 
 typedef int32_t Sums[PAIR][PAIR];
@@ -137,32 +139,72 @@ static void finish_pair(const Product *p, const RowOperands *operands, int64_t r
   }
 }
 
+static inline __m512i bits_of_vector(__m512 values) { return _mm512_castps_si512(values); }
+
+// gelu of `producers.h` to the same bits, of one vector for each of some rows: one row's steps wait for one another.
+static inline void gelu_of_rows(const __m512 x[GATED], __m512 result[GATED]) {
+  const __m512i most = bits_of_vector(_mm512_set1_ps(GELU_BOUND)), one = bits_of_vector(_mm512_set1_ps(1.0f));
+  __m512 u[GATED], p[GATED];
+  for (int r = 0; r < GATED; ++r) {
+    const __m512i square = _mm512_min_epi32(bits_of_vector(_mm512_mul_ps(x[r], x[r])), most);
+    u[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(square), _mm512_set1_ps(GELU_SCALE), _mm512_set1_ps(-1.0f));
+    p[r] = _mm512_set1_ps(GELU_TERMS[0]);
+  }
+  for (int k = 1; k < GELU_COUNT; ++k) {
+    for (int r = 0; r < GATED; ++r) p[r] = _mm512_fmadd_ps(p[r], u[r], _mm512_set1_ps(GELU_TERMS[k]));
+  }
+  for (int r = 0; r < GATED; ++r) {
+    const __m512i share = bits_of_vector(_mm512_fmadd_ps(p[r], x[r], _mm512_set1_ps(0.5f)));
+    const __m512i bounded = _mm512_min_epi32(_mm512_max_epi32(share, _mm512_setzero_si512()), one);
+    result[r] = _mm512_mul_ps(x[r], _mm512_castsi512_ps(bounded));
+  }
+}
+
+// q = clamp(rint(y * inverse), -127, 127) of `producers.h`; whether there is NaN
+static inline int round_vector(__m512 y, __m512 inverse, int8_t *q) {
+  const __m512i lowest = bits_of_vector(_mm512_set1_ps(-127.0f)), most = bits_of_vector(_mm512_set1_ps(127.0f));
+  const __m512 scaled = _mm512_mul_ps(y, inverse);
+  const __m512i bounded = _mm512_min_epu32(_mm512_min_epi32(bits_of_vector(scaled), most), lowest);
+  const __m512 rounded = _mm512_add_ps(_mm512_castsi512_ps(bounded), _mm512_set1_ps(ROUNDER));
+  _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(bits_of_vector(rounded)));
+  return _mm512_cmp_ps_mask(scaled, scaled, _CMP_UNORD_Q) != 0;
+}
+
 // Finish a pair of tiles whose left half are values and whose right half are their gates.
 static void finish_gated(const Product *p, const RowOperands *operands, int64_t row, int64_t rows, int64_t column,
                          const int32_t (*sums)[PAIR]) {
   const Epilogue e = p->epilogue;
   const int64_t width = p->outputs / 2;
   const float *inverse = p->maybe_inverse;
-  float scales[PAIR], shifts[PAIR], inverses[SIDE];
-  for (int c = 0; c < PAIR; ++c) {
-    const int64_t of = column + c % SIDE + c / SIDE * width;
-    scales[c] = e.maybe_column_scale ? e.maybe_column_scale[of] : 1.0f;
-    shifts[c] = e.maybe_bias ? e.maybe_bias[of] : 0.0f;
+  __m512 scales[2], shifts[2], inverses = _mm512_setzero_ps();
+  for (int h = 0; h < 2; ++h) {
+    const int64_t of = column + h * width;
+    scales[h] = e.maybe_column_scale ? _mm512_loadu_ps(e.maybe_column_scale + of) : _mm512_set1_ps(1.0f);
+    shifts[h] = e.maybe_bias ? _mm512_loadu_ps(e.maybe_bias + of) : _mm512_setzero_ps();
   }
-  for (int c = 0; inverse && c < SIDE; ++c) inverses[c] = inverse[p->inverse_count == 1 ? 0 : column + c];
-  const Quantization by = {inverses, SIDE, 0, 0};
+  if (inverse) inverses = p->inverse_count == 1 ? _mm512_set1_ps(inverse[0]) : _mm512_loadu_ps(inverse + column);
   int has_nan = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = (row + r) * width + column;
-    float y[PAIR];
-    for (int c = 0; c < PAIR; ++c) y[c] = (float)sums[r][c] * operands[r].scale * scales[c] + shifts[c];
-    for (int c = 0; c < SIDE; ++c) y[c] *= gelu(y[c + SIDE]);
-    if (inverse) {
-      has_nan |= round_calibrated(&by, y, SIDE, (int8_t *)e.out + at);
-    } else if (e.out_is_bfloat16) {
-      many_narrow(many_load(y), (uint16_t *)e.out + at);
-    } else {
-      memcpy((float *)e.out + at, y, SIDE * sizeof *y);
+  for (int64_t first = 0; first < rows; first += GATED) {
+    __m512 y[2][GATED], gate[GATED];
+    for (int r = 0; r < GATED; ++r) {
+      const __m512 scale = _mm512_set1_ps(operands[smaller(first + r, rows - 1)].scale);
+      for (int h = 0; h < 2; ++h) {
+        y[h][r] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums[first + r] + h * SIDE)), scale);
+        y[h][r] = _mm512_add_ps(_mm512_mul_ps(y[h][r], scales[h]), shifts[h]);
+      }
+    }
+    gelu_of_rows(y[1], gate);
+    for (int r = 0; r < GATED; ++r) {
+      if (first + r >= rows) break;
+      const int64_t at = (row + first + r) * width + column;
+      const __m512 result = _mm512_mul_ps(y[0][r], gate[r]);
+      if (inverse) {
+        has_nan |= round_vector(result, inverses, (int8_t *)e.out + at);
+      } else if (e.out_is_bfloat16) {
+        _mm256_storeu_si256((__m256i *)((uint16_t *)e.out + at), (__m256i)_mm512_cvtneps_pbh(result));
+      } else {
+        _mm512_storeu_ps((float *)e.out + at, result);
+      }
     }
   }
   if (has_nan) tell(p->status, HAS_NAN);
@@ -254,6 +296,30 @@ static void gather_rows(const Part *part, int64_t k, int64_t count) {
   }
 }
 
+// Integers k to k + count of a pair of tiles' rows by the weights of some panels, whose outputs are side by side.
+static void multiply_rows(const Part *part, const RowOperands *operands, int64_t k, int64_t count, int64_t pair,
+                          int64_t begin, int64_t end) {
+  const Product *p = part->product;
+  const Share *own = &part->own;
+  const int64_t each = p->is_gated ? 1 : 2, pairs = (own->rows + PAIR - 1) / PAIR;
+  const int64_t first = pair * PAIR, row = own->first_row + first, count_of_rows = smaller(PAIR, own->rows - first);
+  const Rows rows = rows_of(part, pair, k);
+  for (int64_t panel = begin; panel < end; panel += each) {
+    const int8_t *left = (const int8_t *)p->weight + (panel * own->depth + k) * PANEL;
+    const int64_t to_right = p->is_gated ? panels_of(p) : panel + 1 < own->end_panel;
+    Sums *kept = part->sums + (own->depth > DEPTH ? (panel - own->first_panel) / each * pairs + pair : 0);
+    multiply_pair(p, &part->window, &rows, k, count, left, left + to_right * own->depth * PANEL, *kept);
+    if (k + count < own->depth) continue;
+    const int32_t(*done)[PAIR] = (const int32_t(*)[PAIR]) * kept;
+    if (p->is_gated) {
+      finish_gated(p, operands + first, row, count_of_rows, panel * PANEL, done);
+    } else {
+      const int64_t columns = smaller(p->outputs, own->end_panel * PANEL) - panel * PANEL;
+      finish_pair(p, operands + first, row, count_of_rows, panel * PANEL, smaller(PAIR, columns), done);
+    }
+  }
+}
+
 static void multiply_share(const Part *part) {
   const Product *p = part->product;
   const Share *own = &part->own;
@@ -265,22 +331,10 @@ static void multiply_share(const Part *part) {
   for (int64_t k = 0; k < own->depth; k += DEPTH) {
     const int64_t count = smaller(DEPTH, own->depth - k);
     gather_rows(part, k, count);
-    for (int64_t panel = own->first_panel; panel < own->end_panel; panel += each) {
-      const int8_t *left = (const int8_t *)p->weight + (panel * own->depth + k) * PANEL;
-      const int64_t to_right = p->is_gated ? panels_of(p) : panel + 1 < own->end_panel;
-      const int64_t columns = smaller(p->outputs, own->end_panel * PANEL) - panel * PANEL;
+    const int64_t some = each * (PAIR * count < WEIGHTS ? WEIGHTS / (PAIR * count) : 1);
+    for (int64_t begin = own->first_panel; begin < own->end_panel; begin += some) {
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        Sums *kept = part->sums + (own->depth > DEPTH ? (panel - own->first_panel) / each * pairs + pair : 0);
-        const int64_t first = pair * PAIR, row = own->first_row + first, count_of_rows = smaller(PAIR, own->rows - first);
-        const Rows rows = rows_of(part, pair, k);
-        multiply_pair(p, &part->window, &rows, k, count, left, left + to_right * own->depth * PANEL, *kept);
-        if (k + count < own->depth) continue;
-        const int32_t(*done)[PAIR] = (const int32_t(*)[PAIR]) * kept;
-        if (p->is_gated) {
-          finish_gated(p, operands + first, row, count_of_rows, panel * PANEL, done);
-        } else {
-          finish_pair(p, operands + first, row, count_of_rows, panel * PANEL, smaller(PAIR, columns), done);
-        }
+        multiply_rows(part, operands, k, count, pair, begin, smaller(begin + some, own->end_panel));
       }
     }
   }
