@@ -117,7 +117,7 @@ def _weights(weights: CallWeights, kept: list[int]) -> CallWeights:
 
 
 def _of_set(record: EndRecord, kept: list[int]) -> EndRecord:
-    gradients = [record.gradients[i] for i in kept] if record.gradients else []
+    gradients = None if record.gradients is None else record.gradients[kept]
     return replace(record, gradients=gradients, weights=_weights(record.weights, kept))
 
 

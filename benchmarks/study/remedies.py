@@ -142,7 +142,7 @@ def has_a_scale_a_token(layer: Any) -> bool:
 def layer_noise(layer: Any, records: list[EndRecord]) -> dict[str, float]:
     """By each remedy, what the rounding of one layer's inputs adds to the squared error of the final latents."""
     axis, per_token = axis_of(layer), has_a_scale_a_token(layer)
-    known = [record for record in records if record.gradients]
+    known = [record for record in records if record.gradients is not None]
     found = remedies(functools.reduce(Seen.__add__, (Seen.of(r.x.movedim(axis, -1)) for r in known))) if known else {}
     sums = dict.fromkeys(found, 0.0)
     for record in known:

@@ -122,13 +122,14 @@ def is_whole(model: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) <= WHOLE_MODEL
 
 
-def pictures_that_count(model: nn.Module, calls: int, settings: int) -> list[int]:
+def pictures_that_count(model: nn.Module, calls: int, settings: int, most: int | None = None) -> list[int]:
     """The samples of a calibration that are followed to the end: all, or of a large model the first of each setting.
 
     Args:
         calls, settings: how many there are of the calibration.
+        most: of a small model, at each setting; None for all.
     """
-    count = calls if is_whole(model) else min(calls, LARGE_PICTURES)
+    count = min(calls, most or calls) if is_whole(model) else min(calls, LARGE_PICTURES)
     return [sample_number(call, setting, settings) for setting in range(settings) for call in range(count)]
 
 
@@ -193,7 +194,7 @@ def _through_the_model(
             )
             by_given = [None if g is None else g * size for g in gradients[: len(wanted)]]
             found[probe] = [_spread(g, t, rows) for g, t in zip(by_given, _in_graph(given), strict=True)]
-            give(ran, gradients[len(wanted) :], size)
+            give(ran, gradients[len(wanted) :], probe, len(cut), size)
     return found, ran
 
 

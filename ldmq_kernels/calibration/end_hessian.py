@@ -119,7 +119,9 @@ class _Sums:
     def add(self, record: EndRecord) -> None:
         """Add what one call of the layer weighs in its pictures; rows that are no picture's count as one."""
         prompts = record.prompts or (0,) * record.x.shape[0]
-        for picture in set(prompts) if record.gradients else ():
+        if record.gradients is None:
+            return
+        for picture in set(prompts):
             rows = torch.tensor([row for row, prompt in enumerate(prompts) if prompt == picture])
             place = rows.to(record.x.device)
             x = rows_of(self._layer, record.x[place], record.gradients[0].shape)

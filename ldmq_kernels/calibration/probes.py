@@ -69,27 +69,22 @@ class EndRecord:
         weights: for how many calls this one stands.
         x: the layer's input.
         output: what the float layer makes of it.
-        gradients: for each probe the weight of each value of the layer's output at the end, float32; empty where the
-            output does not reach the model's.
+        gradients: (probes, *output.shape) float32, for each probe the weight of each value of the layer's output at the
+            end; None where the output does not reach the model's.
         prompts: the prompt of each row; empty where rows are no pictures', such as a time embedding's for all.
-        fold: 0 or 1: the half of the prompts that is looked at, see `rows_of_folds`.
     """
 
     step: int
     weights: CallWeights
     x: Tensor
     output: Tensor
-    gradients: list[Tensor]
+    gradients: Tensor | None
     prompts: tuple[int, ...]
-    fold: int = 0
 
-    def rows_of_folds(self) -> dict[int, Tensor]:
-        """Fold of the prompts -> its rows; all of them as fold 0 where they are no pictures'."""
-        of_rows = [prompt % 2 for prompt in self.prompts] or [0] * self.x.shape[0]
-        return {
-            fold: torch.tensor([row for row, of in enumerate(of_rows) if of == fold], device=self.x.device)
-            for fold in sorted(set(of_rows))
-        }
+    @property
+    def folds(self) -> list[int]:
+        """0 or 1 for each row: the half of the prompts that it is of; 0 where rows are no pictures'."""
+        return [prompt % 2 for prompt in self.prompts] or [0] * self.x.shape[0]
 
 
 def _call(
@@ -108,7 +103,7 @@ def _call(
             found = torch.autograd.grad(
                 output, outputs, vector.to(output.dtype), retain_graph=probe + 1 < len(vectors), allow_unused=True
             )
-            give(ran, found, size)
+            give(ran, found, probe, len(vectors), size)
     return ran, output.detach()
 
 
@@ -131,9 +126,12 @@ def record(
             vectors = [rademacher(call.output, 1000 * index + probe) for probe in range(probes)]
             ran, output = _call(model, call, recorder, vectors)
             signal = float(output.double().square().sum())
-            for name, x, _, gradients in ran:
-                rows = folds_of_rows(x.shape[0], prompts, output.shape[0])
-                records[name].append(LayerRecord(call.step, x, signal, gradients, rows=rows, call=index))
+            for of_layer in ran:
+                rows = folds_of_rows(of_layer.x.shape[0], prompts, output.shape[0])
+                gradients = [] if of_layer.gradients is None else list(of_layer.gradients)
+                records[of_layer.name].append(
+                    LayerRecord(call.step, of_layer.x, signal, gradients, rows=rows, call=index)
+                )
     return records
 
 
@@ -156,19 +154,14 @@ def records_of(of_call: EndCall, ran: list[Ran]) -> Iterator[tuple[str, EndRecor
     """What ran of the layers in a call, as records; `ran` is emptied on the way."""
     call = of_call.call
     while ran:
-        name, x, output, gradients = ran.pop(0)
-        prompts = prompts_of_rows(x.shape[0], call.prompts, call.output.shape[0])
-        yield name, EndRecord(call.step, of_call.weights, x, output, gradients, prompts)
+        found = ran.pop(0)
+        prompts = prompts_of_rows(found.x.shape[0], call.prompts, call.output.shape[0])
+        yield found.name, EndRecord(call.step, of_call.weights, found.x, found.output, found.gradients, prompts)
 
 
-def chunks_of_layers(
+def _bytes_of_records(
     model: nn.Module, calls: Sequence[UNetCall], probes: int, layers: Sequence[str]
-) -> Iterator[list[str]]:
-    """Cut the layers into runs whose records of these calls fit the memory; a layer that alone is larger gets its own.
-
-    Args:
-        probes: how many there are in each call.
-    """
+) -> dict[str, int]:
     sizes: dict[str, int] = dict.fromkeys(layers, 0)
     modules = quantizable_layers(model)
 
@@ -186,4 +179,24 @@ def chunks_of_layers(
     finally:
         for handle in handles:
             handle.remove()
-    return chunks_within(layers, sizes, MEMORY)
+    return sizes
+
+
+def chunks_of_layers(
+    model: nn.Module, calls: Sequence[UNetCall], probes: int, layers: Sequence[str]
+) -> Iterator[list[str]]:
+    """Cut the layers into runs whose records of these calls fit the memory; a layer that alone is larger gets its own.
+
+    Args:
+        probes: how many there are in each call.
+    """
+    return chunks_within(layers, _bytes_of_records(model, calls, probes, layers), MEMORY)
+
+
+def chunks_with_room(
+    model: nn.Module, call: UNetCall, probes: int, layers: Sequence[str]
+) -> Iterator[tuple[list[str], int]]:
+    """The same for records of one call, each run with how many calls' records of it fit the memory, one at least."""
+    sizes = _bytes_of_records(model, [call], probes, layers)
+    for chunk in chunks_within(layers, sizes, MEMORY):
+        yield chunk, max(1, MEMORY // max(1, sum(sizes[name] for name in chunk)))

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.redrawn import frozen
 from ldmq_kernels.nn.kinds import FloatLayer, watch_product
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
-Ran = tuple[str, Tensor, Tensor, list[Tensor]]  # a layer's name, input and output, the gradient by that of each probe
+
+@dataclass
+class Ran:
+    """One run of a layer within a call of its model.
+
+    Attributes:
+        gradients: (probes, *output.shape) float32; None until a probe gives one, as where the model's output does not
+            depend on the layer's.
+    """
+
+    name: str
+    x: Tensor
+    output: Tensor
+    gradients: Tensor | None = None
 
 
 class Recorder:
@@ -43,7 +58,7 @@ class Recorder:
 
     def taken(self) -> tuple[list[Ran], list[Tensor]]:
         """What ran since, without gradients yet, and its outputs; both are forgotten here."""
-        ran: list[Ran] = [(*found, []) for found in self.ran]
+        ran = [Ran(*found) for found in self.ran]
         outputs, self.ran, self.outputs = self.outputs, [], []
         return ran, outputs
 
@@ -65,12 +80,16 @@ def recording(model: nn.Module, layers: Sequence[str], gradients: bool) -> Itera
         recorder.close()
 
 
-def give(ran: Sequence[Ran], gradients: Sequence[Tensor | None], size: float = 1.0) -> None:
-    """Add a probe's gradients to what ran, in float32; where the model's output does not depend on a layer is none.
+def give(ran: Sequence[Ran], gradients: Sequence[Tensor | None], probe: int, probes: int, size: float = 1.0) -> None:
+    """Put a probe's gradients to what ran, in float32; where the model's output does not depend on a layer is none.
 
     Args:
+        probe: its number, of so many `probes`.
         size: what the probe was divided by.
     """
-    for (*_, found), gradient in zip(ran, gradients, strict=True):
-        if gradient is not None:
-            found.append(gradient.float() * size if size != 1.0 else gradient.float())
+    for found, gradient in zip(ran, gradients, strict=True):
+        if gradient is None:
+            continue
+        if found.gradients is None:
+            found.gradients = torch.empty((probes, *gradient.shape), dtype=torch.float32, device=gradient.device)
+        torch.mul(gradient, size, out=found.gradients[probe])

@@ -70,6 +70,10 @@ class Drawn:
         """The pictures of each of several settings that they were drawn at."""
         return [self._taken([setting_of(s, settings) == setting for s in self.samples]) for setting in range(settings)]
 
+    def of_samples(self, samples: Collection[int]) -> Drawn:
+        """The pictures of some samples."""
+        return self._taken([sample in samples for sample in self.samples])
+
     def _taken(self, mask: Sequence[bool]) -> Drawn:
         kept = {measure: tuple(itertools.compress(db, mask)) for measure, db in self.by_picture.items()}
         return Drawn(kept, tuple(itertools.compress(self.samples, mask)))

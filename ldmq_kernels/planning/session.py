@@ -6,13 +6,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from torch import nn
 
+from ldmq_kernels.calibration.adjoint import is_whole
 from ldmq_kernels.calibration.settings import recorded
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.numerics.formats import FLOAT
-from ldmq_kernels.planning.assignment import LEAST_POWER, MOST_DB, SQNR, Assignment, Chooser
+from ldmq_kernels.planning.assignment import MOST_DB, SQNR, Assignment, Chooser
 from ldmq_kernels.planning.build import build_plan
 from ldmq_kernels.planning.drawn import Drawn, EndCheck, mean_within_db, spread_as_measured
 from ldmq_kernels.planning.evaluate import PlanEvaluator
@@ -122,6 +122,8 @@ class Session:
         self._weights = weights_record(model)
         self._known: dict[tuple[tuple[str, str], ...], Verified] = {}
         self.interaction_db: float | None = None  # by which the layers together are noisier than their sum
+        self._level_db = 0.0  # by which pictures that noise is known of are better than all of the calibration's
+        self._within_db: float | None = None  # how far the mean over other pictures may be from the predicted one
 
     # -- runs ----------------------------------------------------------------------------------------------
 
@@ -129,8 +131,10 @@ class Session:
         """SQNR as the calibration alone has it: the sum of the layers' noise, corrected for what they do together.
 
         The correction is measured once, by running the first assignment along the calibration's trajectory, or for
-        the end of it by drawing those of the calibration's pictures that noise is known of. At the UNet's output there
-        is none where GPTQ rounds a layer, which on the samples that it rounds for has less noise than on others;
+        the end of it by drawing the calibration's pictures: those that noise is known of say what layers do together,
+        and all of them how good a picture is in the mean, which differs more from caption to caption than noise of a
+        few tells. Of a large model, those that noise is known of alone are drawn. At the UNet's output there is no
+        correction where GPTQ rounds a layer, which on the samples that it rounds for has less noise than on others;
         pictures of each half of the prompts are drawn with what it rounds for the other half.
         """
         if assignment.sum_db >= MOST_DB:
@@ -141,23 +145,18 @@ class Session:
         if self.interaction_db is None:
             together = self._cross_validated_db(assignment)
             self.interaction_db = 0.0 if together >= MOST_DB else assignment.sum_db - together
-        return min(MOST_DB, assignment.sum_db - self.interaction_db)
-
-    def _predicted_within_db(self, assignment: Assignment) -> float | None:
-        """How far the mean over other pictures may be from the predicted one, by how those of the calibration differ.
-
-        None at the UNet's output, and of fewer than three pictures.
-        """
-        if self._pictures is None:
-            return None
-        powers = np.sum([option.noise for option in assignment.options.values()], axis=0)
-        return mean_within_db((-10 * np.log10(np.maximum(powers, LEAST_POWER))).tolist())
+        return min(MOST_DB, assignment.sum_db - self.interaction_db - self._level_db)
 
     def _cross_validated_db(self, assignment: Assignment) -> float:
+        """Of the pictures that noise is known of; what all of the calibration's tell is kept on the way."""
         if self.ends is None:
             return mean_db(self._evaluator.cross_validated(assignment.schemes))
-        drawn = self._evaluator.cross_validated_drawing(assignment.schemes, self.ends.calibrated, self._pictures)
-        return drawn.mean_db(self.measure)
+        samples = None if is_whole(self.model) else self._pictures
+        drawn = self._evaluator.cross_validated_drawing(assignment.schemes, self.ends.calibrated, samples)
+        known = drawn.of_samples(self._pictures or drawn.samples).mean_db(self.measure)
+        self._level_db = known - drawn.mean_db(self.measure)
+        self._within_db = mean_within_db(drawn.by_picture[self.measure])
+        return known
 
     def _is_rounded_for_calibration(self, layer: str, scheme: str) -> bool:
         candidate = self.analysis.candidate(layer, scheme) if layer in self.analysis.candidates else None
@@ -208,8 +207,8 @@ class Session:
             "weight_bytes": assignment.bytes,
             "weight_bytes_fp16": sum(weight_bytes(m, FLOAT) for m in quantizable_layers(self.model).values()),
         }
-        if (within := self._predicted_within_db(assignment)) is not None:
-            plan.measured[f"predicted_{self.measure}_db_within"] = round(within, 3)
+        if self._within_db is not None:
+            plan.measured[f"predicted_{self.measure}_db_within"] = round(self._within_db, 3)
         if verified.drawn is not None:
             plan.measured |= spread_as_measured(verified.drawn)
         if len(settings) > 1:

@@ -11,8 +11,9 @@ probes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -77,41 +78,77 @@ class _Amplitudes:
         return EndNoise(found)
 
 
+class Way(Protocol):
+    """A way to quantize a layer, such as a `trials.Judge`."""
+
+    def state(self, step: int, fold: int) -> Any:
+        """What the quantized layer depends on: equal for all steps and folds of the prompts that share one."""
+
+    def in_state(self, state: Any) -> nn.Module:
+        """The quantized layer of a state, until the next is asked for."""
+
+
 class LayerEndNoise:
     """The noise at the end of each way to quantize a layer, added up record by record.
 
     Args:
-        quantized: name -> a function that gives the quantized layer for a record and its `fold`.
+        quantized: name -> a way.
+        at_once: how many records wait for each other, so that a quantized layer multiplies their rows together.
     """
 
-    def __init__(self, ends: EndTrajectory, quantized: Mapping[str, Callable[[EndRecord], nn.Module]]) -> None:
-        self._quantized = quantized
+    def __init__(self, ends: EndTrajectory, quantized: Mapping[str, Way], at_once: int = 1) -> None:
+        self._quantized, self._at_once = quantized, at_once
         self._sums = _Amplitudes(ends, len(quantized))
+        self._waiting: list[EndRecord] = []
 
-    @torch.no_grad()
     def add(self, record: EndRecord) -> None:
         """Add one call of the float layer; a record without gradients adds nothing."""
-        if not record.gradients or not self._quantized:
+        if record.gradients is None or not self._quantized:
             return
-        by_probe = torch.stack([gradient.flatten(1) for gradient in record.gradients], 1)
-        found = torch.bmm(by_probe, self._errors(record).mT).double().cpu()  # (rows, probes, ways)
-        self._sums.add(record, found.permute(2, 1, 0))
+        if self._waiting and self._waiting[0].x.shape[1:] != record.x.shape[1:]:
+            self._take()
+        self._waiting.append(record)
+        if len(self._waiting) >= self._at_once:
+            self._take()
 
-    def _errors(self, record: EndRecord) -> Tensor:
-        """(rows, ways, values) float32: a fold is computed by itself where a way has another layer for each."""
-        exact, folds = record.output, record.rows_of_folds()
-        parts = {fold: (rows, record.x[rows], exact[rows]) for fold, rows in folds.items()} if len(folds) > 1 else {}
-        errors = exact.new_empty((exact.shape[0], len(self._quantized), *exact.shape[1:]), dtype=torch.float32)
-        for way, layer_for in enumerate(self._quantized.values()):
-            layers = {fold: layer_for(replace(record, fold=fold)) for fold in folds}
-            first = next(iter(layers.values()))
-            if all(layer is first for layer in layers.values()):
-                torch.sub(product_of_layer(first, record.x).float(), exact.float(), out=errors[:, way])
+    @torch.no_grad()
+    def _take(self) -> None:
+        records, self._waiting = self._waiting, []
+        errors = self._errors(records).split([record.output.shape[0] for record in records], 1)
+        for record, of_record in zip(records, errors, strict=True):
+            assert record.gradients is not None
+            by_probe = record.gradients.flatten(2).transpose(0, 1)
+            found = torch.bmm(by_probe, of_record.permute(1, 2, 0)).double().cpu()  # (rows, probes, ways)
+            self._sums.add(record, found.permute(2, 1, 0))
+
+    def _errors(self, records: Sequence[EndRecord]) -> Tensor:
+        """(ways, rows, values) float32, of one record after the other."""
+        x, exact = _together([record.x for record in records]), _together([record.output for record in records])
+        steps = [(record.step, fold) for record in records for fold in record.folds]
+        parts: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        errors = exact.new_empty((len(self._quantized), *exact.shape), dtype=torch.float32)
+        for way, of_way in zip(self._quantized.values(), errors, strict=True):
+            states: dict[Any, list[int]] = {}
+            for row, step in enumerate(steps):
+                states.setdefault(way.state(*step), []).append(row)
+            if len(states) == 1:
+                output = product_of_layer(way.in_state(next(iter(states))), x)
+                torch.sub(output.float(), exact.float(), out=of_way)
                 continue
-            for fold, (rows, x, output) in parts.items():
-                errors[rows, way] = product_of_layer(layers[fold], x).float() - output.float()
+            for state, of_state in states.items():
+                if (key := tuple(of_state)) not in parts:
+                    rows = torch.tensor(of_state, device=x.device)
+                    parts[key] = rows, x.index_select(0, rows), exact.index_select(0, rows).float()
+                rows, given, output = parts[key]
+                of_way.index_copy_(0, rows, product_of_layer(way.in_state(state), given).float() - output)
         return errors.flatten(2)
 
     def noise(self) -> dict[str, EndNoise]:
         """The noise of each way by what was added."""
+        if self._waiting:
+            self._take()
         return {name: self._sums.noise(way) for way, name in enumerate(self._quantized)}
+
+
+def _together(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

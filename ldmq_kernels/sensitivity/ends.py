@@ -20,7 +20,7 @@ from ldmq_kernels.calibration.adjoint import (
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser, whole_pipeline
 from ldmq_kernels.calibration.drawings import Call
-from ldmq_kernels.calibration.probes import EndRecord, chunks_of_layers, end_records, records_of
+from ldmq_kernels.calibration.probes import EndRecord, chunks_with_room, end_records, records_of
 from ldmq_kernels.calibration.redrawn import NoAdjoint
 from ldmq_kernels.calibration.settings import Settings
 from ldmq_kernels.calibration.trajectory import Trajectory
@@ -30,8 +30,10 @@ from ldmq_kernels.sensitivity.trials import Judge
 
 logger = logging.getLogger(__name__)
 
+PICTURES = 8  # of a small model at each setting; what others are like is told by plans that are drawn
 PROBES = 8  # at each end; with fewer, sizes scatter more by the chance of which probes are drawn
 LARGE_PROBES = 1  # of a larger model
+CALLS_AT_ONCE = 4  # whose errors are computed together where they fit the memory: a product for each costs more
 
 
 class Following:
@@ -46,7 +48,8 @@ class Following:
         self._pipe, self._calibration, self._show = pipe, calibration, show
         self._model = denoiser(pipe)
         self._is_whole = is_whole(self._model)
-        self._pictures = pictures_that_count(self._model, len(calibration.calls), len(calibration.settings))
+        drawn = len(calibration.calls), len(calibration.settings)
+        self._pictures = pictures_that_count(self._model, *drawn, most=PICTURES)
         self._empty = EndTrajectory.without_calls(self._pictures, ends, PROBES if self._is_whole else LARGE_PROBES)
         self._waiting: dict[str, tuple[list[LayerCandidate], Mapping[str, Judge]]] = {}
         self.bytes = 0  # of the quantized layers that wait
@@ -63,10 +66,10 @@ class Following:
         Where gradients do not run to the end, of which a warning tells, candidates are as they were.
         """
         waiting, self._waiting, self.bytes = self._waiting, {}, 0
-        ends, first = self._empty, self._calibration.trajectory.calls[:1]
+        ends, first = self._empty, self._calibration.trajectory.calls[0]
         probes = len(ends.ends) * ends.probes
-        for chunk in chunks_of_layers(self._model, first, probes, list(waiting)) if waiting else ():
-            sums = {name: LayerEndNoise(ends, waiting[name][1]) for name in chunk}
+        for chunk, room in chunks_with_room(self._model, first, probes, list(waiting)) if waiting else ():
+            sums = {name: LayerEndNoise(ends, waiting[name][1], min(room, CALLS_AT_ONCE)) for name in chunk}
             try:
                 for name, record in self._records(chunk):
                     sums[name].add(record)

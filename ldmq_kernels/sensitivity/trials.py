@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.calibration.probes import EndRecord, LayerRecord
+from ldmq_kernels.calibration.probes import LayerRecord
 from ldmq_kernels.calibration.ranges import group_of
 from ldmq_kernels.nn import QuantizedLayer, product_of_layer
 from ldmq_kernels.nn.kinds import axes_of
@@ -60,7 +60,7 @@ def _channels_last(output: Tensor, layer: nn.Module) -> Tensor:
 
 @dataclass(frozen=True)
 class Judge:
-    """Gives for a record the layer as the other fold of the prompts makes it, set to the record's step.
+    """Gives for a step and a fold of the prompts the layer as the other fold makes it, set to that step.
 
     Attributes:
         layers: for the records of each fold; one for both where nothing is taken from the inputs.
@@ -71,12 +71,22 @@ class Judge:
     timesteps: Sequence[float]
     boundaries: Sequence[float]
 
-    def __call__(self, record: LayerRecord | EndRecord) -> QuantizedLayer:
-        """The layer for a record."""
-        layer = self.layers[record.fold % len(self.layers)]
+    def state(self, step: int, fold: int) -> tuple[int, int]:
+        """Which of the layers it is, and its timestep group."""
+        which = fold % len(self.layers)
+        has_groups = self.layers[which].scheme.has_timestep_scales
+        return which, group_of(self.timesteps[step], self.boundaries) if has_groups else 0
+
+    def in_state(self, state: tuple[int, int]) -> QuantizedLayer:
+        """The layer that steps and folds of this state have in common, until the next is asked for."""
+        layer = self.layers[state[0]]
         if layer.scheme.has_timestep_scales:
-            layer.use_timestep_group(group_of(self.timesteps[record.step], self.boundaries))
+            layer.use_timestep_group(state[1])
         return layer
+
+    def __call__(self, record: LayerRecord) -> QuantizedLayer:
+        """The layer for a record."""
+        return self.in_state(self.state(record.step, record.fold))
 
 
 def try_out(reference: FloatReference, layer_for: Callable[[LayerRecord], nn.Module]) -> Outcome:

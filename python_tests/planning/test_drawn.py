@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration import SamplingSettings
+from ldmq_kernels.calibration import adjoint as sampler
 from ldmq_kernels.calibration.adjoint import LATENT
 from ldmq_kernels.calibration.drawings import draw
 from ldmq_kernels.calibration.hessian import input_hessians
@@ -98,6 +99,11 @@ def _request(target: Target | None, **options: Any) -> PlanRequest:
     return PlanRequest(TEXTS, target, FORMATS, settings=SETTINGS, **options)
 
 
+def _calibrated(session: Session) -> FloatEnds:
+    assert session.ends is not None
+    return session.ends.calibrated
+
+
 def _bytes(plan: Plan) -> int:
     return int(plan.measured["weight_bytes"])
 
@@ -111,11 +117,12 @@ def test_a_target_in_the_latents_is_met_by_drawing_and_was_predicted(session: Se
         assert measured["held_out_pictures"] == PICTURES
         assert measured["predicted_latent_db"] == pytest.approx(measured["held_out_latent_db"], abs=4.0)
         assert result.plan.target == {"latent_db": db}
-        schemes = {name: str(layer_plan.scheme) for name, layer_plan in result.plan.layers(session.model).items()}
-        chosen = [session.analysis.candidate(*key) for key in schemes.items()]
-        ends = [c.end.by_picture[LATENT] for c in chosen if c is not None and c.end is not None]
-        by_picture = [-10 * math.log10(sum(end[picture] for end in ends)) for picture in range(3)]
-        assert measured["predicted_latent_db_within"] == pytest.approx(mean_within_db(by_picture), abs=1e-3)
+        first = session.chooser.choose(Target(latent_db=40.0))  # which is drawn on the calibration's pictures
+        drawn = PlanEvaluator(session.model, session.analysis).cross_validated_drawing(
+            first.schemes, _calibrated(session)
+        )
+        within = mean_within_db(drawn.by_picture["latent"])
+        assert measured["predicted_latent_db_within"] == pytest.approx(within, abs=1e-3)
     assert _bytes(plans[40.0].plan) < _bytes(plans[60.0].plan)
 
 
@@ -167,17 +174,37 @@ def test_plans_that_gptq_rounds_are_predicted_by_what_each_half_of_the_prompts_m
         assert drawn.by_picture["latent"][place] == pytest.approx(-10 * math.log10(power), abs=0.01)
 
 
-def test_the_prediction_is_corrected_by_the_pictures_that_noise_is_known_of(
-    session: Session, shallow_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _of_one_picture(session: Session, model: nn.Module) -> Session:
+    """A session in which noise is known of the first picture alone."""
+
     def of_the_first(candidate: LayerCandidate) -> LayerCandidate:
         assert candidate.end is not None
         return replace(candidate, end=EndNoise({LATENT: {0: candidate.end.by_picture[LATENT][0]}}))
 
     few = {name: [of_the_first(c) for c in each] for name, each in session.analysis.candidates.items()}
     analysis = replace(session.analysis, candidates=few)
-    of_one = Session(shallow_pipe.unet, analysis, session.held_out, FORMATS, ends=session.ends)
-    seen: list[Any] = []
+    return Session(model, analysis, session.held_out, FORMATS, ends=session.ends)
+
+
+def test_the_prediction_is_as_good_as_all_pictures_of_the_calibration_are(
+    session: Session, shallow_pipe: StableDiffusionPipeline
+) -> None:
+    of_one = _of_one_picture(session, shallow_pipe.unet)
+    chosen = of_one.chooser.choose(Target(latent_db=40.0))
+    evaluator = PlanEvaluator(shallow_pipe.unet, session.analysis)
+    drawn = evaluator.cross_validated_drawing(chosen.schemes, _calibrated(session))
+    assert len(set(drawn.by_picture["latent"])) == 3
+    assert of_one.predicted_db(chosen) == pytest.approx(drawn.mean_db("latent"))
+    assert of_one.interaction_db is not None
+    first = drawn.by_picture["latent"][drawn.samples.index(0)]
+    assert of_one.interaction_db == pytest.approx(chosen.sum_db - first)
+
+
+def test_the_prediction_of_a_large_model_is_corrected_by_the_pictures_that_noise_is_known_of(
+    session: Session, shallow_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "WHOLE_MODEL", 10)
+    of_one, seen = _of_one_picture(session, shallow_pipe.unet), list[Any]()
     compare = FloatEnds.compare
     monkeypatch.setattr(FloatEnds, "compare", lambda ends, samples=None: seen.append(samples) or compare(ends, samples))
     of_one.predicted_db(of_one.chooser.choose(Target(latent_db=40.0)))

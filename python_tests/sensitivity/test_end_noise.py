@@ -72,19 +72,34 @@ def _ends(count: int = STEPS, probes: int = 1) -> EndTrajectory:
     return EndTrajectory(calls, (LATENT,), probes, {LATENT: {0: 2.0, 1: 5.0}}).thinned(count)
 
 
-def _noise(ends: EndTrajectory, errors: dict[int, Tensor]) -> EndNoise:
+class _Way:
+    """Another layer for each step and fold, or the same for all."""
+
+    def __init__(self, layer_for: Callable[[int, int], nn.Module]) -> None:
+        self._layer_for = layer_for
+        self.products = 0
+
+    def state(self, step: int, fold: int) -> nn.Module:
+        return self._layer_for(step, fold)
+
+    def in_state(self, state: nn.Module) -> nn.Module:
+        self.products += 1
+        return state
+
+
+def _noise(ends: EndTrajectory, errors: dict[int, Tensor], at_once: int = 1) -> EndNoise:
     """Of a layer that makes an error in each step, with gradients of one everywhere, or of random signs."""
     ones, records = torch.ones(4, 3), []
     for of_call in ends.calls:
         step = of_call.call.step
         signs = [ones] if ends.probes == 1 else [rademacher(ones, 99 * step + probe) for probe in range(ends.probes)]
-        records.append(EndRecord(step, of_call.weights, EACH_ROW, EXACT(EACH_ROW), signs, (0, 1, 0, 1)))
+        records.append(EndRecord(step, of_call.weights, EACH_ROW, EXACT(EACH_ROW), torch.stack(signs), (0, 1, 0, 1)))
     layers = {step: _layer(error) for step, error in errors.items()}
-    return _added(ends, records, lambda record: layers[record.step])
+    return _added(ends, records, _Way(lambda step, _: layers[step]), at_once)
 
 
-def _added(ends: EndTrajectory, records: Sequence[EndRecord], layer_for: Callable[[EndRecord], nn.Module]) -> EndNoise:
-    noise = LayerEndNoise(ends, {"other": lambda _: EXACT, "one": layer_for})
+def _added(ends: EndTrajectory, records: Sequence[EndRecord], way: _Way, at_once: int = 1) -> EndNoise:
+    noise = LayerEndNoise(ends, {"other": _Way(lambda *_: EXACT), "one": way}, at_once)
     for record in records:
         noise.add(record)
     return noise.noise()["one"]
@@ -130,18 +145,42 @@ def test_a_call_that_does_not_reach_the_end_counts_for_nothing() -> None:
 
 def test_each_picture_has_the_error_of_the_layer_that_the_other_fold_makes() -> None:
     ends, errors = _ends(), (_layer(torch.full((2, 3), 1.0)), _layer(torch.full((2, 3), 5.0)))
-    record = EndRecord(0, ends.calls[0].weights, EACH_ROW, EXACT(EACH_ROW), [torch.ones(4, 3)], (0, 1, 0, 1))
-    noise = _added(ends, [record], lambda record: errors[record.fold])
+    record = EndRecord(0, ends.calls[0].weights, EACH_ROW, EXACT(EACH_ROW), torch.ones(1, 4, 3), (0, 1, 0, 1))
+    noise = _added(ends, [record], _Way(lambda _, fold: errors[fold]))
     assert noise.by_picture == {LATENT: {0: 6.0**2 / 2, 1: 30.0**2 / 5}}  # both halves of guidance, three values
 
 
 def test_a_row_for_all_pictures_counts_once_in_all() -> None:
     ends = _ends()
-    record = EndRecord(0, ends.calls[0].weights, EACH_ROW[:1], torch.zeros(1, 3), [torch.ones(1, 3)], ())
-    assert {fold: rows.tolist() for fold, rows in record.rows_of_folds().items()} == {0: [0]}
-    noise = _added(ends, [record], lambda _: _layer(torch.ones(2, 3)))
+    record = EndRecord(0, ends.calls[0].weights, EACH_ROW[:1], torch.zeros(1, 3), torch.ones(1, 1, 3), ())
+    assert record.folds == [0]
+    noise = _added(ends, [record], _Way(lambda *_: _layer(torch.ones(2, 3))))
     power = sum(noise.by_picture[LATENT][picture] * ends.scale[LATENT][picture] for picture in range(PICTURES))
     assert power == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize("at_once", [2, 4, 100])
+def test_records_that_wait_for_each_other_are_multiplied_together_and_count_as_before(at_once: int) -> None:
+    ends = _ends(probes=3)
+    random = {step: torch.randn(2, 3, generator=torch.Generator().manual_seed(step // 2)) for step in range(STEPS)}
+    alone, together = (_noise(ends, random, count).by_picture[LATENT] for count in (1, at_once))
+    assert together == pytest.approx(alone)
+    layer, wide = _layer(torch.ones(2, 3)), EACH_ROW.repeat(2, 1)
+    one = _Way(lambda *_: layer)
+    shapes = [EACH_ROW, EACH_ROW, wide[:, None], wide[:, None]]  # another shape does not wait
+    records = [
+        EndRecord(
+            step,
+            ends.calls[0].weights,
+            x,
+            torch.zeros(*x.shape[:-1], 3),
+            torch.ones(3, *x.shape[:-1], 3),
+            (0, 1) * (len(x) // 2),
+        )
+        for step, x in enumerate(shapes)
+    ]
+    _added(ends, records, one, at_once)
+    assert one.products == 2
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +294,15 @@ def test_of_a_large_model_some_steps_of_two_pictures_count(
     found = ends_of_analysis.Following(shallow_pipe, calibration, (LATENT,), show=False).some_calls
     assert (found.pictures, found.probes) == ([0, 1], 1)
     assert [of_call.call.step for of_call in found.calls] == [0, 2]
+
+
+def test_of_a_small_model_the_first_pictures_are_followed(
+    shallow_pipe: StableDiffusionPipeline, analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ends_of_analysis, "PICTURES", 1)
+    (noise,) = _followed(shallow_pipe, analysis, ["conv_in"]).values()
+    assert noise is not None
+    assert list(noise.by_picture[LATENT]) == [0]
 
 
 def test_what_is_known_of_the_end_saves_runs_of_single_layers(analysis: Analysis) -> None:

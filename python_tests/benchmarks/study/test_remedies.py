@@ -24,7 +24,7 @@ def test_each_remedy_helps_where_it_should() -> None:
 def test_noise_is_weighted_with_the_square_of_the_adjoint_at_the_input() -> None:
     layer, x = nn.Linear(32, 3, bias=False), torch.randn(4, 32)
     gradient = torch.randn(4, 3)
-    record = EndRecord(0, CallWeights(torch.ones(4), torch.ones(4)), x, gradient, [gradient], (0, 1, 2, 3))
+    record = EndRecord(0, CallWeights(torch.ones(4), torch.ones(4)), x, gradient, gradient[None], (0, 1, 2, 3))
     found = remedies.layer_noise(layer, [record])
     error = remedies.as_it_is(x, True) - x
     wanted = (error.square() * (gradient @ layer.weight.detach()).square()).sum()
