@@ -30,6 +30,9 @@ from ldmq_kernels.kernels.op_spec import Arguments, Key, OpSpec, spec_of
 
 MOST_SHAPES = 4096  # remembered for an op and device
 
+_VARIABLE = "LDMQ_BACKEND"
+# what os.environ looks in: it raises twice for a variable that is not set, for as long as all else of a call here takes
+_environment, _key = os.environ._data, os.environ.encodekey(_VARIABLE)  # type: ignore[attr-defined]
 _override: ContextVar[str | None] = ContextVar("ldmq_backend", default=None)
 _calls: Counter[tuple[str, str, torch.device]] = Counter()
 _refusals: Counter[tuple[str, str, str]] = Counter()
@@ -59,7 +62,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def forced_backend() -> str | None:
     """The backend that `use_backend` or LDMQ_BACKEND asks for, if any."""
-    name = _override.get() or os.environ.get("LDMQ_BACKEND") or None
+    name = _override.get() or (os.environ.get(_VARIABLE) if _key in _environment else None)
     return _check(name) if name else None
 
 
@@ -94,9 +97,7 @@ class Choice:
     unlaunched: dict[Hashable, str] = field(default_factory=dict)
 
     def order(self, arguments: Arguments) -> tuple[str, ...]:
-        """The backends for a call, the best first."""
-        if not self.measured:
-            return self.usual
+        """The backends for a call, the best first, where one was measured."""
         key = self.key(arguments)
         found = self.known.get(key)
         if found is None:
@@ -170,7 +171,8 @@ def choice(op: str, device: torch.device) -> Choice:
 
 def backend_order(op: str, arguments: Arguments, device: torch.device) -> tuple[str, ...]:
     """The backends that a call is offered to, one after the other; those switched off are among them."""
-    return choice(op, device).order(arguments)
+    chosen = choice(op, device)
+    return chosen.order(arguments) if chosen.measured else chosen.usual
 
 
 def packer(op: str, device: torch.device) -> Packer | None:
@@ -219,7 +221,7 @@ def _tell_of_the_definition(device: torch.device) -> None:
 
 def server(op: str) -> Callable[..., Any]:
     """The implementation of an op: hands the call to the first backend that takes it."""
-    table, environment, spec = backends(), os.environ, spec_of(op)
+    table, spec = backends(), spec_of(op)
     floating = spec.floating
 
     def serve(*arguments: Any) -> Any:
@@ -228,9 +230,8 @@ def server(op: str) -> Callable[..., Any]:
                 if index < len(arguments) and (tensor := arguments[index]) is not None and tensor.requires_grad:
                     return differentiated(arguments)
         device = arguments[0].device
-        forced = _override.get() or environment.get("LDMQ_BACKEND")
-        chosen = choice(op, device)
-        names = chosen.order(arguments) if not forced else (forced,) if forced in table else (_check(forced),)
+        forced, chosen = forced_backend(), choice(op, device)
+        names = (forced,) if forced else chosen.order(arguments) if chosen.measured else chosen.usual
         reasons: list[str] = []
         for name in names:
             backend = table[name]

@@ -45,7 +45,10 @@ def enlarged_and_padded(x: Tensor, padding: Sequence[int], upsample: int) -> tup
     Nearest-neighbour enlargement, and any padding that is not the same on both sides, are done here.
     """
     if upsample > 1:
-        x = x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
+        samples, channels, height, width = x.shape
+        pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]
+        repeated = pixels.expand(samples, height, upsample, width, upsample, channels)
+        x = repeated.reshape(samples, height * upsample, width * upsample, channels).permute(0, 3, 1, 2)
     top, bottom, left, right = padding
     if top == bottom and left == right:
         return x, (top, left)

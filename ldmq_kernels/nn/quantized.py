@@ -320,10 +320,8 @@ class QuantizedLayer(PackedWeight, InputScale):
 
     def operands(self) -> list[Tensor]:
         """The stored tensors that the product takes beside the weight, in its order."""
-        names = self.scheme.format.operands
-        if len(names) == 1:  # a comprehension takes longer than the look-up
-            return [getattr(self, names[0])]
-        return [getattr(self, name) for name in names]
+        held: Any = self._buffers  # as attributes they would be looked up in three places
+        return [held[name] for name in self.scheme.format.operands]
 
     # -- moving, loading and copying -----------------------------------------------------------------
 

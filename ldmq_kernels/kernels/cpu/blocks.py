@@ -57,21 +57,20 @@ def finish_rows(accumulator: Tensor, epilogue: Epilogue, out: Tensor) -> None:
     Raises:
         Unsupported: an operand does not fit.
     """
-    epilogue.check(*accumulator.shape)
+    epilogue = epilogue.fitted(*accumulator.shape)
     if compiled.takes(epilogue.residual, out):
         compiled.finish(accumulator, epilogue, out)
         return
     scale, column_scale, bias, sample_bias, residual, gate = epilogue.as_rows(*accumulator.shape)
-    added = [own if own is None else own.float() for own in (bias, sample_bias)]
     for block in row_blocks(*accumulator.shape):
         y = accumulator[block]
         y.mul_(_of_rows(scale, block, len(out)))
         if column_scale is not None:
             y.mul_(column_scale)
-        if added[0] is not None:
-            y.add_(added[0])
-        if added[1] is not None:
-            y.add_(_of_rows(added[1], block, len(out)))
+        if bias is not None:
+            y.add_(bias)
+        if sample_bias is not None:
+            y.add_(_of_rows(sample_bias, block, len(out)))
         if gate is not None:
             y.mul_(_of_rows(gate, block, len(out)))
         if residual is not None:

@@ -176,9 +176,9 @@ def address(values: Tensor | None) -> int:
     return 0 if values is None else values.data_ptr()
 
 
-def in_float32(values: Tensor | None) -> Tensor | None:
+def in_float32(values: Tensor) -> Tensor:
     """An operand as float32, contiguous."""
-    if values is None or (values.dtype == torch.float32 and values.is_contiguous()):
+    if values.dtype == torch.float32 and values.is_contiguous():
         return values
     return values.float().contiguous()
 
@@ -195,9 +195,7 @@ def quantize_measured(x: Tensor, channels: int, inv_smooth: Tensor | None, q: Te
     """
     parts, groups = threads(x), scale.numel()
     largest = x.new_empty(groups * parts, dtype=torch.int32) if groups < parts else None
-    if inv_smooth is not None and inv_smooth.numel() != channels:
-        inv_smooth = inv_smooth.expand(channels)
-    factors = in_float32(inv_smooth)
+    factors = None if inv_smooth is None else in_float32(inv_smooth.expand(channels))
     call(
         "ldmq_quantize_measured",
         parts,
@@ -218,8 +216,7 @@ def quantize_calibrated(x: Tensor, channels: int, factors: Tensor, q: Tensor) ->
     Raises:
         ValueError: there is NaN, which int8 lacks.
     """
-    if factors.dtype != torch.float32 or not factors.is_contiguous():
-        factors = factors.float().contiguous()
+    factors = in_float32(factors)
     if call(
         "ldmq_quantize_calibrated",
         threads(x),
@@ -250,25 +247,27 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
     gate: Tensor | None = None
 
-    def check(self, rows: int, columns: int) -> None:
-        """Look whether all operands fit (rows, columns): C reads them unseen, and torch would broadcast some.
+    def fitted(self, rows: int, columns: int) -> Epilogue:
+        """The same with small operands in float32, one row after the other, that all fit (rows, columns).
+
+        C reads them unseen, and torch would broadcast some.
 
         Raises:
-            Unsupported: one does not.
+            Unsupported: one does not fit.
         """
         scale, column_scale, bias, sample_bias, residual, gate = self
-        for name, operand in (("column_scale", column_scale), ("bias", bias)):
-            if operand is not None and operand.numel() != columns:
-                raise Unsupported(f"{name} has {operand.numel()} columns, the output {columns}")
-        if scale.numel() != 1:
-            _check_runs("scale", scale.numel(), rows)
-        for name, operand in (("sample_bias", sample_bias), ("gate", gate)):
-            if operand is not None:
-                if operand.shape[-1] != columns:
-                    raise Unsupported(f"{name} has {operand.shape[-1]} columns, the output {columns}")
-                _check_runs(name, operand.numel() // columns, rows)
+        if column_scale is not None:
+            column_scale = _of_columns("column_scale", column_scale, 1, columns)
+        if bias is not None:
+            bias = _of_columns("bias", bias, 1, columns)
+        if sample_bias is not None:
+            sample_bias = _of_columns("sample_bias", sample_bias, rows, columns)
+        if gate is not None:
+            gate = _of_columns("gate", gate, rows, columns)
         if residual is not None and residual.numel() != rows * columns:
             raise Unsupported(f"residual has {residual.numel()} elements, the output {rows * columns}")
+        scale = _of_runs("scale", scale, scale.numel(), rows)
+        return Epilogue(scale, column_scale, bias, sample_bias, residual, gate)
 
     def as_rows(self, rows: int, columns: int) -> Epilogue:
         """The same as torch takes them: scales (G, 1), and each other operand of runs or rows with two axes."""
@@ -282,37 +281,36 @@ class Epilogue(NamedTuple):
             None if gate is None else gate.reshape(-1, columns),
         )
 
-    def for_library(self) -> Epilogue:
-        """The same with small operands in float32, one row after the other."""
-        scale, column_scale, bias, sample_bias, residual, gate = self
-        return Epilogue(
-            scale if scale.is_contiguous() and scale.dtype == torch.float32 else scale.float().contiguous(),
-            in_float32(column_scale),
-            in_float32(bias),
-            in_float32(sample_bias),
-            residual,
-            in_float32(gate),
-        )
-
     def operands(self, out: Tensor, columns: int) -> tuple[int, ...]:
-        """What C takes, addresses among it: of an epilogue `for_library`, which lives longer than the call."""
+        """What C takes, addresses among it: of an epilogue that is `fitted`, and lives longer than the call."""
         scale, column_scale, bias, sample_bias, residual, gate = self
         return (
-            *(scale.data_ptr(), scale.numel(), address(column_scale), address(bias), address(sample_bias)),
-            0 if sample_bias is None else sample_bias.numel() // columns,
-            *(address(gate), 0 if gate is None else gate.numel() // columns),
-            *(address(residual), residual is not None and residual.dtype == torch.bfloat16),
-            *(out.data_ptr(), out.dtype == torch.bfloat16),
+            scale.data_ptr(),
+            scale.numel(),
+            0 if column_scale is None else column_scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            *((0, 0) if sample_bias is None else (sample_bias.data_ptr(), sample_bias.numel() // columns)),
+            *((0, 0) if gate is None else (gate.data_ptr(), gate.numel() // columns)),
+            *((0, 0) if residual is None else (residual.data_ptr(), residual.dtype == torch.bfloat16)),
+            out.data_ptr(),
+            out.dtype == torch.bfloat16,
         )
 
 
-def _check_runs(name: str, runs: int, rows: int) -> None:
+def _of_columns(name: str, operand: Tensor, rows: int, columns: int) -> Tensor:
+    if operand.shape[-1] != columns:
+        raise Unsupported(f"{name} has {operand.shape[-1]} columns, the output {columns}")
+    return _of_runs(name, operand, operand.numel() // columns, rows)
+
+
+def _of_runs(name: str, operand: Tensor, runs: int, rows: int) -> Tensor:
     if not runs or rows % runs:
         raise Unsupported(f"{name} has {runs} rows, which do not divide the {rows} of the output")
+    return in_float32(operand)
 
 
 def finish(accumulator: Tensor, epilogue: Epilogue, out: Tensor) -> None:
-    """Write the epilogue of (M, N) float32, contiguous, into (M, N) float32 or bfloat16, contiguous."""
-    kept, (rows, columns) = epilogue.for_library(), accumulator.shape
-    operands = kept.operands(out, columns)
+    """Write a `fitted` epilogue of (M, N) float32, contiguous, into (M, N) float32 or bfloat16, contiguous."""
+    rows, columns = accumulator.shape
+    operands = epilogue.operands(out, columns)
     call("ldmq_finish", threads(accumulator), accumulator.data_ptr(), rows, columns, *operands)

@@ -134,6 +134,8 @@ def _scale_of(x: Tensor, shape: Sequence[int], inv_scale: Tensor | None) -> Tens
 
 def _factors(channels: int, inv_scale: Tensor | None, inv_smooth: Tensor | None) -> Tensor | None:
     factors = inv_smooth if inv_scale is None else inv_scale
+    if factors is None:
+        return None
     check_channels(channels, factors)
     return compiled.in_float32(factors)
 
@@ -144,17 +146,17 @@ def _quantization(factors: Tensor | None, q: Tensor, scale: Tensor, inv_scale: T
     return compiled.address(factors), 0 if factors is None else factors.numel(), q.data_ptr(), measured
 
 
-def _parameters(channels: int, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+def _parameters(channels: int, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """A norm's weight and bias of one dtype that C reads, contiguous."""
-    for parameter in parameters:
-        if parameter is not None and parameter.shape != (channels,):
-            raise Unsupported(
-                f"a norm's parameter of shape {tuple(parameter.shape)}, the input has {channels} channels"
-            )
-    dtypes = {parameter.dtype for parameter in parameters if parameter is not None}
-    if dtypes == {torch.bfloat16}:
-        return tuple(None if parameter is None else parameter.contiguous() for parameter in parameters)
-    return tuple(compiled.in_float32(parameter) for parameter in parameters)
+    is_narrow = True
+    for parameter in (weight, bias):
+        if parameter is not None:
+            is_narrow = is_narrow and parameter.dtype == torch.bfloat16
+            if parameter.shape != (channels,):
+                found = tuple(parameter.shape)
+                raise Unsupported(f"a norm's parameter of shape {found}, the input has {channels} channels")
+    read = Tensor.contiguous if is_narrow else compiled.in_float32
+    return None if weight is None else read(weight), None if bias is None else read(bias)
 
 
 def _addresses(weight: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:

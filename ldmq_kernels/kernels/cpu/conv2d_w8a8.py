@@ -85,9 +85,10 @@ def conv2d_w8a8(
         return torch.empty(shape, dtype=out_dtype, device=x_q.device, memory_format=torch.channels_last)
     x_q, pads = enlarged_and_padded(x_q, padding, upsample)
     packed = weight if is_packed(weight) else pack_conv2d(weight)
-    if products.is_packed(packed) and groups > 1:
+    if groups > 1 and products.is_packed(packed):
         packed = _held_as(packed, weight_scale.shape[0], pack_conv2d_of_groups)
-    is_in_onednn = packed.dtype == torch.int8 and not products.is_packed(packed)
+    is_ours = products.is_packed(packed)
+    is_in_onednn = packed.dtype == torch.int8 and not is_ours
     if is_in_onednn and is_wrong_in_onednn(x_q.shape[2:], kernel_size, stride, pads, dilation):
         packed = _held_as(packed, weight_scale.shape[0], widened.pack_conv2d)
     x_q = x_q.contiguous(memory_format=torch.channels_last)
@@ -95,7 +96,7 @@ def conv2d_w8a8(
         if residual.shape[1] != weight_scale.shape[0]:
             raise Unsupported(f"residual has {residual.shape[1]} columns, the output {weight_scale.shape[0]}")
         residual = residual.contiguous(memory_format=torch.channels_last)
-    is_ours, is_widened = products.is_packed(packed), packed.dtype == torch.float32
+    is_widened = packed.dtype == torch.float32
     epilogue = Epilogue(x_scale, weight_scale if is_ours or is_widened else None, bias, sample_bias, residual)
     if is_ours:
         return products.conv2d(x_q, packed, epilogue, weight_scale.shape[0], stride, pads, dilation, out_dtype)

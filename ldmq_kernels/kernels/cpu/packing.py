@@ -26,7 +26,7 @@ TRIMMED = 1 << 20  # integers of a weight that leaves a hole in memory worth giv
 
 def is_packed(weight: Tensor) -> bool:
     """Whether a weight is in a form of this file; a plain one is strided int8, or int4 in uint8."""
-    return weight.is_mkldnn or weight.dtype == torch.float32 or products.is_packed(weight)
+    return products.is_packed(weight) or weight.is_mkldnn or weight.dtype == torch.float32
 
 
 def pack_linear(weight: Tensor) -> Tensor:

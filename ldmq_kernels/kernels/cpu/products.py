@@ -51,7 +51,7 @@ def takes(weight: Tensor) -> bool:
 
 def is_packed(weight: Tensor) -> bool:
     """Whether a weight is one that `pack` packed."""
-    return weight.dim() == 6 and weight.dtype in (torch.int8, torch.int16) and weight.shape[-2] == PANEL
+    return weight.dim() == 6 and weight.dtype in (torch.int8, torch.int16)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -176,12 +176,11 @@ def _multiply(
         held = f"{groups * group} channels for up to {PANEL * panels} outputs"
         raise Unsupported(f"the input has {channels} channels for {outputs} outputs, the weight {held}")
     rows, depth = sizes[0] * out_size[0] * out_size[1], taps_y * taps_x * channels
-    epilogue.check(rows, outputs)
-    inverse = None if gating is None else compiled.in_float32(gating.inv_scale)
+    inverse = None if gating is None or gating.inv_scale is None else compiled.in_float32(gating.inv_scale)
     is_written = inverse is not None or compiled.takes(epilogue.residual, out)
     written = out if is_written else torch.empty_like(out, dtype=torch.float32)
     is_finished = is_written or gating is not None
-    kept = epilogue.for_library() if is_finished else Epilogue(torch.ones(1))
+    kept = epilogue.fitted(rows, outputs) if is_finished else Epilogue(torch.ones(1))
     threads = max(1, min(torch.get_num_threads(), rows * outputs * depth // GRAIN[FORMS[group]]))
     status = compiled.call(
         "ldmq_multiply",

@@ -13,7 +13,8 @@ from ldmq_kernels.nn import QuantConv2d, QuantLinear
 
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    own = module.__dict__
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 def is_unwrapped(module: Any, kind: type) -> bool:
@@ -30,9 +31,9 @@ def is_unwrapped_linear(layer: Any) -> bool:
 def takes_quantized(layer: Any) -> bool:
     """Whether a layer is unwrapped and needs no more than 8-bit activations, which a producer can give it."""
     kind = type(layer)
-    if kind is QuantConv2d and layer.has_own_convolution:
+    if (kind is not QuantLinear and kind is not QuantConv2d) or not is_unhooked(layer) or not layer.takes_quantized:
         return False
-    return kind in (QuantLinear, QuantConv2d) and is_unwrapped(layer, kind) and layer.takes_quantized
+    return kind is QuantLinear or not layer.has_own_convolution
 
 
 def wants_gradients(module: nn.Module, *tensors: Tensor | None) -> bool:
