@@ -25,7 +25,7 @@ REDUCTION_LAUNCH = 20e6 / 4096  # clocks of the launch that reduces split-K's pa
 # the waits and barriers, the clocks are assumed, 2026-11-29
 DRAIN = 250  # until the tensor cores are empty, the barriers passed and the next product is issued
 EXTRA_PRODUCT = 214  # the same of the second accumulator of 160 columns, and its reads of shared memory
-TAP_ADDRESS = 80  # a convolution's division for the tap, before its loads
+TAP_ADDRESS = 20  # a convolution's tap and channels of a step, by multiplications, before its loads
 THROUGH_REGISTERS = 16  # an image tile that is no operand as it lies in shared memory
 UNPACK = 250  # int4 weights to int8 in registers
 # of a CUDA warpgroup on sm_90 between two products of FP8 where one alone is in flight: until it has seen the first one

@@ -13,8 +13,9 @@ from benchmarks.models.definitions import MODELS, TOYS
 from ldmq_kernels.kernels.devices import DEVICES
 
 # ms of one SDXL call on an H200, as an earlier model by hand had it, from which this one was made; by CUDA it had 16 to
-# 18 without GEGLU in the epilogue and convolutions that are split, and 14 to 15.5 with them
-EXPECTED = {"triton": (20, 23), "cuda": (14, 15.5), "compiled": (26, 29)}
+# 18 without GEGLU in the epilogue and convolutions that are split, and 14 to 15.5 with them; by Triton 20 to 23, with a
+# division in each step of a convolution
+EXPECTED = {"triton": (19.5, 23), "cuda": (14, 15.5), "compiled": (26, 29)}
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The general implicit-GEMM convolution, which gathers its input by pointers: any geometry, groups and channels.
 
-For what descriptors cannot read, and for GPUs without TMA. The main loop goes over taps and blocks of channels;
+For what descriptors cannot read, and for GPUs without TMA. The main loop goes over blocks of channels and their taps;
 of few channels, over both at once, so that 9 taps of 4 channels are a K of 36 and not of 9 blocks.
 """
 
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldmq_kernels.kernels.triton.convolution import ConvShape, reciprocal, tap_of_step
+from ldmq_kernels.kernels.triton.convolution import ConvShape
 from ldmq_kernels.kernels.triton.dependent_launch import begin, dependent
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
 from ldmq_kernels.kernels.triton.launch import EIGHT_BIT, dot_dtype
@@ -97,7 +97,7 @@ def _gather_conv2d(
     R: tl.constexpr,
     S: tl.constexpr,
     UPSAMPLE: tl.constexpr,
-    FLAT: tl.constexpr,  # few channels: taps and channels are one K
+    FEW: tl.constexpr,  # the channels of a group where they are few, so that taps and channels are one K, or else 0
     DOT: tl.constexpr,  # the dtype of tl.dot's operands
     EIGHT_BIT: tl.constexpr,  # whether that is int8 or FP8
     ONE_SCALE: tl.constexpr,
@@ -119,20 +119,19 @@ def _gather_conv2d(
     sample, h, w = receptive_field(row, out_height, out_width, stride_h, stride_w, padding_h, padding_w)
     k = R * S * group_channels
     blocks = tl.cdiv(group_channels, BLOCK_K)
-    blocks_reciprocal = reciprocal(blocks)
-    steps = tl.cdiv(k, BLOCK_K) if FLAT else R * S * blocks
+    steps = tl.cdiv(k, BLOCK_K) if FEW else R * S * blocks
     split_steps = tl.cdiv(steps, SPLIT_K)
     start = tl.program_id(1) * split_steps
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if tl.int8 == DOT else tl.float32)
     for step in range(start, min(start + split_steps, steps)):
-        if FLAT:
+        if FEW:
             index = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            tap = (index // group_channels)[None, :]
+            tap = (index // FEW)[None, :]
             h_k, w_k = h[:, None] + tap // S * dilation_h, w[:, None] + tap % S * dilation_w
-            channel, mask = (group * group_channels + index % group_channels)[None, :], (index < k)[None, :]
+            channel, mask = (group * group_channels + index % FEW)[None, :], (index < k)[None, :]
             weight = _load_weight(weight_ptr, None, column, column < last_column, 0, step, 1, k, blocks, BLOCK_K, DOT)
         else:
-            tap, block = tap_of_step(step, blocks, blocks_reciprocal)
+            tap, block = step % (R * S), step // (R * S)
             index = block * BLOCK_K + tl.arange(0, BLOCK_K)
             h_k, w_k = (h + tap // S * dilation_h)[:, None], (w + tap % S * dilation_w)[:, None]
             channel, mask = (group * group_channels + index)[None, :], (index < group_channels)[None, :]
@@ -206,7 +205,7 @@ def gather_conv2d(
         R=conv.kernel_size[0],
         S=conv.kernel_size[1],
         UPSAMPLE=conv.upsample,
-        FLAT=multiplier is None and conv.group_channels < FEW_CHANNELS,
+        FEW=conv.group_channels if multiplier is None and conv.group_channels < FEW_CHANNELS else 0,
         DOT=dot_dtype(x),
         EIGHT_BIT=x.dtype in EIGHT_BIT,
         ONE_SCALE=epilogue.has_one_scale,

@@ -17,8 +17,6 @@ from ldmq_kernels.kernels.triton.convolution import (
     image_tile_start,
     load_image_tile,
     pixels_of_tile,
-    reciprocal,
-    tap_of_step,
 )
 from ldmq_kernels.kernels.triton.dependent_launch import begin
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
@@ -71,13 +69,12 @@ def _conv2d_w4a8(
     multiplier_ptrs = multiplier_ptr + column.to(tl.int64) * (TAPS * groups)
     split_steps = tl.cdiv(TAPS * groups, SPLIT_K)
     start = tl.program_id(1) * split_steps
-    groups_reciprocal = reciprocal(groups)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for step in range(start, min(start + split_steps, TAPS * groups)):
-        tap, group = tap_of_step(step, groups, groups_reciprocal)
+        tap, group = step % TAPS, step // TAPS
         c = group * BLOCK_K
         packed = tl.reshape(weight.load([first_column, tap, c // 2]), (BLOCK_N, BLOCK_K // 2))
-        multiplier = tl.load(multiplier_ptrs + step, mask=column < out_channels, other=0)
+        multiplier = tl.load(multiplier_ptrs + tap * groups + group, mask=column < out_channels, other=0)
         block = unpack_int4(packed) * multiplier.to(tl.int8)[:, None]
         x_block = load_image_tile(
             x,

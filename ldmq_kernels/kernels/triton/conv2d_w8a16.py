@@ -16,8 +16,6 @@ from ldmq_kernels.kernels.triton.convolution import (
     image_tile_start,
     load_image_tile,
     pixels_of_tile,
-    reciprocal,
-    tap_of_step,
 )
 from ldmq_kernels.kernels.triton.dependent_launch import begin
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
@@ -60,12 +58,9 @@ def _conv2d_w8a16(
     tile_row, tile_column = tile_of_program(tl.program_id(0), image_tiles, tl.cdiv(out_channels, BLOCK_N))
     first_sample, h, w, parity = image_tile_start(tile_row, out_height, out_width, UPSAMPLE, BLOCK_S, BLOCK_H, BLOCK_W)
     first_column = tile_column * BLOCK_N
-    blocks = tl.cdiv(channels, BLOCK_K)
-    blocks_reciprocal = reciprocal(blocks)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(0, TAPS * blocks):
-        tap, channel_block = tap_of_step(step, blocks, blocks_reciprocal)
-        c = channel_block * BLOCK_K
+    for step in range(0, TAPS * tl.cdiv(channels, BLOCK_K)):
+        tap, c = step % TAPS, step // TAPS * BLOCK_K
         block = tl.reshape(weight.load([first_column, tap, c]), (BLOCK_N, BLOCK_K))
         x_block = load_image_tile(
             x,

@@ -20,8 +20,6 @@ from ldmq_kernels.kernels.triton.convolution import (
     image_tile_start,
     load_image_tile,
     pixels_of_tile,
-    reciprocal,
-    tap_of_step,
 )
 from ldmq_kernels.kernels.triton.dependent_launch import begin
 from ldmq_kernels.kernels.triton.epilogue import Epilogue
@@ -71,11 +69,12 @@ def _conv2d_w8a8(
     begin(DEPENDENT)
     BLOCK_S: tl.constexpr = BLOCK_M // (BLOCK_H * BLOCK_W)
     tile_columns = tl.cdiv(out_channels, BLOCK_N + EXTRA_N)
-    blocks = tl.cdiv(channels, BLOCK_K)
-    split_steps = tl.cdiv(TAPS * blocks, SPLIT_K)
-    start = tl.program_id(1) * split_steps
-    stop = min(start + split_steps, TAPS * blocks)
-    blocks_reciprocal = reciprocal(blocks)
+    steps = TAPS * tl.cdiv(channels, BLOCK_K)
+    start, stop = 0, steps
+    if SPLIT_K > 1:
+        split_steps = tl.cdiv(steps, SPLIT_K)
+        start = tl.program_id(1) * split_steps
+        stop = min(start + split_steps, steps)
     first = tl.program_id(0)
     # one tile where that is all: else the compiler keeps what all tiles share in registers, beside the accumulators
     end = image_tiles * tile_columns if PERSISTENT else first + 1
@@ -89,11 +88,7 @@ def _conv2d_w8a8(
         if EXTRA_N > 0:
             extra = tl.zeros((BLOCK_M, EXTRA_N), ACCUMULATOR)
         for step in range(start, stop):
-            if PERSISTENT:  # whose loop divides for the next tile's place, and has no register for a reciprocal
-                tap, channel_block = step // blocks, step % blocks
-            else:
-                tap, channel_block = tap_of_step(step, blocks, blocks_reciprocal)
-            c = channel_block * BLOCK_K
+            tap, c = step % TAPS, step // TAPS * BLOCK_K
             x_block = load_image_tile(
                 x,
                 first_sample,

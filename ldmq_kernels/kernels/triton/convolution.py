@@ -8,6 +8,9 @@ The output is a matrix of m = N * P * Q pixels by K channels, which is NHWC memo
   sees (N, H / 2, 2, W / 2, 2 C), so that a tap's rows and columns of one parity lie side by side. An input to be
   enlarged stays small: the output's pixels of one parity read an image tile of it.
 - gather, for everything else: `conv2d_gather`.
+
+The main loop goes over blocks of channels, and over the taps of each: a step is divided by the number of taps alone,
+which is a constant, and so multiplied.
 """
 
 from __future__ import annotations
@@ -24,8 +27,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ldmq_kernels.kernels.dispatch import Unsupported
 from ldmq_kernels.kernels.geometry import conv2d_output_size
 from ldmq_kernels.kernels.triton.tile_choice import Problem
-
-MOST_PRODUCTS = 1 << 19  # of a sum, up to which `tap_of_step` is exact with blocks of 16 channels or more
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,11 @@ class ConvShape:
         """The sizes that these arguments of an op ask for.
 
         Raises:
-            Unsupported: the groups do not divide the channels, or the sums are too long.
+            Unsupported: the groups do not divide the channels.
         """
         samples, channels, height, width = x.shape
         if channels % groups or out_channels % groups:
             raise Unsupported(f"{groups} groups do not divide {channels} -> {out_channels} channels")
-        products = kernel_size[0] * kernel_size[1] * (channels // groups)
-        if products > MOST_PRODUCTS:
-            raise Unsupported(f"sums of {products} products; the kernel takes up to {MOST_PRODUCTS}")
         out_size = conv2d_output_size((height, width), kernel_size, stride, padding, dilation, upsample)
         return cls(
             samples,
@@ -229,22 +227,6 @@ def image_tile_start(
     rest = tile // (across * down)
     parities: tl.constexpr = UPSAMPLE * UPSAMPLE
     return rest // parities * BLOCK_S, h, w, rest % parities
-
-
-@triton.jit
-def reciprocal(divisor: tl.tensor) -> tl.tensor:
-    """What `tap_of_step` multiplies by where it would divide by `divisor` in each step, 1 or more: ceil(2^31 / it)."""
-    return 0x7FFFFFFF // tl.cast(divisor, tl.uint32) + 1
-
-
-@triton.jit
-def tap_of_step(step: tl.tensor, blocks: tl.tensor, blocks_reciprocal: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The tap of a step, and the block of its channels; each tap has `blocks` of them.
-
-    (2 step + 1) / (2 blocks) by the high half of a product, which is exact up to 4 blocks^2 taps = 2^32.
-    """
-    tap = tl.umulhi(tl.cast(2 * step + 1, tl.uint32), blocks_reciprocal).to(tl.int32)
-    return tap, step - tap * blocks
 
 
 @triton.jit

@@ -16,7 +16,8 @@ from ldmq_kernels.kernels.dependent_launch import is_on
 def begin(DEPENDENT: tl.constexpr) -> None:
     """What a kernel does before all else: wait until the kernel before has ended, and let the next one be launched.
 
-    The next one waits in its turn, so that nothing but its start runs meanwhile. Without DEPENDENT it is no code.
+    The next one waits in its turn, so that nothing but its start runs meanwhile. Never in a loop: Triton 3.7 moves the
+    loads of a pipelined loop before a wait within it (triton-lang/triton#11905). Without DEPENDENT it is no code.
     """
     if DEPENDENT:
         gdc_wait()

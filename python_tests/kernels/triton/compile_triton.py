@@ -38,7 +38,7 @@ from ldmq_kernels.kernels.triton import tile_choice
 from ldmq_kernels.kernels.triton.tile_tables import TILES, Tile, family
 from ldmq_kernels.numerics.formats.float8 import FLOAT8
 from python_tests.kernels.before_wait import LET_THE_NEXT_BEGIN, WAIT, touched_before_wait, with_addresses
-from python_tests.kernels.machine_code import divides, has_unguarded_write, waits
+from python_tests.kernels.machine_code import MATRIX, divides, has_unguarded_write, main_loop, of_every_step, waits
 from python_tests.kernels.triton import compile_conv2d, compile_linear, compile_producers
 
 TYPES = {
@@ -50,26 +50,8 @@ TYPES = {
     torch.uint8: "u8",
     torch.int32: "i32",
 }
-COUNTED = (
-    "IGMMA",
-    "QGMMA",
-    "HGMMA",
-    "UTCIMMA",
-    "UTCHMMA",
-    "UTCQMMA",
-    "IMMA",
-    "QMMA",
-    "HMMA",
-    "UTMALDG",
-    "LDS",
-    "STS",
-    "LDSM",
-    "F2FP",
-    "STL",
-    "LDL",
-)
+COUNTED = (*MATRIX, "UTMALDG", "LDS", "STS", "LDSM", "F2FP", "STL", "LDL")
 INSTRUCTION = re.compile(rf"\b({'|'.join(COUNTED)})\b")
-MATRIX = {"IGMMA", "QGMMA", "QMMA", "HGMMA", "UTCIMMA", "UTCHMMA", "UTCQMMA", "IMMA", "HMMA"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 # stand-ins for what `gpu_of` would find
@@ -116,30 +98,16 @@ def inspect(compiled: Any) -> dict[str, Any]:
         "registers": int(registers),
         "spills": counts["STL"] + counts["LDL"],
         "shared": compiled.metadata.shared,
-        "instructions": sorted(MATRIX & set(counts)),
+        "instructions": sorted(set(MATRIX) & set(counts)),
         "counts": dict(counts),
         "loop": dict(Counter(INSTRUCTION.findall("\n".join(loop)))),
         "waits": waits(loop),
         "unguarded": has_unguarded_write(loop),
-        "divides": divides(loop),
+        "divides": divides(of_every_step(loop)),
         "early": [opcode for opcode in (WAIT, LET_THE_NEXT_BEGIN) if opcode in code],
         "touched": sorted(touched_before_wait(with_addresses(code))),
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128\b", code)),
     }
-
-
-def main_loop(code: str) -> list[str]:
-    """The shortest body of a backward branch that has a matrix instruction, line by line."""
-    lines = code.splitlines()
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
-    bodies = []
-    for i, line in enumerate(lines):
-        target = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
-        if target and labels.get(target[1], i) < i:
-            body = lines[labels[target[1]] : i]
-            if MATRIX & set(INSTRUCTION.findall("\n".join(body))):
-                bodies.append(body)
-    return min(bodies, key=len, default=[])
 
 
 def compile_call(op: str, case: str, arguments: tuple, tile: Tile | None, capability: int) -> list[dict[str, Any]]:
