@@ -14,6 +14,10 @@ COMMANDS = {
     "gpu": ("benchmarks.on_gpu", "everything that a GPU machine should bring home, in order of value"),
     "device": ("benchmarks.gpu_run.device", "what this GPU machine is"),
     "smoke": ("benchmarks.gpu_run.smoke", "every kernel in a process of its own, and the tuner's tiles at once"),
+    "early-launches": (
+        "benchmarks.gpu_run.early_launches",
+        "whether early launches give equal results, and their gain",
+    ),
     "sanitizer": ("benchmarks.gpu_run.sanitizer", "what compute-sanitizer finds in the CUDA kernels"),
     "collect": ("benchmarks.commands.collect", "results files of the rows that `gpu` brought home"),
     "study": (

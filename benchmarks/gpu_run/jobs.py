@@ -89,6 +89,7 @@ PROVE = (
     Job("sanitizer", (*BENCHMARKS, "sanitizer", "--seconds", "20", *ROWS), 25, 20, after=AFTER_BUILD),
     _sdxl_by("triton", "Triton", 75, 45),
     _sdxl_by("cuda", "CUDA", 40, 25),
+    Job("early launches", (*BENCHMARKS, "early-launches", *ROWS), 60, 40, after=AFTER_BUILD),
     Job("ceilings", (*BENCHMARKS, "machine", "ceilings", *ROWS), 30, 12),
 )
 MEASURE = (
@@ -102,12 +103,12 @@ MEASURE = (
         after=AFTER_BUILD,
     ),
     Job("tuning", (*BENCHMARKS, "smoke", "--tune", "--seconds", "90"), 100, 90, after=AFTER_BUILD, goes_on=True),
-    _model("sdxl", 120, 90),
-    _model("sd15", 60, 45),
+    _model("sdxl", 120, 95),
+    _model("sd15", 60, 50),
     _op("linear_w8a8", 60, 40),
     _op("conv2d_w8a8", 60, 40),
     Job("ceilings", (*BENCHMARKS, "machine", "ceilings", *ROWS), 30, 12),
-    _model("vae_decoder", 60, 45),
+    _model("vae_decoder", 60, 50),
     *(_op(name) for name in ("group_norm_silu_quantize", "layer_norm_quantize", "geglu_quantize", "gelu_quantize")),
     Job(
         "truth on the GPU",

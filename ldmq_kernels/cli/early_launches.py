@@ -114,6 +114,20 @@ def check_early_launches(device: torch.device) -> str:
         problem, gain = compared(chain(device), device)
     except Exception as error:
         problem, gain = f"{type(error).__name__}: {error}", 0.0
+    return note(device, problem, gain)
+
+
+def note(device: torch.device, problem: str, gain: float) -> str:
+    """Let kernels be launched early on devices of this kind where that is right and no slower, or not.
+
+    Args:
+        device: one of the kind.
+        problem: what is wrong; empty where results are equal.
+        gain: how many times as fast a CUDA graph of small kernels is.
+
+    Returns:
+        A line that says so.
+    """
     is_on = not problem and gain >= 1.0
     reason = problem or f"results are equal, and a CUDA graph of small kernels is {gain:.2f}x as fast"
     line = f"kernels are {'' if is_on else 'not '}launched before the one in front of them has ended: {reason}"
