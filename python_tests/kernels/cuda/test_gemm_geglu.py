@@ -15,6 +15,7 @@ from python_tests.kernels.cuda.gemm_cases import ONE, on, tiles_of
 from python_tests.kernels.operands import exact_linear, random_float8, random_int8, random_scale
 
 FP8 = torch.float8_e4m3fn
+COLUMNS = 72  # of the output
 
 
 def gated(columns: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,15 +52,37 @@ def test_each_fp8_value_meets_its_own_gate(device: torch.device, timing: None, t
 @pytest.mark.parametrize("op", ["linear_geglu_w8a8", "linear_geglu_fp8"])
 def test_the_epilogue_is_the_definitions(device: torch.device, op: str, out_dtype: torch.dtype) -> None:
     """Scales of rows and of columns, a bias, and an inverse scale for each channel of the output."""
+    check(device, op, out_dtype, torch.float16, torch.rand(COLUMNS) * 20 + 10)
+
+
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16])
+def test_the_bias_is_of_any_dtype(device: torch.device, bias_dtype: torch.dtype | None) -> None:
+    check(device, "linear_geglu_w8a8", torch.float16, bias_dtype, ONE)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.int8, FP8])
+def test_all_channels_may_share_an_inverse_scale(device: torch.device, out_dtype: torch.dtype) -> None:
+    """By which many values are clamped, at both ends."""
+    out = check(device, "linear_geglu_w8a8", out_dtype, torch.float32, torch.tensor([70.0]))
+    largest = 127 if out_dtype == torch.int8 else torch.finfo(FP8).max
+    assert (float(out.min()), float(out.max())) == (-largest, largest)
+
+
+def check(
+    device: torch.device, op: str, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, inv_scale: Tensor
+) -> Tensor:
+    """What a call gives, compared with the definition; only a quantized output has an inverse scale."""
     make = random_int8 if op.endswith("w8a8") else random_float8
-    x, weight, columns = make(2, 35, 96), make(144, 96), 72
-    inv_scale = torch.rand(columns) * 20 + 10 if out_dtype in (torch.int8, FP8) else None
-    operands = x, random_scale(2, 35), weight, random_scale(144), torch.randn(144).half(), inv_scale
+    x, weight = make(2, 35, 96), make(2 * COLUMNS, 96)
+    bias = None if bias_dtype is None else torch.randn(2 * COLUMNS).to(bias_dtype)
+    to = inv_scale if out_dtype in (torch.int8, FP8) else None
+    operands = x, random_scale(2, 35), weight, random_scale(2 * COLUMNS), bias, to
     out = getattr(cuda, op)(*on(device, *operands), out_dtype).cpu()
     wanted = getattr(reference, op)(*operands, out_dtype)
     agreement = AFTER_FLOAT_SUMS if op.endswith("w8a8") else AFTER_FLOAT8_SUMS
     assert not agreement.difference(out, wanted)
     assert float(wanted.float().abs().max()) > 5
+    return out.float()
 
 
 def test_what_the_epilogue_does_not_have_is_refused(device: torch.device) -> None:
