@@ -9,6 +9,7 @@ TileList sm90_linear_w8a8() {
       compiled<Tile<Kind::kLinear, Element::kInt8, 256, 160, 128, 4, true, 2>>("linear_w8a8"),
       compiled<Tile<Kind::kLinear, Element::kInt8, 256, 128, 128, 4, true, 2>>("linear_w8a8"),
       compiled<Tile<Kind::kLinear, Element::kInt8, 128, 256, 128, 4, true, 2>>("linear_w8a8"),
+      compiled<Tile<Kind::kLinear, Element::kInt8, 128, 160, 128, 6, true, 2>>("linear_w8a8"),
       compiled<Tile<Kind::kLinear, Element::kInt8, 128, 160, 128, 6, false, 2>>("linear_w8a8"),
       compiled<Tile<Kind::kLinear, Element::kInt8, 128, 160, 128, 6, false, 1>>("linear_w8a8"),
       compiled<Tile<Kind::kLinear, Element::kInt8, 128, 160, 64, 10, false, 2>>("linear_w8a8"),

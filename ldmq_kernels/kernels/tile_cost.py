@@ -16,6 +16,7 @@ from __future__ import annotations
 INT8_PRODUCTS = {80: 2048, 89: 1024, 90: 4096}
 L2_BYTES = 40  # that a multiprocessor loads from the L2 cache in a clock; assumed, 2026-11-26
 STORED_BYTES = 16  # of the output that a multiprocessor stores in a clock; assumed, 2026-11-26
+HALF_OF_THREADS = 1.5  # times as long as by all of them a tile is stored by one of two warpgroups; assumed, 2026-11-30
 GELU_INSTRUCTIONS = 40  # of an output of GEGLU in an epilogue, scales and rounding too, in machine code of sm_90a
 LANES = 128  # float32 instructions of a multiprocessor in a clock
 PIPELINE_START = 1500  # clocks from a launch to its first products; assumed, 2026-11-26

@@ -101,15 +101,12 @@ def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu, taps: int = 1, rate: 
     if tile.split_k > 1:
         store *= SUM_BYTES / 2
         reduction = tile_cost.reduction_clocks(tile.split_k * m * n * SUM_BYTES, gpu.multiprocessors)
-    alternates = tile.family == HOPPER and not tile.cooperative  # one tile is stored while the next is multiplied
-    return tile_cost.gemm_clocks(
-        tiles,
-        gpu.multiprocessors,
-        steps,
-        step_clocks(tile, rate or tile_cost.INT8_PRODUCTS[tile.family]),
-        tile_clocks=0 if alternates else store,
-        launch_clocks=tile_cost.PIPELINE_START + store + reduction,
-    )
+    step, launch = step_clocks(tile, rate or tile_cost.INT8_PRODUCTS[tile.family]), tile_cost.PIPELINE_START + reduction
+    if (
+        tile.family == HOPPER and not tile.cooperative
+    ):  # one tile is stored while the next is multiplied, the last alone
+        store, launch = 0.0, launch + tile_cost.HALF_OF_THREADS * store
+    return tile_cost.gemm_clocks(tiles, gpu.multiprocessors, steps, step, tile_clocks=store, launch_clocks=launch)
 
 
 def with_splits(tile: Tile, k: int) -> list[Tile]:

@@ -13,6 +13,7 @@ NAMES = {
         "sm90 256x160x128x4 cooperative cluster 2",
         "sm90 256x128x128x4 cooperative cluster 2",
         "sm90 128x256x128x4 cooperative cluster 2",
+        "sm90 128x160x128x6 cooperative cluster 2",
         "sm90 128x160x128x6 cluster 2",
         "sm90 128x160x128x6",
         "sm90 128x160x64x10 cluster 2",

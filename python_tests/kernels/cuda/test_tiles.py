@@ -71,6 +71,18 @@ def test_the_least_estimate_fills_the_gpu(device: torch.device) -> None:
     assert large.cluster == 2
 
 
+def test_one_wave_is_stored_by_all_threads_and_of_many_waves_one_is_stored_behind_the_next(
+    device: torch.device,
+) -> None:
+    """Two warpgroups in turns store while they multiply, and the last tile by one of them alone."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the figures are Hopper's")
+    one_wave = tiles.candidates("linear_w8a8", 2048, 1280, 1280, device)[0]
+    many_waves = tiles.candidates("linear_w8a8", 2048, 10240, 1280, device)[0]
+    assert one_wave.name == "sm90 128x160x128x6 cooperative cluster 2"
+    assert many_waves.name == "sm90 128x160x128x6 cluster 2"
+
+
 def test_the_models_take_the_tiles_that_they_took_before(device: torch.device) -> None:
     assert chosen_tiles.differences(chosen_tiles.by_cuda(), "cuda") == []
 
