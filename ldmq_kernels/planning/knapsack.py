@@ -19,6 +19,7 @@ from scipy import optimize, sparse
 RELATIVE_GAP = 1e-4
 EQUAL = 1e-3  # relative difference of a goal within which the next goal decides
 SECONDS = 20.0
+TIME_IS_UP = 1  # a status of SciPy's milp
 TOLERANCE = 2e-6  # by which HiGHS may pass a limit
 NEGLIGIBLE = 1e-9
 TINY = np.finfo(float).tiny
@@ -135,14 +136,17 @@ class Table:
             scaled = _scaled(np.where(allowed, row, 0.0), scale)
             constraints.append(optimize.LinearConstraint(scaled[None], -np.inf, bound / scale))
         goal = np.where(allowed, goal, 0.0)
-        with _silent():
-            result = optimize.milp(
-                _scaled(goal, max(float(goal.max()), TINY)),
-                integrality=np.ones(count),
-                bounds=optimize.Bounds(0, allowed.astype(float)),
-                constraints=constraints,
-                options={"mip_rel_gap": RELATIVE_GAP, "time_limit": SECONDS},
-            )
-        if result.x is None:
-            raise Infeasible(result.message)
+        for seconds in (SECONDS, np.inf):  # a process that stood still meanwhile may have found nothing yet
+            with _silent():
+                result = optimize.milp(
+                    _scaled(goal, max(float(goal.max()), TINY)),
+                    integrality=np.ones(count),
+                    bounds=optimize.Bounds(0, allowed.astype(float)),
+                    constraints=constraints,
+                    options={"mip_rel_gap": RELATIVE_GAP, "time_limit": seconds},
+                )
+            if result.x is not None:
+                break
+            if result.status != TIME_IS_UP:
+                raise Infeasible(result.message)
         return np.flatnonzero(result.x > 0.5)

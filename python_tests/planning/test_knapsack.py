@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ldmq_kernels.planning import knapsack
 from ldmq_kernels.planning.knapsack import Infeasible, Option, Table
 from python_tests.planning.synthetic import SCHEMES, every_choice, options
 
@@ -55,6 +56,16 @@ def test_the_least_options_are_taken_layer_by_layer_and_ties_by_the_next_column(
     found = [Option("b", "x", (1.0,), 3, 2), Option("b", "y", (1.0,), 3, 1), Option("a", "x", (0.0,), 5, 5)]
     table = Table(found)
     assert sorted(table.least(table.bytes, table.operations)) == [1, 2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_search_that_stood_still_for_too_long_goes_on(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(options(seed))
+    noise = table.noise.sum(1)
+    limits = [(table.bytes, float(table.bytes[table.least(table.bytes)].sum()) * 1.3)]
+    expected = table.solve([noise], limits)
+    monkeypatch.setattr(knapsack, "SECONDS", 0.0)
+    assert noise[table.solve([noise], limits)].sum() == pytest.approx(noise[expected].sum(), rel=1e-3)
 
 
 def test_none_of_a_kind_can_be_asked_for() -> None:
