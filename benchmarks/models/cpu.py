@@ -49,7 +49,7 @@ SUBJECTS = {
 
 
 def _fill(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Give one module's own parameters random values of the variance that keeps activations near 1."""
+    """Give one module's own parameters and buffers random values of the variance that keeps activations near 1."""
     for name, parameter in module.named_parameters(recurse=False):
         value = torch.empty(parameter.shape, dtype=dtype)
         if parameter.dim() > 1:
@@ -59,6 +59,8 @@ def _fill(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> 
         if value.dim() == 4:
             value = value.contiguous(memory_format=torch.channels_last)
         setattr(module, name, nn.Parameter(value, requires_grad=False))
+    for name, buffer in module.named_buffers(recurse=False):  # such as PixArt's places of its tokens
+        setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype).normal_(generator=generator))
 
 
 def _quantized(module: nn.Module, generator: torch.Generator) -> nn.Module:

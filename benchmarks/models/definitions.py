@@ -138,7 +138,7 @@ def pixart() -> Model:
     def make() -> nn.Module:
         from diffusers import PixArtTransformer2DModel
 
-        return PixArtTransformer2DModel(sample_size=64, num_layers=8).eval()
+        return PixArtTransformer2DModel(sample_size=64, num_layers=8, caption_channels=4096).eval()
 
     def inputs(device: torch.device, dtype: torch.dtype, batch: int = 2) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -74,6 +76,14 @@ def test_a_model_is_measured_on_a_cpu_with_its_memory(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["fp32", cpu.OURS])
+def test_a_transformer_with_buffers_and_text_runs_on_a_cpu(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = diffusers.PixArtTransformer2DModel
+    narrow = functools.partial(kind, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32)
+    monkeypatch.setattr(diffusers, "PixArtTransformer2DModel", narrow)
+    assert cpu.caller("pixart", variant)().isfinite().all()
+
+
 @pytest.mark.parametrize("rival", [name for name in cpu.RIVALS if name != "bf16"])
 def test_a_rival_computes_the_same_model(rival: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if why := cpu_rivals.missing(rival):
