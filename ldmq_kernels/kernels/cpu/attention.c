@@ -18,11 +18,11 @@
 #include "parts.h"
 
 enum {
-  QUERIES = 2 * SIDE,      // of a group, which tiles multiply together
-  GROUPS = 4,              // of a block, which meet the same keys one after the other
-  STEPS = 4,               // of a turn, of 32 keys each
-  LARGEST_HEAD = 256,      // channels of a head
-  SQUARE = SIDE * SIDE,    // float32 values of a tile
+  QUERIES = 2 * SIDE,    // of a group, which tiles multiply together
+  GROUPS = 4,            // of a block, which meet the same keys one after the other
+  STEPS = 4,             // of a turn, of 32 keys each
+  LARGEST_HEAD = 256,    // channels of a head
+  SQUARE = SIDE * SIDE,  // float32 values of a tile
   QUERY_TILES = 2 * LARGEST_HEAD / PAIRED,
   COLUMNS = LARGEST_HEAD / SIDE + 1  // of the sums: one has the sum of the weights
 };
@@ -69,8 +69,8 @@ typedef struct {
   int64_t turn, step;  // of the turn
   int64_t slot;        // of the scores
   int64_t first_key, keys;
-  float factor;  // of a score to the power of two
-  __m512 largest;  // exponents
+  float factor;        // of a score to the power of two
+  __m512 largest;      // exponents
 } Step;
 
 static inline float *scores_of(const Step *t, int64_t row, int64_t half) {
@@ -347,7 +347,7 @@ static void attend_block(const Attention *a, Block *block, int64_t head, int64_t
   for (int64_t g = 0; g < groups; ++g) write_out(a, block, head, g, first_query + g * QUERIES);
 }
 
-// -- tiles --------------------------------------------------------------------------------------------------------
+// -- parts --------------------------------------------------------------------------------------------------------
 
 static void attend_part(const void *given, int64_t part, int64_t parts) {
   const Attention *a = given;

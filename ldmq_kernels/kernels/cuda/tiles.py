@@ -102,9 +102,8 @@ def estimate(tile: Tile, m: int, n: int, k: int, gpu: Gpu, taps: int = 1, rate: 
         store *= SUM_BYTES / 2
         reduction = tile_cost.reduction_clocks(tile.split_k * m * n * SUM_BYTES, gpu.multiprocessors)
     step, launch = step_clocks(tile, rate or tile_cost.INT8_PRODUCTS[tile.family]), tile_cost.PIPELINE_START + reduction
-    if (
-        tile.family == HOPPER and not tile.cooperative
-    ):  # one tile is stored while the next is multiplied, the last alone
+    # one tile is stored while the next is multiplied, the last alone
+    if tile.family == HOPPER and not tile.cooperative:
         store, launch = 0.0, launch + tile_cost.HALF_OF_THREADS * store
     return tile_cost.gemm_clocks(tiles, gpu.multiprocessors, steps, step, tile_clocks=store, launch_clocks=launch)
 
