@@ -155,6 +155,41 @@ def test_scores_that_grow_from_key_to_key_are_followed() -> None:
     ramp = torch.linspace(-60, 60, 1500).view(1, 1, 1, -1).bfloat16()
     check(query, key, value, ramp)
     check(query, key, value, ramp.flip(-1).contiguous())
+    query[..., 0] = 40**0.5
+    key[..., 0] = ramp.view(1, -1, 1)
+    check(query, key, value)
+    check(query, key.flip(1).contiguous(), value)
+
+
+@pytest.mark.parametrize("largest", [2e4, 1e6, 3e8, 1e12, 1e20])
+@pytest.mark.parametrize("place", [3, 31, 40, 70, 599])
+def test_a_key_of_a_large_score_is_chosen_wherever_it_is(largest: float, place: int) -> None:
+    query, key, value = operands(100, 600, 40)
+    query[..., 0] = 1
+    key[:, place, :, 0] = largest * 40**0.5
+    assert torch.equal(ops.attention(query, key, value, None), value[:, place : place + 1].expand(-1, 100, -1, -1))
+
+
+@pytest.mark.parametrize("score", [-1e12, 1e10, 1e14])
+def test_large_scores_that_are_alike_weigh_alike(score: float) -> None:
+    query, key, value = operands(100, 320, 40)
+    query[..., 0] = 1
+    key[..., 0] = score
+    wanted = value.double().mean(1, keepdim=True).expand_as(query)
+    assert error(ops.attention(query, key, value, None), wanted) < 0.01
+
+
+@pytest.mark.parametrize("keys", [5, 20, 33, 77])
+def test_keys_that_are_not_there_are_below_low_scores(keys: int) -> None:
+    query, key, value = operands(100, keys, 40)
+    query[..., 0] = 1
+    key[..., 0] = -300 * 40**0.5
+    check(query, key, value)
+
+
+def test_keys_that_no_cache_holds_are_met_by_several_groups() -> None:
+    check(*operands(300, 1600, 256, batch=1, heads=1))
+    check(*operands(97, 1601, 256, batch=1, heads=2, scale=3.0))
 
 
 @needs_tiles

@@ -1,15 +1,15 @@
 // A call of attention.c, and what it multiplies: keys and values in the order in which tiles take their right operand.
 //
 // They are copied so once, with zeros where there are fewer: keys as [16 keys][32 channels] -> [pairs][16][2]; values
-// as [32 keys][16 columns] -> [16][16][2], where a pair is a key and the one 16 after it, so that two vectors of
-// weights become one by a shift and a selection. Beside the channels of the values is a column of ones.
+// as [32 keys][16 columns] -> [16][16][2], in the order in which one instruction packs two vectors of weights: four of
+// the first 16 keys, four of the next 16, and so on. Beside the channels of the values is a column of ones.
 #pragma once
 
 #include <stdint.h>
 
 #include "parts.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512VL__)
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define LDMQ_HAS_ATTENTION
 #include <immintrin.h>
 

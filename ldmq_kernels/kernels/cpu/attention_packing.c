@@ -55,8 +55,9 @@ static __m512i columns_of(const Attention *a, const uint16_t *values, int64_t ke
 static void pack_values(const Attention *a, const uint16_t *values, int64_t first, uint16_t *tiles) {
   for (int64_t tile = 0; tile < column_tiles(a); ++tile) {
     for (int64_t row = 0; row < SIDE; ++row) {
-      const __m512i low = columns_of(a, values, first + row, tile * SIDE);
-      const __m512i high = columns_of(a, values, first + row + SIDE, tile * SIDE);
+      const int64_t key = first + row / 4 * 4 + row % 2 * 2 + row / 2 % 2 * SIDE;
+      const __m512i low = columns_of(a, values, key, tile * SIDE);
+      const __m512i high = columns_of(a, values, key + 1, tile * SIDE);
       const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
       _mm512_storeu_si512(tiles + tile * TILE + row * PAIRED, pairs);
     }

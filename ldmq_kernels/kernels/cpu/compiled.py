@@ -37,7 +37,7 @@ VECTORS = {  # by torch's name of what it uses itself
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "AVX2": ("-march=x86-64-v3",),
 }
-TILES = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+TILES = ("-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 OPENMP = "GOMP_parallel"
 OPERANDS = {  # of calls, in the order of their structs in C: eight bytes each, integers and addresses but for epsilons
     "ldmq_quantize_measured": Struct("9q"),
