@@ -15,6 +15,7 @@ enum {
   SIDE = 16,              // rows and columns of a tile
   PAIR = 2 * SIDE,        // rows and columns that are multiplied together: 4 of 8 tiles are their sums
   STEP = 64,              // integers of a row in a tile
+  LINE = 64,              // bytes that a cache holds together
   TILE = SIDE * STEP,     // bytes
   DEPTH = 48 * STEP,      // integers of a row that are multiplied before the sums go to memory
   GATED = 4,              // rows that are gated together
@@ -60,8 +61,10 @@ static void keep_sums(Sums sums) {
   MEMORY_IS_WRITTEN();
 }
 
-// Two tiles of rows by two of weights over so many steps, added to the sums, which stay in tiles 0 to 3.
-static void multiply_steps(const Rows *rows, int64_t at, const int8_t *left, const int8_t *right, int64_t steps) {
+// Two tiles of rows by two of weights over so many steps, added to the sums, which stay in tiles 0 to 3. Weights that
+// are `ahead` bytes further are fetched into the second cache meanwhile, so many lines a step.
+static void multiply_steps(const Rows *rows, int64_t at, const int8_t *left, const int8_t *right, int64_t steps,
+                           int64_t ahead, int64_t lines) {
   const int8_t *upper = rows->upper + at, *lower = rows->lower + at;
   for (int64_t s = 0; s < steps; ++s) {
     _tile_loadd(6, left + s * TILE, STEP);
@@ -72,13 +75,17 @@ static void multiply_steps(const Rows *rows, int64_t at, const int8_t *left, con
     _tile_loadd(5, lower + s * STEP, rows->stride);
     _tile_dpbssd(2, 5, 6);
     _tile_dpbssd(3, 5, 7);
+    for (int64_t line = s * lines; line < (s + 1) * lines; ++line) {
+      _mm_prefetch(left + ahead + line * LINE, _MM_HINT_T1);
+      _mm_prefetch(right + ahead + line * LINE, _MM_HINT_T1);
+    }
   }
 }
 
 // The same over integers k to k + count of the rows, tap by tap in a window. A last step that is not full has zeros in
 // the place of the next panel's weights.
 static void multiply_pair(const Product *p, const Window *window, const Rows *rows, int64_t k, int64_t count,
-                          const int8_t *left, const int8_t *right, Sums sums) {
+                          const int8_t *left, const int8_t *right, int64_t ahead, int64_t lines, Sums sums) {
   const int64_t whole = count / STEP * STEP, rest = count % STEP;
   begin_sums(k > 0, sums);
   for (int64_t done = 0; done < whole;) {
@@ -89,7 +96,8 @@ static void multiply_pair(const Product *p, const Window *window, const Rows *ro
       run = smaller(p->channels - channel, whole - done);
       at = (down * window->width + along) * window->pixel + channel;
     }
-    multiply_steps(rows, at, left + done * PANEL, right + done * PANEL, run / STEP);
+    const int64_t fetched = done / STEP * lines * LINE - done * PANEL;
+    multiply_steps(rows, at, left + done * PANEL, right + done * PANEL, run / STEP, ahead + fetched, lines);
     done += run;
   }
   if (rest) {
@@ -97,7 +105,7 @@ static void multiply_pair(const Product *p, const Window *window, const Rows *ro
     memcpy(last[0], left + whole * PANEL, (size_t)(rest * PANEL));
     memcpy(last[1], right + whole * PANEL, (size_t)(rest * PANEL));
     MEMORY_IS_WRITTEN();
-    multiply_steps(rows, whole, last[0], last[1], 1);
+    multiply_steps(rows, whole, last[0], last[1], 1, 0, 0);
   }
   keep_sums(sums);
 }
@@ -296,19 +304,21 @@ static void gather_rows(const Part *part, int64_t k, int64_t count) {
   }
 }
 
-// Integers k to k + count of a pair of tiles' rows by the weights of some panels, whose outputs are side by side.
+// Integers k to k + count of a pair of tiles' rows by the weights of some panels, whose outputs are side by side; each
+// pair fetches its share of the weights that are `next` bytes further.
 static void multiply_rows(const Part *part, const RowOperands *operands, int64_t k, int64_t count, int64_t pair,
-                          int64_t begin, int64_t end) {
+                          int64_t begin, int64_t end, int64_t next) {
   const Product *p = part->product;
   const Share *own = &part->own;
   const int64_t each = p->is_gated ? 1 : 2, pairs = (own->rows + PAIR - 1) / PAIR;
   const int64_t first = pair * PAIR, row = own->first_row + first, count_of_rows = smaller(PAIR, own->rows - first);
   const Rows rows = rows_of(part, pair, k);
+  const int64_t lines = (SIDE + pairs - 1) / pairs, ahead = next + pair * (count / STEP * lines * LINE);
   for (int64_t panel = begin; panel < end; panel += each) {
     const int8_t *left = (const int8_t *)p->weight + (panel * own->depth + k) * PANEL;
     const int64_t to_right = p->is_gated ? panels_of(p) : panel + 1 < own->end_panel;
     Sums *kept = part->sums + (own->depth > DEPTH ? (panel - own->first_panel) / each * pairs + pair : 0);
-    multiply_pair(p, &part->window, &rows, k, count, left, left + to_right * own->depth * PANEL, *kept);
+    multiply_pair(p, &part->window, &rows, k, count, left, left + to_right * own->depth * PANEL, ahead, lines, *kept);
     if (k + count < own->depth) continue;
     const int32_t(*done)[PAIR] = (const int32_t(*)[PAIR]) * kept;
     if (p->is_gated) {
@@ -333,8 +343,10 @@ static void multiply_share(const Part *part) {
     gather_rows(part, k, count);
     const int64_t some = each * (PAIR * count < WEIGHTS ? WEIGHTS / (PAIR * count) : 1);
     for (int64_t begin = own->first_panel; begin < own->end_panel; begin += some) {
+      const int is_last = begin + some >= own->end_panel;
+      const int64_t next = is_last ? (own->first_panel - begin) * own->depth + count : some * own->depth;
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        multiply_rows(part, operands, k, count, pair, begin, smaller(begin + some, own->end_panel));
+        multiply_rows(part, operands, k, count, pair, begin, smaller(begin + some, own->end_panel), next * PANEL);
       }
     }
   }
