@@ -220,11 +220,11 @@ static void multiply_keys(const Turn *t, int64_t step) {
   _tile_zero(3);
   for (int64_t k = 0; k < tiles; ++k) {
     _tile_loadd(4, queries + 2 * k * TILE, 64);
-    _tile_loadd(6, keys + k * TILE, 64);
+    _tile_stream_loadd(6, keys + k * TILE, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(5, queries + (2 * k + 1) * TILE, 64);
     _tile_dpbf16ps(1, 5, 6);
-    _tile_loadd(7, keys + (tiles + k) * TILE, 64);
+    _tile_stream_loadd(7, keys + (tiles + k) * TILE, 64);
     _tile_dpbf16ps(2, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -251,12 +251,12 @@ static void add_values(const Turn *t, int64_t column) {
   for (int64_t step = 0; step < t->steps; ++step) {
     const uint16_t *from = values + step * columns * TILE;
     _tile_loadd(4, weights + 2 * step * TILE, 64);
-    _tile_loadd(6, from, 64);
+    _tile_stream_loadd(6, from, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(5, weights + (2 * step + 1) * TILE, 64);
     _tile_dpbf16ps(1, 5, 6);
     if (has_two) {
-      _tile_loadd(7, from + TILE, 64);
+      _tile_stream_loadd(7, from + TILE, 64);
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }

@@ -19,7 +19,7 @@ enum {
   TILE = SIDE * STEP,     // bytes
   DEPTH = 48 * STEP,      // integers of a row that are multiplied before the sums go to memory
   GATED = 4,              // rows that are gated together
-  WEIGHTS = 256 * 1024    // bytes that all rows of a part meet before the next: they stay in the second cache
+  WEIGHTS = 128 * 1024    // bytes that all rows of a part meet before the next: they stay in the second cache
 };
 
 typedef int32_t Sums[PAIR][PAIR];
@@ -67,10 +67,10 @@ static void multiply_steps(const Rows *rows, int64_t at, const int8_t *left, con
                            int64_t ahead, int64_t lines) {
   const int8_t *upper = rows->upper + at, *lower = rows->lower + at;
   for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(6, left + s * TILE, STEP);
+    _tile_stream_loadd(6, left + s * TILE, STEP);
     _tile_loadd(4, upper + s * STEP, rows->stride);
     _tile_dpbssd(0, 4, 6);
-    _tile_loadd(7, right + s * TILE, STEP);
+    _tile_stream_loadd(7, right + s * TILE, STEP);
     _tile_dpbssd(1, 4, 7);
     _tile_loadd(5, lower + s * STEP, rows->stride);
     _tile_dpbssd(2, 5, 6);
