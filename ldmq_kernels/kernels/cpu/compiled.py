@@ -45,8 +45,8 @@ OPERANDS = {  # of calls, in the order of their structs in C: eight bytes each, 
     "ldmq_activate_quantize": Struct("9q"),
     "ldmq_layer_norm_quantize": Struct("7qd8q"),
     "ldmq_group_norm_quantize": Struct("9qd6q"),
-    "ldmq_finish": Struct("15q"),
-    "ldmq_multiply": Struct("32q"),
+    "ldmq_finish": Struct("16q"),
+    "ldmq_multiply": Struct("33q"),
 }
 HAS_NAN, NO_MEMORY = 1, 2  # as producers.h has them, which tells of both at once by their sum
 SECONDS = 60
@@ -248,7 +248,7 @@ class Epilogue(NamedTuple):
     gate: Tensor | None = None
 
     def fitted(self, rows: int, columns: int) -> Epilogue:
-        """The same with small operands in float32, one row after the other, that all fit (rows, columns).
+        """The same with small operands in float32, or the bias in bfloat16, row after row, that all fit (rows, columns).
 
         C reads them unseen, and torch would broadcast some.
 
@@ -259,7 +259,7 @@ class Epilogue(NamedTuple):
         if column_scale is not None:
             column_scale = _of_columns("column_scale", column_scale, 1, columns)
         if bias is not None:
-            bias = _of_columns("bias", bias, 1, columns)
+            bias = bias if _is_taken(bias, columns) else _of_columns("bias", bias, 1, columns)
         if sample_bias is not None:
             sample_bias = _of_columns("sample_bias", sample_bias, rows, columns)
         if gate is not None:
@@ -288,7 +288,7 @@ class Epilogue(NamedTuple):
             scale.data_ptr(),
             scale.numel(),
             0 if column_scale is None else column_scale.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            *((0, 0) if bias is None else (bias.data_ptr(), bias.dtype == torch.bfloat16)),
             *((0, 0) if sample_bias is None else (sample_bias.data_ptr(), sample_bias.numel() // columns)),
             *((0, 0) if gate is None else (gate.data_ptr(), gate.numel() // columns)),
             *((0, 0) if residual is None else (residual.data_ptr(), residual.dtype == torch.bfloat16)),
@@ -301,6 +301,10 @@ def _of_columns(name: str, operand: Tensor, rows: int, columns: int) -> Tensor:
     if operand.shape[-1] != columns:
         raise Unsupported(f"{name} has {operand.shape[-1]} columns, the output {columns}")
     return _of_runs(name, operand, operand.numel() // columns, rows)
+
+
+def _is_taken(bias: Tensor, columns: int) -> bool:
+    return bias.dtype in DTYPES and bias.shape == (columns,) and bias.is_contiguous()
 
 
 def _of_runs(name: str, operand: Tensor, runs: int, rows: int) -> Tensor:

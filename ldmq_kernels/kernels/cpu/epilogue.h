@@ -1,7 +1,7 @@
 // out = (sum * scale * column_scale + bias + sample_bias) * gate + residual, in this order in float32, rounded once.
 //
 // What has G rows has one for each of G equal runs of the output's. Pointers named "maybe" are null where there is no
-// such operand; residual and output are float32, or bfloat16 where a flag says so. Members take eight bytes each.
+// such operand; bias, residual and output are float32, or bfloat16 where a flag says so. Members take eight bytes each.
 #pragma once
 
 #include <stdint.h>
@@ -10,7 +10,10 @@
 typedef struct {
   const float *scale;  // of each equal run of rows
   int64_t scale_count;
-  const float *maybe_column_scale, *maybe_bias, *maybe_sample_bias;
+  const float *maybe_column_scale;
+  const void *maybe_bias;
+  int64_t bias_is_bfloat16;
+  const float *maybe_sample_bias;
   int64_t sample_count;
   const float *maybe_gate;
   int64_t gate_count;
@@ -57,6 +60,9 @@ typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
     memcpy(&values, &bits, sizeof values);                                                       \
     return values;                                                                               \
   }                                                                                              \
+  static inline __attribute__((always_inline)) FLOATS NAME##_of(const void *from, int64_t is_half, int64_t at) {    \
+    return is_half ? NAME##_widened((const uint16_t *)from + at) : NAME##_load((const float *)from + at); \
+  }                                                                                              \
   static inline __attribute__((always_inline)) void NAME##_store(FLOATS values, float *to) {     \
     memcpy(to, &values, sizeof values);                                                          \
   }                                                                                              \
@@ -84,12 +90,11 @@ LOADS_AND_STORES(many, Floats, Words, Halves)
                                                                   int64_t column, int64_t at, FLOATS y) {         \
     y *= own->scale;                                                                                             \
     if (e->maybe_column_scale) y *= NAME##_load(e->maybe_column_scale + column);                                 \
-    if (e->maybe_bias) y += NAME##_load(e->maybe_bias + column);                                                 \
+    if (e->maybe_bias) y += NAME##_of(e->maybe_bias, e->bias_is_bfloat16, column);                               \
     if (own->maybe_sample_bias) y += NAME##_load(own->maybe_sample_bias + column);                               \
     if (own->maybe_gate) y *= NAME##_load(own->maybe_gate + column);                                             \
     if (e->maybe_residual) {                                                                                     \
-      y += e->residual_is_bfloat16 ? NAME##_widened((const uint16_t *)e->maybe_residual + at)                     \
-                                   : NAME##_load((const float *)e->maybe_residual + at);                         \
+      y += NAME##_of(e->maybe_residual, e->residual_is_bfloat16, at);                                            \
     }                                                                                                            \
     if (e->out_is_bfloat16) {                                                                                    \
       NAME##_narrow(y, (uint16_t *)e->out + at);                                                                 \

@@ -110,12 +110,19 @@ static void multiply_pair(const Product *p, const Window *window, const Rows *ro
   keep_sums(sums);
 }
 
+// Up to 16 numbers, those of `own`, from the one at `at` on.
+static inline __m512 floats_of(const void *values, int64_t are_bfloat16, int64_t at, __mmask16 own) {
+  if (!are_bfloat16) return _mm512_maskz_loadu_ps(own, (const float *)values + at);
+  const __m256i halves = _mm256_maskz_loadu_epi16(own, (const uint16_t *)values + at);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
 // Finish up to 16 columns of a pair of tiles, those of `own`, from `column` on; the first is at `at` in the output.
 static void finish_columns(const Epilogue e, const RowOperands *operands, int64_t rows, int64_t column, __mmask16 own,
                            int64_t at, int64_t outputs, const int32_t (*sums)[PAIR]) {
   const __m512 one = _mm512_set1_ps(1.0f), none = _mm512_setzero_ps();
   const __m512 scale = e.maybe_column_scale ? _mm512_maskz_loadu_ps(own, e.maybe_column_scale + column) : one;
-  const __m512 bias = e.maybe_bias ? _mm512_maskz_loadu_ps(own, e.maybe_bias + column) : none;
+  const __m512 bias = e.maybe_bias ? floats_of(e.maybe_bias, e.bias_is_bfloat16, column, own) : none;
   for (int64_t r = 0; r < rows; ++r, at += outputs) {
     const RowOperands of_row = operands[r];
     __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums[r])), _mm512_set1_ps(of_row.scale));
@@ -124,12 +131,7 @@ static void finish_columns(const Epilogue e, const RowOperands *operands, int64_
       y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(own, of_row.maybe_sample_bias + column));
     }
     if (of_row.maybe_gate) y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(own, of_row.maybe_gate + column));
-    if (e.maybe_residual && e.residual_is_bfloat16) {
-      const __m256i halves = _mm256_maskz_loadu_epi16(own, (const uint16_t *)e.maybe_residual + at);
-      y = _mm512_add_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
-    } else if (e.maybe_residual) {
-      y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(own, (const float *)e.maybe_residual + at));
-    }
+    if (e.maybe_residual) y = _mm512_add_ps(y, floats_of(e.maybe_residual, e.residual_is_bfloat16, at, own));
     if (e.out_is_bfloat16) {
       _mm256_mask_storeu_epi16((uint16_t *)e.out + at, own, (__m256i)_mm512_cvtneps_pbh(y));
     } else {
@@ -188,7 +190,7 @@ static void finish_gated(const Product *p, const RowOperands *operands, int64_t 
   for (int h = 0; h < 2; ++h) {
     const int64_t of = column + h * width;
     scales[h] = e.maybe_column_scale ? _mm512_loadu_ps(e.maybe_column_scale + of) : _mm512_set1_ps(1.0f);
-    shifts[h] = e.maybe_bias ? _mm512_loadu_ps(e.maybe_bias + of) : _mm512_setzero_ps();
+    shifts[h] = e.maybe_bias ? floats_of(e.maybe_bias, e.bias_is_bfloat16, of, 0xffff) : _mm512_setzero_ps();
   }
   if (inverse) inverses = p->inverse_count == 1 ? _mm512_set1_ps(inverse[0]) : _mm512_loadu_ps(inverse + column);
   int has_nan = 0;
