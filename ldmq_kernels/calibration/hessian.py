@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldmq_kernels.calibration.trajectory import Trajectory, replay
 from ldmq_kernels.nn.kinds import FloatConvolution, FloatLayer, axes_of, watch_product
+from ldmq_kernels.numerics.sums import is_finite
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
 ROWS_PER_CALL = 512
@@ -83,7 +84,7 @@ class HessianObserver:
         count = min(self._rows, available)
         chosen = torch.randperm(available, generator=self._random)[:count].to(x.device)
         seen = rows_of(layer, x, output.shape, chosen)
-        if not bool(torch.isfinite(seen).all()):
+        if not is_finite(seen):
             raise ValueError(f"{self._name}: its input holds NaN or infinite values")
         self.total.addmm_(seen.t(), seen, alpha=available / count)
 

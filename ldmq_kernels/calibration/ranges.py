@@ -25,9 +25,11 @@ TIMESTEP_GROUPS = 4  # of a timestep scale: each holds as many of the calibratio
 
 
 def channel_absmax(layer: nn.Module, x: Tensor) -> Tensor:
-    """(C,) float32, the largest absolute value of each input channel."""
-    axis = -1 - axes_of(layer)
-    return x.detach().float().abs().movedim(axis, -1).flatten(0, -2).amax(0)
+    """(rows, C) float32, the largest absolute value of each input channel in each row of the batch; NaN where any is."""
+    x = x.detach()
+    others = [axis for axis in range(1, x.dim()) if axis != x.dim() - 1 - axes_of(layer)]
+    largest = torch.maximum(x.amax(others), -x.amin(others)) if others else x.abs()  # without a copy of x
+    return largest.float()
 
 
 class RangeObserver:
@@ -68,34 +70,35 @@ class RangeObserver:
     def _hook(self, name: str) -> Any:
         def observe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = layer_input(args, kwargs)
-            if not bool(torch.isfinite(x).all()):
-                raise ValueError(f"{name}: its input holds NaN or infinite values at sampling step {self.step}")
             if x.dim() == 2 and not self._has_rows_alone:
                 self.of_vectors.add(name)
             text = self._text
             if text is not None and x.shape == text.shape and x.data_ptr() == text.data_ptr():
-                self._note(self._first_tokens.setdefault(name, []), self._by_fold(layer, x[:, :1]))
+                self._note(self._first_tokens, name, channel_absmax(layer, x[:, :1]))
                 x = x[:, 1:]
-            self._note(self._absmax.setdefault(name, []), self._by_fold(layer, x))
+            self._note(self._absmax, name, channel_absmax(layer, x))
             weight: Tensor = layer.weight  # type: ignore[assignment]
             self._in_call[name] = self._in_call.get(name, 0) + output.numel() * weight[0].numel()
             self.operations[name] = self._in_call[name]
 
         return observe
 
-    def _note(self, steps: list[Tensor], seen: Tensor) -> None:
+    def _note(self, seen: dict[str, list[Tensor]], name: str, of_rows: Tensor) -> None:
+        """Keep the largest values, (rows, C), of a layer at this step; not finite where some input is not."""
+        if not bool(torch.isfinite(of_rows).all()):
+            raise ValueError(f"{name}: its input holds NaN or infinite values at sampling step {self.step}")
+        steps, of_folds = seen.setdefault(name, []), self._by_fold(of_rows)
         while len(steps) <= self.step:
-            steps.append(torch.zeros_like(seen))
-        torch.maximum(steps[self.step], seen, out=steps[self.step])
+            steps.append(torch.zeros_like(of_folds))
+        torch.maximum(steps[self.step], of_folds, out=steps[self.step])
 
-    def _by_fold(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """(2, C) float32, of the rows of each fold of prompts; of all rows twice where they belong to no prompt."""
-        rows = torch.tensor(folds_of_rows(x.shape[0], self.prompts, self._batch), device=x.device)
+    def _by_fold(self, of_rows: Tensor) -> Tensor:
+        """(2, C), of the rows of each fold of prompts; of all rows twice where they belong to no prompt."""
+        rows = torch.tensor(folds_of_rows(of_rows.shape[0], self.prompts, self._batch), device=of_rows.device)
         if not rows.numel():
-            return channel_absmax(layer, x).expand(2, -1).clone()
-        absmax_of = {fold: channel_absmax(layer, x[rows == fold]) for fold in rows.unique().tolist()}
-        nothing = torch.zeros_like(next(iter(absmax_of.values())))
-        return torch.stack([absmax_of.get(fold, nothing) for fold in (0, 1)])
+            return of_rows.amax(0).expand(2, -1).clone()
+        nothing = torch.zeros_like(of_rows[:1])
+        return torch.stack([torch.cat([nothing, of_rows[rows == fold]]).amax(0) for fold in (0, 1)])
 
     def at_call(self, step: int, prompts: tuple[int, ...]) -> None:
         """Say which sampling step comes next, and for which prompts."""

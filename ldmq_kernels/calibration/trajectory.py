@@ -22,6 +22,7 @@ from ldmq_kernels.calibration.module_state import State, StateChanges, in_state
 from ldmq_kernels.calibration.outputs import output_tensor
 from ldmq_kernels.calibration.settings import Settings
 from ldmq_kernels.nn.timestep_groups import TIMESTEP_NAMES
+from ldmq_kernels.numerics.sums import is_finite
 from ldmq_kernels.progress import track
 
 OnCall = Callable[[int, tuple[int, ...]], None]
@@ -237,7 +238,7 @@ def _record(
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         tensor = output_tensor(output).detach().clone()
         step, args, kwargs = given.pop()
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             wrong = ", ".join(map(repr, drawing.names))
             raise ValueError(
                 f"the full-precision {_called(model)}'s output is not finite at sampling step {len(calls)}, prompts "

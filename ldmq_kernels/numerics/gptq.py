@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.numerics.kronecker import KroneckerHessian, round_both_ways
+from ldmq_kernels.numerics.sums import is_finite
 
 Hessian = Tensor | KroneckerHessian
 Nearest = Callable[[Tensor], Tensor]
@@ -36,7 +37,7 @@ def check_hessian(hessian: Tensor, width: int, of: str = "inputs") -> None:
             f"the hessian is {tuple(hessian.shape)}, but the weight has {width} {of}: ({width}, {width}) is "
             "needed, recorded at this layer's own input"
         )
-    if not bool(torch.isfinite(hessian).all()):
+    if not is_finite(hessian):
         raise ValueError(
             "the hessian holds NaN or infinite values: record the layer's inputs again, with a model in float32 "
             "if float16 overflows"

@@ -12,6 +12,7 @@ from ldmq_kernels.calibration.probes import LayerRecord
 from ldmq_kernels.calibration.ranges import group_of
 from ldmq_kernels.nn import QuantizedLayer, product_of_layer
 from ldmq_kernels.nn.kinds import axes_of
+from ldmq_kernels.numerics.sums import power_of
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 
 
@@ -28,7 +29,7 @@ class FloatReference:
         """Run the float layer on its recorded inputs, each cut into two folds."""
         records = [fold for whole in records for fold in whole.folds()]
         outputs = [product_of_layer(layer, record.x).float() for record in records]
-        return cls(records, outputs, sum(float(out.double().square().sum()) for out in outputs))
+        return cls(records, outputs, sum(map(power_of, outputs)))
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,10 @@ def try_out(reference: FloatReference, layer_for: Callable[[LayerRecord], nn.Mod
     for record, output in zip(reference.records, reference.outputs, strict=True):
         layer = layer_for(record)
         error = _channels_last(product_of_layer(layer, record.x).float() - output, layer)
-        total = error.sum((0, 1), dtype=torch.float64)
+        total = error.sum(1).sum(0, dtype=torch.float64)
         sums[record.fold] = sums[record.fold] + total if record.fold in sums else total
         counts[record.fold] += error.shape[0] * error.shape[1]
-        powers[record.fold] += float(error.double().square().sum())
+        powers[record.fold] += power_of(error)
     signal = reference.signal or 1.0
     corrected, means = None, []
     if min(counts) > 0:
@@ -132,7 +133,7 @@ def estimated_output_noise(
             return None
         error = product_of_layer(layer_for(record), record.x).float() - output
         key = record.step, record.call, record.fold
-        draws = [(error * g).flatten(1).sum(1, dtype=torch.float64) for g in record.gradients]
+        draws = [(error * g).sum(tuple(range(1, g.dim()))).double() for g in record.gradients]
         effects.setdefault(key, []).append(draws)
         signals[key] = record.signal
     noise: dict[int, float] = {}

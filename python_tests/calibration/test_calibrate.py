@@ -116,10 +116,13 @@ def test_no_prompts_and_an_unknown_mode_are_refused(shared_pipe):
 def test_channels_are_found_in_linears_and_convolutions():
     pictures = torch.zeros(2, 3, 4, 4)
     pictures[1, 2, 3, 3] = -7
-    assert channel_absmax(nn.Conv2d(3, 1, 1), pictures).tolist() == [0, 0, 7]
+    assert channel_absmax(nn.Conv2d(3, 1, 1), pictures).tolist() == [[0, 0, 0], [0, 0, 7]]
     tokens = torch.zeros(2, 5, 3)
     tokens[1, 4, 1] = -2
-    assert channel_absmax(nn.Linear(3, 1), tokens).tolist() == [0, 2, 0]
+    assert channel_absmax(nn.Linear(3, 1), tokens).tolist() == [[0, 0, 0], [0, 2, 0]]
+    assert channel_absmax(nn.Linear(3, 1), tokens[:, 4]).tolist() == [[0, 0, 0], [0, 2, 0]]
+    tokens[0, 0, 2] = torch.nan
+    assert channel_absmax(nn.Linear(3, 1), tokens).isnan().tolist() == [[False, False, True], [False] * 3]
 
 
 def test_scale_and_drift_are_ratios_of_largest_values():

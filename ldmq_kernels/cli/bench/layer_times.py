@@ -60,7 +60,7 @@ def time_layer(
         if x.dim() == 4:
             clone = clone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         works[str(dtype).removeprefix("torch.")] = work(clone, as_image(x.to(dtype)))
-    absmax = channel_absmax(layer, x)
+    absmax = channel_absmax(layer, x).amax(0)
     for name in TESTED:
         scheme = SCHEMES[name]
         layer_plan = LayerPlan(scheme, "", static_scale(absmax, None, scheme) if scheme.is_static else None)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.numerics.gptq import Hessian, Nearest, RoundingOrder, gptq_round, integers_up_to, rounding_order
+from ldmq_kernels.numerics.sums import is_finite
 
 SMALLEST_SCALE = 1e-30  # of an all-zero channel, whose integers are all zero
 
 
 def check_finite(weight: Tensor) -> None:
     """Refuse a weight that holds NaN or infinite values, by a ValueError."""
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise ValueError("the weight holds NaN or infinite values, which cannot be quantized")
 
 
