@@ -25,7 +25,7 @@ TIMESTEP_GROUPS = 4  # of a timestep scale: each holds as many of the calibratio
 
 
 def channel_absmax(layer: nn.Module, x: Tensor) -> Tensor:
-    """(rows, C) float32, the largest absolute value of each input channel in each row of the batch; NaN where any is."""
+    """(rows, C) float32, the largest absolute value of each input channel in each row of a batch; NaN where any is."""
     x = x.detach()
     others = [axis for axis in range(1, x.dim()) if axis != x.dim() - 1 - axes_of(layer)]
     largest = torch.maximum(x.amax(others), -x.amin(others)) if others else x.abs()  # without a copy of x

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether no element of a floating tensor is NaN or infinite: by the smallest and the largest, which NaN is among."""
+    """Whether no element of a floating tensor is NaN or infinite: by the least and the largest, which NaN makes NaN."""
     return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 

@@ -248,7 +248,7 @@ class Epilogue(NamedTuple):
     gate: Tensor | None = None
 
     def fitted(self, rows: int, columns: int) -> Epilogue:
-        """The same with small operands in float32, or the bias in bfloat16, row after row, that all fit (rows, columns).
+        """The same with small operands in float32, the bias maybe in bfloat16, row after row, that fit (rows, columns).
 
         C reads them unseen, and torch would broadcast some.
 
