@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldmq_kernels.calibration.trajectory import folds_of_rows
 from ldmq_kernels.nn.kinds import axes_of
 from ldmq_kernels.numerics.formats import Scheme
+from ldmq_kernels.numerics.sums import absmax
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
 FIRST_STEP = "first-step"
@@ -28,8 +29,7 @@ def channel_absmax(layer: nn.Module, x: Tensor) -> Tensor:
     """(rows, C) float32, the largest absolute value of each input channel in each row of a batch; NaN where any is."""
     x = x.detach()
     others = [axis for axis in range(1, x.dim()) if axis != x.dim() - 1 - axes_of(layer)]
-    largest = torch.maximum(x.amax(others), -x.amin(others)) if others else x.abs()  # without a copy of x
-    return largest.float()
+    return absmax(x, others).float()
 
 
 class RangeObserver:

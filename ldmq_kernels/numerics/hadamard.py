@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmq_kernels.numerics.sums import row_blocks
+
 LARGEST_BLOCK = 32  # larger ones were no better in the study, and some widths of UNets are 3 * 32
 
 
@@ -49,7 +51,10 @@ def unrotate(x: Tensor) -> Tensor:
 
 def rotated_weight(weight: Tensor) -> Tensor:
     """W H' / size of a weight (..., C) float32, whose product with a rotated input is the layer's; see `unrotate`."""
-    return rotate(weight).mul_(1 / block_size(weight.shape[-1]))
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for rows, rotated in zip(row_blocks(weight), row_blocks(out), strict=True):
+        torch.mul(rotate(rows), 1 / block_size(weight.shape[-1]), out=rotated)
+    return out
 
 
 def rotated_hessian(hessian: Tensor, channels: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ldmq_kernels.numerics.gptq import Hessian
 from ldmq_kernels.numerics.hadamard import rotated_hessian, rotated_weight
 from ldmq_kernels.numerics.kronecker import KroneckerHessian
+from ldmq_kernels.numerics.sums import absmax
 
 LARGEST_RATIO = 1e4  # a dead channel must not be scaled into the overflow of another one
 
@@ -32,7 +33,7 @@ def smoothing_vector(input_absmax: Tensor, weight: Tensor, alpha: float) -> Tens
     Returns:
         (C,) float32, positive, with geometric mean near 1.
     """
-    weight_absmax = weight.float().abs().flatten(0, -2).amax(0)
+    weight_absmax = absmax(weight, range(weight.dim() - 1)).float()
     alive = (input_absmax > 0) & (weight_absmax > 0)
     x = torch.where(alive, input_absmax.float(), torch.ones_like(weight_absmax))
     w = torch.where(alive, weight_absmax, torch.ones_like(weight_absmax))

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+BLOCK = 1 << 18  # elements of a block, which a CPU's cache holds: larger temporaries are new pages each time
+
+
+def row_blocks(x: Tensor) -> Sequence[Tensor]:
+    """The rows of a tensor in blocks, views of it; all of them in one where no CPU holds it."""
+    if x.device.type != "cpu" or x.numel() <= BLOCK:
+        return (x,)
+    return x.split(max(1, BLOCK * len(x) // x.numel()))
+
+
+def absmax(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """The largest absolute value over some axes, NaN where any is, without a copy of x."""
+    return torch.maximum(x.amax(tuple(axes)), -x.amin(tuple(axes))) if len(axes) else x.abs()
 
 
 def is_finite(x: Tensor) -> bool:

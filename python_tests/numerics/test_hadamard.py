@@ -46,3 +46,9 @@ def test_the_hessian_is_that_of_rotated_inputs() -> None:
     x = torch.randn(40, 3, 20, dtype=torch.float64)
     of_plain, of_rotated = x.flatten(1), rotate(x).flatten(1)
     torch.testing.assert_close(rotated_hessian(of_plain.t() @ of_plain, 20), of_rotated.t() @ of_rotated)
+
+
+def test_a_weight_of_many_blocks_is_rotated_row_by_row():
+    weight = torch.randn(700, 3, 384)
+    assert torch.equal(rotated_weight(weight)[500:], rotated_weight(weight[500:]))
+    assert torch.equal(rotated_weight(weight), rotate(weight) / block_size(384))

@@ -213,3 +213,12 @@ def test_int8_is_the_same_for_a_weight_times_a_power_of_two(rows, channels, seed
     again, twice = quantize_weight_int8(weight * 4)
     assert torch.equal(integers, again)
     assert torch.equal(twice, scale * 4)
+
+
+def test_a_weight_of_many_blocks_is_rounded_as_its_rows_are():
+    weight = torch.randn(700, 3, 384)
+    integers, scale = quantize_weight_int8(weight)
+    of_last, scale_of_last = quantize_weight_int8(weight[500:])
+    assert torch.equal(integers[500:], of_last)
+    assert torch.equal(scale[500:], scale_of_last)
+    assert (integers * scale[:, None, None] - weight).abs().amax() <= scale.amax() / 2 * (1 + 1e-5)

@@ -17,6 +17,7 @@ from ldmq_kernels.numerics.formats.rounding import (
     rounded,
 )
 from ldmq_kernels.numerics.gptq import Hessian
+from ldmq_kernels.numerics.sums import absmax
 
 INT8_MAX = 127
 
@@ -67,7 +68,7 @@ def quantize_weight_int8(weight: Tensor, hessian: Hessian | None = None) -> tupl
     """
     check_finite(weight)
     weight = weight.float()
-    scale = (weight.flatten(1).abs().amax(1) / INT8_MAX).clamp_min(SMALLEST_SCALE)
+    scale = (absmax(weight, range(1, weight.dim())) / INT8_MAX).clamp_min(SMALLEST_SCALE)
     return rounded(weight, per_channel(scale, weight), INT8_MAX, order_of(weight, hessian)), scale
 
 

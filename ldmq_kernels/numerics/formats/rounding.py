@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmq_kernels.numerics.gptq import Hessian, Nearest, RoundingOrder, gptq_round, integers_up_to, rounding_order
-from ldmq_kernels.numerics.sums import is_finite
+from ldmq_kernels.numerics.sums import is_finite, row_blocks
 
 SMALLEST_SCALE = 1e-30  # of an all-zero channel, whose integers are all zero
 
@@ -29,7 +29,13 @@ def order_of(weight: Tensor, hessian: Hessian | None) -> RoundingOrder | None:
 
 def rounded(weight: Tensor, steps: Tensor, largest: int, inputs: RoundingOrder | None) -> Tensor:
     """The int8 integers of a weight on the grid of steps: to nearest or, where the inputs are known, as GPTQ does."""
-    return rounded_on_grid(weight, steps, integers_up_to(largest), inputs).to(torch.int8)
+    nearest = integers_up_to(largest)
+    if inputs is not None or len(steps) != len(weight):
+        return rounded_on_grid(weight, steps, nearest, inputs).to(torch.int8)
+    out, blocks = torch.empty_like(weight, dtype=torch.int8), row_blocks(weight)
+    for rows, of_rows, integers in zip(blocks, steps.split(len(blocks[0])), row_blocks(out), strict=True):
+        integers.copy_(rounded_on_grid(rows, of_rows, nearest, None))
+    return out
 
 
 def rounded_on_grid(weight: Tensor, steps: Tensor, nearest: Nearest, inputs: RoundingOrder | None) -> Tensor:
