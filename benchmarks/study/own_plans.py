@@ -17,7 +17,7 @@ from ldmq_kernels.conversion import quantize
 from ldmq_kernels.nn import QuantizedLayer
 from ldmq_kernels.nn.kinds import kind_of
 from ldmq_kernels.numerics.formats import FLOAT, SCHEMES, Scheme, parse_schemes
-from ldmq_kernels.numerics.smoothing import smoothing_vector
+from ldmq_kernels.numerics.smoothing import smoothing_vector, weight_absmax
 from ldmq_kernels.planning.session import Session
 from ldmq_kernels.planning.target import Target
 from ldmq_kernels.plans.cost import layer_bytes
@@ -136,7 +136,9 @@ class OwnPlans:
         layer = self.layers[name]
         if getattr(layer, "groups", 1) != 1:
             return None
-        return 1 / smoothing_vector(calibration.input_absmax(name), layer.weight.detach().movedim(1, -1), alpha)
+        return 1 / smoothing_vector(
+            calibration.input_absmax(name), weight_absmax(layer.weight.detach().movedim(1, -1)), alpha
+        )
 
     def searched(self, scheme: str, mode: str = ALL_STEPS, method: Method | None = None) -> Plan:
         """One scheme everywhere, each layer with what the search finds for it."""

@@ -20,20 +20,24 @@ from ldmq_kernels.numerics.sums import absmax
 LARGEST_RATIO = 1e4  # a dead channel must not be scaled into the overflow of another one
 
 
-def smoothing_vector(input_absmax: Tensor, weight: Tensor, alpha: float) -> Tensor:
+def weight_absmax(weight: Tensor) -> Tensor:
+    """(C,) float32, the largest absolute value of each input channel of a weight (out, ..., C) floating."""
+    return absmax(weight, range(weight.dim() - 1)).float()
+
+
+def smoothing_vector(input_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
     """s = absmax(x)^alpha / absmax(w)^(1 - alpha) for each input channel, as powers of two.
 
     Powers of two make weight * s and x / s exact, so smoothing itself adds no rounding.
 
     Args:
         input_absmax: (C,) largest absolute value of each input channel.
-        weight: (out, ..., C) floating.
+        weight_absmax: (C,) float32, see the function of this name.
         alpha: 0 leaves activations as they are, 1 moves all of their range into the weight.
 
     Returns:
         (C,) float32, positive, with geometric mean near 1.
     """
-    weight_absmax = absmax(weight, range(weight.dim() - 1)).float()
     alive = (input_absmax > 0) & (weight_absmax > 0)
     x = torch.where(alive, input_absmax.float(), torch.ones_like(weight_absmax))
     w = torch.where(alive, weight_absmax, torch.ones_like(weight_absmax))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 18  # elements of a block, which a CPU's cache holds: larger temporaries are new pages each time
+BLOCK = 1 << 20  # elements of a block: larger temporaries are new pages of memory each time
 
 
 def row_blocks(x: Tensor) -> Sequence[Tensor]:

@@ -24,7 +24,7 @@ from ldmq_kernels.conversion.convert import quantize_layer
 from ldmq_kernels.nn import QuantizedLayer, quantized_class
 from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import SCHEMES, Scheme
-from ldmq_kernels.numerics.smoothing import parts_vector, smoothing_vector
+from ldmq_kernels.numerics.smoothing import parts_vector, smoothing_vector, weight_absmax
 from ldmq_kernels.plans.layers import refusal
 from ldmq_kernels.plans.plan import LayerPlan
 from ldmq_kernels.sensitivity.end_noise import EndNoise
@@ -116,7 +116,7 @@ class LayerSearch:
         self.judges: dict[str, Judge] = {}
         self.reference = FloatReference.of(layer, records)
         self.timesteps = calibration.trajectory.timesteps()
-        self.weight = quantized_class(layer).to_channels_last(layer.weight.detach())
+        self.weight_absmax = weight_absmax(quantized_class(layer).to_channels_last(layer.weight.detach()))
         self.calibration = calibration
         self.whole = {True: calibration, False: calibration.with_first_token()}  # by whether the first token is apart
         self.other = {apart: [whole.of_fold(1 - fold) for fold in (0, 1)] for apart, whole in self.whole.items()}
@@ -132,7 +132,7 @@ class LayerSearch:
         absmax = calibration.absmax[self.name].amax(0)
         if isinstance(recipe.smoothing, str):
             return 1 / parts_vector(absmax, calibration.concatenations[self.name])
-        return 1 / smoothing_vector(absmax, self.weight, recipe.smoothing)
+        return 1 / smoothing_vector(absmax, self.weight_absmax, recipe.smoothing)
 
     def _scale(
         self, recipe: Recipe, smoothing: Tensor | None, calibration: Calibration
@@ -209,7 +209,7 @@ class LayerSearch:
             plain = replace(layer_plan, scheme=weight.scheme, input_scale=None, first_token=False, bias_correction=None)
             self._weights[key] = quantize_layer(self.name, self.layer, plain, hessian)
         scales = (
-            torch.tensor(layer_plan.scales, dtype=torch.float32, device=self.weight.device)
+            torch.tensor(layer_plan.scales, dtype=torch.float32, device=self.weight_absmax.device)
             if scheme.is_static
             else None
         )
