@@ -1,7 +1,7 @@
 """glibc's memory for large temporaries: kept between them, or each time new pages of the system's.
 
-glibc gives what is freed above some size back at once, so that an analysis, whose temporaries are as large as the
-weights, spends a third of its time on page faults.
+glibc gives what is freed above some size back at once. Of an analysis, whose temporaries are as large as the weights,
+a part of the time then goes into page faults.
 """
 
 from __future__ import annotations
