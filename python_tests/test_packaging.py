@@ -22,7 +22,7 @@ LEFT_OUT = (".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "demo_ou
 
 LAYERS = [
     {"tracing"},
-    {"allocator", "chunks", "extras", "files", "graphs", "numerics", "progress", "timing", "version"},
+    {"chunks", "extras", "files", "graphs", "numerics", "progress", "timing", "version"},
     {"kernels"},
     {"ops"},
     {"nn", "prediction", "tuning"},

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmq_kernels.allocator import kept_memory
 from ldmq_kernels.calibration import ranges
 from ldmq_kernels.calibration.concatenations import concatenated_inputs
 from ldmq_kernels.calibration.denoisers import denoiser
@@ -93,7 +92,6 @@ def check_full_precision(model: nn.Module) -> None:
         raise ValueError("the model is quantized already: calibrate and plan on the full-precision model")
 
 
-@kept_memory()
 def calibrate(
     pipe: Any,
     calls: Sequence[Call],

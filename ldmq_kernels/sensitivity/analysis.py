@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldmq_kernels.allocator import kept_memory
 from ldmq_kernels.calibration.adjoint import End
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser
@@ -280,7 +279,6 @@ def open_work(
 
 
 @torch.no_grad()
-@kept_memory()
 def analyze(
     pipe: Any,
     calibration: Calibration,
