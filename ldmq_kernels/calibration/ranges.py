@@ -26,8 +26,11 @@ TIMESTEP_GROUPS = 4  # of a timestep scale: each holds as many of the calibratio
 
 
 def channel_absmax(layer: nn.Module, x: Tensor) -> Tensor:
-    """(rows, C) float32, the largest absolute value of each input channel in each row of a batch; NaN where any is."""
-    x = x.detach()
+    """(rows, C) float32, the largest absolute value of each input channel in each row of a batch; NaN where any is.
+
+    An input without a batch is one row.
+    """
+    x = x.detach() if x.dim() > axes_of(layer) + 1 else x.detach().unsqueeze(0)
     others = [axis for axis in range(1, x.dim()) if axis != x.dim() - 1 - axes_of(layer)]
     return absmax(x, others).float()
 

@@ -121,6 +121,8 @@ def test_channels_are_found_in_linears_and_convolutions():
     tokens[1, 4, 1] = -2
     assert channel_absmax(nn.Linear(3, 1), tokens).tolist() == [[0, 0, 0], [0, 2, 0]]
     assert channel_absmax(nn.Linear(3, 1), tokens[:, 4]).tolist() == [[0, 0, 0], [0, 2, 0]]
+    assert channel_absmax(nn.Conv2d(3, 1, 1), pictures[1]).tolist() == [[0, 0, 7]]
+    assert channel_absmax(nn.Linear(3, 1), tokens[1, 4]).tolist() == [[0, 2, 0]]
     tokens[0, 0, 2] = torch.nan
     assert channel_absmax(nn.Linear(3, 1), tokens).isnan().tolist() == [[False, False, True], [False] * 3]
 

@@ -132,6 +132,8 @@ def test_the_lowest_number_hides_like_torchs() -> None:
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_what_is_not_finite_reaches_its_own_outputs_only(name: str, number: float) -> None:
+    if name == "key" and number == torch.inf and not cpu.is_compiled(*operands(100, 300, 40), None):
+        pytest.skip("torch's flash attention has finite numbers for an infinite key")
     given = dict(zip(("query", "key", "value"), operands(100, 300, 40), strict=True))
     given[name][1, 30, 2, 7] = number
     out, wanted = ops.attention(**given), reference(*given.values(), None)
@@ -161,6 +163,7 @@ def test_scores_that_grow_from_key_to_key_are_followed() -> None:
     check(query, key.flip(1).contiguous(), value)
 
 
+@needs_tiles
 @pytest.mark.parametrize("largest", [2e4, 1e6, 3e8, 1e12, 1e20])
 @pytest.mark.parametrize("place", [3, 31, 40, 70, 599])
 def test_a_key_of_a_large_score_is_chosen_wherever_it_is(largest: float, place: int) -> None:
@@ -170,6 +173,7 @@ def test_a_key_of_a_large_score_is_chosen_wherever_it_is(largest: float, place: 
     assert torch.equal(ops.attention(query, key, value, None), value[:, place : place + 1].expand(-1, 100, -1, -1))
 
 
+@needs_tiles
 @pytest.mark.parametrize("score", [-1e12, 1e10, 1e14])
 def test_large_scores_that_are_alike_weigh_alike(score: float) -> None:
     query, key, value = operands(100, 320, 40)
@@ -208,6 +212,7 @@ def test_no_output_depends_on_the_batch_or_the_threads() -> None:
         torch.set_num_threads(threads)
 
 
+@needs_tiles
 def test_strides_are_taken_as_they_are() -> None:
     query, key, value = operands(100, 77, 40)
     expected = ops.attention(query, key, value)
