@@ -1,4 +1,6 @@
-"""Whether a compiler traces the call of this thread: `torch.compiler.is_dynamo_compiling() or is_exported()`.
+"""Whether somebody else has a part in a call of this thread: a compiler, or a mode or transform of torch.
+
+A compiler traces it where `torch.compiler.is_dynamo_compiling() or is_exported()`.
 
 torch.compiler.is_compiling() tells of the process: it is true in every thread while one of them compiles, and a thread
 that took it for its own would leave the timestep of its eager call to a graph that it is no part of. The first half
@@ -9,6 +11,7 @@ constant.
 from __future__ import annotations
 
 import torch
+from torch._C import _functorch
 from torch._guards import TracingContext
 
 
@@ -20,3 +23,15 @@ def is_exported() -> bool:
 def is_compiled() -> bool:
     """Whether a compiler runs this in this thread to learn the metadata of what it traced."""
     return torch.compiler.is_compiling() and TracingContext.try_get() is not None
+
+
+def is_plain() -> bool:
+    """Whether torch's dispatcher would do nothing but call the op: no mode, transform, profiler, autocast or trace."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or _functorch.peek_interpreter_stack() is not None
+        or torch._C._is_torch_function_mode_enabled()
+        or torch.autograd._profiler_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+    )

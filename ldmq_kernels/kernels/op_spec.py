@@ -14,6 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from ldmq_kernels.kernels.agreement import Agreement
 
@@ -31,6 +33,20 @@ SCHEMA_TYPES = {
     "tuple[int, int, int, int]": "int[4]",
 }
 TENSORS = ("Tensor", "Tensor | None")
+_TENSOR: set[Any] = {Tensor, Parameter}
+_NONE: set[Any] = {type(None)}
+_SIZES: set[Any] = {tuple, list, torch.Size}
+TYPES: dict[str, set[Any]] = {  # of values that need no conversion: a subclass of Tensor is torch's to handle
+    "Tensor": _TENSOR,
+    "Tensor | None": _TENSOR | _NONE,
+    "int": {int},
+    "float": {float},
+    "bool": {bool},
+    "torch.dtype": {torch.dtype},
+    "torch.dtype | None": {torch.dtype} | _NONE,
+    "tuple[int, int]": _SIZES,
+    "tuple[int, int, int, int]": _SIZES,
+}
 RETURN_TYPES = {"Tensor": "Tensor", "tuple[Tensor, Tensor]": "(Tensor, Tensor)"}
 
 
@@ -178,6 +194,11 @@ class OpSpec:
     def arguments(self) -> list[str]:
         """The names of the arguments, in the order of the schema."""
         return list(inspect.signature(self.function).parameters)
+
+    @functools.cached_property
+    def types(self) -> list[set[Any]]:
+        """The types that each argument may have where torch's dispatcher is not asked."""
+        return [TYPES[self.function.__annotations__[name]] for name in self.arguments]
 
     @functools.cached_property
     def optional(self) -> set[str]:
