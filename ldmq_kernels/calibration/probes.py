@@ -8,7 +8,8 @@ number of trials at the UNet's output is estimated from the layer's own inputs, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,9 @@ from ldmq_kernels.nn.kinds import watch_product
 from ldmq_kernels.plans.layers import layer_input, quantizable_layers
 
 MEMORY = 4 << 30  # bytes of inputs and gradients that are kept at a time
+HOST_MEMORY = 8 << 30  # the same on a CPU, where each further pass over the model takes minutes; a third of it at most
 PROBES = 2
+GRADIENT_BYTES = 2  # of a `LayerRecord`
 
 
 @dataclass
@@ -33,7 +36,8 @@ class LayerRecord:
     Attributes:
         step: the sampling step of the call.
         x: the layer's input.
-        gradients: J^T v for each probe, of the output's shape and float32; empty where there were no probes.
+        gradients: J^T v for each probe, of the output's shape and bfloat16, whose rounding is far below the chance of
+            which probes were drawn; empty where there were no probes.
         signal: sum of squares of the UNet's output, over the batch.
         fold: 0 or 1: which half of the samples this is, where what is fitted on one is judged on the other.
         rows: the fold of each row, by its prompt; empty where that is not known.
@@ -128,7 +132,7 @@ def record(
             signal = float(output.double().square().sum())
             for of_layer in ran:
                 rows = folds_of_rows(of_layer.x.shape[0], prompts, output.shape[0])
-                gradients = [] if of_layer.gradients is None else list(of_layer.gradients)
+                gradients = [] if of_layer.gradients is None else list(of_layer.gradients.bfloat16())
                 records[of_layer.name].append(
                     LayerRecord(call.step, of_layer.x, signal, gradients, rows=rows, call=index)
                 )
@@ -159,16 +163,24 @@ def records_of(of_call: EndCall, ran: list[Ran]) -> Iterator[tuple[str, EndRecor
         yield found.name, EndRecord(call.step, of_call.weights, found.x, found.output, found.gradients, prompts)
 
 
+def _memory(model: nn.Module) -> int:
+    """Bytes of records that are kept at a time."""
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return MEMORY
+    return min(HOST_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3)
+
+
 def _bytes_of_records(
-    model: nn.Module, calls: Sequence[UNetCall], probes: int, layers: Sequence[str]
+    model: nn.Module, calls: Sequence[UNetCall], layers: Sequence[str], of_output: Callable[[Tensor], int]
 ) -> dict[str, int]:
+    """Bytes of each layer's inputs in some calls, and of what else is kept, by the layer's output."""
     sizes: dict[str, int] = dict.fromkeys(layers, 0)
     modules = quantizable_layers(model)
 
     def note(name: str) -> Any:
         def size(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = layer_input(args, kwargs)
-            sizes[name] += len(calls) * (x.nbytes + output.nbytes + 4 * probes * output.numel())
+            sizes[name] += len(calls) * (x.nbytes + of_output(output))
 
         return size
 
@@ -190,13 +202,14 @@ def chunks_of_layers(
     Args:
         probes: how many there are in each call.
     """
-    return chunks_within(layers, _bytes_of_records(model, calls, probes, layers), MEMORY)
+    sizes = _bytes_of_records(model, calls, layers, lambda output: GRADIENT_BYTES * probes * output.numel())
+    return chunks_within(layers, sizes, _memory(model))
 
 
 def chunks_with_room(
     model: nn.Module, call: UNetCall, probes: int, layers: Sequence[str]
 ) -> Iterator[tuple[list[str], int]]:
     """The same for records of one call, each run with how many calls' records of it fit the memory, one at least."""
-    sizes = _bytes_of_records(model, [call], probes, layers)
+    sizes = _bytes_of_records(model, [call], layers, lambda output: output.nbytes + 4 * probes * output.numel())
     for chunk in chunks_within(layers, sizes, MEMORY):
         yield chunk, max(1, MEMORY // max(1, sum(sizes[name] for name in chunk)))

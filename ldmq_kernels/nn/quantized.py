@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels import ops
+from ldmq_kernels.kernels.rotation import rotated_weight
 from ldmq_kernels.nn.input_scale import InputScale
 from ldmq_kernels.nn.kinds import CHANNEL_AXES
 from ldmq_kernels.nn.packed import PLAIN, PackedWeight, buffer_name
@@ -102,8 +103,7 @@ class QuantizedLayer(PackedWeight, InputScale):
         if scheme.is_static and (input_scale is None or (scales != 1 and not scheme.has_timestep_scales)):
             found = "no scale" if input_scale is None else f"{scales} scales"
             raise ValueError(
-                f"{scheme} needs a calibrated input scale, this has {found}: calibrate first, or choose a dynamic "
-                "scheme"
+                f"{scheme} needs a calibrated input scale, this has {found}: calibrate, or choose a dynamic scheme"
             )
         layer = cls.empty(
             module,
@@ -120,7 +120,8 @@ class QuantizedLayer(PackedWeight, InputScale):
         original = cls.to_channels_last(float_weight.detach())
         if smoothing is not None and layer._buffers["smoothing"] is not None:
             layer.smoothing = smoothing.detach().to(original.device, torch.float32, copy=True)  # not the plan's own
-        weight, weighted = fitted(original, hessian, layer._buffers["smoothing"], scheme.is_rotated)
+        by = rotated_weight if scheme.is_rotated else None
+        weight, weighted = fitted(original, hessian, layer._buffers["smoothing"], by)
         for name, tensor in scheme.format.weight.quantize(weight, weighted).items():
             layer.fill(name, tensor)
         if scheme.is_static and input_scale is not None:

@@ -7,13 +7,14 @@ Source: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ldmq_kernels.numerics.gptq import Hessian
-from ldmq_kernels.numerics.hadamard import rotated_hessian, rotated_weight
+from ldmq_kernels.numerics.hadamard import rotated_hessian
 from ldmq_kernels.numerics.kronecker import KroneckerHessian
 from ldmq_kernels.numerics.sums import absmax
 
@@ -71,9 +72,13 @@ def smoothed_hessian(hessian: Tensor, inv_scale: Tensor) -> Tensor:
 
 
 def fitted(
-    weight: Tensor, hessian: Hessian | None, inv_smooth: Tensor | None, rotated: bool
+    weight: Tensor, hessian: Hessian | None, inv_smooth: Tensor | None, rotated: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, Hessian | None]:
-    """A weight (out, ..., C) and a Hessian for inputs that are smoothed, then rotated, and then rounded."""
+    """A weight (out, ..., C) and a Hessian for inputs that are smoothed, then rotated, and then rounded.
+
+    Args:
+        rotated: `hadamard.rotated_weight`, or what gives the same faster; None where nothing is rotated.
+    """
     if isinstance(hessian, KroneckerHessian):
         weight, inputs = fitted(weight, hessian.inputs, inv_smooth, rotated)
         assert isinstance(inputs, Tensor)
@@ -81,7 +86,7 @@ def fitted(
     if inv_smooth is not None:
         weight = weight.float() / inv_smooth
         hessian = None if hessian is None else smoothed_hessian(hessian, inv_smooth)
-    if rotated:
-        weight = rotated_weight(weight.float())
+    if rotated is not None:
+        weight = rotated(weight.float())
         hessian = None if hessian is None else rotated_hessian(hessian, weight.shape[-1])
     return weight, hessian

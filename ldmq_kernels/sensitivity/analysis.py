@@ -19,16 +19,18 @@ from ldmq_kernels.calibration.probes import MEMORY, PROBES, chunks_of_layers, re
 from ldmq_kernels.calibration.ranges import range_drift, spread_steps
 from ldmq_kernels.calibration.settings import Settings, recorded
 from ldmq_kernels.calibration.trajectory import Trajectory
+from ldmq_kernels.chunks import chunks_within
 from ldmq_kernels.conversion.convert import quantize_layer
-from ldmq_kernels.nn import timestep_groups
+from ldmq_kernels.nn import QuantizedLayer, timestep_groups
 from ldmq_kernels.nn.kinds import FloatLayer
 from ldmq_kernels.numerics.formats import Scheme
 from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import quantizable_layers
+from ldmq_kernels.sensitivity.beginnings import Beginnings
 from ldmq_kernels.sensitivity.candidates import WHOLE, LayerCandidate, LayerSearch, Method
 from ldmq_kernels.sensitivity.ends import Following
 from ldmq_kernels.sensitivity.identity import call_identity, pipeline_identity
-from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
+from ldmq_kernels.sensitivity.output_noise import StepNoise, noise_of_calls, output_noise, pooled, summed, swapped
 from ldmq_kernels.sensitivity.similarity import (
     SSIM,
     Decoder,
@@ -52,6 +54,7 @@ ALL = "all"
 AUTO = "auto"
 SMALL_MODEL = 2_000_000  # parameters up to which every candidate is run on its own, and two prompts at each step
 EXACT_RUNS = 24  # of a larger model, with one prompt at each step: the candidates that estimates call the noisiest
+TOGETHER = 1 << 30  # bytes of float weights of the layers that are quantized one by one for the same calls
 
 Key = tuple[str, str]
 
@@ -111,10 +114,17 @@ def cross_validated_noise(
     """
     modules, noises = quantizable_layers(model), []
     for fold, trajectory in folds.items():
-        quantized = {name: quantize_layer(name, modules[name], c.judged_on(fold)) for name, c in chosen.items()}
+        quantized = _quantized_on(fold, modules, chosen)
         with swapped(model, quantized), timestep_groups.following(model, calibration.timestep_groups):
             noises.append(output_noise(model, trajectory, by_sample=True))
     return pooled(noises)
+
+
+def _quantized_on(
+    fold: int, modules: Mapping[str, FloatLayer], chosen: Mapping[str, LayerCandidate]
+) -> dict[str, QuantizedLayer]:
+    """Layers quantized as candidates are judged on a fold."""
+    return {name: quantize_layer(name, modules[name], c.judged_on(fold)) for name, c in chosen.items()}
 
 
 class _TrialModel:
@@ -132,9 +142,18 @@ class _TrialModel:
         with swapped(self.model, layers), timestep_groups.following(self.model, self.calibration.timestep_groups):
             yield
 
-    def noise_of(self, chosen: dict[str, LayerCandidate]) -> StepNoise:
-        """Noise at the UNet's output with these layers quantized, cross-validated over the folds of the prompts."""
-        return cross_validated_noise(self.model, chosen, self.folds, self.calibration)
+    def noise_of_each(self, sets: Mapping[str, Mapping[str, LayerCandidate]]) -> dict[str, StepNoise]:
+        """Noise at the UNet's output with each of some sets of layers quantized, as `cross_validated_noise` has it."""
+        layers = {name for of_set in sets.values() for name in of_set}
+        noises: dict[str, list[StepNoise]] = {item: [] for item in sets}
+        for fold, trajectory in self.folds.items():
+            made = {item: _quantized_on(fold, self.modules, of_set) for item, of_set in sets.items()}
+            for call in trajectory.calls:
+                beginnings = Beginnings(self.model, call, layers)
+                for item, quantized in made.items():
+                    with self.quantized(quantized), beginnings.skipped(quantized):
+                        noises[item].append(noise_of_calls([(call, call.run(self.model))], by_sample=True))
+        return {item: pooled(of_calls) for item, of_calls in noises.items()}
 
 
 def analysed_part(trajectory: Trajectory, steps: Sequence[int], prompts: int) -> Trajectory:
@@ -213,8 +232,9 @@ def _run_each(
     trial: _TrialModel, stage: str, sets: dict[str, dict[str, LayerCandidate]], work: Work, show: bool
 ) -> dict[str, StepNoise]:
     def run(items: list[str]) -> Iterator[tuple[str, StepNoise]]:
-        for item in items:
-            yield item, trial.noise_of(sets[item])
+        sizes = {item: sum(trial.modules[name].weight.nbytes for name in sets[item]) for item in items}
+        for chunk in chunks_within(items, sizes, TOGETHER):
+            yield from trial.noise_of_each({item: sets[item] for item in chunk}).items()
 
     return work.run(
         stage, list(sets), run, store=store_noise, restore=lambda _item, stored: noise_of(stored), show=show

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from ldmq_kernels.plans.plan import LayerPlan
 from ldmq_kernels.sensitivity.end_noise import EndNoise
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 from ldmq_kernels.sensitivity.recipes import Recipe, Trial
-from ldmq_kernels.sensitivity.trials import FloatReference, Judge, estimated_output_noise, try_out
+from ldmq_kernels.sensitivity.trials import FloatReference, Judge, estimated_output_noise, shifted, try_out
 
 SMOOTHING_ALPHAS = (0.25, 0.5, 0.75)
 PARTS = "parts"  # in place of an alpha: one factor for each part of a concatenation
@@ -183,7 +184,7 @@ class LayerSearch:
     def _hessians(self) -> dict[int, Tensor]:
         """Fold -> (K, K) float32, the sum of x x^T over the layer's recorded inputs."""
         observers: dict[int, HessianObserver] = {}
-        for record, output in zip(self.reference.records, self.reference.outputs, strict=True):
+        for record, output in self.reference.outputs():
             if record.fold not in observers:
                 observers[record.fold] = HessianObserver(self.name, self.layer, HESSIAN_ROWS)
             observers[record.fold](self.layer, (record.x,), {}, output)
@@ -341,7 +342,7 @@ class LayerSearch:
             quantized = self._quantized(recipe, layer_plan)
         layer_for = self._quantized_layers(recipe, judged)
         self.judges[str(recipe.scheme)] = layer_for
-        estimate = estimated_output_noise(self.reference, layer_for)
+        estimate = estimated_output_noise(self.reference, self._errors(trial, layer_for, judged))
         differs = recipe.takes_inputs or layer_plan.bias_correction is not None
         label = ", ".join(words) or "plain"
         return LayerCandidate(
@@ -352,6 +353,14 @@ class LayerSearch:
             quantized_layer=quantized,
             judged=judged if differs and len(judged) == 2 else (),
         )
+
+    def _errors(self, trial: Trial, judge: Judge, judged: Sequence[LayerPlan]) -> Iterator[tuple[Any, Tensor]]:
+        """The errors of a trial, with the bias of what it is judged as."""
+        errors = trial.outcome.errors
+        if errors is None:
+            return judge.errors(self.reference)
+        shifts = [plan.bias_correction for plan in judged if plan.bias_correction is not None]
+        return shifted(errors, shifts, self.layer) if shifts else iter(errors)
 
     def _words(self, recipe: Recipe) -> list[str]:
         words = ["first token"] if recipe.first_token else []

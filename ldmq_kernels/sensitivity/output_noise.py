@@ -106,6 +106,14 @@ def _by_sample(value: Tensor, samples: int) -> list[float]:
 def output_noise(model: nn.Module, trajectory: Trajectory, *, by_sample: bool = False) -> StepNoise:
     """Replay the trajectory with the model as it is now and compare its outputs with the recorded ones.
 
+    Args, Raises: as of `noise_of_calls`.
+    """
+    return noise_of_calls(replay(model, trajectory), by_sample=by_sample)
+
+
+def noise_of_calls(calls: Iterable[tuple[UNetCall, Tensor]], *, by_sample: bool = False) -> StepNoise:
+    """The noise of new outputs of some calls, against those that were recorded.
+
     Args:
         by_sample: keep the noise of each prompt and half too. Sums are in float64.
 
@@ -115,7 +123,7 @@ def output_noise(model: nn.Module, trajectory: Trajectory, *, by_sample: bool = 
     samples: list[SampleNoise] = []
     signal: dict[int, float] = {}
     noise: dict[int, float] = {}
-    for call, output in replay(model, trajectory):
+    for call, output in calls:
         exact = call.output.double()
         power = float((output.double() - exact).square().sum())
         if not math.isfinite(power):

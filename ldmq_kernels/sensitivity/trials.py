@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,61 @@ from ldmq_kernels.nn.kinds import axes_of
 from ldmq_kernels.numerics.sums import power_of
 from ldmq_kernels.sensitivity.output_noise import StepNoise
 
+KEPT = 1 << 28  # bytes of a trial's errors that wait for the estimate; larger ones are computed again
+AT_ONCE = 1 << 23  # elements of inputs that a layer multiplies together, or one record's
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Recorded calls of one fold, one after the other, whose rows a layer multiplies together: a product costs less so.
+
+    Attributes:
+        records: their inputs are the rows of `x` in turn.
+        output: of the float layer for x, float32.
+    """
+
+    records: list[LayerRecord]
+    x: Tensor
+    output: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Module, records: list[LayerRecord]) -> Batch:
+        """Run the float layer on the inputs of some records of one fold, whose rows are of one shape."""
+        x = torch.cat([record.x for record in records])
+        parts = x.split([record.x.shape[0] for record in records])
+        records = [replace(record, x=part) for record, part in zip(records, parts, strict=True)]
+        return cls(records, x, product_of_layer(layer, x).float())
+
+    def outputs(self) -> Iterator[tuple[LayerRecord, Tensor]]:
+        """Each record with the output of its rows."""
+        return zip(self.records, self.output.split([record.x.shape[0] for record in self.records]), strict=True)
+
 
 @dataclass(frozen=True)
 class FloatReference:
-    """The outputs of a float layer for its recorded inputs, record by record, and the sum of their squares."""
+    """The outputs of a float layer for its recorded inputs, and the sum of their squares."""
 
-    records: list[LayerRecord]
-    outputs: list[Tensor]
+    batches: list[Batch]
     signal: float
 
     @classmethod
     def of(cls, layer: nn.Module, records: list[LayerRecord]) -> FloatReference:
         """Run the float layer on its recorded inputs, each cut into two folds."""
-        records = [fold for whole in records for fold in whole.folds()]
-        outputs = [product_of_layer(layer, record.x).float() for record in records]
-        return cls(records, outputs, sum(map(power_of, outputs)))
+        together: dict[tuple[int, torch.Size], list[list[LayerRecord]]] = {}
+        for record in (fold for whole in records for fold in whole.folds()):
+            of_fold = together.setdefault((record.fold, record.x.shape[1:]), [[]])
+            if sum(known.x.numel() for known in of_fold[-1]) + record.x.numel() > AT_ONCE and of_fold[-1]:
+                of_fold.append([])
+            of_fold[-1].append(record)
+        batches = [Batch.of(layer, some) for of_fold in together.values() for some in of_fold]
+        return cls(batches, sum(power_of(batch.output) for batch in batches))
+
+    def outputs(self) -> Iterator[tuple[LayerRecord, Tensor]]:
+        """Each record with the float layer's output."""
+        return (pair for batch in self.batches for pair in batch.outputs())
+
+
+Errors = list[tuple[list[LayerRecord], Tensor]]  # records of one fold, and what a quantized layer adds to their output
 
 
 @dataclass(frozen=True)
@@ -42,12 +83,14 @@ class Outcome:
             each fold corrected by the other's mean. None where there is one sample only.
         mean_error: (out,) float32, the mean error of each output channel.
         mean_errors: the mean error of each fold alone; empty where there is one sample only.
+        errors: as `Judge.errors` has them; None where they are too large to wait.
     """
 
     noise: float
     corrected: float | None
     mean_error: Tensor
     mean_errors: tuple[Tensor, ...] = ()
+    errors: Errors | None = field(default=None, compare=False)
 
 
 def _channels_last(output: Tensor, layer: nn.Module) -> Tensor:
@@ -85,26 +128,31 @@ class Judge:
             layer.use_timestep_group(state[1])
         return layer
 
-    def __call__(self, record: LayerRecord) -> QuantizedLayer:
-        """The layer for a record."""
-        return self.in_state(self.state(record.step, record.fold))
+    def errors(self, reference: FloatReference) -> Iterator[tuple[list[LayerRecord], Tensor]]:
+        """Records of one fold and state, with the error of the output for their rows, float32."""
+        for batch in reference.batches:
+            end = 0
+            for state, run in itertools.groupby(batch.records, lambda record: self.state(record.step, record.fold)):
+                records = list(run)
+                start, end = end, end + sum(record.x.shape[0] for record in records)
+                output = product_of_layer(self.in_state(state), batch.x[start:end])
+                yield records, output.float() - batch.output[start:end]
 
 
-def try_out(reference: FloatReference, layer_for: Callable[[LayerRecord], nn.Module]) -> Outcome:
-    """Run a quantized layer on all recorded inputs of the float one.
-
-    Args:
-        layer_for: gives the quantized layer for a record.
-    """
+def try_out(reference: FloatReference, judge: Judge) -> Outcome:
+    """Run a quantized layer on all recorded inputs of the float one."""
     sums: dict[int, Tensor] = {}  # fold -> of each channel's error
     counts, powers = [0, 0], [0.0, 0.0]
-    for record, output in zip(reference.records, reference.outputs, strict=True):
-        layer = layer_for(record)
-        error = _channels_last(product_of_layer(layer, record.x).float() - output, layer)
+    kept: Errors = []
+    is_kept = sum(batch.output.nbytes for batch in reference.batches) <= KEPT
+    for records, by_row in judge.errors(reference):
+        if is_kept:
+            kept.append((records, by_row))
+        error, fold = _channels_last(by_row, judge.layers[0]), records[0].fold
         total = error.sum(1).sum(0, dtype=torch.float64)
-        sums[record.fold] = sums[record.fold] + total if record.fold in sums else total
-        counts[record.fold] += error.shape[0] * error.shape[1]
-        powers[record.fold] += power_of(error)
+        sums[fold] = sums[fold] + total if fold in sums else total
+        counts[fold] += error.shape[0] * error.shape[1]
+        powers[fold] += power_of(error)
     signal = reference.signal or 1.0
     corrected, means = None, []
     if min(counts) > 0:
@@ -112,30 +160,41 @@ def try_out(reference: FloatReference, layer_for: Callable[[LayerRecord], nn.Mod
         shared, own = float(means[0] @ means[1]), [float(mean @ mean) for mean in means]
         corrected = sum(powers[i] + counts[i] * (own[1 - i] - 2 * shared) for i in (0, 1)) / signal
     mean = torch.stack(list(sums.values())).sum(0) / sum(counts)
-    return Outcome(sum(powers) / signal, corrected, mean.float(), tuple(mean.float() for mean in means))
+    by_fold = tuple(mean.float() for mean in means)
+    return Outcome(sum(powers) / signal, corrected, mean.float(), by_fold, kept if is_kept else None)
+
+
+def shifted(errors: Errors, shifts: Sequence[Tensor], layer: nn.Module) -> Iterator[tuple[list[LayerRecord], Tensor]]:
+    """Errors of a layer with another bias: `shifts` is what it has more, (out,), in each fold or in both."""
+    for records, error in errors:
+        yield records, error + shifts[records[0].fold % len(shifts)].view(-1, *[1] * axes_of(layer))
 
 
 def estimated_output_noise(
-    reference: FloatReference, layer_for: Callable[[LayerRecord], nn.Module]
+    reference: FloatReference, errors: Iterable[tuple[list[LayerRecord], Tensor]]
 ) -> StepNoise | None:
     """Noise at the UNet's output by the recorded probes; None where there are none.
 
     Each sample and probe gives one draw of (v . J d)^2, so that the mean over n of them has a relative standard
     deviation of about sqrt(2 / n). Where the layer runs several times in a call of the model, their effects are
     added before they are squared.
+
+    Args:
+        errors: as `Judge.errors` has them.
     """
+    if not all(record.gradients for batch in reference.batches for record in batch.records):
+        return None
     effects: dict[
         tuple[int, int, int], list[list[Tensor]]
     ] = {}  # by step, call, fold: (samples,) of each run and probe
     signals: dict[tuple[int, int, int], float] = {}
-    for record, output in zip(reference.records, reference.outputs, strict=True):
-        if not record.gradients:
-            return None
-        error = product_of_layer(layer_for(record), record.x).float() - output
-        key = record.step, record.call, record.fold
-        draws = [(error * g).sum(tuple(range(1, g.dim()))).double() for g in record.gradients]
-        effects.setdefault(key, []).append(draws)
-        signals[key] = record.signal
+    for records, of_rows in errors:
+        of_records = of_rows.split([record.x.shape[0] for record in records])
+        for record, error in zip(records, of_records, strict=True):
+            key = record.step, record.call, record.fold
+            draws = [(error * g).sum(tuple(range(1, g.dim()))).double() for g in record.gradients]
+            effects.setdefault(key, []).append(draws)
+            signals[key] = record.signal
     noise: dict[int, float] = {}
     signal: dict[int, float] = {}
     for key, power in signals.items():

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ldmq_kernels.numerics.formats import SCHEMES
 from ldmq_kernels.numerics.gptq import damped_cholesky, gptq_round, integers_up_to, rounding_order
+from ldmq_kernels.numerics.hadamard import rotated_weight
 from ldmq_kernels.numerics.kronecker import KroneckerHessian
 from ldmq_kernels.numerics.smoothing import fitted
 from python_tests.numerics.test_gptq import correlated
@@ -76,10 +77,10 @@ def test_every_format_rounds_by_them_smoothed_and_rotated(scheme: str) -> None:
     made, w, of = SCHEMES[scheme], weight(32, 64), hessians(32, 64)
     smoothing = torch.exp2(torch.arange(64) % 3 - 1.0)
     inputs, outputs = of.inputs, of.outputs
-    for_layer, given = fitted(w, of, smoothing, made.is_rotated)
+    for_layer, given = fitted(w, of, smoothing, rotated_weight if made.is_rotated else None)
     assert isinstance(given, KroneckerHessian)
     assert torch.equal(given.outputs, outputs)
-    assert torch.equal(given.inputs, fitted(w, inputs, smoothing, made.is_rotated)[1])
+    assert torch.equal(given.inputs, fitted(w, inputs, smoothing, rotated_weight if made.is_rotated else None)[1])
     errors = {}
     for kind, hessian in (("both", given), ("nearest", None)):
         stored = made.format.weight.quantize(for_layer, hessian)

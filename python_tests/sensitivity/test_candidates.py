@@ -12,6 +12,7 @@ from ldmq_kernels.calibration.settings import SamplingSettings
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
 from ldmq_kernels.numerics.formats import parse_schemes
 from ldmq_kernels.numerics.sqnr import relative_noise_power
+from ldmq_kernels.sensitivity import trials
 from ldmq_kernels.sensitivity.candidates import PLAIN, LayerSearch, Method
 
 STEPS = 4
@@ -223,3 +224,37 @@ def test_a_bias_is_judged_by_the_other_folds_mean(linear):
     first, second = (found.judged_on(fold).bias_correction for fold in (0, 1))
     assert not torch.equal(first, second)
     assert torch.allclose((first + second) / 2, found.layer_plan.bias_correction, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_an_estimate_by_kept_errors_is_that_of_the_candidate_run_again(kind, linear, monkeypatch):
+    layer = linear if kind == "linear" else nn.Conv2d(8, 12, 3, padding=1).requires_grad_(False)
+    shape = (6, 40, 64) if kind == "linear" else (6, 8, 7, 5)
+    axis = -1 if kind == "linear" else 1
+    inputs = [random(*shape, seed=s).abs() for s in range(STEPS)]
+    known = calibration_of(inputs, axis)
+    estimates = {}
+    for kept in (trials.KEPT, 0):
+        monkeypatch.setattr(trials, "KEPT", kept)
+        seen = [
+            LayerRecord(step, x, 1.0, [random(*layer(x).shape, seed=20 + step)] * 2, rows=(0, 1) * 3)
+            for step, x in enumerate(inputs)
+        ]
+        with torch.no_grad():
+            schemes = parse_schemes(["w8a8", "w8a16"])
+            found = LayerSearch("layer", layer, seen, known, Method()).candidates(schemes)
+        assert any("bias" in candidate.label for candidate in found)
+        estimates[kept] = {str(c.scheme): c.estimate.by_step for c in found}
+    for scheme, by_step in estimates[0].items():
+        assert by_step == pytest.approx(estimates[max(estimates)][scheme], rel=1e-3), scheme
+
+
+def test_records_that_are_multiplied_together_are_judged_each_by_itself(linear, monkeypatch):
+    inputs = [random(4, 9, 64, seed=s) * (1 + s) for s in range(STEPS)]
+    schemes = ["w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w8a16"]
+    together = search(linear, inputs, schemes)
+    monkeypatch.setattr(trials, "AT_ONCE", 1)
+    alone = search(linear, inputs, schemes)
+    for scheme, candidate in alone.items():
+        assert together[scheme].label == candidate.label
+        assert together[scheme].noise == pytest.approx(candidate.noise, rel=1e-5)

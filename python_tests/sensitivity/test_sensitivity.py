@@ -16,6 +16,7 @@ from ldmq_kernels.plans.blocks import block_of
 from ldmq_kernels.plans.layers import quantizable_layers
 from ldmq_kernels.plans.plan import Plan, model_record, uniform_plan
 from ldmq_kernels.sensitivity import analyze
+from ldmq_kernels.sensitivity.analysis import analysed_part, cross_validated_noise
 from ldmq_kernels.sensitivity.output_noise import StepNoise, output_noise, pooled, summed, swapped
 from python_tests.tiny import PROMPTS, SHALLOW, tiny_pipeline
 
@@ -176,3 +177,14 @@ def test_folds_that_are_run_apart_pool_to_the_noise_of_one_run(outlier_pipe, ana
     assert len(together.samples) == len(whole.samples)
     for step, power in whole.by_step.items():
         assert together.by_step[step] == pytest.approx(power, rel=0.05)
+
+
+def test_layers_run_alone_have_the_noise_of_whole_runs(outlier_pipe, analysis):
+    found = analyze(outlier_pipe, analysis.calibration, parse_schemes(["w8a8-timestep"]), analysed_steps=2, exact=3)
+    assert len(found.exact) == 3
+    folds = analysed_part(analysis.calibration.trajectory, found.steps, 2).by_fold()
+    for name, scheme in found.exact:
+        chosen = {name: found.candidate(name, scheme)}
+        whole = cross_validated_noise(outlier_pipe.unet, chosen, folds, analysis.calibration)
+        assert found.output[name, scheme].by_step == whole.by_step
+        assert found.output[name, scheme].samples == whole.samples

@@ -1,10 +1,10 @@
 """The C files of this folder, compiled once on a machine that has a C compiler; without one, torch does the same.
 
-`rows.c` is elementwise work in one pass, called from here; norms and activation functions are called from
-`compiled_producers`; `products.c` multiplies where there is AMX, or no VNNI, and is called from `products`;
-`attention.c` is for AMX, too, and called from `attention`. The library lies beside this user's measurements, under a
-name that changes with its source, the compiler and the vectors of the processor. Its calls take torch's threads, from
-the OpenMP runtime that torch has loaded.
+`rows.c` is elementwise work in one pass, called from here, `rotate.c` from `rotation`; norms and activation functions
+are called from `compiled_producers`; `products.c` multiplies where there is AMX, or no VNNI, and is called from
+`products`; `attention.c` is for AMX, too, and called from `attention`. The library lies beside this user's
+measurements, under a name that changes with its source, the compiler and the vectors of the processor. Its calls take
+torch's threads, from the OpenMP runtime that torch has loaded.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ OPENMP = "GOMP_parallel"
 OPERANDS = {  # of calls, in the order of their structs in C: eight bytes each, integers and addresses but for epsilons
     "ldmq_quantize_measured": Struct("9q"),
     "ldmq_quantize_calibrated": Struct("7q"),
+    "ldmq_rotate": Struct("7q"),
     "ldmq_activate_quantize": Struct("9q"),
     "ldmq_layer_norm_quantize": Struct("7qd8q"),
     "ldmq_group_norm_quantize": Struct("9qd6q"),

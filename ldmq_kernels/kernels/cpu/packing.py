@@ -21,7 +21,7 @@ from ldmq_kernels.numerics.formats.int4 import pack_int4, unpack_int4
 from ldmq_kernels.numerics.formats.int4_two_level import divide_multiplier, fold_multiplier
 
 _LAYING_OUT = threading.Lock()
-TRIMMED = 1 << 20  # integers of a weight that leaves a hole in memory worth giving back
+TRIMMED = 1 << 26  # bytes of plain weights after whose packing the holes that they left are given back
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -79,6 +79,20 @@ def _trim() -> Callable[[int], int]:
         return lambda _: 0
 
 
+class _Holes:
+    """Bytes of plain weights that were packed since their memory was last given back."""
+
+    held = 0
+
+
+def _trim_after(packed: int) -> None:
+    """Give memory back from time to time: what comes next would have to get it anew from the system."""
+    _Holes.held += packed
+    if _Holes.held >= TRIMMED:
+        _Holes.held = 0
+        _trim()(0)
+
+
 def lay_out_conv2d(
     packed: Tensor,
     stride: tuple[int, int],
@@ -113,8 +127,7 @@ def _packer(
 
     def packed(weight: Tensor, multiplier: Tensor | None, channels: int) -> Tensor:
         held = pack(weight if multiplier is None else fold_multiplier(unpack_int4(weight, channels), multiplier))
-        if weight.numel() >= TRIMMED:
-            _trim()(0)
+        _trim_after(weight.nbytes)
         return held
 
     def unpacked(tensor: Tensor, multiplier: Tensor | None, outputs: int) -> Tensor:
