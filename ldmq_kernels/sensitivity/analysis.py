@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldmq_kernels.calibration.adjoint import End
+from ldmq_kernels.calibration.adjoint import End, is_whole
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.drawings import Call, texts_of
@@ -54,6 +54,7 @@ ALL = "all"
 AUTO = "auto"
 SMALL_MODEL = 2_000_000  # parameters up to which every candidate is run on its own, and two prompts at each step
 EXACT_RUNS = 24  # of a larger model, with one prompt at each step: the candidates that estimates call the noisiest
+LARGE_EXACT_RUNS = 12  # of a model so large that each takes some ten seconds on a CPU, and layers share the noise
 TOGETHER = 1 << 30  # bytes of float weights of the layers that are quantized one by one for the same calls
 
 Key = tuple[str, str]
@@ -319,8 +320,9 @@ def analyze(
         schemes: the schemes to try; the float scheme needs no trial.
         analysed_steps: how many sampling steps, spread over the trajectory, each trial is run on.
         exact: "all" runs the UNet for every candidate of every layer, a number for so many that the backward
-            probes estimate to be the noisiest, "auto" for all of a small model and 24 of a large one, or none where
-            noise at the end of the trajectory is known, by which layers are chosen then.
+            probes estimate to be the noisiest, "auto" for all of a small model and 24 of a larger one, 12 above
+            100 million parameters, or none where noise at the end of the trajectory is known, by which layers are
+            chosen then.
         signals: "sqnr", and "ssim" for the structural similarity of pictures.
         method: parts of the search of each layer.
         ends: where noise at the end of the trajectory is estimated too: "latent", "picture".
@@ -356,7 +358,7 @@ def analyze(
     estimates = {key: c.estimate for key, c in _by_key(candidates) if c.estimate is not None}
     if exact == AUTO:
         known = bool(ends) and all(c.end is not None for _, c in _by_key(candidates))  # layers are chosen by that
-        exact = 0 if known else ALL if small else EXACT_RUNS
+        exact = 0 if known else ALL if small else EXACT_RUNS if is_whole(denoiser(pipe)) else LARGE_EXACT_RUNS
     keys = _exact_keys(estimates, candidates, exact)
     chosen = {key: {key[0]: c} for key, c in _by_key(candidates)}
     measured = _run_each(trial, "SQNR of each layer", {" ".join(key): chosen[key] for key in keys}, work, show)
