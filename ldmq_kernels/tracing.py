@@ -11,8 +11,15 @@ constant.
 from __future__ import annotations
 
 import torch
-from torch._C import _functorch
+from torch._C import (
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _is_torch_function_mode_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch._C._functorch import peek_interpreter_stack
 from torch._guards import TracingContext
+from torch.autograd import _profiler_enabled
 
 
 def is_exported() -> bool:
@@ -28,10 +35,10 @@ def is_compiled() -> bool:
 def is_plain() -> bool:
     """Whether torch's dispatcher would do nothing but call the op: no mode, transform, profiler, autocast or trace."""
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or _functorch.peek_interpreter_stack() is not None
-        or torch._C._is_torch_function_mode_enabled()
-        or torch.autograd._profiler_enabled()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
+        _len_torch_dispatch_stack()
+        or peek_interpreter_stack() is not None
+        or _is_torch_function_mode_enabled()
+        or _profiler_enabled()
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
     )

@@ -19,6 +19,7 @@ class InputScale(nn.Module):
 
     input_scale: Any
     smoothing: Any
+    _buffers: dict[str, Any]
     _view: TimestepScaleView | None = None  # of a timestep layer that follows the calls of its model
     _call_scale: Tensor | None = None
     _call_inv_scale: Tensor | None = None
@@ -62,9 +63,10 @@ class InputScale(nn.Module):
 
         Those of a layer that a loader has filled are on the meta device until `finish` makes them.
         """
-        if values is None or values.is_meta or values.device == self.input_scale.device:
-            return values
-        return values.to(self.input_scale.device)
+        if values is None:
+            return None
+        held = self._buffers["input_scale"]  # not by its name, which costs a tenth of a small layer's call
+        return values if values.is_meta or values.device == held.device else values.to(held.device)
 
     def _keep_call_scale(self, scale: Tensor | None, inv_scale: Tensor | None) -> None:
         """Stay at the timestep group of these values: a model may be moved between the choice of it and the call."""
