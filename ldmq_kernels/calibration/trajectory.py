@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ldmq_kernels.calibration.autoencoders import is_autoencoder, through_forward
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.drawings import LATENT, PICTURES, Call, Drawing, check_calls, drawings
+from ldmq_kernels.calibration.in_tiles import in_tiles
 from ldmq_kernels.calibration.module_state import State, StateChanges, in_state
 from ldmq_kernels.calibration.outputs import output_tensor
 from ldmq_kernels.calibration.settings import Settings
@@ -253,7 +254,7 @@ def _record(
     handles = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
     steps.begin()
     try:
-        with through_forward(model):
+        with through_forward(model), in_tiles(model) as tiles, tiles:
             return calls, drawing.run(pipe, PICTURES if is_autoencoder(model) else LATENT)
     except _Enough:
         return calls, None
@@ -310,5 +311,8 @@ def record_trajectory(
 @torch.no_grad()
 def replay(model: nn.Module, trajectory: Trajectory) -> Iterator[tuple[UNetCall, Tensor]]:
     """Call the model as it is now with the recorded inputs; gives each call and the new output."""
-    for call in trajectory.calls:
-        yield call, call.run(model)
+    with in_tiles(model) as tiles:
+        for call in trajectory.calls:
+            with tiles:
+                output = call.run(model)
+            yield call, output

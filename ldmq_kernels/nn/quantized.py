@@ -254,7 +254,7 @@ class QuantizedLayer(PackedWeight, InputScale):
     def refill(self, stored: dict[str, Tensor], bias: Tensor | None) -> None:
         """Take the tensors of the layer's checkpoint, see `stored_tensors`, and a bias."""
         self.unpack()
-        device = self._buffers[PLAIN].device  # type: ignore[union-attr]
+        device = self._buffers[PLAIN].device
         for name, tensor in stored.items():
             self.fill(name, tensor.to(device))
         if bias is not None:
@@ -331,7 +331,7 @@ class QuantizedLayer(PackedWeight, InputScale):
             return super()._apply(fn, recurse)
         self.unpack()
         kept = {name: self._buffers.get(name) for name in map(buffer_name, self.scheme.dtypes)}
-        like = torch.empty(0, dtype=self.float_dtype, device=self._buffers[PLAIN].device)  # type: ignore[union-attr]
+        like = torch.empty(0, dtype=self.float_dtype, device=self._buffers[PLAIN].device)
         self.float_dtype = fn(like).dtype
         scale, inv_scale = self.call_scale, self.input_inv_scale
         super()._apply(fn, recurse)

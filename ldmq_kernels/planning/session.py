@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ldmq_kernels.calibration.adjoint import is_whole
+from ldmq_kernels.calibration.in_tiles import in_tiles
 from ldmq_kernels.calibration.settings import recorded
 from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.numerics.formats import FLOAT
@@ -236,9 +237,9 @@ class Session:
         if target.measure not in (None, self.measure):
             raise PlanError(f"a target of {target} is not {MEASURES[self.measure]}, which this session plans for")
         first = self.chooser.choose(target)
-        if target.db is None:
-            return self.result(self.verified(first), target)
-        return self.result(self._reach(target, target.db, first), target)
+        with in_tiles(self.model):
+            verified = self.verified(first) if target.db is None else self._reach(target, target.db, first)
+            return self.result(verified, target)
 
     def _reach(self, target: Target, target_db: float, first: Assignment) -> Verified:
         """The cheapest assignment that reaches the target when it is run, of those that were run.

@@ -15,6 +15,7 @@ from ldmq_kernels.calibration.adjoint import End, is_whole
 from ldmq_kernels.calibration.calibrate import Calibration
 from ldmq_kernels.calibration.denoisers import denoiser
 from ldmq_kernels.calibration.drawings import Call, texts_of
+from ldmq_kernels.calibration.in_tiles import in_tiles
 from ldmq_kernels.calibration.probes import MEMORY, PROBES, chunks_of_layers, record
 from ldmq_kernels.calibration.ranges import range_drift, spread_steps
 from ldmq_kernels.calibration.settings import Settings, recorded
@@ -147,13 +148,14 @@ class _TrialModel:
         """Noise at the UNet's output with each of some sets of layers quantized, as `cross_validated_noise` has it."""
         layers = {name for of_set in sets.values() for name in of_set}
         noises: dict[str, list[StepNoise]] = {item: [] for item in sets}
-        for fold, trajectory in self.folds.items():
-            made = {item: _quantized_on(fold, self.modules, of_set) for item, of_set in sets.items()}
-            for call in trajectory.calls:
-                beginnings = Beginnings(self.model, call, layers)
-                for item, quantized in made.items():
-                    with self.quantized(quantized), beginnings.skipped(quantized):
-                        noises[item].append(noise_of_calls([(call, call.run(self.model))], by_sample=True))
+        with in_tiles(self.model) as tiles, tiles:
+            for fold, trajectory in self.folds.items():
+                made = {item: _quantized_on(fold, self.modules, of_set) for item, of_set in sets.items()}
+                for call in trajectory.calls:
+                    beginnings = Beginnings(self.model, call, layers)
+                    for item, quantized in made.items():
+                        with self.quantized(quantized), beginnings.skipped(quantized):
+                            noises[item].append(noise_of_calls([(call, call.run(self.model))], by_sample=True))
         return {item: pooled(of_calls) for item, of_calls in noises.items()}
 
 

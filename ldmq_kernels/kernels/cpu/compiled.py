@@ -47,7 +47,8 @@ OPERANDS = {  # of calls, in the order of their structs in C: eight bytes each, 
     "ldmq_layer_norm_quantize": Struct("7qd8q"),
     "ldmq_group_norm_quantize": Struct("9qd6q"),
     "ldmq_finish": Struct("16q"),
-    "ldmq_multiply": Struct("33q"),
+    "ldmq_multiply": Struct("34q"),
+    "ldmq_split": Struct("5q"),
 }
 HAS_NAN, NO_MEMORY = 1, 2  # as producers.h has them, which tells of both at once by their sum
 SECONDS = 60

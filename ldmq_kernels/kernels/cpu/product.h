@@ -1,5 +1,6 @@
 // One product of int8, a linear or a convolution, as the files that multiply see it: products.c says which of them does.
 //
+// Of bfloat16 pairs, which tiles multiply too, two bytes are one value: "channels" are twice as many, and sums float32.
 // The left operand is gathered from the input block by block; there is no im2col in memory.
 #pragma once
 
@@ -27,6 +28,7 @@ typedef struct {
   int64_t is_gated;  // outputs are values, then as many gates: what is written is value * gelu(gate), half as wide
   const float *maybe_inverse;  // of the scale of what is written, one or one for each column: it is int8
   int64_t inverse_count;
+  int64_t is_bfloat16;
   int64_t block, column_parts;  // rows of a part, and parts of a block of rows: found here, with what follows
   int *status;                  // see producers.h
 } Product;

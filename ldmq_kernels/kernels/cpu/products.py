@@ -102,10 +102,13 @@ def linear(
     outputs: int,
     out_dtype: torch.dtype,
     gating: Gating | None = None,
+    *,
+    floating: bool = False,
 ) -> Tensor:
     """x_q (..., K) int8 by a packed weight; (..., N) of `out_dtype`: exact sums and their epilogue.
 
-    With gates, for which `gates` holds, the epilogue has scales and bias alone, and the result is (..., N / 2).
+    With gates, for which `gates` holds, the epilogue has scales and bias alone, and the result is (..., N / 2). Where
+    x_q and the weight are bytes of bfloat16 they are multiplied as such, if `floating` says so; see `float_products`.
 
     Raises:
         Unsupported: input, weight and epilogue do not fit together.
@@ -118,7 +121,8 @@ def linear(
     rows = math.prod(leading)
     if rows:
         sizes = (1, rows, 1, channels)
-        _multiply(x_q, sizes, packed, (1, 1, 0, 0, 1, 1), (rows, 1), epilogue, outputs, out, gating)
+        geometry = (1, 1, 0, 0, 1, 1)
+        _multiply(x_q, sizes, packed, geometry, (rows, 1), epilogue, outputs, out, gating, floating=floating)
     return out
 
 
@@ -131,8 +135,13 @@ def conv2d(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     out_dtype: torch.dtype,
+    *,
+    floating: bool = False,
 ) -> Tensor:
     """x_q (N, C, H, W) int8, channels_last, by a packed weight; `out_dtype`, channels_last: sums and their epilogue.
+
+    Args:
+        floating: as of `linear`.
 
     Raises:
         Unsupported, MemoryError: as `linear`.
@@ -148,7 +157,8 @@ def conv2d(
     shape = (samples, out_height, out_width, outputs)
     out = x_q.new_empty(shape, dtype=out_dtype)
     sizes = (samples, height, width, channels)
-    _multiply(x_q, sizes, packed, geometry, (out_height, out_width), epilogue, outputs, out)
+    out_size = (out_height, out_width)
+    _multiply(x_q, sizes, packed, geometry, out_size, epilogue, outputs, out, floating=floating)
     return out.permute(0, 3, 1, 2)
 
 
@@ -162,6 +172,8 @@ def _multiply(
     outputs: int,
     out: Tensor,
     gating: Gating | None = None,
+    *,
+    floating: bool,
 ) -> None:
     """Write the product of x_q, in memory of `sizes` (samples, height, width, channels), and its epilogue into `out`.
 
@@ -187,7 +199,7 @@ def _multiply(
         threads,
         *(x_q.data_ptr(), *sizes, *geometry, taps_y, taps_x, *out_size, packed.data_ptr(), outputs),
         *kept.operands(written, outputs),
-        *(gating is not None, compiled.address(inverse), 0 if inverse is None else inverse.numel()),
+        *(gating is not None, compiled.address(inverse), 0 if inverse is None else inverse.numel(), floating),
     )
     if status & NO_MEMORY:
         raise MemoryError(f"no memory is left to multiply {rows} x {depth} by {depth} x {outputs}")

@@ -1,4 +1,5 @@
-// A product on a processor with AMX: 16 rows by 16 outputs of 64 integers for each instruction, exact in 32 bits.
+// A product on a processor with AMX: 16 rows by 16 outputs of 64 integers for each instruction, exact in 32 bits; or of
+// 32 values in bfloat16, whose sums are float32.
 //
 // Weights are groups of four input channels of 16 outputs, so that 16 groups are a tile as they lie. Rows of a linear
 // are tiles as they lie, too, and so are those of a convolution whose outputs lie 16 side by side, for each tap, in a
@@ -35,7 +36,7 @@ typedef struct {
 // Where 16 rows and the next 16 lie, from one of their integers on.
 typedef struct {
   const int8_t *upper, *lower;
-  int64_t stride;
+  int64_t stride, are_bfloat16;
 } Rows;
 
 static void begin_sums(int adds, Sums sums) {
@@ -63,23 +64,32 @@ static void keep_sums(Sums sums) {
 
 // Two tiles of rows by two of weights over so many steps, added to the sums, which stay in tiles 0 to 3. Weights that
 // are `ahead` bytes further are fetched into the second cache meanwhile, so many lines a step.
+#define MULTIPLY_STEPS(NAME, DOT)                                                                                   \
+  static void NAME(const Rows *rows, int64_t at, const int8_t *left, const int8_t *right, int64_t steps,             \
+                   int64_t ahead, int64_t lines) {                                                                   \
+    const int8_t *upper = rows->upper + at, *lower = rows->lower + at;                                               \
+    for (int64_t s = 0; s < steps; ++s) {                                                                            \
+      _tile_stream_loadd(6, left + s * TILE, STEP);                                                                  \
+      _tile_loadd(4, upper + s * STEP, rows->stride);                                                                \
+      DOT(0, 4, 6);                                                                                                  \
+      _tile_stream_loadd(7, right + s * TILE, STEP);                                                                 \
+      DOT(1, 4, 7);                                                                                                  \
+      _tile_loadd(5, lower + s * STEP, rows->stride);                                                                \
+      DOT(2, 5, 6);                                                                                                  \
+      DOT(3, 5, 7);                                                                                                  \
+      for (int64_t line = s * lines; line < (s + 1) * lines; ++line) {                                               \
+        _mm_prefetch(left + ahead + line * LINE, _MM_HINT_T1);                                                       \
+        _mm_prefetch(right + ahead + line * LINE, _MM_HINT_T1);                                                      \
+      }                                                                                                              \
+    }                                                                                                                \
+  }
+
+MULTIPLY_STEPS(multiply_integers, _tile_dpbssd)
+MULTIPLY_STEPS(multiply_bfloat16, _tile_dpbf16ps)
+
 static void multiply_steps(const Rows *rows, int64_t at, const int8_t *left, const int8_t *right, int64_t steps,
                            int64_t ahead, int64_t lines) {
-  const int8_t *upper = rows->upper + at, *lower = rows->lower + at;
-  for (int64_t s = 0; s < steps; ++s) {
-    _tile_stream_loadd(6, left + s * TILE, STEP);
-    _tile_loadd(4, upper + s * STEP, rows->stride);
-    _tile_dpbssd(0, 4, 6);
-    _tile_stream_loadd(7, right + s * TILE, STEP);
-    _tile_dpbssd(1, 4, 7);
-    _tile_loadd(5, lower + s * STEP, rows->stride);
-    _tile_dpbssd(2, 5, 6);
-    _tile_dpbssd(3, 5, 7);
-    for (int64_t line = s * lines; line < (s + 1) * lines; ++line) {
-      _mm_prefetch(left + ahead + line * LINE, _MM_HINT_T1);
-      _mm_prefetch(right + ahead + line * LINE, _MM_HINT_T1);
-    }
-  }
+  (rows->are_bfloat16 ? multiply_bfloat16 : multiply_integers)(rows, at, left, right, steps, ahead, lines);
 }
 
 // The same over integers k to k + count of the rows, tap by tap in a window. A last step that is not full has zeros in
@@ -118,14 +128,17 @@ static inline __m512 floats_of(const void *values, int64_t are_bfloat16, int64_t
 }
 
 // Finish up to 16 columns of a pair of tiles, those of `own`, from `column` on; the first is at `at` in the output.
-static void finish_columns(const Epilogue e, const RowOperands *operands, int64_t rows, int64_t column, __mmask16 own,
-                           int64_t at, int64_t outputs, const int32_t (*sums)[PAIR]) {
+static void finish_columns(const Product *p, const RowOperands *operands, int64_t rows, int64_t column, __mmask16 own,
+                           int64_t at, const int32_t (*sums)[PAIR]) {
+  const Epilogue e = p->epilogue;
   const __m512 one = _mm512_set1_ps(1.0f), none = _mm512_setzero_ps();
   const __m512 scale = e.maybe_column_scale ? _mm512_maskz_loadu_ps(own, e.maybe_column_scale + column) : one;
   const __m512 bias = e.maybe_bias ? floats_of(e.maybe_bias, e.bias_is_bfloat16, column, own) : none;
-  for (int64_t r = 0; r < rows; ++r, at += outputs) {
+  for (int64_t r = 0; r < rows; ++r, at += p->outputs) {
     const RowOperands of_row = operands[r];
-    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums[r])), _mm512_set1_ps(of_row.scale));
+    const __m512i found = _mm512_loadu_si512(sums[r]);
+    __m512 y = p->is_bfloat16 ? _mm512_castsi512_ps(found) : _mm512_cvtepi32_ps(found);
+    y = _mm512_mul_ps(y, _mm512_set1_ps(of_row.scale));
     y = _mm512_add_ps(_mm512_mul_ps(y, scale), bias);
     if (of_row.maybe_sample_bias) {
       y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(own, of_row.maybe_sample_bias + column));
@@ -144,7 +157,7 @@ static void finish_pair(const Product *p, const RowOperands *operands, int64_t r
                         int64_t columns, const int32_t (*sums)[PAIR]) {
   for (int64_t c = 0; c < columns; c += SIDE) {
     const __mmask16 own = (__mmask16)((1u << smaller(SIDE, columns - c)) - 1);
-    finish_columns(p->epilogue, operands, rows, column + c, own, row * p->outputs + column + c, p->outputs,
+    finish_columns(p, operands, rows, column + c, own, row * p->outputs + column + c,
                    (const int32_t(*)[PAIR])(*sums + c));
   }
 }
@@ -265,7 +278,7 @@ static void copy_window(const Product *p, const Share *own, const Window *window
   }
 }
 
-// A part at work: where the rows of its left operand are, and what has been added up so far.
+// A part at work: where the rows of its left operand are, and the sums so far.
 typedef struct {
   const Product *product;
   Share own;
@@ -290,11 +303,11 @@ static Rows rows_of(const Part *part, int64_t pair, int64_t k) {
       const int64_t at = (row + tile * apart) % pixels;
       found[tile] = window->pixels + ((at / p->out_width - line) * window->width + at % p->out_width) * window->pixel;
     }
-    return (Rows){found[0], found[1], window->pixel};
+    return (Rows){found[0], found[1], window->pixel, p->is_bfloat16};
   }
   const int64_t stride = pair < part->as_they_lie ? p->channels : part->stride;
   const int8_t *upper = pair < part->as_they_lie ? p->x + row * stride + k : part->gathered + first * stride;
-  return (Rows){upper, upper + apart * stride, stride};
+  return (Rows){upper, upper + apart * stride, stride, p->is_bfloat16};
 }
 
 static void gather_rows(const Part *part, int64_t k, int64_t count) {
