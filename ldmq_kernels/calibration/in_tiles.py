@@ -86,6 +86,14 @@ class _InTiles(TorchFunctionMode):
 _held: list[tuple[nn.Module, _InTiles]] = []
 
 
+def _weights(model: nn.Module) -> list[Tensor]:
+    """The weights of a large model that can be multiplied by in tiles."""
+    if sum(parameter.numel() for parameter in model.parameters()) < LARGE_MODEL:
+        return []
+    layers = (layer for layer in quantizable_layers(model).values() if type(layer) in (nn.Linear, nn.Conv2d))
+    return [layer.weight for layer in layers if float_products.takes(layer.weight)]
+
+
 @contextlib.contextmanager
 def in_tiles(model: nn.Module) -> Iterator[AbstractContextManager[Any]]:
     """What a large model's calls run in, to multiply in tiles what would be in float32, on a CPU with AMX.
@@ -96,12 +104,11 @@ def in_tiles(model: nn.Module) -> Iterator[AbstractContextManager[Any]]:
 
     Packed weights are held as long as the outer block lasts; blocks of the same model inside it share them.
     """
-    if not float_products.serves() or sum(parameter.numel() for parameter in model.parameters()) < LARGE_MODEL:
+    weights = _weights(model) if float_products.serves() else []
+    if not weights:
         yield contextlib.nullcontext()
         return
-    known = next((tiles for other, tiles in _held if other is model), None)
-    weights = [layer.weight for layer in quantizable_layers(model).values() if type(layer) in (nn.Linear, nn.Conv2d)]
-    held = model, known or _InTiles([weight for weight in weights if float_products.takes(weight)])
+    held = model, next((tiles for other, tiles in _held if other is model), None) or _InTiles(weights)
     _held.append(held)
     try:
         yield held[1]

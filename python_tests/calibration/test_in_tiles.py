@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from ldmq_kernels.calibration import SamplingSettings, calibrate, in_tiles
 from ldmq_kernels.kernels.cpu import float_products
@@ -104,3 +105,9 @@ def test_what_finds_no_room_and_small_models_are_torchs(multiplied: list[str], m
     with torch.no_grad(), in_tiles.in_tiles(model) as tiles, tiles:
         model(x)
     assert multiplied == ["linear"]
+
+
+def test_a_model_of_other_weights_is_left_to_torch_alone() -> None:
+    for model in (nn.Linear(64, 32).bfloat16(), nn.Linear(64, 32, device="meta")):
+        with in_tiles.in_tiles(model) as tiles:
+            assert not isinstance(tiles, TorchFunctionMode)

@@ -295,3 +295,16 @@ def test_a_compiled_function_calls_it_as_one_node() -> None:
     query, key, value = operands(97, 77, 40)
     own = torch.compile(lambda q, k, v: ops.attention(q * 2, k, v) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(own(query, key, value), ops.attention(query * 2, key, value) + 1)
+
+
+@pytest.mark.parametrize("kind", [None, "bool", "float32", "bfloat16"])
+def test_without_amx_bfloat16_is_attended_in_float32(kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_tiles", lambda: False)
+    query, key, value = operands(300, 77, 40)
+    mask = None
+    if kind is not None:
+        mask = torch.rand(2, 1, 300, 77) > 0.3 if kind == "bool" else torch.randn(2, 1, 1, 77).to(getattr(torch, kind))
+    check(query, key, value, mask)
+    wide = None if mask is None or mask.dtype == torch.bool else mask.float()
+    once = by_torch(query.float(), key.float(), value.float(), mask if wide is None else wide).bfloat16()
+    assert torch.equal(ops.attention(query, key, value, mask), once)

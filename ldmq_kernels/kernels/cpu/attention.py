@@ -1,5 +1,8 @@
 """softmax(query key^T / sqrt(head_dim) + mask) value by `attention.c`, where the processor has AMX, or else by torch.
 
+Without AMX bfloat16 goes to torch as float32, which takes it less time there. Scores are no int8: where AMX is, their
+products are a small part beside the weights that are made of them, and int8 rounds them far more than bfloat16.
+
 Which of the two serves a call depends on the processor, the dtypes and the sizes of one head, and on nothing that a
 batch or the number of threads changes: a picture has the same bits alone and in a batch. The sizes are those at which
 `python -m benchmarks attention` finds C the faster one.
@@ -23,9 +26,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
     """Attention of (B, T, heads, head_dim) to (B, S, heads, head_dim); (B, T, heads, head_dim), contiguous."""
     if is_compiled(query, key, value, mask):
         return _by_tiles(query, key, value, mask)
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and not compiled.has_tiles() and query.device.type == "cpu":
+        query, key, value = query.float(), key.float(), value.float()
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     out = torch.ops.aten.scaled_dot_product_attention(query, key, value, mask)
-    return out.transpose(1, 2).contiguous()
+    return out.transpose(1, 2).to(dtype).contiguous()
 
 
 def is_compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
