@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ldmq_kernels.calibration.host_memory import host_memory
 from ldmq_kernels.kernels.backend import Unsupported
 from ldmq_kernels.kernels.cpu import float_products
 from ldmq_kernels.plans.layers import quantizable_layers
 
-ROOM = 6 << 30  # bytes of packed weights; layers that find none are multiplied as before
+ROOM = 6 << 30  # bytes of packed weights, and at most a third of the memory: the rest is multiplied as before
+CHANNELS_LAST = torch.channels_last
 LARGE_MODEL = 100_000_000  # parameters from which calls take seconds: others gain nothing that is worth other bits
 LEAST_WORK = 1 << 22  # products of a call
 
@@ -33,11 +35,11 @@ class _InTiles(TorchFunctionMode):
         super().__init__()
         self._weights = {id(weight): weight for weight in weights}  # held, so that no other tensor has their ids
         self._packed: dict[int, Tensor] = {}
-        self._room = ROOM
+        self._room = min(ROOM, host_memory() // 3)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch, or multiply in its place."""
-        if not kwargs and not torch.is_grad_enabled():
+        if not (kwargs or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()):
             found = None
             if func is functional.linear and len(args) == 3:
                 found = self._linear(*args)
@@ -64,15 +66,18 @@ class _InTiles(TorchFunctionMode):
         if packed is None or x.shape[1] != weight.shape[1]:
             return None
         try:
-            return float_products.conv2d(x, packed, bias, weight.shape[0], stride, padding, dilation)
+            out = float_products.conv2d(x, packed, bias, weight.shape[0], stride, padding, dilation)
         except Unsupported:  # torch says what is wrong
             return None
+        is_last = any(not t.is_contiguous() and t.is_contiguous(memory_format=CHANNELS_LAST) for t in (x, weight))
+        return out if is_last else out.contiguous()
 
     def _weight(self, x: Tensor, weight: Tensor, rows: int) -> Tensor | None:
         """The packed form of a weight of the model; None of others, of small products and where no room is left."""
         known = self._weights.get(id(weight))
         is_worth = rows >= float_products.FEWEST_ROWS and rows * weight.numel() >= LEAST_WORK
-        if known is None or not is_worth or x.dtype != torch.float32:
+        is_plain = type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
+        if known is None or not is_worth or not is_plain or weight.device.type != "cpu":  # offloading moves weights
             return None
         if id(weight) not in self._packed:
             size = float_products.packed_bytes(weight)

@@ -8,7 +8,6 @@ number of trials at the UNet's output is estimated from the layer's own inputs, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmq_kernels.calibration.adjoint import CallWeights, EndCall, EndTrajectory, rademacher, scale_of
+from ldmq_kernels.calibration.host_memory import host_memory
 from ldmq_kernels.calibration.recording import Ran, Recorder, give, recording
 from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall, folds_of_rows, prompts_of_rows
 from ldmq_kernels.chunks import chunks_within
@@ -167,7 +167,7 @@ def _memory(model: nn.Module) -> int:
     """Bytes of records that are kept at a time."""
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return MEMORY
-    return min(HOST_MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3)
+    return min(HOST_MEMORY, host_memory() // 3)
 
 
 def _bytes_of_records(

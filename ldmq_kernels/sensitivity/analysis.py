@@ -235,7 +235,9 @@ def _run_each(
     trial: _TrialModel, stage: str, sets: dict[str, dict[str, LayerCandidate]], work: Work, show: bool
 ) -> dict[str, StepNoise]:
     def run(items: list[str]) -> Iterator[tuple[str, StepNoise]]:
-        sizes = {item: sum(trial.modules[name].weight.nbytes for name in sets[item]) for item in items}
+        # of a large model few at once, since nothing is stored before all of them are done
+        least = 0 if sum(p.numel() for p in trial.model.parameters()) <= SMALL_MODEL else TOGETHER // 6
+        sizes = {item: max(least, sum(trial.modules[name].weight.nbytes for name in sets[item])) for item in items}
         for chunk in chunks_within(items, sizes, TOGETHER):
             yield from trial.noise_of_each({item: sets[item] for item in chunk}).items()
 

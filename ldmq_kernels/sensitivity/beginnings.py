@@ -22,30 +22,36 @@ from ldmq_kernels.calibration.trajectory import UNetCall
 logger = logging.getLogger(__name__)
 
 PLAIN = (int, float, bool, str, type(None))  # what modules give beside tensors
+KEPT = 2 << 30  # bytes of outputs of one call; modules that give more are run again
 
 
 @dataclass
-class _Runs:
-    """The runs of one module in a call: when the first began and the last ended, and what each gave."""
+class _Run:
+    """The run of a module in a call: when it began and ended, and what it gave.
+
+    Attributes:
+        is_plain: it ran once, gave tensors and numbers alone, and wrote into nothing that it was given.
+    """
 
     began: int
+    given: list[tuple[Tensor, int]]
     ended: int = -1
-    outputs: list[Any] = field(default_factory=list)
+    output: Any = None
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
-    is_plain: bool = True  # gives tensors and numbers alone, as far as is known
-
-    def end(self, time: int, output: Any) -> None:
-        """A run ends."""
-        self.ended = time
-        leaves = pytree.tree_leaves(output)
-        self.is_plain = self.is_plain and all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
-        self.outputs.append(output)
-        self.versions += [(leaf, _version(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
+    is_plain: bool = True
 
     @property
     def is_kept(self) -> bool:
-        """Whether what each run gave is known, and was not written over since."""
-        return self.is_plain and all(_version(tensor) == version for tensor, version in self.versions)
+        """Whether what it gave is known, and was not written over since."""
+        return self.ended >= 0 and self.is_plain and _are_as_they_were(self.versions)
+
+
+def _versions(values: Any) -> list[tuple[Tensor, int]]:
+    return [(leaf, _version(leaf)) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _are_as_they_were(versions: list[tuple[Tensor, int]]) -> bool:
+    return all(_version(tensor) == version for tensor, version in versions)
 
 
 def _version(tensor: Tensor) -> int:
@@ -83,7 +89,8 @@ class Beginnings:
     @torch.no_grad()
     def __init__(self, model: nn.Module, call: UNetCall, layers: Iterable[str]) -> None:
         self._model, self._call = model, call
-        self._runs: dict[str, _Runs] = {}
+        self._runs: dict[str, _Run] = {}
+        self._bytes = 0
         layers = list(layers)
         holders = {holder for layer in layers for holder in _holders(layer)}
         watched = dict(unit for holder in holders for unit in _parts(holder, model.get_submodule(holder)))
@@ -97,25 +104,47 @@ class Beginnings:
             for handle in handles:
                 handle.remove()
         self._kept = {name for name, module in watched.items() if self._can_be_skipped(name, module)}
-        last = max((layer for layer in layers if layer in self._runs), key=self._began, default=None)
-        if last is not None and self._kept:
-            with self.skipped([last]):
-                again = call.run(model)
-            if not torch.equal(again, output):
-                logger.info("a %s is run whole: its modules do more than give outputs", type(model).__name__)
-                self._kept = set()
+        ran = sorted((layer for layer in layers if layer in self._runs), key=self._began)
+        if not all(self._gives_the_same([layer], output) for layer in (*ran[:1], *ran[-1:])):
+            logger.info("a %s is run whole: its modules do more than give outputs", type(model).__name__)
+            self._kept = set()
+        self._runs = {name: run for name, run in self._runs.items() if name in self._kept or name in layers}
+
+    def _gives_the_same(self, layers: list[str], output: Tensor) -> bool:
+        """Whether the call has the same output with all skipped that can be before a layer."""
+        try:
+            with self.skipped(layers):
+                return torch.equal(self._call.run(self._model), output)
+        except Exception:  # what a module gives at another time may be of no use to whoever asks it
+            return False
 
     def _began(self, layer: str) -> int:
         return self._runs[layer].began
 
     def _watch(self, name: str, module: nn.Module, clock: Iterator[int]) -> list[Any]:
-        def before(_module: nn.Module, _args: Any) -> None:
-            self._runs.setdefault(name, _Runs(next(clock)))
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if name in self._runs:
+                self._runs[name].is_plain = False  # a module that runs again, maybe under another name
+            else:
+                self._runs[name] = _Run(next(clock), _versions((args, kwargs)))
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._runs[name].end(next(clock), output)
+            run, leaves = self._runs[name], pytree.tree_leaves(output)
+            run.ended = next(clock)
+            run.is_plain = (
+                run.is_plain
+                and all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves)
+                and _are_as_they_were(run.given)
+            )
+            run.given = []
+            size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+            if run.is_plain and self._bytes + size <= KEPT:
+                self._bytes += size
+                run.output, run.versions = output, _versions(output)
+            else:
+                run.is_plain, run.output = False, None
 
-        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
 
     def _can_be_skipped(self, name: str, module: nn.Module) -> bool:
         has_hooks = module._forward_hooks or module._forward_pre_hooks  # which would run on the output again
@@ -132,7 +161,7 @@ class Beginnings:
                 if self._runs[name].ended < begin:
                     module: Any = self._model.get_submodule(name)
                     before.append((module, vars(module).get("forward")))
-                    module.forward = _giving(self._runs[name].outputs)
+                    module.forward = _giving(self._runs[name].output)
             yield
         finally:
             for module, forward in reversed(before):
@@ -141,7 +170,6 @@ class Beginnings:
                     module.forward = forward
 
 
-def _giving(outputs: list[Any]) -> Any:
-    """A forward that gives one output after the other; containers are new ones, since models take things out."""
-    following = iter(outputs)
-    return lambda *_args, **_kwargs: pytree.tree_map(lambda value: value, next(following))
+def _giving(output: Any) -> Any:
+    """A forward that gives this; containers are new ones, since models take things out of those that they get."""
+    return lambda *_args, **_kwargs: pytree.tree_map(lambda value: value, output)

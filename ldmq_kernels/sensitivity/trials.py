@@ -20,6 +20,11 @@ KEPT = 1 << 28  # bytes of a trial's errors that wait for the estimate; larger o
 AT_ONCE = 1 << 23  # elements of inputs that a layer multiplies together, or one record's
 
 
+def _of_each(values: Tensor, records: Sequence[LayerRecord]) -> Sequence[Tensor]:
+    """The rows of each record; of one alone all, which without a batch are channels."""
+    return (values,) if len(records) == 1 else values.split([record.x.shape[0] for record in records])
+
+
 @dataclass(frozen=True)
 class Batch:
     """Recorded calls of one fold, one after the other, whose rows a layer multiplies together: a product costs less so.
@@ -43,7 +48,7 @@ class Batch:
 
     def outputs(self) -> Iterator[tuple[LayerRecord, Tensor]]:
         """Each record with the output of its rows."""
-        return zip(self.records, self.output.split([record.x.shape[0] for record in self.records]), strict=True)
+        return zip(self.records, _of_each(self.output, self.records), strict=True)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,12 @@ class FloatReference:
     @classmethod
     def of(cls, layer: nn.Module, records: list[LayerRecord]) -> FloatReference:
         """Run the float layer on its recorded inputs, each cut into two folds."""
-        together: dict[tuple[int, torch.Size], list[list[LayerRecord]]] = {}
-        for record in (fold for whole in records for fold in whole.folds()):
-            of_fold = together.setdefault((record.fold, record.x.shape[1:]), [[]])
+        together: dict[tuple[int, int, torch.Size], list[list[LayerRecord]]] = {}
+        axes = axes_of(layer)
+        for index, record in enumerate(fold for whole in records for fold in whole.folds()):
+            has_rows = record.x.dim() == axes + 2 if axes else record.x.dim() > 1
+            key = record.fold, 0 if has_rows else 1 + index, record.x.shape[1:]
+            of_fold = together.setdefault(key, [[]])
             if sum(known.x.numel() for known in of_fold[-1]) + record.x.numel() > AT_ONCE and of_fold[-1]:
                 of_fold.append([])
             of_fold[-1].append(record)
@@ -135,8 +143,9 @@ class Judge:
             for state, run in itertools.groupby(batch.records, lambda record: self.state(record.step, record.fold)):
                 records = list(run)
                 start, end = end, end + sum(record.x.shape[0] for record in records)
-                output = product_of_layer(self.in_state(state), batch.x[start:end])
-                yield records, output.float() - batch.output[start:end]
+                own = slice(start, end) if len(records) < len(batch.records) else slice(None)
+                output = product_of_layer(self.in_state(state), batch.x[own])
+                yield records, output.float() - batch.output[own]
 
 
 def try_out(reference: FloatReference, judge: Judge) -> Outcome:
@@ -189,8 +198,7 @@ def estimated_output_noise(
     ] = {}  # by step, call, fold: (samples,) of each run and probe
     signals: dict[tuple[int, int, int], float] = {}
     for records, of_rows in errors:
-        of_records = of_rows.split([record.x.shape[0] for record in records])
-        for record, error in zip(records, of_records, strict=True):
+        for record, error in zip(records, _of_each(of_rows, records), strict=True):
             key = record.step, record.call, record.fold
             draws = [(error * g).sum(tuple(range(1, g.dim()))).double() for g in record.gradients]
             effects.setdefault(key, []).append(draws)

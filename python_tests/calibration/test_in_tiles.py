@@ -111,3 +111,25 @@ def test_a_model_of_other_weights_is_left_to_torch_alone() -> None:
     for model in (nn.Linear(64, 32).bfloat16(), nn.Linear(64, 32, device="meta")):
         with in_tiles.in_tiles(model) as tiles:
             assert not isinstance(tiles, TorchFunctionMode)
+
+
+def test_a_convolutions_output_lies_in_memory_as_torchs(multiplied: list[str]) -> None:
+    conv, x = nn.Conv2d(8, 16, 3, padding=1).requires_grad_(False), torch.randn(2, 8, 9, 7)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        with torch.no_grad(), in_tiles.in_tiles(conv) as tiles:
+            wanted = conv(given)
+            with tiles:
+                found = conv(given)
+        assert found.stride() == wanted.stride()
+    assert multiplied == ["conv2d"] * 2
+
+
+def test_autocast_and_inputs_elsewhere_are_torchs(multiplied: list[str]) -> None:
+    linear, x = nn.Linear(64, 32).requires_grad_(False), torch.randn(40, 64)
+    with torch.no_grad(), in_tiles.in_tiles(linear) as tiles, tiles:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError):
+            linear(x.to("meta"))
+        linear(x.as_subclass(type("Own", (Tensor,), {})))
+    assert not multiplied

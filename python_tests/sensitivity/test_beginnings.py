@@ -169,3 +169,60 @@ def test_a_module_that_runs_again_after_the_layer_is_not_skipped(x: Tensor) -> N
     beginnings = Beginnings(model, call, ["last"])
     whole, skipped = both(model, call, "last", beginnings)
     assert torch.equal(whole, skipped)
+
+
+class Shares(nn.Module):
+    """Linears with one activation between all of them, before and after."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.p = nn.Sequential(nn.Linear(8, 8), act)
+        self.q = nn.Sequential(act, nn.Linear(8, 8))
+        self.act, self.r = act, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 8) to (B, 8)."""
+        return self.r(self.act(self.q(self.p(x))))
+
+
+class AddsItsInput(nn.Module):
+    """x + linear(activation(x)), the activation in place of x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.lin = nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 8) to (B, 8)."""
+        x = self.first(x)
+        return x + self.lin(self.act(x))
+
+
+class TakesAnother(Shares):
+    """Asks the shared activation for values of another shape where a layer is skipped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 8) to (B, 8)."""
+        return self.r(self.act(self.q(self.p(x))[:, :4]).repeat(1, 2))
+
+
+@pytest.mark.parametrize(
+    "model", [Shares(nn.SiLU()), AddsItsInput(), TakesAnother(nn.SiLU())], ids=lambda model: type(model).__name__
+)
+def test_modules_that_are_shared_or_write_into_their_input_do_no_harm(model: nn.Module, x: Tensor) -> None:
+    model.requires_grad_(False)
+    call, layers = call_of(model, x), list(quantizable_layers(model))
+    beginnings = Beginnings(model, call, layers)
+    for layer in layers:
+        whole, skipped = both(model, call, layer, beginnings)
+        assert torch.equal(whole, skipped), layer
+
+
+def test_outputs_that_find_no_room_are_computed_again(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Chain(nn.SiLU()).requires_grad_(False)
+    monkeypatch.setattr("ldmq_kernels.sensitivity.beginnings.KEPT", x.nbytes)
+    call = call_of(model, x)
+    beginnings = Beginnings(model, call, ["last"])
+    assert beginnings._kept == {"first"}
+    whole, skipped = both(model, call, "last", beginnings)
+    assert torch.equal(whole, skipped)

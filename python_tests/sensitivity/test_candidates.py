@@ -258,3 +258,17 @@ def test_records_that_are_multiplied_together_are_judged_each_by_itself(linear, 
     for scheme, candidate in alone.items():
         assert together[scheme].label == candidate.label
         assert together[scheme].noise == pytest.approx(candidate.noise, rel=1e-5)
+
+
+def test_inputs_without_a_batch_are_judged_call_by_call():
+    conv = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
+    inputs = [random(4, 7, 5, seed=s) for s in range(STEPS)]
+    known = calibration_of([x[None] for x in inputs], 1)
+    seen = [LayerRecord(step, x, 1.0, rows=(step % 2,) * 4) for step, x in enumerate(inputs)]
+    with torch.no_grad():
+        found = LayerSearch("layer", conv, seen, known, PLAIN).candidates(parse_schemes(["w8a16"]))[0]
+    from ldmq_kernels.nn import QuantConv2d
+
+    quantized = QuantConv2d.from_float(conv, found.scheme)
+    expected = relative_noise_power(torch.stack([conv(x) for x in inputs]), torch.stack([quantized(x) for x in inputs]))
+    assert found.noise == pytest.approx(expected, rel=1e-3)

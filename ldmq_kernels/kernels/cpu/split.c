@@ -11,8 +11,8 @@ typedef struct {
 } Split;
 
 static inline uint16_t rounded(float value) {
-  const uint32_t bits = bits_of(value);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const uint32_t bits = bits_of(value), is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  return is_nan ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 static void split_part(const void *given, int64_t part, int64_t parts) {

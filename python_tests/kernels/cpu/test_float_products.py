@@ -64,7 +64,7 @@ def test_each_value_has_its_place_and_sizes_do_not_matter() -> None:
 
 def test_numbers_that_are_not_finite_are_not_lost() -> None:
     x, weight = values(20, 64), values(20, 64, seed=1)
-    x[3, 5], x[4, 6] = torch.nan, torch.inf
+    x[3, 5], x[4, 6] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32), torch.inf
     found = float_products.linear(x, float_products.pack(weight), None, 20)
     assert torch.isfinite(found).all(1).tolist() == [row not in (3, 4) for row in range(20)]
 
