@@ -18,8 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ldmq_kernels.calibration.host_memory import host_memory
-from ldmq_kernels.kernels.backend import Unsupported
-from ldmq_kernels.kernels.cpu import float_products
+from ldmq_kernels.kernels.backend import Unsupported, backends
 from ldmq_kernels.plans.layers import quantizable_layers
 
 ROOM = 6 << 30  # bytes of packed weights, and at most a third of the memory: the rest is multiplied as before
@@ -35,6 +34,7 @@ class _InTiles(TorchFunctionMode):
         super().__init__()
         self._weights = {id(weight): weight for weight in weights}  # held, so that no other tensor has their ids
         self._packed: dict[int, Tensor] = {}
+        self._products = _products()
         self._room = min(ROOM, host_memory() // 3)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,7 +53,7 @@ class _InTiles(TorchFunctionMode):
         packed = self._weight(x, weight, x.numel() // max(1, x.shape[-1]) if x.dim() else 0)
         if packed is None or x.shape[-1] != weight.shape[1]:
             return None
-        return float_products.linear(x, packed, bias, weight.shape[0])
+        return self._products.linear(x, packed, bias, weight.shape[0])
 
     def _conv2d(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
@@ -66,7 +66,7 @@ class _InTiles(TorchFunctionMode):
         if packed is None or x.shape[1] != weight.shape[1]:
             return None
         try:
-            out = float_products.conv2d(x, packed, bias, weight.shape[0], stride, padding, dilation)
+            out = self._products.conv2d(x, packed, bias, weight.shape[0], stride, padding, dilation)
         except Unsupported:  # torch says what is wrong
             return None
         is_last = any(not t.is_contiguous() and t.is_contiguous(memory_format=CHANNELS_LAST) for t in (x, weight))
@@ -75,20 +75,25 @@ class _InTiles(TorchFunctionMode):
     def _weight(self, x: Tensor, weight: Tensor, rows: int) -> Tensor | None:
         """The packed form of a weight of the model; None of others, of small products and where no room is left."""
         known = self._weights.get(id(weight))
-        is_worth = rows >= float_products.FEWEST_ROWS and rows * weight.numel() >= LEAST_WORK
+        is_worth = rows >= self._products.FEWEST_ROWS and rows * weight.numel() >= LEAST_WORK
         is_plain = type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
         if known is None or not is_worth or not is_plain or weight.device.type != "cpu":  # offloading moves weights
             return None
         if id(weight) not in self._packed:
-            size = float_products.packed_bytes(weight)
+            size = self._products.packed_bytes(weight)
             if size > self._room:
                 return None
             self._room -= size
-            self._packed[id(weight)] = float_products.pack(weight.detach())
+            self._packed[id(weight)] = self._products.pack(weight.detach())
         return self._packed[id(weight)]
 
 
 _held: list[tuple[nn.Module, _InTiles]] = []
+
+
+def _products() -> Any:
+    """`float_products` of the backend for CPUs."""
+    return backends()["cpu"].float_products
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
@@ -96,7 +101,7 @@ def _weights(model: nn.Module) -> list[Tensor]:
     if sum(parameter.numel() for parameter in model.parameters()) < LARGE_MODEL:
         return []
     layers = (layer for layer in quantizable_layers(model).values() if type(layer) in (nn.Linear, nn.Conv2d))
-    return [layer.weight for layer in layers if float_products.takes(layer.weight)]
+    return [layer.weight for layer in layers if _products().takes(layer.weight)]
 
 
 @contextlib.contextmanager
@@ -109,7 +114,7 @@ def in_tiles(model: nn.Module) -> Iterator[AbstractContextManager[Any]]:
 
     Packed weights are held as long as the outer block lasts; blocks of the same model inside it share them.
     """
-    weights = _weights(model) if float_products.serves() else []
+    weights = _weights(model) if _products().serves() else []
     if not weights:
         yield contextlib.nullcontext()
         return

@@ -25,7 +25,7 @@ def test_plan_quantize_and_analyze_go_on_with_one_analysis(
     wishes = ("--prompts", prompts, *QUICK, "--work", tmp_path / "work")
     assert run("plan", model, *wishes, "--out", tmp_path / "made.json") == 0
     monkeypatch.setattr(analysis.LayerSearch, "candidates", no_more)
-    monkeypatch.setattr(analysis._TrialModel, "noise_of", no_more)
+    monkeypatch.setattr(analysis._TrialModel, "noise_of_each", no_more)
     assert run("quantize", model, *wishes, "--out", tmp_path / "quantized") == 0
     assert run("analyze", model, *wishes, "--out", tmp_path / "analysis") == 0
     assert Plan.load(tmp_path / "analysis/plan.json").to_dict() == Plan.load(tmp_path / "made.json").to_dict()

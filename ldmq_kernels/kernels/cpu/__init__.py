@@ -15,7 +15,7 @@ import torch
 
 from ldmq_kernels.files import shortened
 from ldmq_kernels.kernels.backend import Backend, Packer, register
-from ldmq_kernels.kernels.cpu import compiled, packing, products, widened
+from ldmq_kernels.kernels.cpu import compiled, float_products, packing, products, widened
 from ldmq_kernels.kernels.cpu.self_check import is_exact
 
 # oneDNN keeps what it prepared for each shape, and reads the limit at its first call: a model takes a few hundred, a
@@ -35,6 +35,7 @@ class _Cpu(Backend):
     name = "cpu"
     device_type = "cpu"
     rank = 10
+    float_products = float_products  # what is no op: of the models that are planned
 
     def serves(self, device: torch.device) -> bool:
         """Whether `device` is a CPU, and oneDNN is in this torch."""

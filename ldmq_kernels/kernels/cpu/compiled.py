@@ -1,6 +1,6 @@
 """The C files of this folder, compiled once on a machine that has a C compiler; without one, torch does the same.
 
-`rows.c` is elementwise work in one pass, called from here, `rotate.c` from `rotation`; norms and activation functions
+`rows.c` is elementwise work in one pass, called from here, `rotate.c` from `rotated`; norms and activation functions
 are called from `compiled_producers`; `products.c` multiplies where there is AMX, or no VNNI, and is called from
 `products`; `attention.c` is for AMX, too, and called from `attention`. The library lies beside this user's
 measurements, under a name that changes with its source, the compiler and the vectors of the processor. Its calls take

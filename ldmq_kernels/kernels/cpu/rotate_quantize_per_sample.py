@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu.quantize_per_sample import quantize_per_sample
-from ldmq_kernels.kernels.cpu.rotation import rotated
+from ldmq_kernels.kernels.cpu.rotated import rotated
 from ldmq_kernels.kernels.geometry import check_channels
 
 

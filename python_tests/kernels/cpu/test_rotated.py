@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldmq_kernels.kernels.cpu.rotation import rotated
+from ldmq_kernels.kernels.cpu.rotated import rotated
 from ldmq_kernels.kernels.rotation import rotated_weight
 from ldmq_kernels.numerics import hadamard
 
