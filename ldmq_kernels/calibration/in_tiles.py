@@ -1,8 +1,8 @@
 """A float32 model's linears and convolutions in AMX tiles, where a CPU has them and nothing is differentiated.
 
 Most of what planning takes on a CPU are float32 products of the model itself. In tiles they take a part of the time,
-with noise 105 dB below them (`kernels/cpu/float_products.py`); a reference and what is measured against it are both
-computed so. Packed weights take 6 bytes for each value, as long as the block lasts.
+with noise more than 103 dB below them (`kernels/cpu/float_products.py`); a reference and what is measured against it
+are both computed so. Packed weights take 6 bytes for each value, as long as the block lasts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _InTiles(TorchFunctionMode):
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
         self._weights = {id(weight): weight for weight in weights}  # held, so that no other tensor has their ids
-        self._packed: dict[int, Tensor] = {}
+        self._packed: dict[int, tuple[int, Tensor]] = {}  # with how often the weight had been written to
         self._products = _products()
         self._room = min(ROOM, host_memory() // 3)
 
@@ -79,13 +79,16 @@ class _InTiles(TorchFunctionMode):
         is_plain = type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
         if known is None or not is_worth or not is_plain or weight.device.type != "cpu":  # offloading moves weights
             return None
-        if id(weight) not in self._packed:
+        version, packed = self._packed.get(id(weight), (-1, None))
+        if packed is None:
             size = self._products.packed_bytes(weight)
             if size > self._room:
                 return None
             self._room -= size
-            self._packed[id(weight)] = self._products.pack(weight.detach())
-        return self._packed[id(weight)]
+        if packed is None or version != weight._version:
+            packed = self._products.pack(weight.detach())
+            self._packed[id(weight)] = weight._version, packed
+        return packed
 
 
 _held: list[tuple[nn.Module, _InTiles]] = []

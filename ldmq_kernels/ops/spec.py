@@ -55,7 +55,7 @@ def define_plain(schema: str, function: Callable[..., Any], fake: Callable[..., 
 
 
 def _direct(spec: OpSpec, function: Function, serve: Callable[..., Any]) -> Function:
-    """The op's function; it passes torch's dispatcher by, a third of a small call's time, where that does no more."""
+    """The op's function; it passes torch's dispatcher by, which takes time, where that would do no more than call."""
     types, least = spec.types, len(spec.arguments) - len(spec.may_be_left_out)
 
     @functools.wraps(function)

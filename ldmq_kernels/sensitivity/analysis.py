@@ -148,11 +148,13 @@ class _TrialModel:
         """Noise at the UNet's output with each of some sets of layers quantized, as `cross_validated_noise` has it."""
         layers = {name for of_set in sets.values() for name in of_set}
         noises: dict[str, list[StepNoise]] = {item: [] for item in sets}
+        is_right = True  # as far as is known: once it is not, nothing is skipped any more
         with in_tiles(self.model) as tiles, tiles:
             for fold, trajectory in self.folds.items():
                 made = {item: _quantized_on(fold, self.modules, of_set) for item, of_set in sets.items()}
-                for call in trajectory.calls:
-                    beginnings = Beginnings(self.model, call, layers)
+                for number, call in enumerate(trajectory.calls):
+                    beginnings = Beginnings(self.model, call, layers if is_right else (), thorough=number == 0)
+                    is_right = is_right and beginnings.is_right
                     for item, quantized in made.items():
                         with self.quantized(quantized), beginnings.skipped(quantized):
                             noises[item].append(noise_of_calls([(call, call.run(self.model))], by_sample=True))

@@ -95,6 +95,16 @@ def test_blocks_of_one_model_share_what_is_packed_and_leave_nothing(monkeypatch:
     assert len(packed) == 2
 
 
+def test_a_weight_that_is_written_to_is_packed_anew() -> None:
+    linear, x = nn.Linear(64, 32).requires_grad_(False), torch.randn(40, 64)
+    with torch.no_grad(), in_tiles.in_tiles(linear) as tiles:
+        for _ in range(2):
+            wanted = linear(x)
+            with tiles:
+                assert sqnr_db(wanted, linear(x)) > 85
+            linear.weight.add_(1)
+
+
 def test_what_finds_no_room_and_small_models_are_torchs(multiplied: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False), torch.randn(40, 64)
     monkeypatch.setattr(in_tiles, "ROOM", float_products.packed_bytes(model[0].weight))

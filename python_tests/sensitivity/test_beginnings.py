@@ -226,3 +226,12 @@ def test_outputs_that_find_no_room_are_computed_again(x: Tensor, monkeypatch: py
     assert beginnings._kept == {"first"}
     whole, skipped = both(model, call, "last", beginnings)
     assert torch.equal(whole, skipped)
+
+
+@pytest.mark.parametrize(("thorough", "calls"), [(True, 3), (False, 2)])
+def test_the_first_layer_is_asked_for_where_that_is_wanted(x: Tensor, thorough: bool, calls: int) -> None:
+    model, ran = Chain(nn.SiLU()).requires_grad_(False), []
+    call = call_of(model, x)
+    model.register_forward_hook(lambda *_: ran.append(1))
+    assert Beginnings(model, call, ["first", "last"], thorough=thorough).is_right
+    assert len(ran) == calls

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmq_kernels.kernels.cpu import backend as cpu
-from ldmq_kernels.kernels.cpu import onednn, products, self_check, widened
+from ldmq_kernels.kernels.cpu import onednn, packing, products, self_check, widened
 from ldmq_kernels.kernels.cpu.packing import pack_conv2d, pack_linear, unpack_conv2d, unpack_linear
 from python_tests.kernels.convolutions import as_op
 
@@ -104,3 +104,14 @@ def test_a_packed_convolution_is_laid_out_once_even_from_many_threads(form, monk
         outputs = [run.result() for run in runs]
     assert len(calls) == 1
     assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+def test_the_memory_of_plain_weights_is_given_back_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(packing, "_trim", lambda: trimmed.append)
+    monkeypatch.setattr(packing, "TRIMMED", 3 * 64 * 64)
+    monkeypatch.setattr(packing._Holes, "held", 0)
+    pack, weight = packing.packers()["linear_w8a8"].pack, torch.ones(64, 64, dtype=torch.int8)
+    for packed in range(1, 8):
+        pack(weight, None, 64)
+        assert len(trimmed) == packed // 3
