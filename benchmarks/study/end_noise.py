@@ -1,10 +1,11 @@
 """How well noise at the end of the trajectory is known before it is drawn: python -m benchmarks ends --model second
 
-Layers and schemes of a model are drawn at random. Each is quantized alone and pictures are drawn by the pipeline's own
-call; its noise in the final latents and in the pictures stands beside what the adjoint of the sampler predicted, with
-as many probes as plans are made with, and beside the noise at the model's output, averaged over steps. The
-probes are random, so there are several sets of them. What GPTQ rounds is left out, since it knows the calibration's own
-samples. Each picture is drawn with what the other half of the prompts makes of the layer, as candidates are judged.
+Every layer in every scheme, or some of them drawn at random, is quantized alone, and pictures are drawn by the
+pipeline's own call; its noise in the final latents and in the pictures stands beside what the adjoint of the sampler
+predicted, with as many probes as plans are made with, and beside the noise at the model's output, averaged over steps.
+The probes are random, so there are several sets of them. What GPTQ rounds is left out, since it knows the
+calibration's own samples. Each picture is drawn with what the other half of the prompts makes of the layer, as
+candidates are judged.
 
 Sizes are means over pictures of decibels, as those of plans are: noise that is pooled is that of one or two pictures,
 which a few probes in each know badly.
@@ -47,7 +48,7 @@ from ldmq_kernels.sensitivity.end_noise import EndNoise, LayerEndNoise
 from ldmq_kernels.sensitivity.ends import PROBES as END_PROBES
 from ldmq_kernels.sensitivity.output_noise import swapped
 
-SCHEMES = ("w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w8a16", "w4a8-dynamic")
+SCHEMES = ("w8a8-static", "w8a8-timestep", "w8a8-dynamic", "w8a8x2", "w8a8-rotated", "w8a16", "w4a8-dynamic", "w4a16")
 ENDS = (LATENT, PICTURE)
 WHAT = "ends"
 ADJOINT, OUTPUT = "adjoint", "model output"
@@ -157,20 +158,20 @@ def agreement(true: Sequence[float], predicted: Sequence[float]) -> dict[str, fl
     }
 
 
-def _pairs(pipe: Any, calibration: Calibration, count: int) -> list[tuple[str, str]]:
-    """Layers and schemes, drawn at random."""
+def _pairs(pipe: Any, calibration: Calibration, count: int | None) -> list[tuple[str, str]]:
+    """So many layers of each scheme, drawn at random; all if None."""
     layers, random = quantizable_layers(denoiser(pipe)), np.random.default_rng(0)
     names = [n for n in calibration.absmax if getattr(layers[n], "groups", 1) == 1]
     return [
         (str(name), scheme)
         for scheme in SCHEMES
-        for name in random.choice(names, count, replace=False)
+        for name in (names if count is None else random.choice(names, count, replace=False))
         if kind_of(layers[str(name)]) in parse_schemes([scheme])[0].format.layers
     ]
 
 
 def measured(
-    subject: Subject, pipe: Any, guidance: float, count: int, probes: int, sets: int
+    subject: Subject, pipe: Any, guidance: float, count: int | None, probes: int, sets: int
 ) -> Iterator[dict[str, Any]]:
     """One row a layer and scheme, then one for each end, signal and set of probes."""
     prompts, _ = split_calls(calibration_captions(CALIBRATION_PROMPTS))
@@ -198,7 +199,8 @@ def measured(
         yield rows[-1]
     for end in ENDS:
         true = [row["true"][end] for row in rows]
-        shared = {"op": "agreement", "guidance": guidance, "end": end, "pairs": len(rows), "probes": probes}
+        shared = {"op": "agreement", "guidance": guidance, "end": end, "pairs": len(rows), "all": count is None}
+        shared |= {"probes": probes, "schemes": list(dict.fromkeys(row["scheme"] for row in rows))}
         yield shared | {"signal": OUTPUT} | agreement(true, [row[OUTPUT] for row in rows])
         for place in range(sets):
             found = agreement(true, [row[ADJOINT][place][end] for row in rows])
@@ -224,10 +226,12 @@ def table(data: dict[str, Any]) -> str:
             ]
         lines.append([f"{guidance:g}", end, signal, ", ".join(f"{row['spearman']:.3f}" for row in rows), *size])
     count, probes = (max(row[key] for rows in groups.values() for row in rows) for key in ("pairs", "probes"))
+    last = data["rows"][-1]
+    drawn = f"all {count} layers and schemes" if last["all"] else f"{count} layers and schemes at random"
     words = (
-        f"**What is known of a layer's noise at the end** (the {data['rows'][-1]['model']} model, {count} layers and "
-        "schemes drawn at random, each alone; noise in the final latents and the pictures, drawn and predicted; each "
-        f"set of {probes} probes apart; sizes are means over pictures of dB, as those of plans are; noise pooled over "
+        f"**What is known of a layer's noise at the end** (the {last['model']} model, {drawn}, each alone: "
+        f"{', '.join(last['schemes'])}; noise in the final latents and the pictures, drawn and predicted; each set "
+        f"of {probes} probes apart; sizes are means over pictures of dB, as those of plans are; noise pooled over "
         "pictures is that of one or two of them, and known less well)"
     )
     head = ["guidance", "end", "signal", "rank correlation", "dB off, median", "dB too high, median (10th to 90th %)"]
@@ -243,7 +247,7 @@ def main(arguments: list[str]) -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks ends", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(SUBJECTS), default=DEMO)
-    parser.add_argument("--layers", type=int, default=8, help="drawn for each of five schemes")
+    parser.add_argument("--layers", type=int, help="drawn for each scheme; all by default")
     parser.add_argument("--guidance", type=float, nargs="+", help="the model's own and 7.5 by default")
     parser.add_argument("--probes", type=int, default=END_PROBES, help="of a set, at each end")
     parser.add_argument("--sets", type=int, default=3, help="of probes")

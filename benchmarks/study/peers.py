@@ -6,6 +6,8 @@ multiplies in float where a convolution has fewer than 32 channels or a linear f
 torchao has no integer convolution. optimum-quanto restores its convolution weights to float in
 each call, and scales its activations statically, by a moving average over the calibration run. nvidia-modelopt
 rounds floats to 8 bits and back, with static scales of the largest value; TensorRT computes in integers later.
+OpenVINO multiplies in integers what NNCF quantizes, with static scales: of all layers and of attention, or of
+convolutions alone, as Optimum Intel has it for diffusion models.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import copy
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +27,10 @@ from benchmarks.study.cases import NVIDIA
 from benchmarks.study.evaluation import Setup, draw_latents, with_unet
 
 OURS = "ldmq_kernels"
-NOT_INSTALLED = "not installed: pip install --no-deps -r benchmarks/requirements-peers.txt"
+NOT_INSTALLED = (
+    "not installed: pip install --no-deps -r benchmarks/requirements-peers.txt; pip install -r "
+    "benchmarks/requirements-openvino.txt"
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,12 @@ def _modelopt(setup: Setup) -> nn.Module:
     return model
 
 
+def _openvino(setup: Setup, hybrid: bool) -> nn.Module:
+    from benchmarks.study.openvino_peer import ByOpenVino
+
+    return ByOpenVino(setup.unet, setup.calibration.trajectory, hybrid)
+
+
 def _draw_calibration(setup: Setup, model: nn.Module) -> None:
     """Draw the calibration's pictures with this UNet, as a tool's own calibration loop."""
     calibration = setup.calibration
@@ -109,6 +121,8 @@ def peers() -> list[Quantization]:
         Quantization("sdnq", "w8a8 dynamic, everywhere", _sdnq_everywhere),
         Quantization("torchao", "w8a8 dynamic", _torchao),
         Quantization("sdnq", "as it comes", _sdnq),
+        Quantization("openvino", "w8a8 calibrated, by NNCF", partial(_openvino, hybrid=False)),
+        Quantization("openvino", "convolutions w8a8 calibrated, by NNCF", partial(_openvino, hybrid=True)),
         Quantization("optimum-quanto", "w8a8 calibrated", _quanto),
         Quantization("nvidia-modelopt", "w8a8 calibrated, NVIDIA's recipe for diffusers", _modelopt),
     ]

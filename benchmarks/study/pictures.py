@@ -1,8 +1,10 @@
 """How many dB in the picture, by which tool: python -m benchmarks pictures
 
 W8A8 on the layers that SDNQ computes in 8 bits, and other tools with the layers that they take, drawn on held-out
-captions by both models of the study. Every picture counts by its own dB: their mean, and the worst tenth. A row is
-written as soon as it is there, with its commit, and one that is there for as many captions is not measured again.
+captions by both models of the study. Every picture counts by its own dB: their mean, and the worst tenth. A call of the
+model for one picture is timed in turn with the float model's, eager and compiled; tools that are made for torch.compile
+are timed compiled, too, and the faster of both counts. A row is written as soon as it is there, with its commit, and
+one that is there for as many captions is not measured again.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import ldmq_kernels
 from benchmarks.harness import results
 from benchmarks.harness.machine import device, machine
 from benchmarks.harness.tables import markdown
+from benchmarks.harness.timing import Call, medians
 from benchmarks.study.evaluation import TEST_SEED, Setup, with_unet
 from benchmarks.study.inspect_model import checkpoint_bytes, inspect_model
 from benchmarks.study.own_plans import Choices, on_layers, own_plans, plan_of, quantized, twice_computed
@@ -48,6 +51,9 @@ ON_THEM = "SDNQ's layers"
 ONE_PRODUCT, WITH_SPLIT = ("w8a8-dynamic", "w8a8-rotated"), ("w8a8-dynamic", "w8a8-rotated", "w8a8x2")
 SPLIT_SHARE = 0.05  # of the operations that SDNQ makes in 8 bits: what is made twice at most
 COUNT = "{0[stored]} / {0[computed]} / {0[all]}"
+FLOAT, COMPILED, OWN, OWN_COMPILED = "float", "float, compiled", "own", "own, compiled"
+FOR_COMPILING = ("sdnq", "torchao")  # whose documentation has models compiled
+ROUNDS = 41  # of calls in turns
 
 
 class Comparison:
@@ -79,6 +85,24 @@ class Comparison:
         rival = next(peer for peer in peers() if peer.configuration == RIVAL)
         seen = inspect_model(rival.build(self.setup), unet, call)
         return seen.stored, seen.computed
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        """The float model by torch.compile."""
+        return torch.compile(self.setup.unet)
+
+    def milliseconds(self, tool: str, model: nn.Module) -> dict[str, float]:
+        """The median times of a call for one picture: of the float model and of this one, in turns."""
+        every = self.setup.held_out.calls[0]
+        call = every.of_prompts(every.prompts[:1])
+        models = {FLOAT: self.setup.unet, COMPILED: self._compiled, OWN: model}
+        if tool in FOR_COMPILING:
+            models[OWN_COMPILED] = torch.compile(model)
+
+        def timed(of: nn.Module) -> Call:
+            return torch.inference_mode()(lambda: call.run(of))
+
+        return medians({name: timed(of) for name, of in models.items()}, ROUNDS)
 
     @functools.cached_property
     def analysis(self) -> Analysis:
@@ -149,6 +173,7 @@ class Comparison:
             "bytes": seen.bytes,
             "note": twice_computed(model, self.setup),
             "by_picture": {measure: list(decibels) for measure, decibels in drawn.by_picture.items()},
+            "ms": self.milliseconds(tool, model),
         }
 
 
@@ -204,10 +229,14 @@ def _read(rows: Path, captions: int) -> list[dict[str, Any]]:
 
 def _line(row: dict[str, Any]) -> list[str]:
     psnr, latent = (Spread.of(row["by_picture"][measure]) for measure in ("psnr", "latent"))
+    ms = row["ms"]
+    own = min(ms[OWN], ms.get(OWN_COMPILED, ms[OWN]))
     return [
         row["model"],
         f"{row['tool']} {row['version']}: {row['configuration']}" + (f" ({row['note']})" if row["note"] else ""),
         f"{row['share_of_fp16']:.3f}x",
+        f"{own:.1f}",
+        f"{own / ms[FLOAT]:.2f}x / {own / ms[COMPILED]:.2f}x",
         COUNT.format(row["convolutions"]),
         COUNT.format(row["linears"]),
         str(row["captions"]),
@@ -222,6 +251,8 @@ HEAD = [
     "model",
     "tool",
     "bytes, of fp16",
+    "ms",
+    "of float32's, eager / compiled",
     "convolutions",
     "linears",
     "pictures",
@@ -236,10 +267,12 @@ def table(data: dict[str, Any]) -> str:
     """The first table of the study."""
     first = data["rows"][0]
     words = (
-        f"**What the picture keeps, for how many bytes, by which tool** (held-out captions, "
-        f"{first['steps']} steps, on {data['device']}, torch {data['torch']}; layers: weights in 8 bits / computed in "
-        "8 bits / all; a picture's PSNR and its latent's SQNR are against the float model's from the same noise). "
-        "No milliseconds: those of a processor without VNNI say little of others, and no GPU has run the kernels."
+        f"**What the picture keeps, for how many bytes and milliseconds, by which tool** (held-out captions, "
+        f"{first['steps']} steps, on {data['device']}, torch {data['torch']}; milliseconds of a call of the model for "
+        f"one picture, {data['threads']} threads, and their share of the float model's in turns with it; SDNQ and "
+        "torchao eager or compiled, whichever is faster; layers: weights in 8 bits / computed in 8 bits / all; a "
+        "picture's PSNR and its latent's SQNR are against the float model's from the same noise). No GPU has run the "
+        "kernels."
     )
     return f"{words}\n\n" + markdown(HEAD, [_line(row) for row in _in_order(data["rows"])])
 
@@ -251,7 +284,7 @@ def readme_lines(data: dict[str, Any]) -> list[list[str]]:
         [
             f"{line[0]} model, W8A8: {line[1]}",
             f"{line[2]} of fp16",
-            f"{line[6]} dB in the mean of {line[5]}, {line[7]} dB for the worst tenth",
+            f"{line[8]} dB in the mean of {line[7]}, {line[9]} dB for the worst tenth; {line[3]} ms",
         ]
         for row in _in_order(rows)
         for line in [_line(row)]

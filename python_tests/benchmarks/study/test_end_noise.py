@@ -24,8 +24,10 @@ def test_agreement_tells_order_and_size() -> None:
 
 def test_the_table_has_each_signal_with_its_sets_of_probes() -> None:
     row = {"op": "agreement", "guidance": 4.0, "end": "latent", "pairs": 3, "probes": 8, "model": "demo"}
+    row |= {"all": True, "schemes": ["w8a8-static", "w8a16"]}
     row |= {"signal": end_noise.ADJOINT} | end_noise.agreement([1.0, 2.0, 3.0], [1.0, 2.5, 3.0])
     rows = [row | {"pooled_size_db": 0.75}, row | {"signal": end_noise.OUTPUT}]
-    lines = end_noise.table({"rows": rows}).splitlines()[-2:]
-    assert lines[0] == "| 4 | latent | adjoint | 1.000 | 0.00 | +0.0 (+0.0 to +0.4) | 0.75 |"
-    assert lines[1] == "| 4 | latent | model output | 1.000 |  |  |  |"
+    words, *_, first, second = end_noise.table({"rows": rows}).splitlines()
+    assert "all 3 layers and schemes, each alone: w8a8-static, w8a16;" in words
+    assert first == "| 4 | latent | adjoint | 1.000 | 0.00 | +0.0 (+0.0 to +0.4) | 0.75 |"
+    assert second == "| 4 | latent | model output | 1.000 |  |  |  |"

@@ -26,12 +26,13 @@ def _row(model: str, tool: str, decibels: list[float]) -> dict[str, Any]:
         "linears": counts,
         "share_of_fp16": 0.5,
         "by_picture": {"psnr": decibels, "latent": decibels},
+        "ms": {"float": 20.0, "float, compiled": 16.0, "own": 12.0, "own, compiled": 8.0},
         "commit": "c" * 40,
     }
 
 
 def _data(*rows: dict[str, Any]) -> dict[str, Any]:
-    return {"rows": list(rows), "device": "a device", "torch": "2"}
+    return {"rows": list(rows), "device": "a device", "torch": "2", "threads": 2}
 
 
 def test_pictures_count_by_their_own_decibels_and_the_worst_tenth_is_told() -> None:
@@ -43,6 +44,8 @@ def test_pictures_count_by_their_own_decibels_and_the_worst_tenth_is_told() -> N
         "demo",
         "sdnq 1: some",
         "0.500x",
+        "8.0",
+        "0.40x / 0.50x",
         "1 / 1 / 2",
         "1 / 1 / 2",
         "3",
@@ -68,7 +71,7 @@ def test_the_readme_has_the_rows_of_equal_layers() -> None:
     rows[0]["configuration"], rows[1]["configuration"] = pictures.RIVAL, f"rotated, {pictures.ON_THEM}"
     (rival, ours) = pictures.readme_lines(_data(*rows))
     assert rival[0] == f"demo model, W8A8: sdnq 1: {pictures.RIVAL}"
-    assert ours[2] == "3.00 dB in the mean of 2, 2.20 dB for the worst tenth"
+    assert ours[2] == "3.00 dB in the mean of 2, 2.20 dB for the worst tenth; 8.0 ms"
 
 
 def test_rows_of_other_captions_do_not_stand_for_these(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
