@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ldmq_kernels.kernels.cpu import compiled
 from ldmq_kernels.numerics.hadamard import block_size, rotate, signs
+
+
+@functools.cache
+def _signs(channels: int) -> Tensor:
+    """The signs of so many channels, (channels,) float32: finding them takes longer than a small product."""
+    with torch.inference_mode(False):  # or no later call could be differentiated
+        return signs(channels, torch.device("cpu")).float()
 
 
 def rotated(x: Tensor, inv_smooth: Tensor | None = None) -> Tensor:
@@ -21,7 +30,7 @@ def rotated(x: Tensor, inv_smooth: Tensor | None = None) -> Tensor:
     x, channels = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x, dtype=torch.float32)
     if x.numel():
-        factors = signs(channels).float() if inv_smooth is None else signs(channels) * compiled.in_float32(inv_smooth)
+        factors = _signs(channels) if inv_smooth is None else _signs(channels) * compiled.in_float32(inv_smooth)
         compiled.call(
             "ldmq_rotate",
             compiled.threads(x),

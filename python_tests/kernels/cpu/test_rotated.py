@@ -31,3 +31,13 @@ def test_rows_that_are_not_side_by_side_and_numbers_that_are_none() -> None:
 def test_a_weight_has_the_bits_of_the_definition(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     assert torch.equal(rotated_weight(weight), hadamard.rotated_weight(weight))
+
+
+def test_signs_that_are_kept_serve_every_later_call() -> None:
+    x, smooth = torch.randn(3, 200, generator=torch.Generator().manual_seed(3)), torch.rand(200, requires_grad=True)
+    expected = hadamard.rotate(x * smooth.detach())
+    with torch.inference_mode(), torch.device("meta"):
+        first = rotated(x, smooth)
+    assert torch.equal(first, expected)
+    assert torch.equal(rotated(x, smooth).detach(), expected)  # where a gradient keeps the signs
+    assert torch.equal(rotated(x, smooth), expected)  # and they were not written to
