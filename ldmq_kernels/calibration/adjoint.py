@@ -136,7 +136,7 @@ def pictures_that_count(model: nn.Module, calls: int, settings: int, most: int |
 def rademacher(like: Tensor, seed: int) -> Tensor:
     """A tensor of -1 and 1 at random, of another's shape, dtype and device."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
+    return (torch.randint(0, 2, like.shape, generator=generator, device="cpu") * 2 - 1).to(like)
 
 
 def _gradients(of: Sequence[Tensor], by: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor | None]:
@@ -328,7 +328,7 @@ def walk(
     model, vae = denoiser(pipe), getattr(whole_pipeline(pipe), "vae", None)
     if PICTURE in found.ends and vae is None:
         raise NoAdjoint("it has no VAE that decodes its latents to pictures")
-    once = torch.ones(len(found.ends) * found.probes, dtype=torch.float64)
+    once = torch.ones(len(found.ends) * found.probes, dtype=torch.float64, device="cpu")
     for drawing in drawings(calls, settings):
         taken = [sample for sample in drawing.samples if sample in set(found.pictures)]
         if not taken:

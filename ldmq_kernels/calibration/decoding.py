@@ -18,7 +18,9 @@ def decoded(vae: Any, latents: Tensor) -> Tensor:
     mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     scaled = latents / config.scaling_factor
     if mean is not None and deviation is not None:
-        mean, deviation = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (mean, deviation))
+        mean, deviation = (
+            torch.tensor(v, dtype=torch.float32, device=latents.device).view(1, -1, 1, 1) for v in (mean, deviation)
+        )
         scaled = (latents * deviation / config.scaling_factor + mean).to(latents.dtype)
     shift = getattr(config, "shift_factor", None) or 0.0
     picture = vae.decode((scaled + shift).to(vae.dtype)).sample

@@ -112,8 +112,8 @@ class _Sums:
     def __init__(self, layer: FloatLayer) -> None:
         self._layer = layer
         width, outputs, device = layer.weight[0].numel(), layer.weight.shape[0], layer.weight.device
-        self._inputs = torch.zeros(width, width, device=device)
-        self._outputs = torch.zeros(outputs, outputs, device=device)
+        self._inputs = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._outputs = torch.zeros(outputs, outputs, dtype=torch.float32, device=device)
         self._gradients: dict[tuple[int, int], Tensor] = {}  # picture, probe -> (out, K)
 
     def add(self, record: EndRecord) -> None:
@@ -122,8 +122,8 @@ class _Sums:
         if record.gradients is None:
             return
         for picture in set(prompts):
-            rows = torch.tensor([row for row, prompt in enumerate(prompts) if prompt == picture])
-            place = rows.to(record.x.device)
+            rows = [row for row, prompt in enumerate(prompts) if prompt == picture]
+            place = torch.tensor(rows, device=record.x.device)
             x = rows_of(self._layer, record.x[place], record.gradients[0].shape)
             for probe, gradient in enumerate(record.gradients):
                 g = _as_rows(self._layer, gradient[place]).t() * float(record.weights.amplitude[probe])

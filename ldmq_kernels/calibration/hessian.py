@@ -82,7 +82,7 @@ class HessianObserver:
         channels = output.shape[-1 - axes_of(layer)]
         available = output.numel() // channels
         count = min(self._rows, available)
-        chosen = torch.randperm(available, generator=self._random)[:count].to(x.device)
+        chosen = torch.randperm(available, generator=self._random, device="cpu")[:count].to(x.device)
         seen = rows_of(layer, x, output.shape, chosen)
         if not is_finite(seen):
             raise ValueError(f"{self._name}: its input holds NaN or infinite values")

@@ -192,7 +192,7 @@ def group_of(timestep: float, boundaries: Sequence[float]) -> int:
 
 def grouped_absmax(by_step: Tensor, timesteps: Sequence[float], boundaries: Sequence[float]) -> Tensor:
     """(steps, C) to (groups, C): the largest over the steps of each group."""
-    groups = torch.tensor([group_of(timestep, boundaries) for timestep in timesteps])
+    groups = torch.tensor([group_of(timestep, boundaries) for timestep in timesteps], device="cpu")
     return torch.stack([by_step[groups == group].amax(0) for group in range(len(boundaries) + 1)])
 
 

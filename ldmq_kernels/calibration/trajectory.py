@@ -76,7 +76,7 @@ class UNetCall:
         taken = self.rows_of(prompts)
         if not taken:
             raise ValueError(f"a call of prompts {self.prompts} draws none of {tuple(prompts)}")
-        rows, index = self.output.shape[0], torch.tensor(taken)
+        rows, index = self.output.shape[0], torch.tensor(taken, device="cpu")
 
         def cut(value: Any) -> Any:
             batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
@@ -153,7 +153,7 @@ class Trajectory:
     @property
     def latents(self) -> Tensor:
         """What the runs draw, together; runs of different sizes have nothing in common, and only `outputs`."""
-        return torch.cat(list(self.outputs)) if len(self.outputs) else torch.empty(0)
+        return torch.cat(list(self.outputs)) if len(self.outputs) else torch.empty(0, dtype=torch.float32, device="cpu")
 
     def at_steps(self, steps: Sequence[int]) -> Trajectory:
         """Only the calls of some steps."""

@@ -190,7 +190,7 @@ def _setting_problem(devices: set[torch.device]) -> str:
 def _is_usable(device: torch.device) -> bool:
     """Whether anything can still run on a device: an illegal access ends all work of this process on a GPU."""
     try:
-        return float(torch.ones(1, device=device).sum()) == 1
+        return float(torch.ones(1, dtype=torch.float32, device=device).sum()) == 1
     except RuntimeError:
         return False
 

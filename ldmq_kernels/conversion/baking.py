@@ -91,7 +91,7 @@ def _plain(name: str, layer: Any, weight: Tensor) -> nn.Module:
     plain.weight = nn.Parameter(weight.clone(), requires_grad=False)
     plain.bias = layer.bias
     plain.train(layer.training)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(weight)
     before, after = layer(x).float(), plain(x).float()
     is_same = before.shape == after.shape and bool((before - after).norm() <= RELATIVE_ERROR * before.norm())
     if not is_same:  # a NaN is never the same

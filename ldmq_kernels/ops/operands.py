@@ -141,7 +141,9 @@ class Operands:
 
     def positive(self, *sizes: int) -> Tensor:
         """Scales around 0.01, float32."""
-        return (torch.rand(sizes, generator=self._random, device=self.made_on) * 0.02 + 0.001).to(self.device)
+        return (torch.rand(sizes, generator=self._random, dtype=torch.float32, device=self.made_on) * 0.02 + 0.001).to(
+            self.device
+        )
 
     def quantized(self, spec: OpSpec, *sizes: int) -> Tensor:
         """Values over the range of the op's 8-bit operands, as the shape says."""
@@ -154,7 +156,7 @@ class Operands:
         return self._integers(-127, 128, sizes).to(torch.int8)
 
     def _normal(self, *sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=self._random, device=self.made_on)
+        return torch.randn(sizes, generator=self._random, dtype=torch.float32, device=self.made_on)
 
     def _integers(self, low: int, high: int, sizes: tuple[int, ...]) -> Tensor:
         return torch.randint(low, high, sizes, generator=self._random, device=self.made_on).to(self.device)

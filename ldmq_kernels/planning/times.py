@@ -93,7 +93,7 @@ class _Input:
         return cls(tuple(x.shape), x.dtype, is_image and x.is_contiguous(memory_format=torch.channels_last))
 
     def make(self, device: torch.device) -> Tensor:
-        x = torch.randn(self.shape, device=device).to(self.dtype)
+        x = torch.randn(self.shape, dtype=torch.float32, device=device).to(self.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def __str__(self) -> str:

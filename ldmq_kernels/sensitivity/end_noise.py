@@ -48,12 +48,14 @@ class _Amplitudes:
     def __init__(self, ends: EndTrajectory, ways: int) -> None:
         self._ends, self._pictures = ends, ends.pictures
         count = (ways, len(ends.ends) * ends.probes, len(self._pictures))
-        self._amplitude, self._excess, self._power = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+        self._amplitude, self._excess, self._power = (
+            torch.zeros(count, dtype=torch.float64, device="cpu") for _ in range(3)
+        )
 
     def add(self, record: EndRecord, by_row: Tensor) -> None:
         """Add what a layer's errors in one call do along each probe, (ways, probes, rows) float64."""
         if record.prompts:
-            places = torch.tensor([self._pictures.index(prompt) for prompt in record.prompts])
+            places = torch.tensor([self._pictures.index(prompt) for prompt in record.prompts], device="cpu")
             found = torch.zeros_like(self._amplitude).index_add(2, places, by_row)
         else:  # one row for all pictures: each has an equal share of what they get together
             found = by_row.sum(2, keepdim=True).expand_as(self._amplitude) / len(self._pictures) ** 0.5

@@ -7,6 +7,8 @@ import pytest
 from python_tests.processes import run_each_anew
 
 SCRIPT = """
+import copy
+import itertools
 import torch
 from torch import nn
 torch.manual_seed(0)
@@ -19,12 +21,15 @@ cpu = torch.device("cpu")
 
 def outputs():
     found = []
-    for name in ("w8a8-dynamic", "w8a8-timestep", "w4a8-dynamic", "w8a16", "w4a16"):
-        scale = torch.tensor([0.03, 0.02], dtype=torch.float32, device=cpu) if "timestep" in name else None
+    names = ("w8a8-dynamic", "w8a8-timestep", "w8a8-rotated", "w8a8x2", "w4a8-dynamic", "w8a16", "w4a16")
+    for name, dtype in itertools.product(names, (torch.float32, torch.float16)):
+        split = torch.tensor([0.03], dtype=torch.float32, device=cpu) if name == "w8a8x2" else None
+        scale = torch.tensor([0.03, 0.02], dtype=torch.float32, device=cpu) if "timestep" in name else split
         for kind, layer, inputs in ((QuantLinear, linear, x), (QuantConv2d, conv, picture)):
             if kind.kind in SCHEMES[name].format.layers:
-                quantized = kind.from_float(layer, SCHEMES[name], input_scale=scale)
-                found += [quantized(inputs), quantized(inputs[:0])]
+                own, given = copy.deepcopy(layer).to(dtype), inputs.to(dtype)
+                quantized = kind.from_float(own, SCHEMES[name], input_scale=scale)
+                found += [quantized(given), quantized(given[:0])]
     return [*found, _on_device(321.0, cpu)]
 
 with torch.no_grad():
@@ -33,7 +38,8 @@ with torch.no_grad():
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
     for a, b in zip(changed, outputs(), strict=True):
-        assert a.dtype == b.dtype == torch.float32 and a.device == b.device, (a.dtype, a.device)
+        assert a.dtype == b.dtype and a.dtype in (torch.float32, torch.float16), (a.dtype, b.dtype)
+        assert a.device == b.device, (a.device, b.device)
         assert torch.equal(a, b)
 """
 

@@ -111,7 +111,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """
     used = dtype if device.type == "cuda" else torch.float32
     size, length = MATMUL_SIZE[device.type], COPIED_BYTES[device.type]
-    a, b = (torch.randn(size, size, device=device).to(used) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(used) for _ in range(2))
     source = torch.ones(length, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     calls: dict[str, Callable[[], Any]] = {"matmul": partial(torch.matmul, a, b), "copy": partial(target.copy_, source)}

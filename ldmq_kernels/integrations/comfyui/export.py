@@ -109,7 +109,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _said(what: dict[str, Any]) -> Tensor:
-    return torch.tensor(list(json.dumps(what).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(what).encode()), dtype=torch.uint8, device="cpu")
 
 
 def _for_comfyui(layer: Any) -> tuple[dict[str, Tensor | None], str]:

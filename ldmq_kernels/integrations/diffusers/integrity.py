@@ -240,7 +240,7 @@ class TensorChecks:
         except ValueError as error:
             raise ValueError(f"{layer_name}: {error}") from None
         if leaf == "input_scale":
-            planned = torch.tensor(self.layer_plans[layer_name].scales, dtype=torch.float32)
+            planned = torch.tensor(self.layer_plans[layer_name].scales, dtype=torch.float32, device="cpu")
             if not torch.equal(tensor, planned):
                 raise ValueError(
                     f"{layer_name}: input_scale is {tensor.tolist()}, the plan in config.json says {planned.tolist()}: "

@@ -54,6 +54,7 @@ HAS_NAN, NO_MEMORY = 1, 2  # as producers.h has them, which tells of both at onc
 SECONDS = 60
 GRAIN = 32768  # elements of a call for one thread, as torch has it
 DTYPES = (torch.float32, torch.bfloat16)
+ONE = torch.ones(1, dtype=torch.float32, device="cpu")  # of float32 whatever a process has as its default: C reads it
 
 
 class NoLibraryError(Exception):

@@ -71,7 +71,7 @@ def conv2d(
 
 
 def _epilogue(bias: Tensor | None) -> Epilogue:
-    return Epilogue(torch.ones(1), bias=bias)
+    return Epilogue(compiled.ONE, bias=bias)
 
 
 def _split(x: Tensor, is_weight: bool) -> Tensor:

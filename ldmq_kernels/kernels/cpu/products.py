@@ -192,7 +192,7 @@ def _multiply(
     is_written = inverse is not None or compiled.takes(epilogue.residual, out)
     written = out if is_written else torch.empty_like(out, dtype=torch.float32)
     is_finished = is_written or gating is not None
-    kept = epilogue.fitted(rows, outputs) if is_finished else Epilogue(torch.ones(1))
+    kept = epilogue.fitted(rows, outputs) if is_finished else Epilogue(compiled.ONE)
     threads = max(1, min(torch.get_num_threads(), rows * outputs * depth // GRAIN[FORMS[group]]))
     status = compiled.call(
         "ldmq_multiply",
