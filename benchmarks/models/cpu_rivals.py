@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.harness import by_openvino
 from benchmarks.harness.baselines import TOOLS, not_installed
 from benchmarks.harness.timing import Call
 
@@ -42,35 +43,10 @@ def _by_tool(tool: str, model: nn.Module, inputs: Inputs) -> Call:
     return by_torch(torch.compile(quantized), inputs)  # type: ignore[arg-type]
 
 
-class _Positional(nn.Module):
-    """A model whose tensors come one after the other, as converters want them."""
-
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        super().__init__()
-        self.model, self.names = model, [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
-        self.rest = {name: value for name, value in inputs.items() if name not in self.names}
-
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """The first output."""
-        return self.model(**dict(zip(self.names, tensors, strict=True)), **self.rest)[0]
-
-
 def _by_openvino(is_int8: bool, model: nn.Module, inputs: Inputs) -> Call:
-    import openvino
-
-    shell = _Positional(model, inputs).eval()
-    tensors = tuple(inputs[name] for name in shell.names)
-    with torch.no_grad():
-        converted = openvino.convert_model(shell, example_input=tensors)
+    graph, tensors = by_openvino.converted(model, (), inputs), by_openvino.tensors_of((), inputs)
+    request = by_openvino.request(by_openvino.quantized(graph, [tensors]) if is_int8 else graph)
     arrays = [tensor.numpy() for tensor in tensors]
-    if is_int8:
-        import nncf
-
-        converted = nncf.quantize(
-            converted, nncf.Dataset([tuple(arrays)]), subset_size=1, model_type=nncf.ModelType.TRANSFORMER
-        )
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
     return lambda: request.infer(arrays)
 
 

@@ -10,37 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from benchmarks.harness import by_openvino
 from benchmarks.study.inspect_model import Inspection, LayerCounts
-from ldmq_kernels.calibration.outputs import output_tensor
-from ldmq_kernels.calibration.trajectory import Trajectory, UNetCall
+from ldmq_kernels.calibration.trajectory import Trajectory
 from ldmq_kernels.plans.cost import FLOAT_BYTES
 
 KINDS = {"Convolution": "conv2d", "GroupConvolution": "conv2d", "MatMul": "linear"}
 REST = frozenset({"MatMul", "ScaledDotProductAttention", "Add", "Multiply", "Divide", "Subtract"})
 OF_WEIGHTS = frozenset({"Convert", "Multiply", "Subtract", "Reshape", "Transpose"})
 OF_ACTIVATIONS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Concat"})
-
-
-def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-
-
-class _Positional(nn.Module):
-    """A model whose tensors come one after the other; all else is as in one call."""
-
-    def __init__(self, model: nn.Module, call: UNetCall) -> None:
-        super().__init__()
-        self.model = model
-        self.leaves, self.form = pytree.tree_flatten((call.args, call.kwargs))
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """The output as a tensor."""
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.form)
-        return output_tensor(self.model(*args, **kwargs))
 
 
 class ByOpenVino(nn.Module):
@@ -55,30 +34,22 @@ class ByOpenVino(nn.Module):
 
     def __init__(self, model: nn.Module, trajectory: Trajectory, hybrid: bool) -> None:
         super().__init__()
-        import nncf
-        import openvino
-
         self.config, self.dtype, self.device = model.config, model.dtype, model.device
-        calls = trajectory.calls
-        every = [tuple(_tensors(call.args, call.kwargs)) for call in calls]
-        with torch.no_grad():
-            converted = openvino.convert_model(_Positional(model, calls[0]).eval(), example_input=every[0])
-        samples = nncf.Dataset([tuple(tensor.numpy() for tensor in tensors) for tensors in every])
-        ignored = None
+        first = trajectory.calls[0]
+        graph, ignored = by_openvino.converted(model, first.args, first.kwargs), None
         if hybrid:
-            converted = nncf.compress_weights(converted, ignored_scope=nncf.IgnoredScope(types=["Convolution"]))
-            rest = [op.get_friendly_name() for op in converted.get_ordered_ops() if op.get_type_name() in REST]
+            import nncf
+
+            graph = nncf.compress_weights(graph, ignored_scope=nncf.IgnoredScope(types=["Convolution"]))
+            rest = [op.get_friendly_name() for op in graph.get_ordered_ops() if op.get_type_name() in REST]
             ignored = nncf.IgnoredScope(names=rest)
-        made = nncf.quantize(
-            converted, samples, subset_size=len(every), model_type=nncf.ModelType.TRANSFORMER, ignored_scope=ignored
-        )
-        self.inspected = _inspected(made)
-        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-        self._request = openvino.Core().compile_model(made, "CPU", settings).create_infer_request()
+        calls = [by_openvino.tensors_of(call.args, call.kwargs) for call in trajectory.calls]
+        made = by_openvino.quantized(graph, calls, ignored)
+        self.inspected, self._request = _inspected(made), by_openvino.request(made)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         """The output alone, as of a model that returns no dictionary."""
-        found = self._request.infer([tensor.numpy() for tensor in _tensors(args, kwargs)])
+        found = self._request.infer([tensor.numpy() for tensor in by_openvino.tensors_of(args, kwargs)])
         return (torch.from_numpy(found[0].copy()),)
 
 

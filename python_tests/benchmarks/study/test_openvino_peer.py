@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.study import openvino_peer
 from benchmarks.study.inspect_model import LayerCounts, inspect_model
@@ -75,18 +75,6 @@ def test_layers_are_counted_by_what_they_store_and_multiply() -> None:
     found = openvino_peer._inspected(_Graph(attention))
     assert found.counts == {"conv2d": LayerCounts(1, 1, 1), "linear": LayerCounts(2, 1, 0)}
     assert found.bytes == 100 + 50 + 2 * 30 + 3 * 2 * 2  # int8 weights, a float one, three pairs of scales
-
-
-class _Model(nn.Module):
-    def forward(self, x: Tensor, factor: float, *, more: dict[str, Tensor], flag: bool) -> tuple[Tensor]:
-        return (x * factor + more["bias"] if flag else x,)
-
-
-def test_tensors_of_a_call_are_given_one_after_the_other() -> None:
-    x, bias = torch.randn(2, 3), torch.randn(3)
-    call = UNetCall(0, (x, 2.0), {"more": {"bias": bias}, "flag": True}, x)
-    model = openvino_peer._Positional(_Model(), call)
-    assert torch.equal(model(x + 1, bias + 1), (x + 1) * 2 + (bias + 1))
 
 
 def test_a_model_that_was_looked_at_is_not_looked_at_again() -> None:
